@@ -1,0 +1,73 @@
+"""What every command shares: the parser's layout, logging, exit codes.
+
+Exit codes: 0 done, 1 refused or failed, 2 usage, 130 interrupted (Ctrl-C),
+143 terminated.
+"""
+
+import argparse
+import logging
+import os
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from metroem.errors import MetroEMError
+
+logger = logging.getLogger(__name__)
+
+INTERRUPTED, TERMINATED = 130, 143
+
+
+def parser(description: str | None) -> argparse.ArgumentParser:
+    """A parser without silent abbreviations whose help keeps its examples."""
+    return argparse.ArgumentParser(
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+
+
+def configure_logging(level: int = logging.INFO) -> None:
+    """Send the package's log to stdout, a line a record.
+
+    Other ranks than 0 of a distributed run only report warnings.
+    """
+    if int(os.environ.get("RANK", "0")) > 0:
+        level = max(level, logging.WARNING)
+    package = logging.getLogger("metroem")
+    for handler in list(package.handlers):
+        package.removeHandler(handler)
+        handler.close()
+    handler = logging.StreamHandler(sys.stdout)
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    package.addHandler(handler)
+    package.setLevel(level)
+    package.propagate = False
+
+
+def mirror_log(path: Path) -> None:
+    """Append the package's log to a file too, a line a record, with its time."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handler = logging.FileHandler(path)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
+    logging.getLogger("metroem").addHandler(handler)
+
+
+def run(main: Callable[[], None]) -> None:
+    """Run a command and exit with the code that says how it ended.
+
+    Errors of ours end as one line on stderr; any other exception is a bug and
+    keeps its traceback. SIGTERM unwinds like Ctrl-C, so that work in progress
+    is closed in order.
+    """
+    configure_logging()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(TERMINATED))
+    try:
+        main()
+    except MetroEMError as error:
+        sys.stderr.write(f"error: {error}\n")
+        sys.exit(1)
+    except KeyboardInterrupt:
+        sys.stderr.write("interrupted\n")
+        sys.exit(INTERRUPTED)

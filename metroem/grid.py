@@ -1,0 +1,73 @@
+"""Where the pixels of an array lie in the volume."""
+
+from dataclasses import dataclass
+
+from metroem.errors import DatasetError
+
+
+@dataclass(frozen=True)
+class Grid:
+    """The pixel grid of an image or a field: its mip, corner and shape.
+
+    Rows run along the volume's x and cols along its y (no transpose between
+    volume, file and network). Pixel (i, j) covers the mip-0 pixels from
+    (x + i * 2**mip, y + j * 2**mip) on, 2**mip of them in each direction.
+
+    Attributes:
+        mip: image level, >= 0.
+        x: first mip-0 pixel along the volume's x, and so along the rows.
+        y: first mip-0 pixel along the volume's y, and so along the cols.
+        rows: number of rows, H.
+        cols: number of cols, W.
+
+    Raises:
+        DatasetError: a negative mip, or no pixel.
+    """
+
+    mip: int
+    x: int
+    y: int
+    rows: int
+    cols: int
+
+    def __post_init__(self) -> None:
+        if self.mip < 0 or self.rows < 1 or self.cols < 1:
+            raise DatasetError(f"{self}: mip must be >= 0, rows and cols >= 1")
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(H, W), pixels of the grid's mip."""
+        return self.rows, self.cols
+
+    @property
+    def end(self) -> tuple[int, int]:
+        """(x, y) one past the last mip-0 pixel."""
+        return self.x + (self.rows << self.mip), self.y + (self.cols << self.mip)
+
+    @property
+    def center(self) -> tuple[float, float]:
+        """(x, y) of the middle, mip-0 pixels."""
+        (x_end, y_end) = self.end
+        return (self.x + x_end) / 2, (self.y + y_end) / 2
+
+    def covers(self, other: "Grid") -> bool:
+        """Whether the whole of `other` lies inside this grid."""
+        return (
+            self.x <= other.x
+            and self.y <= other.y
+            and self.end[0] >= other.end[0]
+            and self.end[1] >= other.end[1]
+        )
+
+    def crop(self, row: int, col: int, rows: int, cols: int) -> "Grid":
+        """The grid of `array[row : row + rows, col : col + cols]`."""
+        scale = 1 << self.mip
+        return Grid(self.mip, self.x + row * scale, self.y + col * scale, rows, cols)
+
+    def at_mip(self, mip: int) -> "Grid":
+        """The grid of another mip with the same corner that just covers this."""
+        rows, cols = (
+            -(-(size << self.mip) >> mip) if mip > self.mip else size << self.mip >> mip
+            for size in self.shape
+        )
+        return Grid(mip, self.x, self.y, rows, cols)

@@ -1,0 +1,79 @@
+"""Grey levels as the networks want them: mean 0, std 1 over tissue, 0 no data."""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+# The original's reader takes anything darker as "no data" (`dataset.py`).
+DARKEST = -4.0
+# What a tissue pixel at the mean becomes, so that it is not taken for "no data".
+_MEAN_GREY = 1e-4
+
+
+class GreyStatistics(NamedTuple):
+    """Mean and standard deviation of the tissue of one image."""
+
+    mean: float  # grey levels
+    std: float  # grey levels, > 0
+
+
+def tissue_statistics(image: Tensor) -> GreyStatistics | None:
+    """Mean and standard deviation over the pixels that are not 0.
+
+    Args:
+        image: any shape, raw grey levels, 0 = no data.
+
+    Returns:
+        The statistics, or None where there is no tissue or no contrast.
+    """
+    tissue = image[image != 0].double()
+    if tissue.numel() < 2 or not (std := float(tissue.std(correction=0))) > 0:
+        return None
+    return GreyStatistics(float(tissue.mean()), std)
+
+
+def normalize(image: Tensor, statistics: GreyStatistics | None = None) -> Tensor:
+    """Shift and scale the tissue of an image; where it is 0 it stays 0.
+
+    Tissue is kept at or above `DARKEST` and off exact 0, since both mean "no
+    data" to a reader.
+
+    Args:
+        image: any shape, raw grey levels, 0 = no data.
+        statistics: of the area to be normalised by; the image's own if None.
+
+    Returns:
+        float32 of the same shape; all 0 for an image without tissue.
+    """
+    statistics = statistics or tissue_statistics(image)
+    if statistics is None:
+        return torch.zeros_like(image, dtype=torch.float32)
+    grey = ((image.double() - statistics.mean) / statistics.std).float()
+    grey = grey.clamp(min=DARKEST)
+    grey = torch.where(grey == 0, _MEAN_GREY, grey)
+    return torch.where(image == 0, 0.0, grey)
+
+
+def coarsen_image(image: Tensor, levels: int) -> Tensor:
+    """Average an image to a coarser mip over its tissue pixels alone.
+
+    A coarse pixel of which less than half is tissue becomes 0 ("no data").
+
+    Args:
+        image: (B, C, H, W) float, 0 = no data.
+        levels: how many mips coarser, >= 0; odd borders are averaged over the
+            pixels that are there.
+
+    Returns:
+        (B, C, ceil(H / 2**levels), ceil(W / 2**levels)).
+    """
+    for _ in range(levels):
+        tissue = (image != 0).to(image.dtype)
+        image, share = (
+            F.avg_pool2d(t, 2, ceil_mode=True, count_include_pad=False)
+            for t in (image, tissue)
+        )
+        image = torch.where(share >= 0.5, image / share.clamp(min=0.5), 0.0)
+    return image

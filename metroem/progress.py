@@ -1,0 +1,40 @@
+"""Progress of long work: a bar on a terminal, plain lines in a log."""
+
+import logging
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from typing import TypeVar
+
+from tqdm import tqdm
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+LOG_EVERY_S = 30.0
+
+
+def progress(items: Iterable[T], what: str, *, total: int) -> Iterator[T]:
+    """Yield `items`, showing how many are done.
+
+    On a terminal this is a tqdm bar on stderr; elsewhere a log line every
+    `LOG_EVERY_S` seconds and one at the end.
+
+    Args:
+        items: what to go through.
+        what: the work in words, with its unit: "download, sections".
+        total: how many items there are.
+    """
+    if sys.stderr.isatty():
+        yield from tqdm(items, desc=what, total=total, leave=False)
+        return
+    started = last = time.monotonic()
+    done = 0
+    for done, item in enumerate(items, start=1):
+        yield item
+        now = time.monotonic()
+        if now - last >= LOG_EVERY_S and done < total:
+            logger.info("%s: %d of %d, %.0f s", what, done, total, now - started)
+            last = now
+    elapsed = time.monotonic() - started
+    logger.info("%s: %d of %d, %.1f s", what, done, total, elapsed)
