@@ -1,0 +1,268 @@
+"""What makes a field good: terms of a loss, tensors in, numbers out.
+
+Similarity is a masked mean of squared grey levels (or features), rigidity one of
+squared changes of length, px^2. Both leave a border out, where the field
+points outside the images.
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from metroem.field import check_field, downsample_field, warp
+from metroem.masks import PairWeight
+
+BORDER_PX = 32
+# Changes of (col, row) from a pixel to the four neighbours after it.
+_SPRINGS = ((0, 1), (1, 0), (1, 1), (1, -1))
+
+
+class LossTerms(NamedTuple):
+    """A loss and the terms it is made of, scalars."""
+
+    total: Tensor  # what is minimised
+    similarity: Tensor  # of the aligned images or embeddings
+    rigidity: Tensor  # px^2, before it is multiplied by smoothness
+    before: Tensor  # similarity of the unaligned embeddings; 0 for plain
+
+
+def border_of(shape: torch.Size) -> int:
+    """Border left out of a loss: `BORDER_PX`, or an eighth of a small image.
+
+    The original always leaves out 32 px, which is all of a 64 px image.
+    """
+    return min(BORDER_PX, min(shape[-2:]) // 8)
+
+
+def weighted_mean(
+    values: Tensor, weight: Tensor | None = None, *, border: int = 0
+) -> Tensor:
+    """Mean of a map over its weights, a border left out.
+
+    Args:
+        values: (B, C, H, W).
+        weight: (B, 1, H, W), or None for 1 everywhere.
+        border: pixels left out on each side.
+
+    Returns:
+        Scalar; 0 where nothing counts.
+    """
+    rows, cols = values.shape[-2:]
+    inner = (..., slice(border, rows - border), slice(border, cols - border))
+    values = values[inner]
+    if weight is None:
+        return values.mean()
+    weight = weight[inner].expand_as(values)
+    total = weight.sum()
+    return (values * weight).sum() / torch.where(total > 0, total, 1.0)
+
+
+def similarity(
+    warped_src: Tensor, tgt: Tensor, weight: Tensor | None = None, *, border: int
+) -> Tensor:
+    """Weighted mean of (tgt - warped src)^2.
+
+    Args:
+        warped_src: (B, C, H, W), grey levels or features.
+        tgt: (B, C, H, W).
+        weight: (B, 1, H, W), or None for 1 everywhere.
+        border: pixels left out on each side.
+
+    Returns:
+        Scalar, 0 where the images agree.
+    """
+    return weighted_mean((tgt - warped_src) ** 2, weight, border=border)
+
+
+def rigidity_map(
+    field: Tensor, *, power: float = 2, diagonal_mult: float = 1.0
+) -> Tensor:
+    """Change of length of the springs from each pixel to its 8 neighbours.
+
+    Args:
+        field: (B, 2, H, W), pixels; H and W >= 5.
+        power: exponent of the change of length.
+        diagonal_mult: weight of a diagonal spring, whose rest length is
+            sqrt(2), against that of a straight one.
+
+    Returns:
+        (B, 1, H, W): mean over the springs of |length - rest length|^power,
+        px^power; a border of 2 px is 0.
+
+    Source: the original's `loss.py`, whose values are kept.
+    """
+    check_field(field)
+    rows, cols = field.shape[-2:]
+    total = field.new_zeros(field.shape[0], 1, rows - 4, cols - 4)
+    for d_cols, d_rows in _SPRINGS:
+        rest = float(d_cols**2 + d_rows**2) ** 0.5
+        mult = diagonal_mult if d_rows and d_cols else 1.0
+        # Springs from p to p + d, for p in the inner area and one step before.
+        ahead = field[..., 1 + d_rows : rows - 1 + d_rows, 1 + d_cols :]
+        ahead = ahead[..., : rows - 2, : cols - 2]
+        change = ahead - field[..., 1 : rows - 1, 1 : cols - 1]
+        rest_vector = change.new_tensor([d_cols, d_rows]).view(1, 2, 1, 1)
+        length = ((change + rest_vector) ** 2).sum(1, keepdim=True).clamp(min=1e-12)
+        strain = (length.sqrt() - rest).abs() ** power * mult
+        behind = strain[..., 1 - d_rows :, 1 - d_cols :][..., : rows - 4, : cols - 4]
+        total = total + strain[..., 1:-1, 1:-1] + behind
+    return F.pad(total / (4 + 4 * diagonal_mult), (2, 2, 2, 2))
+
+
+def rigidity(field: Tensor, power: float = 2, diagonal_mult: float = 1.0) -> Tensor:
+    """`rigidity_map` in the form the original gives it, for code that calls it.
+
+    Args:
+        field: (B, 2, H, W), pixels.
+        power: as in `rigidity_map`.
+        diagonal_mult: as in `rigidity_map`.
+
+    Returns:
+        (H, W) for one field, (B, H, W) for several.
+    """
+    strain = rigidity_map(field, power=power, diagonal_mult=diagonal_mult)[:, 0]
+    return strain[0] if len(strain) == 1 else strain
+
+
+def normalize_features(features: Tensor, mask: Tensor) -> Tensor:
+    """Shift and scale each feature to mean 0 and std 1 over the valid pixels.
+
+    Args:
+        features: (B, C, H, W).
+        mask: (B, 1, H, W) bool, valid pixels.
+
+    Returns:
+        (B, C, H, W), 0 where not valid.
+    """
+    weight = mask.to(features.dtype)
+    count = weight.sum((-2, -1), keepdim=True).clamp(min=1)
+    mean = (features * weight).sum((-2, -1), keepdim=True) / count
+    centred = (features - mean) * weight
+    variance = (centred**2).sum((-2, -1), keepdim=True) / count
+    return centred / (variance + 1e-10).sqrt()
+
+
+class PairLoss(NamedTuple):
+    """What a loss needs of a batch beside its images or embeddings."""
+
+    field: Tensor  # (B, 2, H, W), pixels
+    similarity_weight: PairWeight
+    smoothness_weight: PairWeight
+    smoothness: float  # factor of rigidity
+
+
+def plain_loss(src: Tensor, tgt: Tensor, pair: PairLoss) -> LossTerms:
+    """Similarity of the aligned images plus smoothness times rigidity.
+
+    Args:
+        src: (B, C, H, W), grey levels or features.
+        tgt: (B, C, H, W).
+        pair: field and weights.
+
+    Returns:
+        The terms; `before` is 0.
+    """
+    border = border_of(src.shape)
+    alike = similarity(
+        warp(src, pair.field),
+        tgt,
+        pair.similarity_weight.along(pair.field),
+        border=border,
+    )
+    strain = weighted_mean(
+        rigidity_map(pair.field),
+        pair.smoothness_weight.along(pair.field),
+        border=border,
+    )
+    total = alike + pair.smoothness * strain
+    return LossTerms(total, alike, strain, torch.zeros_like(total))
+
+
+def unaligned_similarity(
+    src: Tensor, tgt: Tensor, weight: Tensor, *, sample_px: int | None
+) -> Tensor:
+    """How much two images differ before they are aligned.
+
+    Taken over square tiles that are more than half valid, those between the
+    15th percentile and the median of tile differences: neither the tiles that
+    show nothing nor those that will never agree.
+
+    Args:
+        src: (B, C, H, W) features.
+        tgt: (B, C, H, W).
+        weight: (B, 1, H, W).
+        sample_px: side of a tile; None takes the whole image instead.
+
+    Returns:
+        Scalar; 0 where fewer than 10 tiles are valid.
+    """
+    if sample_px is None:
+        return similarity(src, tgt, weight, border=border_of(src.shape))
+    share = F.avg_pool2d(weight, sample_px)
+    tiles = F.avg_pool2d((src - tgt) ** 2 * weight, sample_px) / (share + 1e-8)
+    differences = tiles[(share > 0.5).expand_as(tiles) & (tiles != 0)]
+    if differences.numel() < 10:
+        return differences.new_zeros(())
+    low, high = differences.detach().quantile(differences.new_tensor([0.15, 0.5]))
+    return differences[(differences > low) & (differences < high)].mean()
+
+
+def metric_loss(
+    levels: list[tuple[int, Tensor, Tensor]],
+    pair: PairLoss,
+    *,
+    sample_px: int | None,
+    before_weight: float,
+    normalized: bool = True,
+    divide_smoothness: bool = False,
+) -> LossTerms:
+    """Reward embeddings that differ before alignment and agree after it.
+
+    For each level: the plain loss of the embeddings, less `before_weight`
+    times how much the unaligned ones differ; averaged over the levels.
+
+    Args:
+        levels: (level, src, tgt) with (B, C, H / 2**level, W / 2**level)
+            embeddings whose channel 0, the image itself, is left out.
+        pair: field and weights at level 0.
+        sample_px: side of the tiles compared before alignment.
+        before_weight: `pre_align_weight` of a schedule.
+        normalized: bring each feature to mean 0 and std 1 first.
+        divide_smoothness: divide smoothness by 2**level.
+
+    Returns:
+        The terms, averaged over the levels.
+    """
+    terms = []
+    for level, src, tgt in levels:
+        at_level = _at_level(pair, level, divide_smoothness)
+        weight = at_level.similarity_weight
+        src, tgt = src[:, 1:], tgt[:, 1:]
+        if normalized:
+            src = normalize_features(src, weight.src > 0)
+            tgt = normalize_features(tgt, weight.tgt > 0)
+        after = plain_loss(src, tgt, at_level)
+        before = unaligned_similarity(
+            src, tgt, weight.src * weight.tgt, sample_px=sample_px
+        )
+        total = after.total - before_weight * before
+        terms.append(LossTerms(total, after.similarity, after.rigidity, before))
+    return LossTerms(*(torch.stack(term).mean() for term in zip(*terms, strict=True)))
+
+
+def _at_level(pair: PairLoss, level: int, divide_smoothness: bool) -> PairLoss:
+    def coarsen(weight: PairWeight) -> PairWeight:
+        # A coarse pixel counts only as much as the worst of its pixels.
+        size = 2**level
+        return PairWeight(*(-F.max_pool2d(-side, size) for side in weight))
+
+    if level == 0:
+        return pair
+    return PairLoss(
+        downsample_field(pair.field, level),
+        coarsen(pair.similarity_weight),
+        coarsen(pair.smoothness_weight),
+        pair.smoothness / 2**level if divide_smoothness else pair.smoothness,
+    )

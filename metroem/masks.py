@@ -1,0 +1,224 @@
+"""Where a loss counts: masks from grey levels, and weights from masks.
+
+A weight map is (B, 1, H, W) float32, 1 where a pixel counts in full. Weights of
+src are given in src's own pixels and are warped along with it.
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from scipy import ndimage
+from torch import Tensor
+
+from metroem.errors import UsageError
+from metroem.field import warp
+
+STRATEGIES = ("eq", "neq", "lt", "gt", "between", "not_between")
+MAP_NAMES = ("src", "tgt", "src_zeros", "tgt_zeros", "src_defects", "tgt_defects")
+
+
+class PairMaps(NamedTuple):
+    """What mask rules of one batch may look at."""
+
+    src: Tensor  # (B, C, H, W) image, 0 = no data
+    tgt: Tensor  # (B, C, H, W)
+    src_defects: Tensor | None = None  # (B, 1, H, W) bool, True on defects
+    tgt_defects: Tensor | None = None  # (B, 1, H, W) bool
+
+    def named(self, name: str) -> Tensor | None:
+        """The map of one of `MAP_NAMES`, (B, C, H, W) float; None if not given."""
+        if name.endswith("_zeros"):
+            image = self.src if name.startswith("src") else self.tgt
+            return (~tissue_mask(image[:, :1])).float()
+        value = getattr(self, name)
+        return None if value is None else value.float()
+
+
+@dataclass(frozen=True)
+class MaskRule:
+    """Where one map keeps a loss from counting.
+
+    A pixel counts in full where the binarised map is 1.
+
+    Attributes:
+        name: which map, one of `MAP_NAMES`.
+        channel: channel of the map; None for all of one channel.
+        strategy: how the map is binarised, one of `STRATEGIES`; None if it
+            is 0 or 1 already.
+        value: threshold of eq, neq, lt, gt; grey levels.
+        bounds: (low, high) of between and not_between, both exclusive.
+        mask_value: weight where the binarised map is not 1.
+        rings: (pixels, weight) in turn: the masked area grows by so many
+            pixels, and the ring gets that weight.
+
+    Raises:
+        UsageError: unknown name or strategy.
+    """
+
+    name: str
+    channel: int | None = None
+    strategy: str | None = None
+    value: float = 0.0
+    bounds: tuple[float, float] = (0.0, 0.0)
+    mask_value: float = 0.0
+    rings: tuple[tuple[int, float], ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.name not in MAP_NAMES:
+            raise UsageError(f"mask of {self.name!r}: expected one of {MAP_NAMES}")
+        if self.strategy not in (None, *STRATEGIES):
+            raise UsageError(
+                f"binarization {self.strategy!r} of {self.name}: expected one of "
+                f"{STRATEGIES}"
+            )
+
+    def counts(self, values: Tensor) -> Tensor:
+        """Bool map: where `values` (B, C, H, W) lets a pixel count in full."""
+        low, high = self.bounds
+        match self.strategy:
+            case "eq":
+                return values == self.value
+            case "neq":
+                return values != self.value
+            case "lt":
+                return values < self.value
+            case "gt":
+                return values > self.value
+            case "between":
+                return (values > low) & (values < high)
+            case "not_between":
+                return (values < low) | (values > high)
+        return values == 1
+
+    def weight(self, values: Tensor) -> Tensor:
+        """Weight map (B, 1, H, W) that the map `values` (B, C, H, W) gives."""
+        if self.channel is not None and values.shape[1] > 1:
+            values = values[:, self.channel : self.channel + 1]
+        masked = ~self.counts(values).all(dim=1, keepdim=True)
+        weight = torch.where(masked, self.mask_value, 1.0)
+        for pixels, ring_weight in self.rings:
+            grown = grow(masked, pixels)
+            weight = torch.where(grown & ~masked & (weight == 1), ring_weight, weight)
+            masked = grown
+        return weight
+
+
+@dataclass(frozen=True)
+class MaskRules:
+    """The rules of one loss term, for each side of a pair."""
+
+    src: tuple[MaskRule, ...] = ()
+    tgt: tuple[MaskRule, ...] = ()
+
+
+class PairWeight(NamedTuple):
+    """Weights of one loss term, made once for a pair."""
+
+    src: Tensor  # (B, 1, H, W), pixels of src
+    tgt: Tensor  # (B, 1, H, W), pixels of tgt
+
+    def along(self, field: Tensor) -> Tensor:
+        """The weight of each tgt pixel once src is warped by `field`."""
+        return warp(self.src, field, padding="border") * self.tgt
+
+
+def _no_data(side: str, mask_value: float = 0.0) -> MaskRule:
+    return MaskRule(
+        f"{side}_zeros", strategy="eq", mask_value=mask_value, rings=((1, 0.0),)
+    )
+
+
+# The finetuner's rules in the original (`aligner.py`), also those of the stock
+# schedules: no similarity at "no data" and defects, free tearing at both.
+SIMILARITY_RULES = MaskRules(
+    src=(
+        _no_data("src"),
+        MaskRule("src_defects", strategy="eq", rings=((1, 0.0),)),
+    ),
+    tgt=(_no_data("tgt"),),
+)
+SMOOTHNESS_RULES = MaskRules(
+    src=(
+        _no_data("src", 1e-5),
+        MaskRule("src_defects", strategy="eq", rings=((1, 0.0),)),
+    ),
+)
+
+
+def weigh(rules: MaskRules, maps: PairMaps) -> PairWeight:
+    """The weights that `rules` give a pair; a map that is absent masks nothing.
+
+    Args:
+        rules: of one loss term.
+        maps: of the pair, (B, C, H, W) each.
+
+    Returns:
+        Weights of src and tgt, each (B, 1, H, W) float32.
+    """
+
+    def side(side_rules: tuple[MaskRule, ...], like: Tensor) -> Tensor:
+        weight = torch.ones_like(like[:, :1], dtype=torch.float32)
+        for rule in side_rules:
+            values = maps.named(rule.name)
+            if values is not None:
+                weight = torch.minimum(weight, rule.weight(values))
+        return weight
+
+    return PairWeight(side(rules.src, maps.src), side(rules.tgt, maps.tgt))
+
+
+def tissue_mask(image: Tensor) -> Tensor:
+    """True where an image has data, i.e. is not exactly 0; any shape."""
+    return image != 0
+
+
+def grow(mask: Tensor, pixels: int) -> Tensor:
+    """Grow a mask by some pixels in all 8 directions.
+
+    Args:
+        mask: (B, 1, H, W) bool.
+        pixels: >= 0.
+
+    Returns:
+        (B, 1, H, W) bool.
+    """
+    size = 2 * pixels + 1
+    return F.max_pool2d(mask.float(), size, stride=1, padding=pixels) > 0
+
+
+def find_defects(image: Tensor, *, min_thickness: int, min_px: int) -> Tensor:
+    """Folds, cracks and holes that show as "no data" inside the tissue.
+
+    They are the zeros that a morphological closing of the tissue fills, in
+    connected components above a size.
+
+    Args:
+        image: (B, 1, H, W), 0 = no data.
+        min_thickness: gaps up to this many pixels are closed.
+        min_px: components of at most so many pixels are left out.
+
+    Returns:
+        (B, 1, H, W) bool.
+
+    Source: the original's `aligner.py`; scipy labels the components, which
+    torch cannot.
+    """
+    tissue = tissue_mask(image)[:, 0].cpu().numpy()
+    if tissue.all():
+        return torch.zeros_like(image, dtype=torch.bool)
+    defects = np.stack([_gaps(t, min_thickness // 2, min_px) for t in tissue])
+    return torch.from_numpy(defects)[:, None].to(image.device)
+
+
+def _gaps(tissue: np.ndarray, radius: int, min_px: int) -> np.ndarray:
+    # Padded by what is tissue at the border, so that closing does not eat it.
+    padded = np.pad(tissue, radius, mode="edge")
+    closed = ndimage.binary_closing(padded, iterations=max(radius, 1))
+    inside = closed[radius:, radius:][: tissue.shape[0], : tissue.shape[1]]
+    labels, _ = ndimage.label(inside & ~tissue)
+    sizes = np.bincount(labels.ravel())
+    sizes[0] = 0
+    return (sizes > min_px)[labels]
