@@ -1,0 +1,55 @@
+"""Image sets and field sets: h5 files that say what is in them.
+
+    image set   img   (num_pairs, 2 sides, H, W) float32, side 0 src, side 1 tgt
+    field set   main  (num_pairs, 2, H, W) float32: written between stages
+                field (num_pairs, 2 sides, 2, H, W) float32: downloaded; the
+                      prior field of src, and what warps tgt when it is loaded
+
+Fields are pull, pixels of the file's mip, channel 0 along cols, channel 1 along
+rows, kept to 0.01 px (HDF5's
+scaleoffset; less than that becomes 0). Beside them lie, for each pair, `box` (num_pairs, 2
+sides, 6) int64: x0, y0, z0, x1, y1, z1 in mip-0 pixels; `offset` (num_pairs, 2
+sides, 2) int64: x and y in mip-0 pixels, by which that side was read elsewhere
+(images) or what was taken out of its vectors (fields); `checksum` (num_pairs,)
+uint32: CRC-32 of the pair's bytes. They are datasets because HDF5 attributes end
+at 64 KiB. The rest is in attributes: format_version, kind, source_path, mip,
+resolution (nm), command, request; of images anchor and normalization; of fields
+unit, direction, channel_order, stage and checkpoint.
+
+Files of the original have none of this. For them corner and mip come from the
+name, and pair i is src z + i on tgt z + i - 1.
+"""
+
+from metroem.io.h5_read import (
+    FORMAT_VERSION,
+    Box,
+    FieldSet,
+    ImageSet,
+    Pair,
+    find_field_sets,
+    find_image_sets,
+)
+from metroem.io.h5_write import (
+    FieldSetMeta,
+    ImageSetMeta,
+    PairFrame,
+    verify,
+    write_field_set,
+    write_image_set,
+)
+
+__all__ = [
+    "FORMAT_VERSION",
+    "Box",
+    "FieldSet",
+    "FieldSetMeta",
+    "ImageSet",
+    "ImageSetMeta",
+    "Pair",
+    "PairFrame",
+    "find_field_sets",
+    "find_image_sets",
+    "verify",
+    "write_field_set",
+    "write_image_set",
+]

@@ -1,0 +1,333 @@
+"""Reading image sets and field sets; `metroem.io.h5` says what is in them."""
+
+import json
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import h5py
+import numpy as np
+
+from metroem.errors import DatasetError
+from metroem.grid import Grid
+from metroem.normalize import DARKEST
+from metroem.specs.filenames import FieldSetName, ImageSetName
+
+logger = logging.getLogger(__name__)
+
+FORMAT_VERSION = 1
+ALL = slice(None)
+Box = tuple[int, int, int, int, int, int]
+
+
+class Pair(NamedTuple):
+    """Two sections over one area."""
+
+    src: np.ndarray  # (H, W) float32; exactly 0 where there is no data
+    tgt: np.ndarray  # (H, W) float32, likewise
+
+
+class _Layout(NamedTuple):
+    """What a file says about where its pairs lie."""
+
+    shape: tuple[int, ...]  # of the main dataset
+    boxes: np.ndarray | None  # (num_pairs, 2, 6) int64; None: of the original
+    offsets: np.ndarray  # (num_pairs, 2, 2) int64, x and y, mip-0 pixels
+    attributes: dict[str, Any]
+
+
+class _PairFile:
+    """What image sets and field sets share: names, boxes, reads by pair.
+
+    The file is opened for each read: 0.1 ms beside 50 ms to decompress a crop of
+    1024 px, and no handle is left that loader workers would share.
+    """
+
+    KEYS: tuple[str, ...] = ()
+
+    def __init__(self, path: Path, x: int, y: int, z: int, mip: int) -> None:
+        self.path = path
+        self._corner = x, y, z
+        self.mip = mip
+        layout = self._layout()
+        self.num_pairs = layout.shape[0]
+        self.shape: tuple[int, int] = (layout.shape[-2], layout.shape[-1])
+        self.attributes = layout.attributes
+        self._boxes, self._offsets = layout.boxes, layout.offsets
+        self._check()
+
+    def __len__(self) -> int:
+        return self.num_pairs
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({str(self.path)!r})"
+
+    def grid(self, index: int) -> Grid:
+        """The frame that all stages' fields of a pair live on, at this mip.
+
+        It is the box of the src side less what moved that side.
+        """
+        self._check_index(index)
+        x, y, _ = self._corner
+        if self._boxes is not None:
+            moved = self._frame_offset(index)
+            x, y = (int(self._boxes[index, 0, axis]) - moved[axis] for axis in (0, 1))
+        return Grid(self.mip, x, y, *self.shape)
+
+    def box(self, index: int, side: int) -> Box:
+        """(x0, y0, z0, x1, y1, z1), mip-0 pixels, that one side was read from."""
+        self._check_index(index)
+        if self._boxes is not None:
+            box = [int(value) for value in self._boxes[index, side]]
+            return box[0], box[1], box[2], box[3], box[4], box[5]
+        grid, z = self.grid(index), self._corner[2] + index - side
+        return grid.x, grid.y, z, *grid.end, z + 1
+
+    def sections(self, index: int) -> tuple[int, int]:
+        """z of src and of tgt."""
+        return self.box(index, 0)[2], self.box(index, 1)[2]
+
+    @property
+    def is_original(self) -> bool:
+        """Whether the file says nothing about itself, as the original's."""
+        return self._boxes is None
+
+    def _frame_offset(self, index: int) -> tuple[int, int]:
+        """What moved the src side's box off the frame; fields are not moved."""
+        return 0, 0
+
+    def _check_index(self, index: int) -> None:
+        if not 0 <= index < self.num_pairs:
+            raise IndexError(f"{self.path}: pair {index} of {self.num_pairs}")
+
+    def _check(self) -> None:
+        if "mip" in self.attributes and int(self.attributes["mip"]) != self.mip:
+            raise DatasetError(
+                f"{self.path}: named as mip {self.mip}, but it was written at mip "
+                f"{self.attributes['mip']}; give it its name back"
+            )
+        version = int(self.attributes.get("format_version", FORMAT_VERSION))
+        if version > FORMAT_VERSION:
+            raise DatasetError(
+                f"{self.path}: format version {version}, this MetroEM reads up to "
+                f"{FORMAT_VERSION}; update MetroEM"
+            )
+
+    def _layout(self) -> _Layout:
+        with self._main() as main:
+            file = main.file
+            boxes = file.get("box")
+            offsets = file.get("offset")
+            shape = main.shape
+            layout = _Layout(
+                shape,
+                None if boxes is None else np.asarray(boxes),
+                np.zeros((shape[0], 2, 2), np.int64)
+                if offsets is None
+                else np.asarray(offsets).astype(np.int64),
+                {key: _plain(value) for key, value in file.attrs.items()},
+            )
+        for name, array, tail in (
+            ("box", layout.boxes, (2, 6)),
+            ("offset", layout.offsets, (2, 2)),
+        ):
+            if array is not None and array.shape != (shape[0], *tail):
+                raise DatasetError(
+                    f"{self.path}: {name} is {array.shape}, expected "
+                    f"{(shape[0], *tail)}"
+                )
+        return layout
+
+    @contextmanager
+    def _main(self) -> Iterator[h5py.Dataset]:
+        if not self.path.is_file():
+            raise DatasetError(f"{self.path}: no such file")
+        try:
+            file = h5py.File(self.path, "r")
+        except OSError as error:
+            raise DatasetError(
+                f"{self.path}: not a readable h5 file: {error}"
+            ) from error
+        with file:
+            for key in self.KEYS:
+                main = file.get(key)
+                if isinstance(main, h5py.Dataset):
+                    break
+            else:
+                raise DatasetError(
+                    f"{self.path}: no dataset named {' or '.join(self.KEYS)} in it, "
+                    f"found {sorted(file) or 'nothing'}"
+                )
+            yield main
+
+
+class ImageSet(_PairFile):
+    """The image pairs of one place at one mip.
+
+    Attributes:
+        path: the h5 file.
+        name: what its name states.
+        num_pairs: how many pairs it holds.
+        shape: (H, W) of every image, pixels of `mip`.
+        mip: of the images.
+        attributes: all that the file says about itself; {} for the original's.
+        normalization: {"kind": "raw"}, {"kind": "tissue", "reference": ...}, or
+            None where the file does not say.
+
+    Raises:
+        DatasetError: no such file, no images in it, or of another shape, or a
+            name that states no place and mip.
+    """
+
+    KEYS = ("img", "main")
+
+    def __init__(self, path: Path) -> None:
+        name = ImageSetName.parse(Path(path).name)
+        if name is None:
+            raise DatasetError(
+                f"{path}: expected the name of an image set, "
+                "x<X>_y<Y>_z<Z>_MIP<m>[_<suffix>].h5, for example x0_y0_z10_MIP2.h5"
+            )
+        self.name = name
+        super().__init__(Path(path), name.x, name.y, name.z, name.mip)
+        self.normalization: dict | None = self.attributes.get("normalization")
+
+    def read(self, index: int, rows: slice = ALL, cols: slice = ALL) -> Pair:
+        """A pair, or a window of it; what is darker than `DARKEST` becomes 0."""
+        self._check_index(index)
+        with self._main() as main:
+            pair = np.asarray(main[index, :, rows, cols], dtype=np.float32)
+        pair[pair < DARKEST] = 0
+        return Pair(pair[0], pair[1])
+
+    def _frame_offset(self, index: int) -> tuple[int, int]:
+        return int(self._offsets[index, 0, 0]), int(self._offsets[index, 0, 1])
+
+    def _check(self) -> None:
+        super()._check()
+        with self._main() as main:
+            if main.ndim != 4 or main.shape[1] != 2 or 0 in main.shape:
+                raise DatasetError(
+                    f"{self.path}: images are (num_pairs, 2, H, W), got {main.shape}"
+                )
+
+
+class FieldSet(_PairFile):
+    """The fields of one image set at one mip.
+
+    Attributes:
+        path: the h5 file.
+        name: what its name states.
+        num_pairs: how many pairs it holds.
+        shape: (H, W) of every field, pixels of `mip`.
+        mip: of the fields.
+        num_sides: 2 when there is a field for tgt as well, else 1.
+        attributes: all that the file says about itself; {} for the original's.
+
+    Raises:
+        DatasetError: no such file, no fields in it, or of another shape, or a
+            name that states no stage, place and mip.
+    """
+
+    KEYS = ("main", "field")
+
+    def __init__(self, path: Path) -> None:
+        name = FieldSetName.parse(Path(path).name)
+        # The place is an image set's name less its mip.
+        place = name and ImageSetName.parse(f"{name.place}_MIP{name.mip}.h5")
+        if name is None or place is None:
+            raise DatasetError(
+                f"{path}: expected the name of a field set, "
+                "field_<STAGE>_x<X>_y<Y>_z<Z>[_<suffix>]_MIP<m>[_<checkpoint>].h5, "
+                "for example field_0_x0_y0_z10_MIP2_checkpoint.h5"
+            )
+        self.name = name
+        super().__init__(Path(path), place.x, place.y, place.z, name.mip)
+
+    def read(
+        self, index: int, side: int = 0, rows: slice = ALL, cols: slice = ALL
+    ) -> np.ndarray:
+        """(2, h, w) float32, pixels of the set's mip, channel 0 along cols.
+
+        Raises:
+            DatasetError: `side` is 1 and the set has fields of src alone.
+        """
+        self._check_index(index)
+        if side >= self.num_sides:
+            raise DatasetError(f"{self.path}: has no field for the tgt side")
+        with self._main() as main:
+            where = (index, side) if main.ndim == 5 else (index,)
+            return np.asarray(main[(*where, ALL, rows, cols)], dtype=np.float32)
+
+    def offset(self, index: int, side: int) -> tuple[int, int]:
+        """(x, y), mip-0 pixels, taken out of the vectors of one side."""
+        self._check_index(index)
+        return int(self._offsets[index, side, 0]), int(self._offsets[index, side, 1])
+
+    def _check(self) -> None:
+        super()._check()
+        with self._main() as main:
+            shape = main.shape
+        if len(shape) not in (4, 5) or shape[-3] != 2 or 0 in shape or shape[1] != 2:
+            raise DatasetError(
+                f"{self.path}: fields are (num_pairs, 2, H, W), downloaded ones "
+                f"(num_pairs, 2, 2, H, W), got {shape}"
+            )
+        self.num_sides = len(shape) - 3
+
+
+def find_image_sets(folder: Path) -> list[ImageSet]:
+    """The image sets of a folder, sorted by name.
+
+    h5 files whose names state neither images nor fields are named in the log.
+
+    Raises:
+        DatasetError: no such folder, or a file in it that cannot be used.
+    """
+    return [
+        ImageSet(path)
+        for path in _visible_h5_files(folder)
+        if ImageSetName.parse(path.name) or _is_stray(path)
+    ]
+
+
+def find_field_sets(folder: Path) -> list[FieldSet]:
+    """The field sets of a folder, sorted by name.
+
+    Raises:
+        DatasetError: no such folder, or a file in it that cannot be used.
+    """
+    return [
+        FieldSet(path)
+        for path in _visible_h5_files(folder)
+        if FieldSetName.parse(path.name)
+    ]
+
+
+def _visible_h5_files(folder: Path) -> list[Path]:
+    if not folder.is_dir():
+        raise DatasetError(
+            f"{folder}: no such folder; download_image.py makes one with image sets"
+        )
+    return sorted(path for path in folder.glob("*.h5") if path.name[0] != ".")
+
+
+def _is_stray(path: Path) -> bool:
+    if FieldSetName.parse(path.name) is None:
+        logger.warning(
+            "%s: left out, its name is neither an image set's nor a field set's", path
+        )
+    return False
+
+
+def _plain(value: Any) -> Any:
+    """An attribute as python has it; JSON objects are read."""
+    if isinstance(value, np.ndarray):
+        return value.tolist()
+    if isinstance(value, np.generic):
+        return value.item()
+    if isinstance(value, str) and value[:1] in ("{", "["):
+        return json.loads(value)
+    return value

@@ -1,0 +1,302 @@
+"""Writing image sets and field sets, whole or not at all.
+
+A file is written pair by pair to a hidden name in its own folder, read back for
+the checksums, synced and renamed, so nobody ever finds half of one.
+"""
+
+import json
+import os
+import zlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+
+from metroem.errors import DatasetError, FieldError
+from metroem.grid import Grid
+from metroem.io.h5_read import FORMAT_VERSION, Pair
+from metroem.io.parts import as_json
+
+_CHUNK_PX = 512
+_FIELD_DECIMALS = 2
+NOT_MOVED = ((0, 0), (0, 0))
+
+
+@dataclass(frozen=True)
+class PairFrame:
+    """Where one pair lies.
+
+    Attributes:
+        grid: the common frame of the pair at the file's mip.
+        sections: z of src and of tgt.
+        offsets: (x, y) of src and of tgt, mip-0 pixels: images were read that
+            far from the frame; from fields that much was taken out.
+    """
+
+    grid: Grid
+    sections: tuple[int, int]
+    offsets: tuple[tuple[int, int], tuple[int, int]] = NOT_MOVED
+
+    def boxes(self, *, moved: bool) -> list[list[int]]:
+        """Mip-0 box of src and of tgt: x0, y0, z0, x1, y1, z1.
+
+        Args:
+            moved: whether the offsets say where the side was read.
+        """
+        end = self.grid.end
+        return [
+            [self.grid.x + dx, self.grid.y + dy, z, end[0] + dx, end[1] + dy, z + 1]
+            for z, (dx, dy) in zip(
+                self.sections, self.offsets if moved else NOT_MOVED, strict=True
+            )
+        ]
+
+
+@dataclass(frozen=True)
+class SetMeta:
+    """What image sets and field sets say about themselves alike.
+
+    Attributes:
+        frames: one a pair, all of one mip and shape.
+        source: the volume, or the checkpoint (with its sha256) that made it.
+        command: the command line.
+        request: all that the content depends on; another file of the same name
+            is the same if this is equal.
+        resolution: nm of a mip-0 voxel along x, y, z; None if not known.
+
+    Raises:
+        DatasetError: no pair, or pairs of different mips or shapes.
+    """
+
+    frames: Sequence[PairFrame]
+    source: str
+    command: str
+    request: Mapping
+    resolution: tuple[float, float, float] | None = None
+
+    def __post_init__(self) -> None:
+        kinds = {(frame.grid.mip, frame.grid.shape) for frame in self.frames}
+        if len(kinds) != 1:
+            raise DatasetError(
+                f"a set holds pairs of one mip and shape, got {sorted(kinds) or 'none'}"
+            )
+
+    @property
+    def mip(self) -> int:
+        """The mip of all pairs."""
+        return self.frames[0].grid.mip
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(H, W) of all pairs."""
+        return self.frames[0].grid.shape
+
+    def attributes(self) -> dict:
+        """What becomes the attributes of the file."""
+        return {
+            "format_version": FORMAT_VERSION,
+            "source_path": self.source,
+            "mip": self.mip,
+            "command": self.command,
+            "request": as_json(self.request),
+        } | ({"resolution": list(self.resolution)} if self.resolution else {})
+
+
+@dataclass(frozen=True)
+class ImageSetMeta(SetMeta):
+    """What an image set says about itself.
+
+    Attributes:
+        anchor: what the mips of the place share: "corner" or "center".
+        normalization: {"kind": "raw"} or {"kind": "tissue", "reference": {...}}.
+    """
+
+    anchor: str = "corner"
+    normalization: Mapping | None = None
+
+    def attributes(self) -> dict:
+        """What becomes the attributes of the file."""
+        return super().attributes() | {
+            "kind": "images",
+            "anchor": self.anchor,
+            "normalization": as_json(self.normalization or {"kind": "raw"}),
+        }
+
+
+@dataclass(frozen=True)
+class FieldSetMeta(SetMeta):
+    """What a field set says about itself.
+
+    Attributes:
+        stage: whose output the fields are.
+        tag: the checkpoint or the suffix, as in the name.
+        num_sides: 2 if there is a field for tgt as well (a download), else 1.
+    """
+
+    stage: int = 0
+    tag: str | None = None
+    num_sides: int = 1
+
+    def attributes(self) -> dict:
+        """What becomes the attributes of the file."""
+        return super().attributes() | {
+            "kind": "fields",
+            "unit": "px",
+            "direction": "pull",
+            "channel_order": "cols,rows",
+            "stage": self.stage,
+            "checkpoint": self.tag or "",
+        }
+
+
+def write_image_set(path: Path, pairs: Iterable[Pair], meta: ImageSetMeta) -> None:
+    """Write an image set, pair by pair.
+
+    Args:
+        path: where; a file of this name is replaced when the new one is whole.
+        pairs: as many as `meta.frames`, each image (H, W) float32.
+        meta: what the file says about itself.
+
+    Raises:
+        DatasetError: another number of pairs, or of another shape.
+    """
+    with _replacing(path) as file:
+        images = file.create_dataset(
+            "img",
+            (len(meta.frames), 2, *meta.shape),
+            np.float32,
+            chunks=(1, 1, *_chunk(meta.shape)),
+            compression="lzf",
+        )
+        for index, pair in _counted(path, pairs, len(meta.frames)):
+            for side, image in enumerate(pair):
+                _check_shape(path, index, image.shape, meta.shape)
+                images[index, side] = image
+        _describe(file, meta, moved=True)
+
+
+def write_field_set(
+    path: Path, fields: Iterable[np.ndarray], meta: FieldSetMeta
+) -> None:
+    """Write a field set, pair by pair; vectors are rounded to 0.01 px.
+
+    Args:
+        path: where; a file of this name is replaced when the new one is whole.
+        fields: as many as `meta.frames`; each (2, H, W) float32, or (2 sides, 2,
+            H, W) if `meta.num_sides` is 2: pixels of the set's mip, channel 0
+            along cols, channel 1 along rows.
+        meta: what the file says about itself.
+
+    Raises:
+        DatasetError: another number of fields, or of another shape.
+        FieldError: a vector is NaN or infinite.
+    """
+    sides = () if meta.num_sides == 1 else (meta.num_sides,)
+    with _replacing(path) as file:
+        vectors = file.create_dataset(
+            "field" if sides else "main",
+            (len(meta.frames), *sides, 2, *meta.shape),
+            np.float32,
+            chunks=(1,) * (len(sides) + 2) + _chunk(meta.shape),
+            compression="lzf",
+            scaleoffset=_FIELD_DECIMALS,
+        )
+        for index, field in _counted(path, fields, len(meta.frames)):
+            _check_shape(path, index, field.shape, (*sides, 2, *meta.shape))
+            if not np.isfinite(field).all():
+                share = 1 - np.isfinite(field).mean()
+                raise FieldError(
+                    f"{path.name}: {share:.1%} of the field of pair {index} "
+                    f"(src {meta.frames[index].sections[0]}) is NaN or infinite"
+                )
+            vectors[index] = field
+        _describe(file, meta, moved=False)
+
+
+def verify(path: Path) -> list[str]:
+    """What is wrong with the bytes of a set, one line a pair; [] if nothing.
+
+    Files of the original have no checksums: [] for them.
+    """
+    with h5py.File(path, "r") as file:
+        found = file.get("checksum")
+        if not isinstance(found, h5py.Dataset):
+            return []
+        expected = np.asarray(found)
+        problems = []
+        main = _main(file)
+        for index, checksum in enumerate(expected):
+            try:
+                changed = _checksum(main, index) != checksum
+            except OSError as error:
+                problems.append(f"{path.name}: pair {index} cannot be read: {error}")
+                continue
+            if changed:
+                problems.append(
+                    f"{path.name}: pair {index} is not what was written (checksum)"
+                )
+        return problems
+
+
+@contextmanager
+def _replacing(path: Path) -> Iterator[h5py.File]:
+    """An h5 file to fill, which takes its name when all went well."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.tmp-{os.getpid()}")
+    try:
+        with h5py.File(partial, "w") as file:
+            yield file
+        # After closing, since scaleoffset rounds when a chunk is written out.
+        with h5py.File(partial, "r+") as file:
+            main = _main(file)
+            checksums = [_checksum(main, index) for index in range(len(main))]
+            file["checksum"] = np.array(checksums, np.uint32)
+        with partial.open("rb") as raw:
+            os.fsync(raw.fileno())
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _main(file: h5py.File) -> h5py.Dataset:
+    return next(
+        main
+        for key in ("img", "main", "field")
+        if isinstance(main := file.get(key), h5py.Dataset)
+    )
+
+
+def _checksum(main: h5py.Dataset, index: int) -> int:
+    return zlib.crc32(np.ascontiguousarray(main[index]).tobytes())
+
+
+def _describe(file: h5py.File, meta: SetMeta, *, moved: bool) -> None:
+    boxes = [frame.boxes(moved=moved) for frame in meta.frames]
+    file["box"] = np.array(boxes, np.int64)
+    file["offset"] = np.array([frame.offsets for frame in meta.frames], np.int64)
+    for key, value in meta.attributes().items():
+        file.attrs[key] = json.dumps(value) if isinstance(value, dict) else value
+
+
+def _counted(path: Path, items: Iterable, expected: int) -> Iterator[tuple[int, Any]]:
+    count = 0
+    for index, item in enumerate(items):
+        if index >= expected:
+            raise DatasetError(f"{path}: more pairs than the {expected} announced")
+        yield index, item
+        count = index + 1
+    if count != expected:
+        raise DatasetError(f"{path}: {count} pairs of the {expected} announced")
+
+
+def _check_shape(path: Path, index: int, found: tuple, expected: tuple) -> None:
+    if found != expected:
+        raise DatasetError(f"{path}: pair {index} is {found}, expected {expected}")
+
+
+def _chunk(shape: tuple[int, int]) -> tuple[int, int]:
+    return min(_CHUNK_PX, shape[0]), min(_CHUNK_PX, shape[1])

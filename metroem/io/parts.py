@@ -1,0 +1,127 @@
+"""Finished parts of a file in the making, kept so that a killed run goes on.
+
+Parts lie in a hidden folder beside the file that they will become. Each is
+written to a temporary name, synced and renamed, so a part that is there is
+whole, whatever killed the run that wrote it.
+"""
+
+import json
+import os
+import shutil
+import threading
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+
+from metroem.errors import DatasetError
+
+_REQUEST = "request.json"
+
+
+def parts_folder(path: Path) -> Path:
+    """Where the parts of the file at `path` are kept until it is whole."""
+    return path.with_name(f".{path.name}.parts")
+
+
+def as_json(request: Mapping) -> dict:
+    """A request as it comes back from a file: tuples as lists, paths as text."""
+    return json.loads(json.dumps(request, default=str, sort_keys=True))
+
+
+def differences(found: Mapping, wanted: Mapping) -> str:
+    """What tells two requests apart, "mip 5 (asked for: 3), ..."; "" if nothing."""
+    found, wanted = as_json(found), as_json(wanted)
+    return ", ".join(
+        f"{key} {found.get(key)!r} (asked for: {wanted.get(key)!r})"
+        for key in sorted(found.keys() | wanted.keys())
+        if found.get(key) != wanted.get(key)
+    )
+
+
+class PartStore:
+    """Arrays by key in a folder, for one request.
+
+    Threads and processes may put different keys at the same time.
+
+    Args:
+        folder: made if missing; see `parts_folder`.
+        request: what the parts are made from, JSON-able.
+
+    Raises:
+        DatasetError: the folder holds parts of another request.
+    """
+
+    def __init__(self, folder: Path, request: Mapping) -> None:
+        self.folder = folder
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / _REQUEST
+        if not path.exists():
+            self._replace(path, json.dumps(as_json(request), indent=1).encode())
+        try:
+            found = json.loads(path.read_text())
+        except ValueError as error:
+            raise DatasetError(
+                f"{path}: unreadable ({error}); delete {folder} to start anew"
+            ) from error
+        if unlike := differences(found, request):
+            raise DatasetError(
+                f"{folder}: holds what a run with other arguments had finished: "
+                f"{unlike}; give the same arguments to go on with it, or "
+                "--overwrite (or delete that folder) to start anew"
+            )
+
+    def keys(self) -> list[str]:
+        """Keys of the parts that are there, sorted."""
+        return sorted(
+            path.stem
+            for path in self.folder.glob("*.npy")
+            if not path.name.startswith(".")
+        )
+
+    def has(self, key: str) -> bool:
+        """Whether a whole part is there; one that cannot be read is dropped."""
+        path = self._path(key)
+        try:
+            np.load(path, mmap_mode="r")
+        except FileNotFoundError:
+            return False
+        except (ValueError, EOFError, OSError):
+            path.unlink(missing_ok=True)
+            return False
+        return True
+
+    def put(self, key: str, array: np.ndarray) -> None:
+        """Keep an array of any shape and dtype under a key."""
+        path = self._path(key)
+        partial = path.with_name(
+            f".{path.name}.{os.getpid()}-{threading.get_ident()}.tmp"
+        )
+        with partial.open("wb") as file:
+            np.save(file, array, allow_pickle=False)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+
+    def load(self, key: str) -> np.ndarray:
+        """The array of a key, memory-mapped and read-only.
+
+        Raises:
+            DatasetError: it is not there, or cannot be read.
+        """
+        if not self.has(key):
+            raise DatasetError(f"{self._path(key)}: this part is missing or broken")
+        return np.load(self._path(key), mmap_mode="r")
+
+    def remove(self) -> None:
+        """Delete the folder with all its parts."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _path(self, key: str) -> Path:
+        return self.folder / f"{key}.npy"
+
+    @staticmethod
+    def _replace(path: Path, content: bytes) -> None:
+        partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        partial.write_bytes(content)
+        os.replace(partial, path)
