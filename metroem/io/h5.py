@@ -6,15 +6,20 @@
                       prior field of src, and what warps tgt when it is loaded
 
 Fields are pull, pixels of the file's mip, channel 0 along cols, channel 1 along
-rows, kept to 0.01 px (HDF5's
-scaleoffset; less than that becomes 0). Beside them lie, for each pair, `box` (num_pairs, 2
-sides, 6) int64: x0, y0, z0, x1, y1, z1 in mip-0 pixels; `offset` (num_pairs, 2
-sides, 2) int64: x and y in mip-0 pixels, by which that side was read elsewhere
-(images) or what was taken out of its vectors (fields); `checksum` (num_pairs,)
-uint32: CRC-32 of the pair's bytes. They are datasets because HDF5 attributes end
-at 64 KiB. The rest is in attributes: format_version, kind, source_path, mip,
-resolution (nm), command, request; of images anchor and normalization; of fields
-unit, direction, channel_order, stage and checkpoint.
+rows, kept to 0.01 px (HDF5's scaleoffset; what is closer to 0 becomes 0).
+
+Beside them lies, for each pair,
+
+    box         (num_pairs, 2 sides, 6) int64: x0, y0, z0, x1, y1, z1, mip-0 pixels
+    offset      (num_pairs, 2 sides, 2) int64: x and y, mip-0 pixels, by which
+                that side was read elsewhere (images) or what was taken out of its
+                vectors (fields)
+    checksum    (num_pairs,) uint32: CRC-32 of the pair's bytes
+
+as datasets, because HDF5 attributes end at 64 KiB. The rest is in attributes:
+format_version, kind, source_path, mip, resolution (nm), command, request; of
+images anchor and normalization; of fields unit, direction, channel_order, stage
+and checkpoint.
 
 Files of the original have none of this. For them corner and mip come from the
 name, and pair i is src z + i on tgt z + i - 1.
