@@ -1,0 +1,391 @@
+"""One module at work: a network and a prior field in, a field out.
+
+`Aligner` is what a module's `create.py` makes. `predict` and `align` take and
+give plain tensors, (B, C, H, W), any H and W. `forward` is the boundary to
+corgie and to other code written for the original: keyword arguments of many
+forms in, a torchfields `Field` out.
+"""
+
+import logging
+from contextlib import nullcontext
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from metroem.errors import PyramidError
+from metroem.field import compose, warp
+from metroem.finetuner import as_torchfields, finetune_field, plain_batch
+from metroem.loss import normalize_features
+from metroem.masks import PairMaps, find_defects, tissue_mask, weigh
+from metroem.nets.building import build_net, stock_warnings_silenced
+from metroem.nets.checkpoint import checkpoint_path, load_weights, save_weights
+from metroem.nets.options import AlignerOptions
+from metroem.normalize import normalize
+
+State = dict[str, dict[str, dict[str, Tensor]]]
+Defects = tuple[Tensor | None, Tensor | None]
+
+logger = logging.getLogger(__name__)
+
+
+class Embedding(NamedTuple):
+    """Features of a pair at one level; channel 0 is the image itself."""
+
+    src: Tensor  # (B, C, H / 2**level, W / 2**level), rounded up
+    tgt: Tensor  # likewise
+
+
+class Prediction(NamedTuple):
+    """What the network makes of a pair."""
+
+    field: Tensor  # (B, 2, H, W), pixels; the whole field, prior included
+    embeddings: dict[int, Embedding]  # by level
+
+
+class Aligner(nn.Module):
+    """The network of one module and how it is applied.
+
+    Attributes:
+        net: the network.
+        model_folder: holds `model_spec.json` and the checkpoints. modelhouse
+            loads a copy, so this may be gone once the module is loaded.
+        checkpoint_name: which weights; `save_checkpoint` writes them.
+        pass_field: whether the network gets the prior field (True), or an src
+            already warped by it (False).
+        operators: "corrected" or "stock", see `metroem.nets.building`.
+        options: see `AlignerOptions`.
+    """
+
+    def __init__(
+        self,
+        model_folder: str | Path,
+        pass_field: bool = True,
+        checkpoint_name: str = "checkpoint",
+        *,
+        operators: str = "stock",
+        **options: Any,
+    ) -> None:
+        """Build the network and load its weights, or start with fresh ones.
+
+        Args:
+            model_folder: folder of `model_spec.json`.
+            pass_field: see above.
+            checkpoint_name: weights are `<checkpoint_name>.state.pth.tar`.
+            operators: "corrected" or "stock".
+            **options: any of `AlignerOptions`; others are ignored, since
+                callers hand theirs on to every module.
+
+        Raises:
+            PyramidError: the spec is missing or cannot be built.
+            CheckpointError: weights that do not fit the network.
+        """
+        super().__init__()
+        self.model_folder = Path(model_folder)
+        self.checkpoint_name = checkpoint_name
+        self.pass_field = pass_field
+        self.operators = operators
+        self.options = AlignerOptions().updated(options)
+        spec_path = self.model_folder / "model_spec.json"
+        self.net = build_net(spec_path, operators=operators)
+        self.net.name = checkpoint_name
+        self._multiple = _side_multiple(self.net, spec_path)
+        loaded = self.load_checkpoint(self.model_folder)
+        logger.info(
+            "%s operators, %s",
+            operators,
+            f"weights of {checkpoint_path(Path(), checkpoint_name)}"
+            if loaded
+            else f"no checkpoint {checkpoint_name!r}: fresh weights",
+        )
+
+    def predict(
+        self,
+        src: Tensor,
+        tgt: Tensor,
+        prior: Tensor | None = None,
+        *,
+        levels: tuple[int, ...] = (0,),
+    ) -> Prediction:
+        """The network's field and embeddings; gradients flow if enabled.
+
+        Args:
+            src: (B, 1, H, W), normalised, 0 = no data.
+            tgt: (B, 1, H, W).
+            prior: field of the stage before, (B, 2, H, W), pixels of src.
+            levels: levels of the embeddings wanted.
+
+        Returns:
+            The whole field, prior included, and embeddings of src and tgt,
+            neither of them warped.
+        """
+        return self._predict(src, tgt, prior, levels)[0]
+
+    def align(
+        self,
+        src: Tensor,
+        tgt: Tensor,
+        prior: Tensor | None = None,
+        *,
+        options: AlignerOptions | None = None,
+        defects: Defects = (None, None),
+    ) -> Tensor:
+        """Align src to tgt, finetuned if the options say so; no gradients.
+
+        Args:
+            src: (B, 1, H, W), normalised, 0 = no data.
+            tgt: (B, 1, H, W).
+            prior: field of the stage before, (B, 2, H, W), pixels of src.
+            options: the module's own if None.
+            defects: masks of src and tgt, (B, 1, H, W) bool, True on defects;
+                for the finetuner, which finds its own where they are None.
+
+        Returns:
+            (B, 2, H, W), pixels; the prior (or zeros) for a pair of which
+            one side is blank.
+        """
+        with torch.no_grad():
+            options = options or self.options
+            return self._align(src, tgt, prior, options=options, defects=defects)[0]
+
+    def forward(
+        self,
+        src_img: Tensor,
+        tgt_img: Tensor,
+        src_agg_field: Tensor | None = None,
+        tgt_agg_field: Tensor | None = None,
+        **given: Any,
+    ) -> Any:
+        """The boundary to corgie and to code written for the original.
+
+        Args:
+            src_img: (H, W) to (B, 1, H, W), any dtype and layout.
+            tgt_img: likewise.
+            src_agg_field: prior field, (2, H, W) or (B, 2, H, W), pixels, or
+                None.
+            tgt_agg_field: not used, as in the original.
+            **given: `src_defects`, `tgt_defects` (masks, not 0 on defects);
+                `finetune`, `finetune_iter`, `finetune_lr`, `finetune_sm`,
+                `train`, `normalize` instead of the module's own;
+                `final_stage` makes the field 10 times as stiff where
+                `finetune_sm` is not given; `return_state`. Others are
+                ignored: callers pass every layer they have.
+
+        Returns:
+            The whole field, prior included, as a torchfields `Field`,
+            (B, 2, H, W), pixels; with `return_state` a tuple of it and the
+            network's state, {} for blank pairs.
+        """
+        options = self.options.updated(given)
+        if given.get("final_stage") and given.get("finetune_sm") is None:
+            options = replace(options, finetune_sm=10 * options.finetune_sm)
+        self.to(src_img.device)
+        src, tgt = (_boundary_image(i, options) for i in (src_img, tgt_img))
+        prior = None if src_agg_field is None else plain_batch(src_agg_field).float()
+        defects = (
+            _boundary_mask(given.get("src_defects")),
+            _boundary_mask(given.get("tgt_defects")),
+        )
+        with torch.set_grad_enabled(options.train and torch.is_grad_enabled()):
+            field, state = self._align(
+                src, tgt, prior, options=options, defects=defects
+            )
+        result = as_torchfields(field)
+        return (result, state) if given.get("return_state") else result
+
+    def get_embeddings(
+        self, img: Tensor, level: int = 0, preserve_zeros: bool = False
+    ) -> Tensor:
+        """The features of one image, without the image itself.
+
+        Args:
+            img: (H, W) to (1, 1, H, W).
+            level: level of the network.
+            preserve_zeros: 0 where a pixel of the image has no data.
+
+        Returns:
+            (C - 1, H / 2**level, W / 2**level), rounded up.
+        """
+        image = plain_batch(img).float()
+        with torch.no_grad():
+            embeddings = self.predict(image, image, levels=(level,)).embeddings
+        features = embeddings[level].src[0, 1:]
+        if preserve_zeros:
+            no_data = (~tissue_mask(image)).float()
+            no_data = F.max_pool2d(no_data, 2**level, ceil_mode=True)
+            features = torch.where(no_data[0] > 0, 0.0, features)
+        return features
+
+    def save_checkpoint(self, checkpoint_folder: str | Path) -> None:
+        """Write the weights as `<checkpoint_name>.state.pth.tar`."""
+        path = checkpoint_path(Path(checkpoint_folder), self.checkpoint_name)
+        save_weights(self.net, path)
+
+    def load_checkpoint(
+        self, checkpoint_folder: str | Path, map_location: Any = "cpu"
+    ) -> bool:
+        """Load `<checkpoint_name>.state.pth.tar` if it is there.
+
+        Args:
+            checkpoint_folder: where it lies.
+            map_location: as torch.load takes it.
+
+        Returns:
+            Whether it was there.
+
+        Raises:
+            CheckpointError: it does not fit the network.
+        """
+        path = checkpoint_path(Path(checkpoint_folder), self.checkpoint_name)
+        if not path.is_file():
+            return False
+        load_weights(self.net, path, device=map_location)
+        return True
+
+    def _predict(
+        self,
+        src: Tensor,
+        tgt: Tensor,
+        prior: Tensor | None,
+        levels: tuple[int, ...],
+    ) -> tuple[Prediction, State]:
+        """`predict`, and the state of the network, padded as it ran."""
+        rows, cols = src.shape[-2:]
+        pad = self._padding(rows, cols)
+        src, tgt = F.pad(src, pad), F.pad(tgt, pad)
+        if prior is not None:
+            prior = F.pad(prior, pad, mode="replicate")
+        if prior is None or self.pass_field:
+            field, state = self._run(src, tgt, prior)
+        else:
+            found, state = self._run(warp(src, prior), tgt, None)
+            field = compose(found, prior)
+            if levels:
+                # That state is of the warped src; the embeddings are not.
+                state = self.net.up_path(torch.cat((src, tgt), 1), 0, False, {})
+        embeddings = {
+            level: _embedding(state["up"][str(level)]["output"], rows, cols, level)
+            for level in levels
+        }
+        field = field[..., :rows, :cols].float()
+        return Prediction(field, embeddings), state
+
+    def _run(
+        self, src: Tensor, tgt: Tensor, prior: Tensor | None
+    ) -> tuple[Tensor, State]:
+        """Call the network, and take its state off it.
+
+        The state holds every activation: left there, it would keep the memory
+        of one call until the next one is done.
+        """
+        quiet = stock_warnings_silenced if self.operators == "stock" else nullcontext
+        with quiet():
+            field = self.net(x=torch.cat((src, tgt), 1), in_field=prior)
+        state, self.net.state = self.net.state, {}
+        return field, state
+
+    def _padding(self, rows: int, cols: int) -> tuple[int, int, int, int]:
+        """What to pad on the right and below, as F.pad takes it.
+
+        To whole pixels of the coarsest level, at least 4 of them: a stock net
+        takes a width of 2 for the two channels of a field.
+        """
+        if self.operators == "stock":
+            rows_padded = cols_padded = max(rows, cols)
+        else:
+            rows_padded, cols_padded = rows, cols
+        sides = (max(4, -(-s // self._multiple)) for s in (rows_padded, cols_padded))
+        rows_padded, cols_padded = (s * self._multiple for s in sides)
+        return 0, cols_padded - cols, 0, rows_padded - rows
+
+    def _align(
+        self,
+        src: Tensor,
+        tgt: Tensor,
+        prior: Tensor | None,
+        *,
+        options: AlignerOptions,
+        defects: Defects,
+    ) -> tuple[Tensor, State]:
+        before = prior
+        if before is None:
+            before = src.new_zeros(src.shape[0], 2, *src.shape[-2:])
+        alive = _has_tissue(src) & _has_tissue(tgt)
+        if not bool(alive.any()):
+            return before.clone(), {}
+        levels = (0,) if options.finetune else ()
+        (field, embeddings), state = self._predict(src, tgt, prior, levels)
+        if options.finetune:
+            maps = _pair_maps(src, tgt, defects, options)
+            field = _finetuned(field, embeddings[0], maps, options)
+        return torch.where(alive, field, before), state
+
+
+def _side_multiple(net: nn.Module, spec_path: Path) -> int:
+    """How many pixels one pixel of the coarsest level spans."""
+    levels = [
+        int(level)
+        for part in ("level_upmodules", "level_downmodules")
+        for level in getattr(net, part, {})
+    ]
+    if not levels:
+        raise PyramidError(
+            f"{spec_path}: no levels; expected a net of type scalenet with "
+            "upmodules and downmodules"
+        )
+    return 2 ** max(levels)
+
+
+def _embedding(features: Tensor, rows: int, cols: int, level: int) -> Embedding:
+    size = 2**level
+    features = features[..., : -(-rows // size), : -(-cols // size)]
+    return Embedding(*features.chunk(2, dim=1))
+
+
+def _has_tissue(image: Tensor) -> Tensor:
+    """(B, 1, H, W) -> (B, 1, 1, 1) bool."""
+    return tissue_mask(image).flatten(1).any(1).view(-1, 1, 1, 1)
+
+
+def _boundary_image(image: Tensor, options: AlignerOptions) -> Tensor:
+    image = plain_batch(image)
+    if options.normalize:
+        return torch.stack([normalize(sample) for sample in image])
+    return image.float()
+
+
+def _boundary_mask(mask: Tensor | None) -> Tensor | None:
+    return None if mask is None else plain_batch(mask) != 0
+
+
+def _pair_maps(
+    src: Tensor, tgt: Tensor, defects: Defects, options: AlignerOptions
+) -> PairMaps:
+    src_defects, tgt_defects = (
+        find_defects(
+            image,
+            min_thickness=options.min_defect_thickness,
+            min_px=options.min_defect_px,
+        )
+        if given is None
+        else given
+        for image, given in zip((src, tgt), defects, strict=True)
+    )
+    return PairMaps(src, tgt, src_defects, tgt_defects)
+
+
+def _finetuned(
+    field: Tensor, embedding: Embedding, maps: PairMaps, options: AlignerOptions
+) -> Tensor:
+    """The field finetuned on the embeddings, without their image channel."""
+    return finetune_field(
+        normalize_features(embedding.src[:, 1:].float(), tissue_mask(maps.src)),
+        normalize_features(embedding.tgt[:, 1:].float(), tissue_mask(maps.tgt)),
+        field,
+        weigh(options.similarity_rules, maps),
+        weigh(options.smoothness_rules, maps),
+        options.tuning,
+    ).field

@@ -1,0 +1,87 @@
+"""A network from its `model_spec.json`."""
+
+import contextlib
+import io
+import json
+import os
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from artificery import Artificery
+from torch import nn
+
+from metroem.errors import PyramidError
+from metroem.nets.operators import CORRECTED_PARSERS
+
+OPERATORS = ("corrected", "stock")
+
+
+def build_net(spec_path: Path, *, operators: str) -> nn.Module:
+    """Build the network that a spec describes, with fresh weights.
+
+    Args:
+        spec_path: `model_spec.json` of a module.
+        operators: "corrected" (ours) or "stock" (artificery's own, for
+            checkpoints that were trained with them).
+
+    Returns:
+        The network; `net(x=(B, 2, H, W), in_field=(B, 2, H, W) or None)` gives
+        a field in pixels and leaves its embeddings in `net.state`.
+
+    Raises:
+        PyramidError: no such file, no JSON, not what artificery knows, or
+            unknown operators.
+    """
+    if operators not in OPERATORS:
+        raise PyramidError(f"operators {operators!r}: expected one of {OPERATORS}")
+    builder = _Builder(spec_path.parent)
+    if operators == "corrected":
+        builder.parsers.update(CORRECTED_PARSERS)
+    try:
+        # artificery and scalenet print what they parse.
+        with contextlib.redirect_stdout(io.StringIO()):
+            return builder.parse(spec_path.name)
+    except PyramidError as error:
+        raise PyramidError(f"{spec_path}: {error}") from error
+    except Exception as error:  # artificery has no errors of its own
+        raise PyramidError(
+            f"{spec_path}: artificery cannot build this network: {error!r}"
+        ) from error
+
+
+@contextlib.contextmanager
+def stock_warnings_silenced() -> Iterator[None]:
+    """Keep torch quiet on what stock operators are known to do.
+
+    They leave align_corners to its default in each call of grid_sample.
+    """
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*align_corners.*", UserWarning)
+        warnings.filterwarnings("ignore", "Ambiguous Residual", UserWarning)
+        yield
+
+
+class _Builder(Artificery):
+    """artificery's builder, with files looked up beside the spec alone.
+
+    The original prefers a file of that name in the working directory.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__()
+        self._root = self._folder = folder
+
+    def parse(self, params_file: str) -> nn.Module:
+        name = os.path.expanduser(params_file)
+        places = [self._folder / name, self._root / name]
+        path = next((p for p in places if p.is_file()), None)
+        if path is None:
+            raise PyramidError(f"no file {places[0]}")
+        spec: dict[str, Any] = json.loads(path.read_text())
+        outer, self._folder = self._folder, path.parent
+        try:
+            return self.create_net(spec)
+        finally:
+            self._folder = outer

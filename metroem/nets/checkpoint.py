@@ -1,0 +1,78 @@
+"""Weights of one module: `<name>.state.pth.tar`, a bare state_dict."""
+
+import io
+import os
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from metroem.errors import CheckpointError
+
+
+def checkpoint_path(folder: Path, name: str) -> Path:
+    """Where the weights called `name` lie in a module's `model` folder."""
+    return folder / f"{name}.state.pth.tar"
+
+
+def save_weights(net: nn.Module, path: Path) -> None:
+    """Write a network's state_dict; the file is there whole or not at all.
+
+    Equal weights give equal bytes. Readers may load it with weights_only=True.
+    """
+    # torch writes the name of its target into the file; a buffer has none.
+    buffer = io.BytesIO()
+    torch.save(net.state_dict(), buffer)
+    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
+    try:
+        with temporary.open("wb") as file:
+            file.write(buffer.getbuffer())
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def load_weights(net: nn.Module, path: Path, *, device: str = "cpu") -> None:
+    """Load a state_dict into a network, every layer of both accounted for.
+
+    Args:
+        net: takes the weights.
+        path: file written by `save_weights` or by the original.
+        device: where the weights are mapped to.
+
+    Raises:
+        CheckpointError: the file cannot be read, is not a state_dict, or
+            its layers are not those of `net`; then `net` is unchanged.
+    """
+    try:
+        weights = torch.load(path, map_location=device, weights_only=True)
+    except Exception as error:  # torch raises whatever its readers raise
+        raise CheckpointError(
+            f"{path}: cannot be read as weights ({error}); expected a state_dict "
+            "that torch.load(weights_only=True) takes"
+        ) from error
+    if not isinstance(weights, dict):
+        raise CheckpointError(
+            f"{path}: holds a {type(weights).__name__}, expected a state_dict"
+        )
+    if faults := _mismatches(net.state_dict(), weights):
+        shown = "; ".join(faults[:5])
+        more = f"; and {len(faults) - 5} more" if len(faults) > 5 else ""
+        raise CheckpointError(
+            f"{path}: not the weights of this network: {shown}{more}. Was "
+            "model_spec.json changed, or is the file of another module?"
+        )
+    net.load_state_dict(weights)
+
+
+def _mismatches(own: dict[str, Tensor], other: dict[str, Tensor]) -> list[str]:
+    """What keeps `other` from being loaded, a line a layer."""
+    faults = [f"{name} is missing" for name in own.keys() - other.keys()]
+    faults += [f"{name} is unknown" for name in other.keys() - own.keys()]
+    for name in own.keys() & other.keys():
+        found, expected = tuple(other[name].shape), tuple(own[name].shape)
+        if found != expected:
+            faults.append(f"{name} is {found}, expected {expected}")
+    return sorted(faults)

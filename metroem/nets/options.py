@@ -1,0 +1,89 @@
+"""How a module is applied: what its callers may set, by the original's names."""
+
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+from metroem.finetuner import FinetuneOptions
+from metroem.masks import SIMILARITY_RULES, SMOOTHNESS_RULES, MaskRule, MaskRules
+
+
+@dataclass(frozen=True)
+class AlignerOptions:
+    """How a module works; the names are those of the original.
+
+    Attributes:
+        finetune: improve each field on the embeddings of its pair.
+        finetune_iter: at most so many steps.
+        finetune_lr: rate of the first steps, px.
+        finetune_sm: smoothness of the finetuned field.
+        sm_defect_coarsening: (pixels, weight) in turn: rings around defects
+            and their weight in the smoothness.
+        mse_defect_coarsening: likewise in the similarity.
+        sm_mask_value: weight of the smoothness where src has no data.
+        min_defect_thickness: gaps of the tissue up to so many pixels wide are
+            taken for defects, where none are given.
+        min_defect_px: smaller ones are not.
+        train: record gradients in `forward` unless the call says otherwise.
+        crop: border left out by the finetuner, px.
+        normalize: bring the images to mean 0 and std 1 over their tissue
+            first, for callers that hand over raw grey levels.
+    """
+
+    finetune: bool = False
+    finetune_iter: int = 100
+    finetune_lr: float = 0.1
+    finetune_sm: float = 30.0
+    sm_defect_coarsening: tuple[tuple[int, float], ...] = ((1, 0.0),)
+    mse_defect_coarsening: tuple[tuple[int, float], ...] = ((1, 0.0),)
+    sm_mask_value: float = 1e-5
+    min_defect_thickness: int = 70
+    min_defect_px: int = 400
+    train: bool = False
+    crop: int = 1
+    normalize: bool = False
+
+    @property
+    def tuning(self) -> FinetuneOptions:
+        """How a field is finetuned, whether or not `finetune` says to."""
+        return FinetuneOptions(
+            smoothness=self.finetune_sm,
+            rate_px=self.finetune_lr,
+            num_iter=self.finetune_iter,
+            border=self.crop,
+        )
+
+    @property
+    def similarity_rules(self) -> MaskRules:
+        """Where the finetuner compares the embeddings."""
+        rings = tuple((int(px), float(w)) for px, w in self.mse_defect_coarsening)
+        return MaskRules(_with_rings(SIMILARITY_RULES.src, rings), SIMILARITY_RULES.tgt)
+
+    @property
+    def smoothness_rules(self) -> MaskRules:
+        """Where the finetuner wants the field to be smooth."""
+        rings = tuple((int(px), float(w)) for px, w in self.sm_defect_coarsening)
+        src = tuple(
+            replace(rule, mask_value=self.sm_mask_value)
+            if rule.name == "src_zeros"
+            else rule
+            for rule in SMOOTHNESS_RULES.src
+        )
+        return MaskRules(_with_rings(src, rings), SMOOTHNESS_RULES.tgt)
+
+    def updated(self, given: dict[str, Any]) -> "AlignerOptions":
+        """These options with those of `given` that are known and not None."""
+        known = {field.name for field in fields(self)}
+        return replace(
+            self,
+            **{k: v for k, v in given.items() if k in known and v is not None},
+        )
+
+
+def _with_rings(
+    rules: tuple[MaskRule, ...], rings: tuple[tuple[int, float], ...]
+) -> tuple[MaskRule, ...]:
+    """The rules, with other rings around defects."""
+    return tuple(
+        replace(rule, rings=rings) if rule.name.endswith("_defects") else rule
+        for rule in rules
+    )
