@@ -1,0 +1,173 @@
+"""Pyramids made from a template, or copied from wherever they are kept."""
+
+import logging
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from importlib import resources
+from pathlib import Path, PurePosixPath
+
+from metroem.errors import PyramidError, UsageError
+from metroem.specs.pyramid import ModuleSpec
+
+logger = logging.getLogger(__name__)
+
+_TEMPLATES = resources.files("metroem") / "nets" / "templates"
+
+Files = dict[str, dict[str, bytes]]  # module name -> path inside it -> content
+
+
+def templates() -> list[str]:
+    """Names of the templates that `init_pyramid` knows, sorted."""
+    names = (entry.name for entry in _TEMPLATES.iterdir())
+    return sorted(name[: -len(".json")] for name in names if name.endswith(".json"))
+
+
+def init_pyramid(
+    path: Path, mips: Sequence[int], template: str = "scalenet"
+) -> list[Path]:
+    """Make a pyramid of untrained modules.
+
+    Args:
+        path: directory of the pyramid; must not exist, or be empty.
+        mips: mip of each stage, in processing order; they must not rise.
+        template: one of `templates()`.
+
+    Returns:
+        The module directories, `<STAGE>_mip<MIP>in_<template>`.
+
+    Raises:
+        UsageError: no mips, a negative or rising one, or an unknown template.
+        PyramidError: there is something at `path` already.
+    """
+    _check_mips(mips)
+    if template not in templates():
+        raise UsageError(f"--template {template}: expected one of {templates()}")
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise PyramidError(
+            f"{path}: exists already; name a new directory, or delete this one"
+        )
+    names = [f"{stage}_mip{mip}in_{template}" for stage, mip in enumerate(mips)]
+    with _built_beside(path) as folder:
+        for name in names:
+            _write_module(folder / name, template)
+    logger.info("made %s with %s", path, ", ".join(names))
+    return [path / name for name in names]
+
+
+def fetch(source: str, path: Path) -> list[Path]:
+    """Copy a pyramid or one module into a local pyramid.
+
+    Args:
+        source: a directory, local or at any path that cloud-files opens
+            (gs://, s3://, https://, file://).
+        path: pyramid to copy into; made if it is missing.
+
+    Returns:
+        The module directories copied.
+
+    Raises:
+        PyramidError: `source` cannot be read or holds no module, or one of
+            its modules is in `path` already; then nothing is copied.
+    """
+    modules = _modules_of(source, _read_files(source))
+    there = [name for name in modules if (path / name).exists()]
+    if there:
+        raise PyramidError(
+            f"{path}: has {', '.join(there)} already; fetch into another "
+            "directory, or delete it first"
+        )
+    path.mkdir(parents=True, exist_ok=True)
+    for name, files in modules.items():
+        with _built_beside(path / name) as folder:
+            for inside, content in files.items():
+                (folder / inside).parent.mkdir(parents=True, exist_ok=True)
+                (folder / inside).write_bytes(content)
+        size = sum(map(len, files.values()))
+        logger.info("copied %s: %d files, %.1f MB", path / name, len(files), size / 1e6)
+    return [path / name for name in modules]
+
+
+def _check_mips(mips: Sequence[int]) -> None:
+    if not mips or min(mips) < 0 or list(mips) != sorted(mips, reverse=True):
+        raise UsageError(
+            f"--mip {' '.join(map(str, mips))}: expected one mip >= 0 for each "
+            "stage, coarsest (largest) first, for example --mip 5 3"
+        )
+
+
+def _write_module(folder: Path, template: str) -> None:
+    (folder / "model").mkdir(parents=True)
+    for source, target in (
+        ("create.py", "create.py"),
+        (f"{template}.json", "model/model_spec.json"),
+    ):
+        (folder / target).write_bytes((_TEMPLATES / source).read_bytes())
+
+
+@contextmanager
+def _built_beside(path: Path) -> Iterator[Path]:
+    """A temporary folder that becomes `path` once all of it is written."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    folder = Path(tempfile.mkdtemp(prefix=f".{path.name}.tmp-", dir=path.parent))
+    try:
+        yield folder
+        folder.chmod(0o777 & ~_umask())  # mkdtemp lets nobody else in
+        os.rename(folder, path)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def _read_files(source: str) -> list[tuple[str, bytes]]:
+    from modelhouse.storage import get_files_and_contents  # writes below HOME
+
+    local = source.removeprefix("file://")
+    if "://" not in local and not Path(local).expanduser().is_dir():
+        raise PyramidError(f"{source}: no such directory")
+    try:
+        return get_files_and_contents(source)
+    except Exception as error:  # each store raises errors of its own
+        raise PyramidError(
+            f"{source}: cannot be read ({type(error).__name__}: {error}); check the "
+            "path and the credentials of that store. Plain web servers cannot list "
+            "directories"
+        ) from error
+
+
+def _modules_of(source: str, files: list[tuple[str, bytes]]) -> Files:
+    """Sort the files of `source` by module; what belongs to none is left."""
+    paths = {PurePosixPath(name): content for name, content in files}
+    unsafe = [str(p) for p in paths if p.is_absolute() or ".." in p.parts]
+    if unsafe:
+        raise PyramidError(f"{source}: refusing paths that lead out of it: {unsafe}")
+    if PurePosixPath("create.py") in paths:
+        name = _module_name(source, source.rstrip("/").rsplit("/", 1)[-1])
+        return {name: {str(p): content for p, content in paths.items()}}
+    names = sorted(p.parts[0] for p in paths if p.parts[1:] == ("create.py",))
+    if not names:
+        raise PyramidError(
+            f"{source}: holds no module; expected a create.py in it or in "
+            "directories such as 0_mip5in_rigid"
+        )
+    modules: Files = {_module_name(source, name): {} for name in names}
+    for path, content in paths.items():
+        if path.parts[0] in modules:
+            modules[path.parts[0]]["/".join(path.parts[1:])] = content
+        else:
+            logger.info("left out %s: belongs to no module", path)
+    return modules
+
+
+def _module_name(source: str, name: str) -> str:
+    try:
+        return ModuleSpec.from_path(Path(name)).path.name
+    except PyramidError as error:
+        raise PyramidError(f"{source}: {error}") from None
