@@ -115,7 +115,12 @@ class PartStore:
 
     def remove(self) -> None:
         """Delete the folder with all its parts."""
-        shutil.rmtree(self.folder, ignore_errors=True)
+        self.discard(self.folder)
+
+    @staticmethod
+    def discard(folder: Path) -> None:
+        """Delete a folder of parts, whatever request they are of."""
+        shutil.rmtree(folder, ignore_errors=True)
 
     def _path(self, key: str) -> Path:
         return self.folder / f"{key}.npy"

@@ -1,0 +1,191 @@
+"""What downloads of images and of fields share: resuming, masks, blank sections."""
+
+import json
+import logging
+import shlex
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+import h5py
+import numpy as np
+
+from metroem.errors import DatasetError, UsageError
+from metroem.grid import Grid
+from metroem.io.parts import PartStore, differences, parts_folder
+from metroem.io.volume import WHAT_TO_CHECK, Volume, read_sections
+
+logger = logging.getLogger(__name__)
+
+# A section that is blanker than this is named in the log.
+_MUCH = 0.5
+
+
+def check_range(z_start: int, z_end: int, parallel: int) -> None:
+    """Refuse a range of sections without any, or no reader.
+
+    Raises:
+        UsageError: as said.
+    """
+    if z_end <= z_start:
+        raise UsageError(
+            f"--z_end {z_end}: must be above --z_start {z_start}; it is one past the "
+            f"last src section, so --z_end {z_start + 1} makes one pair"
+        )
+    if parallel < 1:
+        raise UsageError(f"--parallel {parallel}: must be >= 1 (reads at a time)")
+
+
+def check_offset(flag: str, value: int, mip: int) -> None:
+    """Refuse a corner between the pixels of a mip.
+
+    Raises:
+        UsageError: as said.
+    """
+    if value % (1 << mip):
+        below = value - value % (1 << mip)
+        raise UsageError(
+            f"{flag} {value}: must be a multiple of 2^{mip} = {1 << mip}, since mip "
+            f"{mip} is asked for; use {below} or {below + (1 << mip)}"
+        )
+
+
+def command_line() -> str:
+    """The command that is running, as typed."""
+    return shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
+
+
+def already_there(path: Path, wanted: Mapping, *, overwrite: bool) -> bool:
+    """Whether the file that a request asks for is there, made from that request.
+
+    Raises:
+        DatasetError: a file of that name was made from other arguments, and
+            `overwrite` is not given.
+    """
+    if overwrite or not path.exists():
+        return False
+    with h5py.File(path, "r") as file:
+        found = file.attrs.get("request")
+    if not isinstance(found, str):
+        raise DatasetError(
+            f"{path}: is there already and does not say how it was made; give "
+            "--overwrite to replace it, or another --dst_folder or --suffix"
+        )
+    if unlike := differences(json.loads(found), wanted):
+        raise DatasetError(
+            f"{path}: is there already, made with other arguments: {unlike}; give "
+            "--overwrite to replace it, or another --dst_folder or --suffix"
+        )
+    logger.info("%s: is there already, nothing to do", path)
+    return True
+
+
+def open_parts(path: Path, wanted: Mapping, *, overwrite: bool) -> PartStore:
+    """The parts of the file to be, those of a run that was killed among them.
+
+    Raises:
+        DatasetError: there are parts made from other arguments, and `overwrite`
+            is not given.
+    """
+    folder = parts_folder(path)
+    try:
+        store = PartStore(folder, wanted)
+    except DatasetError:
+        if not overwrite:
+            raise
+        logger.info("%s: replaced, made with other arguments", folder)
+        PartStore.discard(folder)
+        store = PartStore(folder, wanted)
+    if done := len(store.keys()):
+        logger.info("%s: goes on with %d parts that were finished", path, done)
+    return store
+
+
+class DefectMask:
+    """A volume that marks folds, cracks and dirt.
+
+    Its mips and coordinates are those of the volume that it belongs to. A mip
+    beyond its last is made from the last; a mip that is in its info but was
+    never written reads as "no defect".
+
+    Attributes:
+        volume: whose values are compared.
+        value: values >= this are defects.
+
+    Raises:
+        DatasetError: it cannot be opened, or its mip 0 is another's.
+    """
+
+    def __init__(self, path: str, value: float, of: Volume) -> None:
+        self.volume = Volume(path, flag="--cv_path_defects")
+        self.volume.check_channels(1, "a defect mask")
+        self.volume.check_same_scale(of)
+        self.value = value
+
+    def fetch(
+        self, store: PartStore, windows: Mapping[int, Grid], prefix: str, parallel: int
+    ) -> None:
+        """Read the mask of some sections into the store; see `load`.
+
+        Args:
+            store: keeps a (H, W) bool part a section.
+            windows: by z, the area wanted.
+            prefix: of the keys.
+            parallel: reads at a time.
+        """
+        missing = {
+            z: grid.at_mip(min(grid.mip, self.volume.num_mips - 1))
+            for z, grid in windows.items()
+            if not store.has(f"{prefix}-{z}")
+        }
+
+        def take(z: int, layers: np.ndarray) -> None:
+            rows, cols = windows[z].shape
+            marked = layers[0] >= self.value
+            blocks = marked.reshape(rows, marked.shape[0] // rows, cols, -1)
+            store.put(f"{prefix}-{z}", blocks.any((1, 3)))
+
+        what = f"{store.folder.name[1:-6]}: defect mask, layers of chunks"
+        read_sections(self.volume, missing, take, parallel=parallel, what=what)
+
+
+def report_masked(name: str, store: PartStore, prefix: str) -> None:
+    """Log how much a defect mask covers; warn when that is nothing."""
+    keys = [key for key in store.keys() if key.startswith(f"{prefix}-")]
+    share = float(np.mean([store.load(key).mean() for key in keys]))
+    if share:
+        logger.info("%s: %.2f%% masked as defects", name, 100 * share)
+    else:
+        logger.warning(
+            "%s: --cv_path_defects marks nothing here; is it written at this mip, and "
+            "is --mask_val right?",
+            name,
+        )
+
+
+def report_blank(path: Path, source: str, shares: Mapping[int, float]) -> None:
+    """Log how much of the sections is blank, and name those that mostly are.
+
+    Args:
+        path: the file in the making.
+        source: the volume that was read.
+        shares: by z, the share of pixels without data.
+
+    Raises:
+        DatasetError: all of every section is blank.
+    """
+    if min(shares.values()) == 1:
+        raise DatasetError(
+            f"{path}: all {len(shares)} sections of {source} are blank here; "
+            f"{WHAT_TO_CHECK}"
+        )
+    values = list(shares.values())
+    logger.info(
+        "%s: %d sections, blank %.1f%% (%.1f%%...%.1f%%)",
+        path.name,
+        len(values),
+        *(100 * float(value) for value in (np.mean(values), min(values), max(values))),
+    )
+    if mostly := {z: share for z, share in shares.items() if share > _MUCH}:
+        named = ", ".join(f"{z} ({share:.0%})" for z, share in sorted(mostly.items()))
+        logger.warning("%s: mostly blank: sections %s", path.name, named)

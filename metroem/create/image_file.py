@@ -1,0 +1,275 @@
+"""One image set in the making: what is read, kept, normalised and written."""
+
+import logging
+from collections.abc import Iterator, Mapping
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from metroem.create.download import (
+    DefectMask,
+    already_there,
+    command_line,
+    open_parts,
+    report_blank,
+    report_masked,
+)
+from metroem.create.image_request import ImageRequest
+from metroem.errors import DatasetError
+from metroem.grid import Grid
+from metroem.io.h5 import FieldSet, ImageSetMeta, Pair, PairFrame, write_image_set
+from metroem.io.parts import PartStore
+from metroem.io.volume import Volume, covering, cut, read_sections
+from metroem.normalize import GreyStatistics, normalize, tissue_statistics
+
+logger = logging.getLogger(__name__)
+
+_NOTHING = (float("nan"), float("nan"))
+
+
+class _Reference(NamedTuple):
+    """The area that a section is normalised by, if it is not the patch."""
+
+    volume: Volume
+    mip: int
+    size: int  # pixels of `mip`
+
+    def around(self, window: Grid) -> Grid:
+        """The area around the centre of a patch, as far as the volume goes."""
+        x, y = (
+            int(center - (self.size << self.mip) / 2) >> self.mip << self.mip
+            for center in window.center
+        )
+        grid = Grid(self.mip, x, y, self.size, self.size)
+        inner = self.volume.clip(grid)
+        if inner is None:
+            raise DatasetError(
+                f"--reference_path {self.volume.path}: holds nothing around x {x}, y "
+                f"{y} (mip-0 pixels)"
+            )
+        return inner
+
+
+class Sources(NamedTuple):
+    """The volumes that a download reads, opened and checked."""
+
+    image: Volume
+    mask: DefectMask | None
+    reference: Volume | None
+    fields: FieldSet | None
+
+
+class ImageFile:
+    """One image set in the making.
+
+    Attributes:
+        path: of the file.
+        windows: by z, what is cut out of that section (one area, if both pairs
+            that a section belongs to move it alike).
+    """
+
+    def __init__(
+        self,
+        request: ImageRequest,
+        sources: Sources,
+        grid: Grid,
+        frames: list[PairFrame],
+    ) -> None:
+        self.request, self.sources, self.grid = request, sources, grid
+        self.frames = frames
+        self.path = request.path(grid.mip)
+        cutouts: dict[int, list[Grid]] = {z: [] for z in request.sections}
+        for frame in frames:
+            for side, z in enumerate(frame.sections):
+                cutouts[z].append(_moved(frame, side))
+        self.windows = {z: covering(grids) for z, grids in cutouts.items()}
+        self.reference = self._reference()
+
+    def check(self) -> None:
+        """Refuse what the volumes do not hold.
+
+        Raises:
+            DatasetError: as said.
+        """
+        self.sources.image.check_mip("--mip", self.grid.mip)
+        self.sources.image.check_covers(self.grid, "the patch")
+        beyond = [z for z, w in self.windows.items() if self.sources.image.clip(w) != w]
+        if beyond:
+            logger.warning(
+                "%s: --field_dset moves sections %s beyond the volume; blank there",
+                self.path.name,
+                beyond,
+            )
+        if self.reference is not None:
+            self.reference.volume.check_mip("--reference_mip", self.reference.mip)
+
+    def make(self) -> None:
+        """Download, unless the file is there; then write it and drop the parts.
+
+        Raises:
+            DatasetError: see `create_image_sets`.
+        """
+        wanted, overwrite = self._wanted(), self.request.overwrite
+        if already_there(self.path, wanted, overwrite=overwrite):
+            return
+        store = open_parts(self.path, wanted, overwrite=overwrite)
+        self._fetch(store)
+        if self.sources.mask is not None:
+            report_masked(self.path.name, store, "mask")
+        shares = {
+            z: float((store.load(f"image-{z}") == 0).mean()) for z in self.windows
+        }
+        try:
+            report_blank(self.path, self.sources.image.path, shares)
+        except DatasetError:
+            # So that a second try, with credentials, reads again.
+            store.remove()
+            raise
+        write_image_set(self.path, self._pairs(store), self._meta(wanted))
+        store.remove()
+        logger.info("%s: %d pairs", self.path, len(self.frames))
+
+    def _reference(self) -> _Reference | None:
+        volume = self.sources.reference
+        if volume is None:
+            return None
+        mip = self.request.reference_mip
+        mip = self.grid.mip if mip is None else mip
+        size = self.request.reference_size
+        return _Reference(volume, mip, size or self.grid.at_mip(mip).rows)
+
+    def _fetch(self, store: PartStore) -> None:
+        reference = self.reference
+        if reference is None:
+            self._read(store, "image", self.sources.image, self.windows, {})
+            return
+        areas = {z: reference.around(window) for z, window in self.windows.items()}
+        image = self.sources.image
+        if (reference.volume.path, reference.mip) == (image.path, self.grid.mip):
+            self._read(store, "image", image, self.windows, areas)
+        else:
+            self._read(store, "statistics", reference.volume, {}, areas)
+            self._read(store, "image", image, self.windows, {})
+
+    def _read(
+        self,
+        store: PartStore,
+        key: str,
+        volume: Volume,
+        windows: Mapping[int, Grid],
+        areas: Mapping[int, Grid],
+    ) -> None:
+        """Read sections once, for what is cut out and for what normalises.
+
+        Args:
+            store: gets "image-<z>" and "statistics-<z>".
+            key: of the part that comes last, and so tells that both are there.
+            volume: where from.
+            windows: by z, what is cut out, may be {}.
+            areas: by z, what normalises, of the same mip; may be {}.
+        """
+        hulls = {
+            z: covering([grids[z] for grids in (windows, areas) if z in grids])
+            for z in self.request.sections
+            if not store.has(f"{key}-{z}")
+        }
+        masks = "mask" if key == "image" else "reference_mask"
+        if self.sources.mask is not None:
+            parallel = self.request.parallel
+            self.sources.mask.fetch(store, hulls, masks, parallel)
+
+        def take(z: int, layers: np.ndarray) -> None:
+            image = np.where(np.isfinite(layers[0]), layers[0], 0).astype(layers.dtype)
+            if self.sources.mask is not None:
+                image[store.load(f"{masks}-{z}")] = 0
+            if z in areas:
+                area = cut(image, hulls[z], areas[z])
+                store.put(f"statistics-{z}", _statistics(area))
+            if z in windows:
+                store.put(f"image-{z}", cut(image, hulls[z], windows[z]))
+
+        read_sections(
+            volume,
+            hulls,
+            take,
+            parallel=self.request.parallel,
+            what=f"{self.path.name}: {key}, layers of chunks",
+        )
+
+    def _pairs(self, store: PartStore) -> Iterator[Pair]:
+        """The pairs, each section normalised once while it is src and then tgt."""
+        made: dict[tuple[int, Grid], np.ndarray] = {}
+        for frame in self.frames:
+            wanted = [(z, _moved(frame, side)) for side, z in enumerate(frame.sections)]
+            made = {
+                key: made[key] if key in made else self._image(store, *key)
+                for key in wanted
+            }
+            yield Pair(made[wanted[0]], made[wanted[1]])
+
+    def _image(self, store: PartStore, z: int, window: Grid) -> np.ndarray:
+        raw = cut(store.load(f"image-{z}"), self.windows[z], window)
+        image = raw.astype(np.float32)
+        if not self.request.normalize:
+            return image
+        statistics = None
+        if self.reference is not None:
+            mean, std = store.load(f"statistics-{z}").tolist()
+            statistics = GreyStatistics(mean, std) if std > 0 else None
+        return normalize(torch.from_numpy(image), statistics).numpy()
+
+    def _normalization(self) -> dict:
+        if not self.request.normalize:
+            return {"kind": "raw"}
+        reference: dict = {"area": "patch"}
+        if self.reference is not None:
+            reference = {
+                "area": "around the patch",
+                "path": self.reference.volume.path,
+                "mip": self.reference.mip,
+                "size_px": self.reference.size,
+            }
+        return {"kind": "tissue", "reference": reference}
+
+    def _wanted(self) -> dict:
+        """All that the content of the file depends on."""
+        grid, mask = self.grid, self.sources.mask
+        return {
+            "cv_path": self.sources.image.path,
+            "mip": grid.mip,
+            "patch_size": grid.rows,
+            "corner": [grid.x, grid.y],
+            "anchor": self.request.anchor,
+            "z_start": self.request.z_start,
+            "z_end": self.request.z_end,
+            "normalization": self._normalization(),
+            "cv_path_defects": mask.volume.path if mask else None,
+            "mask_val": mask.value if mask else None,
+            "offsets": [f.offsets for f in self.frames]
+            if self.sources.fields
+            else None,
+        }
+
+    def _meta(self, wanted: dict) -> ImageSetMeta:
+        return ImageSetMeta(
+            self.frames,
+            source=self.sources.image.path,
+            command=command_line(),
+            request=wanted,
+            resolution=self.sources.image.resolution,
+            anchor=self.request.anchor,
+            normalization=self._normalization(),
+        )
+
+
+def _moved(frame: PairFrame, side: int) -> Grid:
+    """Where one side of a pair is read."""
+    grid, (x, y) = frame.grid, frame.offsets[side]
+    return Grid(grid.mip, grid.x + x, grid.y + y, grid.rows, grid.cols)
+
+
+def _statistics(area: np.ndarray) -> np.ndarray:
+    """(2,) float64: mean and standard deviation of tissue, NaN without any."""
+    found = tissue_statistics(torch.from_numpy(area.astype(np.float32)))
+    return np.array(found or _NOTHING)

@@ -1,0 +1,326 @@
+"""CloudVolumes: the one place that knows x, y, z and channel.
+
+cloud-volume answers what it cannot read with zeros: chunks that are missing or
+forbidden (HTTP 403), scales that were never written, mip -1 (it takes the last).
+So mips, bounds and z are checked here before anything is read.
+"""
+
+import json
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from cloudvolume import Bbox, CloudVolume
+from cloudvolume.exceptions import InfoUnavailableError
+
+from metroem.errors import DatasetError
+from metroem.grid import Grid
+from metroem.progress import progress
+
+WHAT_TO_CHECK = (
+    "check the coordinates (mip-0 pixels), that this mip was written, and that your "
+    "credentials may read it: what may not be read looks like zeros"
+)
+
+
+class Volume:
+    """A volume opened for reading sections.
+
+    Attributes:
+        path: as cloud-volume opens it; plain paths become file://.
+        flag: where the path came from, for messages.
+        num_mips: mips 0 .. num_mips - 1 are in its info.
+        num_channels: 1 for images, 2 for fields.
+        dtype: as stored.
+        resolution: nm of a mip-0 voxel along x, y, z.
+
+    Raises:
+        DatasetError: it cannot be opened.
+    """
+
+    def __init__(self, path: str, *, flag: str = "--cv_path") -> None:
+        self.path = cloud_path(path)
+        self.flag = flag
+        self._local = threading.local()
+        with self._explained():
+            volume: Any = CloudVolume(self.path, **_OPTIONS)
+            self._info = volume.info
+            self.num_mips = len(volume.available_mips)
+            self.num_channels = int(volume.num_channels)
+            self.dtype = np.dtype(volume.dtype)
+            x, y, z = (float(nm) for nm in volume.mip_resolution(0))
+            self.resolution = x, y, z
+
+    def check_mip(self, flag: str, mip: int) -> None:
+        """Refuse a mip that is not there or is not 2^mip times coarser.
+
+        Raises:
+            DatasetError: as said.
+        """
+        if not 0 <= mip < self.num_mips:
+            raise DatasetError(
+                f"{flag} {mip}: {self.path} has no such mip; available: "
+                f"{', '.join(str(m) for m in range(self.num_mips))}"
+            )
+        coarse = self._at(0).mip_resolution(mip)
+        ratio = [float(c / f) for c, f in zip(coarse, self.resolution, strict=True)]
+        if not np.allclose(ratio, (2**mip, 2**mip, 1), rtol=0.01):
+            raise DatasetError(
+                f"{flag} {mip}: {self.path} is {ratio} times coarser there than at mip "
+                f"0; expected {[2**mip, 2**mip, 1]}: mips halve x and y and keep z"
+            )
+
+    def check_sections(self, sections: range) -> None:
+        """Refuse sections that the volume does not hold.
+
+        Raises:
+            DatasetError: some are outside; the bounds are named.
+        """
+        z0, z1 = self._bounds(0)[2]
+        if not (z0 <= sections.start and sections.stop <= z1):
+            raise DatasetError(
+                f"{self.flag} {self.path}: sections {sections.start}..."
+                f"{sections.stop - 1} are needed (the pair of z reads z and z - 1), it "
+                f"holds {z0}...{z1 - 1}; change --z_start or --z_end"
+            )
+
+    def check_covers(self, grid: Grid, what: str) -> None:
+        """Refuse an area that the volume does not hold.
+
+        Args:
+            grid: the area, whose mip was checked.
+            what: the area in words: "the patch".
+
+        Raises:
+            DatasetError: some of it is outside; the bounds are named.
+        """
+        (x0, x1), (y0, y1), _ = self._bounds(grid.mip)
+        scale = 1 << grid.mip
+        x_end, y_end = grid.end
+        if not (
+            x0 * scale <= grid.x
+            and x_end <= x1 * scale
+            and y0 * scale <= grid.y
+            and y_end <= y1 * scale
+        ):
+            raise DatasetError(
+                f"{self.flag} {self.path}: {what} at mip {grid.mip} spans x {grid.x}..."
+                f"{x_end}, y {grid.y}...{y_end}, the volume x {x0 * scale}..."
+                f"{x1 * scale}, y {y0 * scale}...{y1 * scale} (mip-0 pixels, the end "
+                f"not included); change --x_offset, --y_offset or the size"
+            )
+
+    def check_channels(self, expected: int, kind: str) -> None:
+        """Refuse a volume with another number of channels.
+
+        Raises:
+            DatasetError: as said.
+        """
+        if self.num_channels != expected:
+            raise DatasetError(
+                f"{self.flag} {self.path}: has {self.num_channels} channels, {kind} "
+                f"has {expected}"
+            )
+
+    def check_same_scale(self, other: "Volume") -> None:
+        """Refuse a volume whose mip-0 pixels are not those of `other`.
+
+        Raises:
+            DatasetError: x or y resolution differ by more than 1%.
+        """
+        if not np.allclose(self.resolution[:2], other.resolution[:2], rtol=0.01):
+            raise DatasetError(
+                f"{self.flag} {self.path}: mip 0 is {self.resolution[:2]} nm, that of "
+                f"{other.path} {other.resolution[:2]} nm; mips and coordinates of the "
+                "two must mean the same"
+            )
+
+    def clip(self, grid: Grid) -> Grid | None:
+        """The part of a grid that the volume holds; None if there is none."""
+        x, y, _ = self._bounds(grid.mip)
+        scale = 1 << grid.mip
+        row, row_end = _overlap(grid.x // scale, grid.rows, x)
+        col, col_end = _overlap(grid.y // scale, grid.cols, y)
+        if row >= row_end or col >= col_end:
+            return None
+        return grid.crop(row, col, row_end - row, col_end - col)
+
+    def read(self, grid: Grid, sections: range) -> np.ndarray:
+        """Read one area of consecutive sections, each stored chunk once.
+
+        Args:
+            grid: the area; its corner a multiple of 2^mip. What lies outside the
+                volume comes as 0.
+            sections: z's, all of them in the volume.
+
+        Returns:
+            (num_sections, C, H, W), the dtype of the volume, as stored (NaN may be
+            among it); 0 where nothing is stored.
+
+        Raises:
+            DatasetError: the volume cannot be read.
+        """
+        shape = (len(sections), self.num_channels, *grid.shape)
+        inner = self.clip(grid)
+        if inner is None:
+            return np.zeros(shape, self.dtype)
+        x, y = inner.x >> grid.mip, inner.y >> grid.mip
+        box = Bbox(
+            (x, y, sections.start), (x + inner.rows, y + inner.cols, sections.stop)
+        )
+        with self._explained():
+            cutout = self._at(grid.mip).download(box)
+        array = np.asarray(cutout).transpose(2, 3, 0, 1)
+        if inner == grid:
+            return array
+        whole = np.zeros(shape, self.dtype)
+        row, col = x - (grid.x >> grid.mip), y - (grid.y >> grid.mip)
+        whole[:, :, row : row + inner.rows, col : col + inner.cols] = array
+        return whole
+
+    def slabs(self, mip: int, sections: list[int]) -> list[range]:
+        """Group sections so that those of one layer of chunks come together.
+
+        Args:
+            mip: whose chunks.
+            sections: z's, in rising order.
+
+        Returns:
+            Ranges that cover all of `sections`, one a layer of chunks.
+        """
+        thickness = int(self._at(0).mip_chunk_size(mip)[2])
+        start = int(self._at(0).mip_voxel_offset(mip)[2])
+        layers: dict[int, list[int]] = {}
+        for z in sections:
+            layers.setdefault((z - start) // thickness, []).append(z)
+        return [range(zs[0], zs[-1] + 1) for zs in layers.values()]
+
+    def _at(self, mip: int) -> Any:
+        """cloud-volume's object, one a thread and mip; the info is fetched once."""
+        opened = self._local.__dict__.setdefault("volumes", {})
+        if mip not in opened:
+            opened[mip] = CloudVolume(self.path, mip=mip, info=self._info, **_OPTIONS)
+        return opened[mip]
+
+    def _bounds(self, mip: int) -> tuple[tuple[int, int], ...]:
+        box = self._at(0).mip_bounds(mip)
+        return tuple(
+            (int(low), int(high))
+            for low, high in zip(box.minpt, box.maxpt, strict=True)
+        )
+
+    @contextmanager
+    def _explained(self) -> Iterator[None]:
+        """Turn what storage raises into a message that says what to do."""
+        try:
+            yield
+        except InfoUnavailableError as error:
+            raise DatasetError(
+                f"{self.flag} {self.path}: no volume there (its info file cannot be "
+                "read); check the path, and that your credentials may read it"
+            ) from error
+        except json.JSONDecodeError as error:
+            raise DatasetError(
+                f"{self.flag} {self.path}: its info file is broken: {error}"
+            ) from error
+        except Exception as error:
+            if not _is_storage_trouble(error):
+                raise
+            raise DatasetError(
+                f"{self.flag} {self.path}: cannot be read: {type(error).__name__}: "
+                f"{error}; check the path, the network and your credentials"
+            ) from error
+
+
+# parallel=1: with more, cloud-volume starts processes anew for every read.
+_OPTIONS = {
+    "fill_missing": True,
+    "bounded": True,
+    "progress": False,
+    "parallel": 1,
+}
+
+
+def cloud_path(path: str) -> str:
+    """A path as cloud-volume opens it: without a scheme it is a local one."""
+    path = path.rstrip("/")
+    if "://" in path:
+        return path
+    return f"file://{Path(path).expanduser().resolve()}"
+
+
+def read_sections(
+    volume: Volume,
+    windows: Mapping[int, Grid],
+    take: Callable[[int, np.ndarray], None],
+    *,
+    parallel: int,
+    what: str,
+) -> None:
+    """Read sections, each stored chunk once, and hand each over as it arrives.
+
+    Args:
+        volume: where from.
+        windows: by z, the area wanted of that section; all of one mip.
+        take: called with z and (C, H, W) as stored, from `parallel` threads.
+        parallel: how many layers of chunks are read at a time; that many are in
+            memory.
+        what: the work in words, for the progress.
+
+    Raises:
+        DatasetError: the volume cannot be read. What was handed over before
+            stays handed over.
+    """
+    if not windows:
+        return
+    mip = next(iter(windows.values())).mip
+    slabs = volume.slabs(mip, sorted(windows))
+
+    def read(slab: range) -> None:
+        wanted = {z: windows[z] for z in slab if z in windows}
+        hull = covering(list(wanted.values()))
+        layers = volume.read(hull, slab)
+        for z, window in wanted.items():
+            take(z, cut(layers[z - slab.start], hull, window))
+
+    pool = ThreadPoolExecutor(parallel)
+    try:
+        jobs = [pool.submit(read, slab) for slab in slabs]
+        for job in progress(as_completed(jobs), what, total=len(jobs)):
+            job.result()
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def covering(grids: list[Grid]) -> Grid:
+    """The smallest grid that covers some of one mip, whose pixels coincide."""
+    mip = grids[0].mip
+    x, y = min(grid.x for grid in grids), min(grid.y for grid in grids)
+    x_end, y_end = (max(grid.end[axis] for grid in grids) for axis in (0, 1))
+    return Grid(mip, x, y, (x_end - x) >> mip, (y_end - y) >> mip)
+
+
+def cut(array: np.ndarray, grid: Grid, window: Grid) -> np.ndarray:
+    """The part of (..., H, W) on `grid` that `window`, of the same mip, wants."""
+    row, col = (window.x - grid.x) >> grid.mip, (window.y - grid.y) >> grid.mip
+    return array[..., row : row + window.rows, col : col + window.cols]
+
+
+def _overlap(start: int, size: int, bounds: tuple[int, int]) -> tuple[int, int]:
+    """First and end index, within `size` pixels from `start`, inside bounds."""
+    return max(bounds[0] - start, 0), min(bounds[1] - start, size)
+
+
+def _is_storage_trouble(error: Exception) -> bool:
+    """Whether an error comes from storage, network or credentials."""
+    makers = {"google", "botocore", "requests", "urllib3", "cloudfiles", "cloudvolume"}
+    return (
+        isinstance(error, OSError)
+        or type(error).__module__.split(".")[0] in makers
+        or (isinstance(error, KeyError) and "AWS_" in str(error))
+        or "cannot reshape" in str(error)
+    )
