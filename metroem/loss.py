@@ -13,6 +13,7 @@ from torch import Tensor
 
 from metroem.field import check_field, downsample_field, warp
 from metroem.masks import PairWeight
+from metroem.specs.schedule import LossSpec
 
 BORDER_PX = 32
 # Changes of (col, row) from a pixel to the four neighbours after it.
@@ -41,22 +42,26 @@ def weighted_mean(
 ) -> Tensor:
     """Mean of a map over its weights, a border left out.
 
+    Each sample is averaged by itself, so that a batch gives the same loss
+    whether one process or several share it.
+
     Args:
         values: (B, C, H, W).
         weight: (B, 1, H, W), or None for 1 everywhere.
         border: pixels left out on each side.
 
     Returns:
-        Scalar; 0 where nothing counts.
+        Scalar; a sample where nothing counts adds 0.
     """
     rows, cols = values.shape[-2:]
     inner = (..., slice(border, rows - border), slice(border, cols - border))
     values = values[inner]
     if weight is None:
         return values.mean()
-    weight = weight[inner].expand_as(values)
-    total = weight.sum()
-    return (values * weight).sum() / torch.where(total > 0, total, 1.0)
+    weight = weight[inner]
+    total = weight.sum((1, 2, 3)) * values.shape[1]
+    weighted = (values * weight).sum((1, 2, 3))
+    return (weighted / torch.where(total > 0, total, 1.0)).mean()
 
 
 def similarity(
@@ -196,13 +201,18 @@ def unaligned_similarity(
         sample_px: side of a tile; None takes the whole image instead.
 
     Returns:
-        Scalar; 0 where fewer than 10 tiles are valid.
+        Scalar; a sample of which fewer than 10 tiles are valid adds 0.
     """
     if sample_px is None:
         return similarity(src, tgt, weight, border=border_of(src.shape))
     share = F.avg_pool2d(weight, sample_px)
     tiles = F.avg_pool2d((src - tgt) ** 2 * weight, sample_px) / (share + 1e-8)
-    differences = tiles[(share > 0.5).expand_as(tiles) & (tiles != 0)]
+    valid = (share > 0.5).expand_as(tiles) & (tiles != 0)
+    per_sample = [_typical(t[v]) for t, v in zip(tiles, valid, strict=True)]
+    return torch.stack(per_sample).mean()
+
+
+def _typical(differences: Tensor) -> Tensor:
     if differences.numel() < 10:
         return differences.new_zeros(())
     low, high = differences.detach().quantile(differences.new_tensor([0.15, 0.5]))
@@ -212,42 +222,43 @@ def unaligned_similarity(
 def metric_loss(
     levels: list[tuple[int, Tensor, Tensor]],
     pair: PairLoss,
+    spec: LossSpec,
     *,
-    sample_px: int | None,
-    before_weight: float,
-    normalized: bool = True,
-    divide_smoothness: bool = False,
+    moved: Tensor | None = None,
 ) -> LossTerms:
     """Reward embeddings that differ before alignment and agree after it.
 
-    For each level: the plain loss of the embeddings, less `before_weight`
-    times how much the unaligned ones differ; averaged over the levels.
+    For each level: the plain loss of the embeddings, less
+    `spec.pre_align_weight` times how much the unaligned ones differ; averaged
+    over the levels.
 
     Args:
         levels: (level, src, tgt) with (B, C, H / 2**level, W / 2**level)
             embeddings whose channel 0, the image itself, is left out.
         pair: field and weights at level 0.
-        sample_px: side of the tiles compared before alignment.
-        before_weight: `pre_align_weight` of a schedule.
-        normalized: bring each feature to mean 0 and std 1 first.
-        divide_smoothness: divide smoothness by 2**level.
+        spec: options of the loss.
+        moved: field that warps tgt for "before alignment", (B, 2, H, W),
+            pixels of level 0; None takes the pair as it came.
 
     Returns:
         The terms, averaged over the levels.
     """
     terms = []
     for level, src, tgt in levels:
-        at_level = _at_level(pair, level, divide_smoothness)
+        at_level = _at_level(pair, level, spec.sm_div)
         weight = at_level.similarity_weight
         src, tgt = src[:, 1:], tgt[:, 1:]
-        if normalized:
+        if not spec.train_thru:
+            src, tgt = src.detach(), tgt.detach()
+        if spec.norm_embeddings:
             src = normalize_features(src, weight.src > 0)
             tgt = normalize_features(tgt, weight.tgt > 0)
         after = plain_loss(src, tgt, at_level)
+        unaligned = tgt if moved is None else warp(tgt, downsample_field(moved, level))
         before = unaligned_similarity(
-            src, tgt, weight.src * weight.tgt, sample_px=sample_px
+            src, unaligned, weight.src * weight.tgt, sample_px=spec.pre_align_sample
         )
-        total = after.total - before_weight * before
+        total = after.total - spec.pre_align_weight * before
         terms.append(LossTerms(total, after.similarity, after.rigidity, before))
     return LossTerms(*(torch.stack(term).mean() for term in zip(*terms, strict=True)))
 

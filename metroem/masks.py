@@ -218,7 +218,7 @@ def _gaps(tissue: np.ndarray, radius: int, min_px: int) -> np.ndarray:
     padded = np.pad(tissue, radius, mode="edge")
     closed = ndimage.binary_closing(padded, iterations=max(radius, 1))
     inside = closed[radius:, radius:][: tissue.shape[0], : tissue.shape[1]]
-    labels, _ = ndimage.label(inside & ~tissue)
-    sizes = np.bincount(labels.ravel())
-    sizes[0] = 0
-    return (sizes > min_px)[labels]
+    labels = np.asarray(ndimage.label(inside & ~tissue)[0], dtype=np.int64)  # type: ignore[index]
+    large = np.bincount(labels.ravel()) > min_px
+    large[0] = False
+    return large[labels]

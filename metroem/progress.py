@@ -14,7 +14,9 @@ T = TypeVar("T")
 LOG_EVERY_S = 30.0
 
 
-def progress(items: Iterable[T], what: str, *, total: int) -> Iterator[T]:
+def progress(
+    items: Iterable[T], what: str, *, total: int, log: bool = True
+) -> Iterator[T]:
     """Yield `items`, showing how many are done.
 
     On a terminal this is a tqdm bar on stderr; elsewhere a log line every
@@ -24,6 +26,7 @@ def progress(items: Iterable[T], what: str, *, total: int) -> Iterator[T]:
         items: what to go through.
         what: the work in words, with its unit: "download, sections".
         total: how many items there are.
+        log: write those lines; False for work that reports itself.
     """
     if sys.stderr.isatty():
         yield from tqdm(items, desc=what, total=total, leave=False)
@@ -33,8 +36,9 @@ def progress(items: Iterable[T], what: str, *, total: int) -> Iterator[T]:
     for done, item in enumerate(items, start=1):
         yield item
         now = time.monotonic()
-        if now - last >= LOG_EVERY_S and done < total:
+        if log and now - last >= LOG_EVERY_S and done < total:
             logger.info("%s: %d of %d, %.0f s", what, done, total, now - started)
             last = now
-    elapsed = time.monotonic() - started
-    logger.info("%s: %d of %d, %.1f s", what, done, total, elapsed)
+    if log:
+        elapsed = time.monotonic() - started
+        logger.info("%s: %d of %d, %.1f s", what, done, total, elapsed)

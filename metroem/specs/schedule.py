@@ -53,6 +53,11 @@ class LossSpec:
     train_thru: bool = True
     pure_emb: bool = False
 
+    @property
+    def embedding_levels(self) -> tuple[int, ...]:
+        """Levels whose embeddings the loss looks at."""
+        return self.levels if self.type == "metric" else ()
+
 
 @dataclass(frozen=True)
 class RandomTranspose:

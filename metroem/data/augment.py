@@ -1,0 +1,107 @@
+"""Augmentations of one sample, each drawn from the generator it is given."""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Generator, Tensor
+
+from metroem.data.sample import Sample
+from metroem.field import invert, warp
+from metroem.specs.schedule import (
+    Augmentation,
+    RandomSrcTgtSwap,
+    RandomTranspose,
+    RandomWarp,
+)
+
+
+def augment(
+    sample: Sample, augmentations: tuple[Augmentation, ...], generator: Generator
+) -> Sample:
+    """Apply augmentations in turn, each with its probability.
+
+    Args:
+        sample: of any batch size.
+        augmentations: of a phase.
+        generator: what chance is drawn from; one draw an augmentation at
+            least, so that leaving one out does not change the others' luck.
+    """
+    for augmentation in augmentations:
+        happens = float(torch.rand((), generator=generator)) < augmentation.prob
+        if not happens:
+            continue
+        match augmentation:
+            case RandomTranspose():
+                sample = transpose(sample)
+            case RandomSrcTgtSwap():
+                sample = swap_src_tgt(sample)
+            case RandomWarp():
+                sample = warp_tgt(sample, augmentation, generator)
+    return sample
+
+
+def transpose(sample: Sample) -> Sample:
+    """Swap rows and cols; the channels of a field swap with them."""
+    prior = sample.prior_field
+    if prior is not None:
+        prior = prior.transpose(-1, -2).flip(1)
+    return Sample(
+        sample.src.transpose(-1, -2), sample.tgt.transpose(-1, -2), prior, sample.pair
+    )
+
+
+def swap_src_tgt(sample: Sample) -> Sample:
+    """Exchange src and tgt; the prior field becomes its inverse."""
+    prior = sample.prior_field
+    return Sample(
+        sample.tgt, sample.src, None if prior is None else invert(prior), sample.pair
+    )
+
+
+def warp_tgt(sample: Sample, options: RandomWarp, generator: Generator) -> Sample:
+    """Move tgt by a random field, which the aligner then has to find.
+
+    The prior field stays as it was: what it does not know of is the point.
+    A pixel of which more than 0.4 would come from "no data" becomes that.
+    """
+    field = random_field(sample.tgt.shape[-2:], options, generator)
+    tgt = warp(sample.tgt, field)
+    blank = warp((sample.tgt == 0).float(), field, padding="border") > 0.4
+    return sample._replace(tgt=torch.where(blank, 0.0, tgt))
+
+
+def random_field(
+    shape: torch.Size | tuple[int, int], options: RandomWarp, generator: Generator
+) -> Tensor:
+    """A smooth random field between knots of independent displacements.
+
+    Args:
+        shape: (H, W).
+        options: number of knots and range of their displacements.
+        generator: what chance is drawn from.
+
+    Returns:
+        (1, 2, H, W), pixels, within the range of the knots.
+    """
+    rows, cols = shape
+    difficulty = options.difficulty
+    if options.randomize_d:
+        difficulty = int(torch.randint(difficulty + 1, (), generator=generator))
+    knots = 2**difficulty
+    # One knot more on each side than the area has, so that it may be shifted.
+    displacements = torch.rand(1, 2, knots + 2, knots + 2, generator=generator)
+    spread = options.max_disp - options.min_disp
+    displacements = options.min_disp + spread * displacements
+    step_rows, step_cols = math.ceil(rows / knots), math.ceil(cols / knots)
+    field = F.interpolate(
+        displacements,
+        size=((knots + 2) * step_rows, (knots + 2) * step_cols),
+        mode="bilinear",
+        align_corners=False,
+    )
+    row, col = step_rows, step_cols
+    if options.random_epicenters:
+        row = int(torch.randint(2 * step_rows + 1, (), generator=generator))
+        col = int(torch.randint(2 * step_cols + 1, (), generator=generator))
+    return field[..., row : row + rows, col : col + cols]

@@ -1,0 +1,326 @@
+"""The pairs of one stage: which there are, which are held out, how they are read."""
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from metroem.data.augment import augment
+from metroem.data.sample import Sample, seeded_generator
+from metroem.errors import DatasetError
+from metroem.field import warp
+from metroem.grid import Grid
+from metroem.io.h5 import FieldSet, ImageSet, find_image_sets
+from metroem.specs.filenames import FieldSetName
+from metroem.specs.schedule import Phase
+
+logger = logging.getLogger(__name__)
+
+VALIDATION_CROP_PX = 2048
+# Sections left unused on each side of those held out.
+GAP_SECTIONS = 1
+# Tissue of a normalised image has mean 0 and std 1; grey levels of 0..255 or
+# 0..1 are far from both.
+_LARGEST_MEAN, _STD_RANGE = 1.5, (0.3, 3.0)
+
+
+class PairRef(NamedTuple):
+    """One pair of an image set and the fields that belong to it."""
+
+    images: ImageSet
+    prior: FieldSet | None
+    index: int
+
+    @property
+    def name(self) -> str:
+        """The pair in words, "x0_y0_z10_MIP2.h5 pair 3 (z 13 on 12)"."""
+        src, tgt = self.images.sections(self.index)
+        return f"{self.images.path.name} pair {self.index} (z {src} on {tgt})"
+
+    @property
+    def grid(self) -> Grid:
+        """Where the pair lies."""
+        return self.images.grid(self.index)
+
+
+class Split(NamedTuple):
+    """Pairs to train on and pairs held out; no section is in both."""
+
+    training: list[PairRef]
+    validation: list[PairRef]
+
+
+def image_sets_at(folder: Path, mip: int) -> list[ImageSet]:
+    """The image sets of one mip, sorted by name.
+
+    Raises:
+        DatasetError: there is none; the message lists the mips there are.
+    """
+    sets = find_image_sets(folder)
+    at_mip = [images for images in sets if images.mip == mip]
+    if not at_mip:
+        raise DatasetError(
+            f"{folder}: no image set at mip {mip}, only at "
+            f"{sorted({images.mip for images in sets})}; get one with "
+            f"download_image.py --mip {mip} --dst_folder {folder}"
+        )
+    return at_mip
+
+
+def prior_path(images: ImageSet, stage: int, checkpoint_name: str) -> Path:
+    """Where the prior fields of a stage lie, those that the stage before wrote."""
+    name = FieldSetName(stage - 1, images.name.place, images.mip, checkpoint_name)
+    return images.path.with_name(name.filename)
+
+
+def find_pairs(
+    folder: Path, mip: int, *, stage: int, checkpoint_name: str
+) -> list[PairRef]:
+    """All pairs of one stage that have tissue on both sides.
+
+    Args:
+        folder: of the image sets and field sets.
+        mip: of the stage's images.
+        stage: 0 needs no prior field, any other the fields of the one before.
+        checkpoint_name: tag of those fields.
+
+    Raises:
+        DatasetError: no image set at that mip, images that are not
+            normalised, fields that are missing or belong to another place or
+            number of pairs, or every pair blank.
+    """
+    pairs = []
+    for images in image_sets_at(folder, mip):
+        prior = None
+        if stage > 0:
+            prior = open_prior(images, stage, checkpoint_name)
+        refs = [PairRef(images, prior, i) for i in range(images.num_pairs)]
+        filled = [ref for ref in refs if _has_tissue(ref)]
+        if len(filled) < len(refs):
+            logger.warning(
+                "%s: %d of %d pairs have a blank side and are left out",
+                images.path,
+                len(refs) - len(filled),
+                len(refs),
+            )
+        if filled:
+            _check_normalized(filled[0])
+        pairs += filled
+    if not pairs:
+        raise DatasetError(f"{folder}: every pair at mip {mip} has a blank side")
+    return pairs
+
+
+def open_prior(images: ImageSet, stage: int, checkpoint_name: str) -> FieldSet:
+    """The fields that a stage's pairs start from.
+
+    Args:
+        images: the stage's images.
+        stage: >= 1; the fields are those of the stage before.
+        checkpoint_name: tag of the fields.
+
+    Raises:
+        DatasetError: they are missing, or belong to another place or number of
+            pairs.
+    """
+    path = prior_path(images, stage, checkpoint_name)
+    if not path.is_file():
+        raise DatasetError(
+            f"{path}: no such field set; a stage after the first needs the fields "
+            "of the one before: run that stage (--generate_field_stages), or get "
+            "them with download_field.py --suffix <checkpoint_name>"
+        )
+    fields = FieldSet(path)
+    if fields.num_pairs != images.num_pairs:
+        raise DatasetError(
+            f"{path}: fields of {fields.num_pairs} pairs, but {images.path} has "
+            f"{images.num_pairs}; make them anew from these images"
+        )
+    for index in range(images.num_pairs):
+        if fields.grid(index) != images.grid(index):
+            raise DatasetError(
+                f"{path}: pair {index} lies on {fields.grid(index)}, its images on "
+                f"{images.grid(index)}; make the fields for these images"
+            )
+    return fields
+
+
+def _has_tissue(ref: PairRef) -> bool:
+    return all(bool((side != 0).any()) for side in ref.images.read(ref.index))
+
+
+def _check_normalized(ref: PairRef) -> None:
+    tissue = torch.from_numpy(ref.images.read(ref.index).src)
+    tissue = tissue[tissue != 0]
+    mean, std = float(tissue.mean()), float(tissue.std())
+    if abs(mean) > _LARGEST_MEAN or not _STD_RANGE[0] < std < _STD_RANGE[1]:
+        raise DatasetError(
+            f"{ref.images.path}: the images are not normalised: the tissue of pair "
+            f"{ref.index} has mean {mean:.3g} and std {std:.3g}, expected 0 and 1; "
+            "download them with --normalize"
+        )
+
+
+def split_pairs(pairs: Sequence[PairRef], num_validation: int) -> Split:
+    """Hold out the last pairs by name, and all that share a section with them.
+
+    Pairs are ordered by set and index; those held out are the last. A pair is
+    trained on only if none of its sections is one of those held out, or within
+    `GAP_SECTIONS` of one, over the same area.
+
+    Args:
+        pairs: of all sets.
+        num_validation: pairs to hold out; 0 holds out none.
+
+    Raises:
+        DatasetError: no pair is left to train on.
+    """
+    ordered = sorted(pairs, key=lambda ref: (ref.images.path.name, ref.index))
+    held_out = ordered[len(ordered) - num_validation :] if num_validation else []
+    training = [
+        ref for ref in ordered if not any(_too_close(ref, other) for other in held_out)
+    ]
+    if not training or num_validation > len(ordered):
+        raise DatasetError(
+            f"--val_pairs {num_validation} of {len(ordered)} pairs leaves none to "
+            f"train on (pairs within {GAP_SECTIONS} section of those held out are "
+            "not used); give fewer, or download more sections"
+        )
+    return Split(training, held_out)
+
+
+def _too_close(ref: PairRef, held_out: PairRef) -> bool:
+    a, b = ref.grid, held_out.grid
+    apart = a.end[0] <= b.x or b.end[0] <= a.x or a.end[1] <= b.y or b.end[1] <= a.y
+    nearest = min(
+        abs(z - other)
+        for z in ref.images.sections(ref.index)
+        for other in held_out.images.sections(held_out.index)
+    )
+    return not apart and nearest <= GAP_SECTIONS
+
+
+def read_sample(ref: PairRef, crop: Grid) -> Sample:
+    """Read the crop of a pair with its prior field.
+
+    A downloaded field set has a field for the tgt side too, which warps the tgt
+    image here, so that src is aligned to a tgt that is in place already.
+
+    Args:
+        ref: the pair.
+        crop: its window; at the mip of the pair, inside of its grid.
+
+    Returns:
+        A sample of batch size 1.
+    """
+    row, col = (crop.x - ref.grid.x) >> crop.mip, (crop.y - ref.grid.y) >> crop.mip
+    rows, cols = slice(row, row + crop.rows), slice(col, col + crop.cols)
+    two_sided = ref.prior is not None and ref.prior.num_sides == 2
+    # A field of the tgt side may point out of the crop: warp the whole patch.
+    whole = slice(None)
+    src, tgt = (
+        ref.images.read(ref.index, whole, whole)
+        if two_sided
+        else ref.images.read(ref.index, rows, cols)
+    )
+    src, tgt = torch.from_numpy(src)[None, None], torch.from_numpy(tgt)[None, None]
+    prior = None
+    if ref.prior is not None:
+        prior = torch.from_numpy(ref.prior.read(ref.index, 0, rows, cols))[None]
+    if two_sided and ref.prior is not None:
+        tgt_field = torch.from_numpy(ref.prior.read(ref.index, 1))[None]
+        tgt = _warp_tissue(tgt, tgt_field)[..., rows, cols]
+        src = src[..., rows, cols]
+    return Sample(src, tgt, prior, (ref.name,))
+
+
+def _warp_tissue(image: Tensor, field: Tensor) -> Tensor:
+    blank = warp((image == 0).float(), field, padding="border") > 0.5
+    return torch.where(blank, 0.0, warp(image, field))
+
+
+def centred_crop(grid: Grid, size: tuple[int, int]) -> Grid:
+    """The window of at most `size` (rows, cols) in the middle of a grid."""
+    rows, cols = min(size[0], grid.rows), min(size[1], grid.cols)
+    return grid.crop((grid.rows - rows) // 2, (grid.cols - cols) // 2, rows, cols)
+
+
+def random_crop(grid: Grid, size: tuple[int, int], generator: torch.Generator) -> Grid:
+    """A window of at most `size` (rows, cols) anywhere in a grid."""
+    rows, cols = min(size[0], grid.rows), min(size[1], grid.cols)
+    row = int(torch.randint(grid.rows - rows + 1, (), generator=generator))
+    col = int(torch.randint(grid.cols - cols + 1, (), generator=generator))
+    return grid.crop(row, col, rows, cols)
+
+
+@dataclass(frozen=True)
+class EpochKey:
+    """Which epoch of a run; chance is drawn from it, see `seeded_generator`."""
+
+    seed: int
+    stage: int
+    phase: int
+    epoch: int
+
+    def generator(self, *more: int) -> torch.Generator:
+        """The generator of this epoch, or of one of its samples."""
+        return seeded_generator(self.seed, self.stage, self.phase, self.epoch, *more)
+
+
+class TrainingEpoch(torch.utils.data.Dataset[Sample]):
+    """The samples of one epoch in their order: cropped and augmented.
+
+    Sample i is a function of the pairs, the phase and (key, i) alone, whoever
+    reads it. The order is padded with its own beginning to a multiple of the
+    batch size, so that every rank has the same number of steps.
+    """
+
+    def __init__(
+        self,
+        pairs: Sequence[PairRef],
+        phase: Phase,
+        key: EpochKey,
+        *,
+        batch_size: int,
+    ) -> None:
+        self.pairs = pairs
+        self.phase = phase
+        self.key = key
+        # One size for all, so that samples of different sets make a batch.
+        self.crop_size = (
+            min(phase.crop_size, *(ref.grid.rows for ref in pairs)),
+            min(phase.crop_size, *(ref.grid.cols for ref in pairs)),
+        )
+        order = torch.randperm(len(pairs), generator=key.generator()).tolist()
+        order = order[: phase.num_samples]
+        while len(order) % batch_size:
+            order += order[: batch_size - len(order) % batch_size]
+        self.order: list[int] = order
+
+    def __len__(self) -> int:
+        return len(self.order)
+
+    def __getitem__(self, position: int) -> Sample:
+        ref = self.pairs[self.order[position]]
+        generator = self.key.generator(position)
+        crop = random_crop(ref.grid, self.crop_size, generator)
+        return augment(read_sample(ref, crop), self.phase.augmentations, generator)
+
+
+class ValidationPairs(torch.utils.data.Dataset[Sample]):
+    """The held-out pairs, centred crops, not augmented."""
+
+    def __init__(self, pairs: Sequence[PairRef]) -> None:
+        self.pairs = pairs
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def __getitem__(self, position: int) -> Sample:
+        ref = self.pairs[position]
+        size = (VALIDATION_CROP_PX, VALIDATION_CROP_PX)
+        return read_sample(ref, centred_crop(ref.grid, size))

@@ -1,0 +1,203 @@
+"""Per stage: train it, then write its fields; the one home of that order."""
+
+import logging
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from metroem import cli
+from metroem.data.dataset import Split, find_pairs, image_sets_at, split_pairs
+from metroem.errors import UsageError
+from metroem.specs.filenames import check_tag
+from metroem.specs.pyramid import ModuleSpec, find_modules, select_stages
+from metroem.specs.schedule import Schedule, load_schedule
+from metroem.training import distributed
+from metroem.training.checkpoint import RunFolder
+from metroem.training.generate import FieldJob, generate_fields, target_sets
+from metroem.training.stage import (
+    StageJob,
+    TrainingSettings,
+    discard_training,
+    train_stage,
+)
+from metroem.training.stopping import TIME_UP, Stopped, StopRequest
+
+logger = logging.getLogger(__name__)
+
+DEVICES = ("auto", "cpu", "cuda")
+PRECISIONS = ("fp32", "bf16")
+
+
+@dataclass(frozen=True)
+class TrainRequest:
+    """A call of train.py, one field a flag.
+
+    Raises:
+        UsageError: values that cannot work, each named with its flag.
+    """
+
+    pyramid_path: Path
+    dataset_path: Path
+    checkpoint_name: str = "checkpoint"
+    train_mode: str = "scratch"
+    train_params_path: Path | None = None
+    gpu: str = "0"
+    train_stages: list[int] | None = None
+    generate_field_stages: list[int] | None = None
+    port: int = 8888
+    redirect_stdout: bool = True
+    device: str = "auto"
+    seed: int = 0
+    batch_size: int | None = None
+    num_workers: int | None = None
+    precision: str = "fp32"
+    max_epochs: int | None = None
+    max_minutes: float | None = None
+    val_pairs: int = 2
+    restart: bool = False
+
+    def __post_init__(self) -> None:
+        check_tag("--checkpoint_name", self.checkpoint_name)
+        if not all(index.strip().isdigit() for index in self.gpu.split(",")):
+            raise UsageError(f"--gpu {self.gpu!r}: expected numbers, such as 0 or 0,1")
+        for flag, least in (("batch_size", 1), ("max_epochs", 1), ("val_pairs", 0)):
+            value = getattr(self, flag)
+            if value is not None and value < least:
+                raise UsageError(f"--{flag} {value}: expected at least {least}")
+        if self.max_minutes is not None and not self.max_minutes > 0:
+            raise UsageError(f"--max_minutes {self.max_minutes}: expected more than 0")
+        if not self.dataset_path.is_dir():
+            raise UsageError(
+                f"--dataset_path {self.dataset_path}: no such folder; make one with "
+                "download_image.py --dst_folder"
+            )
+
+    @property
+    def gpus(self) -> list[int]:
+        """The GPUs of --gpu; as many ranks are started."""
+        return [int(index) for index in self.gpu.split(",")]
+
+    @property
+    def ranks_to_launch(self) -> int:
+        """Ranks that are still to be started: 0 for this process alone."""
+        is_alone = len(self.gpus) == 1 or distributed.is_launched()
+        return 0 if is_alone else len(self.gpus)
+
+
+def train_pyramid(request: TrainRequest) -> None:
+    """Train a pyramid stage by stage, each on the fields of the one before.
+
+    A run that was stopped, whatever stopped it, goes on where it was when it
+    is called again with the same flags.
+
+    Raises:
+        MetroEMError: what cannot work, before any training where possible.
+        KeyboardInterrupt, SystemExit: on Ctrl-C and SIGTERM, once the state is
+            saved.
+    """
+    modules = find_modules(request.pyramid_path)
+    if request.redirect_stdout and distributed.rank() == 0:
+        cli.mirror_log(request.pyramid_path / f"{request.checkpoint_name}.log")
+    schedule = load_schedule(request.train_mode, request.train_params_path)
+    _check_images(request, modules)
+    device = distributed.choose_device(request.device, request.gpus)
+    settings = _settings(request, device)
+    with distributed.process_group(device), StopRequest(request.max_minutes) as stop:
+        try:
+            _run_stages(request, modules, schedule, settings, stop)
+        except Stopped as stopped:
+            logger.info("stopped; the same command goes on from here")
+            if stopped.code == cli.INTERRUPTED:
+                raise KeyboardInterrupt from None
+            if stopped.code != TIME_UP:
+                sys.exit(stopped.code)
+
+
+def _run_stages(
+    request: TrainRequest,
+    modules: list[ModuleSpec],
+    schedule: Schedule,
+    settings: TrainingSettings,
+    stop: StopRequest,
+) -> None:
+    run = RunFolder.of(request.pyramid_path, request.checkpoint_name)
+    to_train = select_stages(modules, request.train_stages, "--train_stages")
+    to_generate = select_stages(
+        modules, request.generate_field_stages, "--generate_field_stages"
+    )
+    if request.restart:
+        if distributed.rank() == 0:
+            for module in to_train:
+                discard_training(module, run, request.checkpoint_name)
+        distributed.barrier()
+    following = dict(zip(modules, [*modules[1:], None], strict=True))
+    for module in modules:
+        if module in to_train:
+            phases = schedule.for_mip(module.in_mip, max_epochs=request.max_epochs)
+            split = _split(request, module)
+            train_stage(StageJob(module, phases, split, settings), run, stop)
+            distributed.barrier()
+        if module in to_generate:
+            job = FieldJob(
+                module=module,
+                next_module=following[module],
+                dataset=request.dataset_path,
+                checkpoint_name=request.checkpoint_name,
+                device=settings.device,
+            )
+            generate_fields(job, stop)
+    logger.info("done: %s", request.pyramid_path)
+
+
+def _split(request: TrainRequest, module: ModuleSpec) -> Split:
+    """The pairs of a stage, those held out written to the log."""
+    pairs = find_pairs(
+        request.dataset_path,
+        module.in_mip,
+        stage=module.stage,
+        checkpoint_name=request.checkpoint_name,
+    )
+    split = split_pairs(pairs, request.val_pairs)
+    logger.info(
+        "stage %d mip %d: %d pairs to train on, %d unused beside those held out; "
+        "held out: %s",
+        *(module.stage, module.in_mip, len(split.training)),
+        len(pairs) - len(split.training) - len(split.validation),
+        "; ".join(ref.name for ref in split.validation) or "none",
+    )
+    return split
+
+
+def _check_images(request: TrainRequest, modules: list[ModuleSpec]) -> None:
+    """Refuse, before hours of work, what a later stage would fail for."""
+    wanted = {
+        *(request.train_stages or range(len(modules))),
+        *(request.generate_field_stages or range(len(modules))),
+    }
+    used = [module for module in modules if module.stage in wanted]
+    for module in used:
+        sets = image_sets_at(request.dataset_path, module.in_mip)
+        target_sets(request.dataset_path, sets, used[-1].in_mip)
+
+
+def _settings(request: TrainRequest, device: torch.device) -> TrainingSettings:
+    ranks = distributed.world_size()
+    batch_size = request.batch_size or ranks
+    if batch_size % ranks:
+        raise UsageError(
+            f"--batch_size {batch_size}: the pairs of a step are shared by {ranks} "
+            f"ranks; expected a multiple of {ranks}"
+        )
+    workers = request.num_workers
+    if workers is None:
+        workers = 4 if device.type == "cuda" else 0
+    return TrainingSettings(
+        checkpoint_name=request.checkpoint_name,
+        device=device,
+        seed=request.seed,
+        batch_size=batch_size,
+        num_workers=workers,
+        precision=request.precision,
+    )

@@ -1,0 +1,179 @@
+"""State to resume a run from, kept outside of the module directories.
+
+Everything lies in `<pyramid>/.train/<checkpoint_name>/`, since modelhouse and
+corgie copy a whole module directory on every load:
+
+    stage_<s>.state.pt                   to go on from
+    stage_<s>_last.state.pth.tar         the last weights (the best ones are the
+                                         module's checkpoint)
+    stage_<s>_initial.state.pth.tar      the checkpoint that training began from
+    metrics.jsonl                        one object an epoch
+    quarantine.jsonl                     pairs whose loss went bad
+"""
+
+import dataclasses
+import io
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from metroem.errors import CheckpointError
+
+STATE_VERSION = 1
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """The files of one run, i.e. of one checkpoint name of a pyramid."""
+
+    path: Path
+
+    @classmethod
+    def of(cls, pyramid: Path, checkpoint_name: str) -> "RunFolder":
+        """The folder of a run; made if missing."""
+        path = pyramid / ".train" / checkpoint_name
+        path.mkdir(parents=True, exist_ok=True)
+        return cls(path)
+
+    def state(self, stage: int) -> Path:
+        """State to resume a stage from."""
+        return self.path / f"stage_{stage}.state.pt"
+
+    def weights(self, stage: int, which: str) -> Path:
+        """Weights kept beside the best ones: "last", "initial", "replaced"."""
+        return self.path / f"stage_{stage}_{which}.state.pth.tar"
+
+    @property
+    def metrics(self) -> Path:
+        """One JSON object an epoch."""
+        return self.path / "metrics.jsonl"
+
+    @property
+    def quarantine(self) -> Path:
+        """One JSON object a pair whose loss went bad."""
+        return self.path / "quarantine.jsonl"
+
+
+@dataclass
+class TrainingState:
+    """Where a stage's training stands.
+
+    Attributes:
+        settings: what the run was started with; another may not go on from it.
+        phase: position in the schedule; its length when the stage is done.
+        epoch: position in the phase.
+        step: position in the epoch.
+        best: best validation score of the phase; None before the first.
+        sums: running sums of the epoch, see `stage.py`.
+        recent_bad: 1 for each bad one of the last steps, 0 for each good one.
+        quarantine: names of pairs whose loss went bad.
+        net: weights.
+        optimizer: state of the optimizer; None at the start of a phase.
+        rng: torch's global random state, for networks that draw chance.
+    """
+
+    settings: dict[str, Any]
+    phase: int = 0
+    epoch: int = 0
+    step: int = 0
+    best: float | None = None
+    sums: list[float] = field(default_factory=list)
+    recent_bad: list[int] = field(default_factory=list)
+    quarantine: list[str] = field(default_factory=list)
+    net: dict[str, torch.Tensor] = field(default_factory=dict)
+    optimizer: dict[str, Any] | None = None
+    rng: torch.Tensor | None = None
+
+
+def save_state(path: Path, state: TrainingState) -> None:
+    """Write a state; the file is there whole or not at all."""
+    tree = {"version": STATE_VERSION, **vars(state)}
+    buffer = io.BytesIO()
+    torch.save(tree, buffer)
+    replace_file(path, buffer.getvalue())
+
+
+def load_state(path: Path, settings: Mapping[str, Any]) -> TrainingState | None:
+    """Read the state that a run may go on from; None if there is none.
+
+    Args:
+        path: file written by `save_state`.
+        settings: of the run that wants to go on.
+
+    Raises:
+        CheckpointError: the file cannot be read, is of another version, or
+            belongs to a run with other settings (the message names them).
+    """
+    if not path.is_file():
+        return None
+    try:
+        tree = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises whatever its readers raise
+        raise CheckpointError(
+            f"{path}: cannot be read ({error}); start anew with --restart"
+        ) from error
+    names = {f.name for f in dataclasses.fields(TrainingState)}
+    if not isinstance(tree, dict) or set(tree) != names | {"version"}:
+        raise CheckpointError(f"{path}: not a training state; give --restart")
+    if tree.pop("version") != STATE_VERSION:
+        raise CheckpointError(
+            f"{path}: a state of another version; give --restart, or finish the run "
+            "with the version that began it"
+        )
+    state = TrainingState(**tree)
+    changed = [
+        f"{key} was {state.settings.get(key)!r}, is {settings.get(key)!r}"
+        for key in sorted(state.settings.keys() | settings.keys())
+        if state.settings.get(key) != settings.get(key)
+    ]
+    if changed:
+        raise CheckpointError(
+            f"{path}: this run was started with other settings: {'; '.join(changed)}. "
+            "Use the same ones to go on with it, another --checkpoint_name for a run "
+            "beside it, or --restart to begin it anew"
+        )
+    return state
+
+
+def replace_file(path: Path, content: bytes) -> None:
+    """Write a file under a temporary name, sync it and rename it."""
+    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
+    try:
+        with temporary.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def append_json_line(path: Path, record: Mapping[str, Any]) -> None:
+    """Add one JSON object as a line."""
+    with path.open("a") as file:
+        file.write(json.dumps(record) + "\n")
+
+
+def keep_json_lines(path: Path, before: tuple[int, int, int]) -> None:
+    """Drop the lines of a stage that lie at or after a position.
+
+    A run that resumes writes them again.
+
+    Args:
+        path: of records with "stage", "phase" and "epoch".
+        before: (stage, phase, epoch) that the run goes on from.
+    """
+    if not path.is_file():
+        return
+    kept = []
+    for line in path.read_text().splitlines():
+        record = json.loads(line)
+        place = (record["stage"], record["phase"], record["epoch"])
+        if place[0] != before[0] or place < before:
+            kept.append(line + "\n")
+    replace_file(path, "".join(kept).encode())

@@ -1,0 +1,378 @@
+"""Training of one stage: its phases, epochs and steps, from where it stood."""
+
+import logging
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from metroem.aligner import Aligner
+from metroem.data.dataset import EpochKey, Split, TrainingEpoch
+from metroem.data.sample import Sample, stack_samples
+from metroem.errors import DatasetError
+from metroem.nets.checkpoint import checkpoint_path, save_weights
+from metroem.nets.loading import load_module
+from metroem.progress import progress
+from metroem.specs.pyramid import ModuleSpec
+from metroem.specs.schedule import Phase
+from metroem.training import distributed
+from metroem.training.checkpoint import (
+    RunFolder,
+    TrainingState,
+    append_json_line,
+    keep_json_lines,
+    load_state,
+    replace_file,
+    save_state,
+)
+from metroem.training.step import (
+    Scores,
+    Step,
+    TrainingModel,
+    phase_loss,
+    train_step,
+    validate,
+)
+from metroem.training.stopping import Stopped, StopRequest
+
+logger = logging.getLogger(__name__)
+
+SAVE_EVERY_S = 300.0
+# The run ends when more than this share of the last steps went bad.
+BAD_STEPS_LOOKED_AT, BAD_STEPS_ALLOWED = 50, 0.2
+# Below this mean change of the prior field a network does nothing, px.
+COLLAPSED_PX = 0.01
+
+
+@dataclass(frozen=True)
+class TrainingSettings:
+    """How a run trains, whatever the stage.
+
+    Attributes:
+        checkpoint_name: of the weights.
+        device: of this rank.
+        seed: what all chance is drawn from.
+        batch_size: pairs of a step, over all ranks.
+        num_workers: processes that read samples, per rank.
+        precision: "fp32" or "bf16" inside the network.
+    """
+
+    checkpoint_name: str
+    device: torch.device
+    seed: int
+    batch_size: int
+    num_workers: int
+    precision: str
+
+
+@dataclass(frozen=True)
+class StageJob:
+    """What is to be trained, and on what."""
+
+    module: ModuleSpec
+    phases: tuple[Phase, ...]
+    split: Split
+    settings: TrainingSettings
+
+    def fingerprint(self) -> dict[str, Any]:
+        """What must be equal for a run to go on from a saved state."""
+        return {
+            "phases": [repr(phase) for phase in self.phases],
+            "training pairs": [ref.name for ref in self.split.training],
+            "--seed": self.settings.seed,
+            "--batch_size": self.settings.batch_size,
+            "--precision": self.settings.precision,
+        }
+
+
+def train_stage(job: StageJob, run: RunFolder, stop: StopRequest) -> None:
+    """Train one module, from where an earlier call stopped.
+
+    The best weights of the last phase, by its validation loss, become the
+    module's checkpoint; state and last weights are kept in the run's folder.
+
+    Args:
+        job: module, phases and pairs.
+        run: folder of the state.
+        stop: looked at before each step.
+
+    Raises:
+        Stopped: `stop` asked for it; the state is saved.
+        DatasetError: too many steps went bad.
+        CheckpointError: a state that this run cannot go on from.
+    """
+    state = load_state(run.state(job.module.stage), job.fingerprint())
+    if state is not None and state.phase >= len(job.phases):
+        logger.info("stage %d: trained already", job.module.stage)
+        return
+    StageTrainer(job, run, stop, state).train()
+
+
+def discard_training(module: ModuleSpec, run: RunFolder, checkpoint_name: str) -> None:
+    """Make the next training of a stage begin anew (--restart).
+
+    It begins from the checkpoint that the training before began from, or from
+    fresh weights if there was none. What the module has now is kept in the
+    run's folder as "replaced".
+    """
+    if not run.state(module.stage).is_file():
+        return
+    current = checkpoint_path(module.weights_folder, checkpoint_name)
+    initial = run.weights(module.stage, "initial")
+    if current.is_file():
+        content = current.read_bytes()
+        replace_file(run.weights(module.stage, "replaced"), content)
+        current.unlink()
+    if initial.is_file():
+        replace_file(current, initial.read_bytes())
+    run.state(module.stage).unlink()
+    keep_json_lines(run.metrics, (module.stage, 0, 0))
+
+
+class StageTrainer:
+    """The training of one stage in one process (one rank)."""
+
+    def __init__(
+        self,
+        job: StageJob,
+        run: RunFolder,
+        stop: StopRequest,
+        state: TrainingState | None,
+    ) -> None:
+        self.job, self.run, self.stop = job, run, stop
+        self.settings = job.settings
+        self.is_first_rank = distributed.rank() == 0
+        self.aligner = self._load_aligner(is_fresh=state is None)
+        self.state = state or TrainingState(job.fingerprint())
+        if state is None:
+            self.state.net = self.aligner.net.state_dict()
+        else:
+            self._restore(state)
+        self.model = self._wrapped()
+        self.optimizer: torch.optim.Optimizer | None = None
+        self._last_save = time.monotonic()
+
+    def train(self) -> None:
+        """Run the phases that are left, then mark the stage as done."""
+        state, phases = self.state, self.job.phases
+        while state.phase < len(phases):
+            self._train_phase(phases[state.phase])
+            state.phase, state.epoch, state.best = state.phase + 1, 0, None
+            self.optimizer = None  # each phase begins with a new one
+            self._save()
+
+    def _train_phase(self, phase: Phase) -> None:
+        self.optimizer = self._new_optimizer(phase)
+        if self.state.optimizer is not None:
+            self.optimizer.load_state_dict(self.state.optimizer)
+        while self.state.epoch < phase.num_epochs:
+            started = time.monotonic()
+            self._train_epoch(phase)
+            epoch = self.state.epoch + 1
+            if epoch % phase.print_every == 0 or epoch == phase.num_epochs:
+                self._finish_epochs(phase, time.monotonic() - started)
+            self.state.epoch, self.state.step = epoch, 0
+            self._save()
+
+    def _train_epoch(self, phase: Phase) -> None:
+        state = self.state
+        key = EpochKey(
+            self.settings.seed, self.job.module.stage, state.phase, state.epoch
+        )
+        epoch = TrainingEpoch(
+            self.job.split.training, phase, key, batch_size=self.settings.batch_size
+        )
+        self.model.train()
+        num_steps = len(epoch) // self.settings.batch_size
+        for sample in progress(
+            self._samples(epoch),
+            f"stage {self.job.module.stage}, epoch {state.epoch + 1}, steps",
+            total=num_steps - state.step,
+            log=False,
+        ):
+            # Chance within a step is a function of its place, as its sample is.
+            generator = key.generator(-1 - state.step)
+            step = self._step(phase, sample.to(self.settings.device), generator)
+            state.step += 1
+            self._note(step, sample)
+
+    def _step(self, phase: Phase, sample: Sample, generator: torch.Generator) -> Step:
+        levels = phase.loss.embedding_levels
+        assert self.optimizer is not None
+        return train_step(
+            lambda: self.model(sample, levels),
+            lambda prediction: phase_loss(phase, sample, prediction, generator),
+            self.optimizer,
+            prior=sample.prior_field,
+            stop=self.stop.code,
+        )
+
+    def _samples(self, epoch: TrainingEpoch) -> Iterator[Sample]:
+        """This rank's batches of an epoch, from the current step on."""
+        size, ranks = self.settings.batch_size, distributed.world_size()
+        share = size // ranks
+        first = distributed.rank() * share
+        batches = [
+            list(range(start + first, start + first + share))
+            for start in range(self.state.step * size, len(epoch), size)
+        ]
+        yield from torch.utils.data.DataLoader(
+            epoch,
+            batch_sampler=batches,
+            collate_fn=stack_samples,
+            num_workers=self.settings.num_workers,
+            pin_memory=self.settings.device.type == "cuda",
+            generator=torch.Generator(),  # else the global one is drawn from
+        )
+
+    def _note(self, step: Step, sample: Sample) -> None:
+        """Count a step; end the run when it should."""
+        state = self.state
+        if step.taken:
+            values = [*map(float, step.scores), 1.0]
+            sums = state.sums or [0.0] * len(values)
+            state.sums = [a + b for a, b in zip(sums, values, strict=True)]
+        else:
+            self._quarantine(sample if step.suspect else None)
+        window = [*state.recent_bad, int(not step.taken)]
+        state.recent_bad = window[-BAD_STEPS_LOOKED_AT:]
+        if sum(state.recent_bad) > BAD_STEPS_ALLOWED * BAD_STEPS_LOOKED_AT:
+            self._refuse_bad_steps()
+        if step.stop:
+            self._save()
+            raise Stopped(step.stop)
+        if time.monotonic() - self._last_save > SAVE_EVERY_S:
+            self._save()
+
+    def _quarantine(self, sample: Sample | None) -> None:
+        """List the pairs of a bad step, those of all ranks."""
+        names = distributed.gather_names(sample.pair if sample else ())
+        place = {"stage": self.job.module.stage, "phase": self.state.phase}
+        for name in names:
+            logger.warning("bad loss, step skipped: %s", name)
+            if name not in self.state.quarantine:
+                self.state.quarantine.append(name)
+                if self.is_first_rank:
+                    append_json_line(
+                        self.run.quarantine,
+                        {**place, "epoch": self.state.epoch, "pair": name},
+                    )
+
+    def _refuse_bad_steps(self) -> None:
+        raise DatasetError(
+            f"stage {self.job.module.stage}: {sum(self.state.recent_bad)} of the last "
+            f"{len(self.state.recent_bad)} steps gave a loss that is not finite or too "
+            f"large; the pairs are listed in {self.run.quarantine}. Try a lower lr, a "
+            "lower smoothness, or check that the images are normalised (python -m "
+            "metroem inspect)"
+        )
+
+    def _finish_epochs(self, phase: Phase, seconds: float) -> None:
+        """Validate, report, and keep the weights if they are the best."""
+        state, module = self.state, self.job.module
+        if not state.sums:
+            self._refuse_bad_steps()
+        *sums, count = state.sums
+        training = Scores(*(value / count for value in sums))
+        state.sums = []
+        validation = validate(
+            self.model,
+            self.job.split.validation,
+            phase,
+            seed=self.settings.seed,
+            device=self.settings.device,
+        )
+        # Without held-out pairs the last weights are the ones to keep.
+        is_best = validation is None or state.best is None
+        if validation is not None and (is_best or validation.loss < (state.best or 0)):
+            state.best, is_best = validation.loss, True
+        if not self.is_first_rank:
+            return
+        self._report(phase, seconds, training, validation)
+        save_weights(self.aligner.net, self.run.weights(module.stage, "last"))
+        if is_best:
+            best = checkpoint_path(module.weights_folder, self.settings.checkpoint_name)
+            best.parent.mkdir(exist_ok=True)
+            save_weights(self.aligner.net, best)
+
+    def _report(
+        self, phase: Phase, seconds: float, training: Scores, validation: Scores | None
+    ) -> None:
+        """One line in the log, one object in the metrics file."""
+        state, module = self.state, self.job.module
+        num_pairs = min(len(self.job.split.training), phase.num_samples or sys.maxsize)
+        logger.info(
+            "stage %d mip %d phase %d/%d epoch %d/%d: train %s%s, %.1f s, %.1f pairs/s",
+            *(module.stage, module.in_mip, state.phase + 1, len(self.job.phases)),
+            *(state.epoch + 1, phase.num_epochs, training.as_text()),
+            f"; validation {validation.as_text()}" if validation else "",
+            *(seconds, num_pairs / max(seconds, 1e-9)),
+        )
+        place = {"stage": module.stage, "phase": state.phase, "epoch": state.epoch}
+        scores = {"training": training._asdict()}
+        if validation is not None:
+            scores["validation"] = validation._asdict()
+        append_json_line(self.run.metrics, {**place, **scores, "seconds": seconds})
+        is_last = state.epoch + 1 == phase.num_epochs
+        if is_last and (validation or training).change_px < COLLAPSED_PX:
+            logger.warning(
+                "stage %d: the network changes the field it is given by %.4f px only: "
+                "it has collapsed to doing nothing; try a lower smoothness (now %g), "
+                "a higher lr (now %g), or more epochs",
+                *(module.stage, (validation or training).change_px),
+                *(phase.smoothness, phase.lr),
+            )
+
+    def _save(self) -> None:
+        self.state.net = self.aligner.net.state_dict()
+        self.state.optimizer = self.optimizer and self.optimizer.state_dict()
+        self.state.rng = torch.get_rng_state()
+        self._last_save = time.monotonic()
+        if self.is_first_rank:
+            save_state(self.run.state(self.job.module.stage), self.state)
+
+    def _restore(self, state: TrainingState) -> None:
+        place = (self.job.module.stage, state.phase, state.epoch)
+        self.aligner.net.load_state_dict(state.net)
+        if state.rng is not None:
+            torch.set_rng_state(state.rng)
+        if self.is_first_rank:
+            keep_json_lines(self.run.metrics, place)
+        logger.info(
+            "stage %d: going on at phase %d, epoch %d, step %d",
+            *(place[0], place[1] + 1, place[2] + 1, state.step),
+        )
+
+    def _load_aligner(self, *, is_fresh: bool) -> Aligner:
+        module, name = self.job.module, self.settings.checkpoint_name
+        initial = checkpoint_path(module.weights_folder, name)
+        if is_fresh and self.is_first_rank and initial.is_file():
+            content = initial.read_bytes()
+            replace_file(self.run.weights(module.stage, "initial"), content)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.settings.seed + module.stage)
+            loaded = load_module(
+                module.path, checkpoint_name=name, finetune=False, pass_field=True
+            )
+        return loaded.aligner.to(self.settings.device)  # type: ignore[union-attr]
+
+    def _wrapped(self) -> nn.Module:
+        """The model as it is called: by DDP where there are several ranks."""
+        model = TrainingModel(self.aligner, self.settings.precision)
+        if distributed.world_size() == 1:
+            return model
+        is_cuda = self.settings.device.type == "cuda"
+        return DistributedDataParallel(
+            model,
+            device_ids=[self.settings.device] if is_cuda else None,
+            # Networks from elsewhere have layers that a plain loss does not reach.
+            find_unused_parameters=True,
+        )
+
+    def _new_optimizer(self, phase: Phase) -> torch.optim.Optimizer:
+        return torch.optim.Adam(self.aligner.net.parameters(), lr=phase.lr)

@@ -1,0 +1,86 @@
+#!python
+r"""Train the modules of a pyramid, coarse to fine, on downloaded pairs.
+
+For each stage in order: train its module, then write its fields for every image
+set, at the next stage's mip, where the next stage starts from. A run that was
+stopped goes on where it was when the same command is given again.
+
+Example:
+    python train.py --pyramid_path pyramid --dataset_path data --train_mode scratch
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from metroem import cli
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The flags of `metroem.pipeline.TrainRequest`."""
+    parser = cli.parser(__doc__)
+    add = parser.add_argument
+    add("--pyramid_path", type=Path, required=True, help="directory of modules")
+    add("--dataset_path", type=Path, required=True, help="folder of image sets")
+    add("--checkpoint_name", default="checkpoint", help="name of the weights")
+    add(
+        "--train_mode",
+        type=str.lower,
+        choices=("scratch", "finetune", "custom"),
+        default="scratch",
+        help="which schedule",
+    )
+    add("--train_params_path", type=Path, help="schedule (JSON) of --train_mode custom")
+    add("--train_stages", type=int, nargs="+", help="stages to train (all)")
+    add(
+        "--generate_field_stages",
+        type=int,
+        nargs="+",
+        help="stages to write fields of (all)",
+    )
+    add("--gpu", default="0", help="GPUs, as 0 or 0,1,2: that many ranks")
+    add(
+        "--device",
+        choices=("auto", "cpu", "cuda"),
+        default="auto",
+        help="auto takes a GPU if there is one",
+    )
+    add("--port", type=int, default=8888, help="where the ranks of --gpu meet")
+    add("--seed", type=int, default=0, help="of all chance")
+    add("--batch_size", type=int, help="pairs of a step over all ranks (one a rank)")
+    add("--num_workers", type=int, help="processes that read, a rank (GPU 4, CPU 0)")
+    add(
+        "--precision",
+        choices=("fp32", "bf16"),
+        default="fp32",
+        help="inside the network",
+    )
+    add("--max_epochs", type=int, help="cap on the epochs of each phase")
+    add("--max_minutes", type=float, help="stop cleanly after so long")
+    add("--val_pairs", type=int, default=2, help="pairs held out for validation")
+    add("--restart", action="store_true", help="begin the stages to train anew")
+    add(
+        "--no_redirect_stdout",
+        dest="redirect_stdout",
+        action="store_false",
+        help="do not keep the log in <pyramid>/<checkpoint_name>.log",
+    )
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Parse the command line and train."""
+    arguments = sys.argv[1:] if argv is None else argv
+    args = build_parser().parse_args(arguments)
+    from metroem.pipeline import TrainRequest, train_pyramid  # --help without torch
+    from metroem.training.distributed import launch
+
+    request = TrainRequest(**vars(args))
+    if ranks := request.ranks_to_launch:
+        sys.exit(launch(__file__, arguments, ranks=ranks, port=request.port))
+    train_pyramid(request)
+
+
+if __name__ == "__main__":
+    cli.run(main)
