@@ -1,0 +1,91 @@
+"""Pictures of a pair and its field, for people."""
+
+import colorsys
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from metroem.errors import FieldError
+
+GAP_PX = 8
+_WHEEL = np.array([colorsys.hsv_to_rgb(hue / 360, 1.0, 1.0) for hue in range(360)])
+
+
+def save_pair_picture(
+    path: Path,
+    src: np.ndarray,
+    warped_src: np.ndarray,
+    tgt: np.ndarray,
+    field: np.ndarray,
+    *,
+    full_scale_px: float | None = None,
+) -> None:
+    """Save one picture: the pair before, after, and the field between.
+
+    In the overlays src is red and tgt cyan, so that what fits is grey. In the
+    field the hue is the direction and the strength of the colour the length.
+    Everything is transposed (rows of an array run along x), so that it looks
+    as in neuroglancer.
+
+    Args:
+        path: PNG file to write; its folder is made.
+        src: (H, W), grey levels, 0 = no data.
+        warped_src: (H, W), src warped by the field.
+        tgt: (H, W).
+        field: (2, H, W), px, channel 0 along cols, channel 1 along rows.
+        full_scale_px: length drawn in full colour; the field's longest if None.
+
+    Raises:
+        FieldError: the shapes do not belong together.
+    """
+    shapes = [array.shape for array in (src, warped_src, tgt, field[0])]
+    if field.ndim != 3 or field.shape[0] != 2 or len(set(shapes)) > 1:
+        raise FieldError(
+            f"a picture takes images (H, W) and a field (2, H, W), got {shapes} "
+            f"and {field.shape}"
+        )
+    panels = [
+        overlay(src, tgt),
+        overlay(warped_src, tgt),
+        color_field(field, full_scale_px),
+    ]
+    gap = np.full((GAP_PX, panels[0].shape[1], 3), 255, np.uint8)
+    upright = np.concatenate([panels[0], gap, panels[1], gap, panels[2]])
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(upright.transpose(1, 0, 2).copy()).save(path)
+
+
+def overlay(src: np.ndarray, tgt: np.ndarray) -> np.ndarray:
+    """(H, W, 3) uint8: src in red over tgt in cyan, each stretched to its range."""
+    red, cyan = _stretched(src), _stretched(tgt)
+    return np.stack([red, cyan, cyan], axis=-1)
+
+
+def color_field(field: np.ndarray, full_scale_px: float | None = None) -> np.ndarray:
+    """Colours of a field: hue by direction, from white by length.
+
+    Args:
+        field: (2, H, W), px.
+        full_scale_px: length drawn in full colour; the longest if None.
+
+    Returns:
+        (H, W, 3) uint8; white where the field is 0.
+    """
+    length = np.hypot(field[0], field[1])
+    full = full_scale_px or max(float(length.max()), 1e-6)
+    hue = np.degrees(np.arctan2(field[1], field[0])).astype(int) % 360
+    strength = np.clip(length / full, 0, 1)[..., None]
+    color = 1 + strength * (_WHEEL[hue] - 1)
+    return np.round(255 * color).astype(np.uint8)
+
+
+def _stretched(image: np.ndarray) -> np.ndarray:
+    """uint8: the tissue's 1st to 99th percentile over 1..255, 0 stays 0."""
+    image = np.asarray(image, np.float32)
+    tissue = image != 0
+    if not tissue.any():
+        return np.zeros(image.shape, np.uint8)
+    low, high = np.percentile(image[tissue], [1, 99])
+    grey = 1 + 254 * np.clip((image - low) / max(high - low, 1e-6), 0, 1)
+    return np.where(tissue, np.round(grey), 0).astype(np.uint8)
