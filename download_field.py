@@ -1,0 +1,116 @@
+r"""Make a field set from a CloudVolume of displacements, for stage 1 to start from.
+
+The set stands for what stage 0 of the checkpoint --suffix would have written:
+train.py --checkpoint_name SUFFIX --train_stages 1 --generate_field_stages 1 uses
+it. Fields are pull (inverse) displacements.
+
+Volumes differ in what their channels are. By default channel 0 is the displacement
+along x and 1 along y, in mip-0 pixels. corgie writes --channel_order yx
+--field_unit relative.
+
+A download that was stopped goes on with the same command.
+
+Example:
+    python download_field.py --cv_path gs://bucket/field --dst_folder data \
+        --src_mip 7 --dst_mip 5 --patch_size 512 --suffix precomputed \
+        --x_offset 200960 --y_offset 136448 --z_start 8175 --z_end 8180
+"""
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from metroem import cli
+from metroem.create.field import (
+    CHANNEL_ORDERS,
+    FIELD_UNITS,
+    FieldRequest,
+    create_field_set,
+)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The flags, one a field of `FieldRequest`."""
+    parser = cli.parser(__doc__)
+    add = parser.add_argument_group("what").add_argument
+    add(
+        "--cv_path",
+        required=True,
+        help="CloudVolume of the fields: gs://, s3://, https://, file:// or a path",
+    )
+    add("--src_mip", type=int, required=True, help="mip that is read")
+    add(
+        "--dst_mip",
+        type=int,
+        required=True,
+        help="mip of the images that the fields are for, <= src_mip",
+    )
+    add(
+        "--patch_size",
+        "--patch_sizes",
+        dest="patch_size",
+        type=int,
+        required=True,
+        help="side of the patch, pixels of dst_mip",
+    )
+    add(
+        "--x_offset",
+        type=int,
+        default=0,
+        help="corner of the patch, mip-0 pixels, a multiple of 2^dst_mip (0)",
+    )
+    add("--y_offset", type=int, default=0, help="likewise (0)")
+    add("--z_start", type=int, required=True, help="first src section")
+    add("--z_end", type=int, required=True, help="one past the last src section")
+
+    add = parser.add_argument_group("what the volume's values are").add_argument
+    add(
+        "--channel_order",
+        choices=CHANNEL_ORDERS,
+        default="xy",
+        help="axes that channel 0 and 1 displace along (xy)",
+    )
+    add(
+        "--field_unit",
+        choices=FIELD_UNITS,
+        default="mip0",
+        help="mip-0 pixels, or relative: pixels of src_mip (mip0)",
+    )
+    add(
+        "--int16_scale",
+        type=float,
+        help="what 1 of an int16 volume stands for, in that unit (0.25)",
+    )
+    add(
+        "--cv_path_defects",
+        help="CloudVolume of defects, left out of the mean displacement; read at "
+        "src_mip, so it must be written there",
+    )
+    add("--mask_val", type=float, default=1, help="values >= this are defects (1)")
+
+    add = parser.add_argument_group("files").add_argument
+    add("--dst_folder", type=Path, default=Path("dataset01"), help="(./dataset01)")
+    add("--suffix", help="checkpoint name under which train.py finds the fields")
+    add("--image_suffix", help="--suffix of the image sets that the fields are for")
+    add(
+        "--overwrite",
+        action="store_true",
+        help="replace a file that other arguments made",
+    )
+    add(
+        "--parallel",
+        type=int,
+        default=1,
+        help="layers of chunks read at a time (1); 4 to 16 for cloud paths",
+    )
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the command."""
+    args = build_parser().parse_args(argv)
+    create_field_set(FieldRequest(**vars(args)))
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,370 @@
+"""Field sets from a CloudVolume: displacements that stage 1 starts from.
+
+Of each section's field the mean displacement is taken out and kept as the
+`offset` of the pair's side, since it is often larger than a patch; what is left
+is resampled to the mip of the images.
+"""
+
+import logging
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from scipy import ndimage
+
+from metroem.create.download import (
+    DefectMask,
+    already_there,
+    check_offset,
+    check_range,
+    command_line,
+    open_parts,
+    report_blank,
+    report_masked,
+)
+from metroem.errors import DatasetError, UsageError
+from metroem.field import move_field
+from metroem.grid import Grid
+from metroem.io.h5 import FieldSetMeta, PairFrame, write_field_set
+from metroem.io.parts import PartStore
+from metroem.io.volume import Volume, cut, read_sections
+from metroem.specs.filenames import FieldSetName, ImageSetName, check_tag
+
+logger = logging.getLogger(__name__)
+
+CHANNEL_ORDERS = ("xy", "yx")
+FIELD_UNITS = ("mip0", "relative")
+# corgie and its kin keep quarter pixels in int16 volumes.
+_QUARTER = 0.25
+# Pixels around the patch that bilinear resampling reads.
+_MARGIN_PX = 1
+
+
+@dataclass(frozen=True)
+class FieldRequest:
+    """What download_field.py is asked for, one field a flag.
+
+    Attributes:
+        cv_path: volume of the fields, two channels.
+        src_mip: mip that is read.
+        dst_mip: mip of the images that the fields are for, <= src_mip.
+        patch_size: side of the square patch, pixels of dst_mip.
+        z_start: first src section; its tgt is the section before.
+        z_end: one past the last src section.
+        dst_folder: for the file.
+        x_offset: corner of the patch, mip-0 pixels.
+        y_offset: likewise.
+        channel_order: what channel 0 and 1 of the volume are displacements along.
+        field_unit: "mip0": values are mip-0 pixels; "relative": pixels of src_mip.
+        int16_scale: what 1 of an int16 volume stands for, in that unit; None: a
+            quarter.
+        cv_path_defects: volume of defects, left out of the mean displacement.
+        mask_val: values of it >= this are defects.
+        image_suffix: suffix of the image sets that the fields are for.
+        suffix: name of the checkpoint whose stage 0 the fields stand for.
+        parallel: layers of chunks read at a time.
+        overwrite: replace a file made from other arguments.
+
+    Raises:
+        UsageError: flags that cannot work.
+    """
+
+    cv_path: str
+    src_mip: int
+    dst_mip: int
+    patch_size: int
+    z_start: int
+    z_end: int
+    dst_folder: Path = Path("dataset01")
+    x_offset: int = 0
+    y_offset: int = 0
+    channel_order: str = "xy"
+    field_unit: str = "mip0"
+    int16_scale: float | None = None
+    cv_path_defects: str | None = None
+    mask_val: float = 1
+    image_suffix: str | None = None
+    suffix: str | None = None
+    parallel: int = 1
+    overwrite: bool = False
+
+    def __post_init__(self) -> None:
+        check_range(self.z_start, self.z_end, self.parallel)
+        if not 0 <= self.dst_mip <= self.src_mip:
+            raise UsageError(
+                f"--src_mip {self.src_mip} --dst_mip {self.dst_mip}: expected 0 <= "
+                "dst_mip <= src_mip, since a field is only resampled to finer mips"
+            )
+        if self.patch_size < 1:
+            raise UsageError(f"--patch_size {self.patch_size}: must be >= 1")
+        check_offset("--x_offset", self.x_offset, self.dst_mip)
+        check_offset("--y_offset", self.y_offset, self.dst_mip)
+        for flag, value, known in (
+            ("--channel_order", self.channel_order, CHANNEL_ORDERS),
+            ("--field_unit", self.field_unit, FIELD_UNITS),
+        ):
+            if value not in known:
+                raise UsageError(f"{flag} {value}: expected {' or '.join(known)}")
+        for flag, value in (
+            ("--suffix", self.suffix),
+            ("--image_suffix", self.image_suffix),
+        ):
+            if value is not None:
+                check_tag(flag, value)
+        if self.int16_scale is not None and not self.int16_scale > 0:
+            raise UsageError(f"--int16_scale {self.int16_scale}: must be > 0")
+
+    @property
+    def sections(self) -> range:
+        """All sections needed: the src ones and the tgt of the first."""
+        return range(self.z_start - 1, self.z_end)
+
+    @property
+    def grid(self) -> Grid:
+        """The patch, at dst_mip."""
+        size = self.patch_size
+        return Grid(self.dst_mip, self.x_offset, self.y_offset, size, size)
+
+    @property
+    def path(self) -> Path:
+        """The file."""
+        corner = self.x_offset, self.y_offset, self.z_start
+        place = ImageSetName(*corner, self.dst_mip, self.image_suffix).place
+        name = FieldSetName(0, place, self.dst_mip, self.suffix)
+        return self.dst_folder / name.filename
+
+
+def create_field_set(request: FieldRequest) -> Path:
+    """Download the field set of a request, unless it is there.
+
+    Each section is read once. What was read is kept beside the file in the
+    making, so a run that was killed goes on where it was.
+
+    Returns:
+        The file.
+
+    Raises:
+        DatasetError: the volume does not hold what is asked for, all of it is
+            blank, or a file is there that other arguments made.
+    """
+    _FieldFile(request).make()
+    if request.suffix is None:
+        logger.info("train.py finds it by name only when it is made with --suffix NAME")
+    else:
+        logger.info("train.py finds it under --checkpoint_name %s", request.suffix)
+    return request.path
+
+
+class _FieldFile:
+    """One field set in the making.
+
+    Attributes:
+        source: the area read at src_mip.
+        core: the part of it that the patch covers; the rest is for resampling.
+    """
+
+    def __init__(self, request: FieldRequest) -> None:
+        self.request = request
+        self.volume = Volume(request.cv_path)
+        self.volume.check_channels(2, "a field")
+        self.volume.check_sections(request.sections)
+        self.volume.check_mip("--src_mip", request.src_mip)
+        self.core = _around(request.grid, request.src_mip, 0)
+        self.volume.check_covers(self.core, "the patch")
+        margin = 0 if request.src_mip == request.dst_mip else _MARGIN_PX
+        wide = _around(request.grid, request.src_mip, margin)
+        self.source = self.volume.clip(wide) or self.core
+        self.scale = self._stored_scale()
+        self.mask: DefectMask | None = None
+        if request.cv_path_defects is not None:
+            self.mask = DefectMask(
+                request.cv_path_defects, request.mask_val, self.volume
+            )
+            self.mask.volume.check_sections(request.sections)
+
+    def make(self) -> None:
+        """Download, write the file and drop the parts.
+
+        Raises:
+            DatasetError: see `create_field_set`.
+        """
+        request, wanted = self.request, self._wanted()
+        if already_there(request.path, wanted, overwrite=request.overwrite):
+            return
+        store = open_parts(request.path, wanted, overwrite=request.overwrite)
+        self._fetch(store)
+        try:
+            self._report(store)
+        except DatasetError:
+            # So that a second try, with credentials, reads again.
+            store.remove()
+            raise
+        offsets = {z: self._offset(store, z) for z in request.sections}
+        frames = [
+            PairFrame(request.grid, (z, z - 1), (offsets[z], offsets[z - 1]))
+            for z in range(request.z_start, request.z_end)
+        ]
+        write_field_set(
+            request.path, self._fields(store, offsets), self._meta(frames, wanted)
+        )
+        store.remove()
+        logger.info("%s: %d pairs", request.path, len(frames))
+
+    def _fetch(self, store: PartStore) -> None:
+        windows = {
+            z: self.source for z in self.request.sections if not store.has(f"field-{z}")
+        }
+        if self.mask is not None:
+            self.mask.fetch(store, windows, "mask", self.request.parallel)
+        read_sections(
+            self.volume,
+            windows,
+            lambda z, vectors: store.put(f"field-{z}", vectors),
+            parallel=self.request.parallel,
+            what=f"{self.request.path.name}: layers of chunks",
+        )
+
+    def _report(self, store: PartStore) -> None:
+        """Log what is blank, masked and not finite; refuse what is all blank."""
+        path = self.request.path
+        blank, broken = {}, {}
+        for z in self.request.sections:
+            vectors = store.load(f"field-{z}")
+            blank[z] = float((vectors == 0).all(0).mean())
+            broken[z] = float((~np.isfinite(vectors)).any(0).mean())
+        report_blank(path, self.volume.path, blank)
+        if self.mask is not None:
+            report_masked(path.name, store, "mask")
+        if any(broken.values()):
+            logger.warning(
+                "%s: vectors that are NaN or infinite, filled from the nearest that "
+                "is not: %s",
+                path.name,
+                ", ".join(f"section {z} {s:.1%}" for z, s in broken.items() if s),
+            )
+
+    def _fields(
+        self, store: PartStore, offsets: dict[int, tuple[int, int]]
+    ) -> Iterator[np.ndarray]:
+        """(2 sides, 2, H, W) of each pair; a section is resampled once."""
+        made: dict[int, np.ndarray] = {}
+        for z in range(self.request.z_start, self.request.z_end):
+            made = {
+                at: made[at] if at in made else self._resampled(store, at, offsets[at])
+                for at in (z, z - 1)
+            }
+            yield np.stack([made[z], made[z - 1]])
+
+    def _displacements(self, store: PartStore, z: int) -> np.ndarray:
+        """(2, H, W) float32, mip-0 pixels on `source`, channel 0 along cols."""
+        vectors = store.load(f"field-{z}").astype(np.float32) * np.float32(self.scale)
+        # cols run along the volume's y, so the displacement along y comes first.
+        return vectors if self.request.channel_order == "yx" else vectors[::-1]
+
+    def _offset(self, store: PartStore, z: int) -> tuple[int, int]:
+        """Mean displacement, x and y, rounded down to pixels of dst_mip."""
+        vectors = cut(self._displacements(store, z), self.source, self.core)
+        counts = np.isfinite(vectors).all(0)
+        if self.mask is not None:
+            counts &= ~cut(store.load(f"mask-{z}"), self.source, self.core)
+        if not counts.any():
+            logger.warning(
+                "%s: section %d has no vector to take a mean displacement from; 0",
+                self.request.path.name,
+                z,
+            )
+            return 0, 0
+        along_y, along_x = vectors[:, counts].mean(1, dtype=np.float64)
+        step = 1 << self.request.dst_mip
+        return math.floor(along_x / step) * step, math.floor(along_y / step) * step
+
+    def _resampled(
+        self, store: PartStore, z: int, offset: tuple[int, int]
+    ) -> np.ndarray:
+        """(2, H, W) float32 on the patch, pixels of dst_mip, offset taken out."""
+        vectors = _filled(self._displacements(store, z))
+        x, y = offset
+        residual = vectors - np.array([y, x], np.float32)[:, None, None]
+        field = torch.from_numpy(residual)[None] / (1 << self.source.mip)
+        return move_field(field, self.source, self.request.grid)[0].numpy()
+
+    def _stored_scale(self) -> float:
+        """Mip-0 pixels that a stored 1 stands for."""
+        request, dtype = self.request, self.volume.dtype
+        if dtype.kind != "f" and dtype != np.int16:
+            raise DatasetError(
+                f"--cv_path {self.volume.path}: is {dtype}; fields are stored as "
+                "float32 or as int16"
+            )
+        if dtype.kind == "f" and request.int16_scale is not None:
+            raise UsageError(
+                f"--int16_scale {request.int16_scale}: the volume is {dtype}; leave "
+                "the flag out"
+            )
+        unit = 1 << request.src_mip if request.field_unit == "relative" else 1
+        if dtype.kind == "f":
+            return unit
+        scale = request.int16_scale or _QUARTER
+        logger.info(
+            "%s: int16, 1 is taken for %g px of %s; --int16_scale changes that",
+            self.volume.path,
+            scale,
+            "mip 0" if unit == 1 else f"mip {request.src_mip}",
+        )
+        return scale * unit
+
+    def _wanted(self) -> dict:
+        """All that the content of the file depends on."""
+        request, mask = self.request, self.mask
+        return {
+            "cv_path": self.volume.path,
+            "src_mip": request.src_mip,
+            "dst_mip": request.dst_mip,
+            "patch_size": request.patch_size,
+            "corner": [request.x_offset, request.y_offset],
+            "z_start": request.z_start,
+            "z_end": request.z_end,
+            "channel_order": request.channel_order,
+            "mip0_px_per_stored_unit": self.scale,
+            "cv_path_defects": mask.volume.path if mask else None,
+            "mask_val": mask.value if mask else None,
+        }
+
+    def _meta(self, frames: list[PairFrame], wanted: dict) -> FieldSetMeta:
+        return FieldSetMeta(
+            frames,
+            source=self.volume.path,
+            command=command_line(),
+            request=wanted,
+            resolution=self.volume.resolution,
+            stage=0,
+            tag=self.request.suffix,
+            num_sides=2,
+        )
+
+
+def _around(patch: Grid, mip: int, margin_px: int) -> Grid:
+    """The grid of a coarser mip that covers a patch, and a margin of its pixels."""
+    x, y = ((at >> mip) - margin_px for at in (patch.x, patch.y))
+    x_end, y_end = (-(-at >> mip) + margin_px for at in patch.end)
+    return Grid(mip, x << mip, y << mip, x_end - x, y_end - y)
+
+
+def _filled(vectors: np.ndarray) -> np.ndarray:
+    """A (2, H, W) field whose NaN and infinite vectors are the nearest finite ones.
+
+    0 throughout when none is finite.
+    """
+    broken = ~np.isfinite(vectors).all(0)
+    if not broken.any():
+        return vectors
+    if broken.all():
+        return np.zeros_like(vectors)
+    nearest = ndimage.distance_transform_edt(
+        broken, return_distances=False, return_indices=True
+    )
+    rows, cols = np.asarray(nearest)
+    return vectors[:, rows, cols]
