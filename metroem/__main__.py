@@ -1,0 +1,102 @@
+"""The command `metroem` (or `python -m metroem`): all but the three scripts.
+
+metroem init PYRAMID --mip 5 3      write untrained modules
+metroem fetch SOURCE PYRAMID        copy a pyramid or module from any cloud path
+metroem inspect DATASET             list and check image sets and field sets
+metroem demo                        the main job on sections that it makes itself
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from metroem import __version__, cli
+
+# Each command imports what it needs when it runs, so that --help and --version
+# do without torch.
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """One sub-parser a command; `run` is what it calls."""
+    parser = cli.parser(__doc__)
+    parser.add_argument("--version", action="version", version=__version__)
+    commands = parser.add_subparsers(dest="command", required=True)
+
+    init = _command(commands, "init", "write untrained modules", _init)
+    init.add_argument("pyramid", type=Path, help="directory to make")
+    init.add_argument(
+        *("--mip", "--mips"),
+        dest="mips",
+        type=int,
+        nargs="+",
+        required=True,
+        help="mip of each stage, coarse first",
+    )
+    init.add_argument("--template", default="scalenet", help="network of the modules")
+
+    fetch = _command(commands, "fetch", "copy a pyramid or module", _fetch)
+    fetch.add_argument("source", help="gs://, s3://, https:// or local path")
+    fetch.add_argument("pyramid", type=Path, help="directory to copy into")
+
+    inspect = _command(commands, "inspect", "list and check a data set", _inspect)
+    inspect.add_argument("dataset", type=Path, help="folder of h5 files")
+    inspect.add_argument("--pyramid_path", type=Path, help="check prior fields for it")
+    inspect.add_argument(
+        "--checkpoint_name", default="checkpoint", help="tag of the prior fields"
+    )
+
+    demo = _command(commands, "demo", "the main job on made sections", _demo)
+    demo.add_argument(
+        "--folder", type=Path, default=Path("demo"), help="where everything goes"
+    )
+    return parser
+
+
+def _command(commands, name, help_text, run) -> argparse.ArgumentParser:
+    parser = commands.add_parser(
+        name, help=help_text, description=help_text, allow_abbrev=False
+    )
+    parser.set_defaults(run=run)
+    return parser
+
+
+def _init(args: argparse.Namespace) -> None:
+    from metroem.scaffold import init_pyramid
+
+    init_pyramid(args.pyramid, args.mips, args.template)
+
+
+def _fetch(args: argparse.Namespace) -> None:
+    from metroem.scaffold import fetch
+
+    fetch(args.source, args.pyramid)
+
+
+def _inspect(args: argparse.Namespace) -> None:
+    from metroem.inspect import InspectRequest, inspect_dataset
+
+    inspect_dataset(
+        InspectRequest(args.dataset, args.pyramid_path, args.checkpoint_name)
+    )
+
+
+def _demo(args: argparse.Namespace) -> None:
+    from metroem.demo import DemoRequest, run_demo
+
+    run_demo(DemoRequest(args.folder))
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Parse the command line and run its command."""
+    args = build_parser().parse_args(sys.argv[1:] if argv is None else argv)
+    args.run(args)
+
+
+def entry_point() -> None:
+    """The console script `metroem`."""
+    cli.run(main)
+
+
+if __name__ == "__main__":
+    entry_point()

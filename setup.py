@@ -1,0 +1,44 @@
+"""Packaging of MetroEM."""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+ROOT = Path(__file__).parent
+VERSION = re.search(
+    r'^__version__ = "(.+)"$', (ROOT / "metroem" / "__init__.py").read_text(), re.M
+)
+
+setup(
+    name="metroem",
+    version=VERSION[1] if VERSION else "0",
+    description="Trains aligners for serial-section electron microscopy",
+    long_description=(ROOT / "README.md").read_text(),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.10",
+    packages=find_packages(include=["metroem", "metroem.*"]),
+    package_data={
+        "metroem": ["params/*.json"],
+        "metroem.nets": ["templates/*.json", "templates/*.py"],
+    },
+    # The three scripts that people know by name, on the PATH beside `metroem`.
+    scripts=["download_image.py", "download_field.py", "train.py"],
+    entry_points={"console_scripts": ["metroem=metroem.__main__:entry_point"]},
+    install_requires=[
+        "artificery>=0.0.3.3",
+        "cachetools",  # modelhouse imports it and does not declare it
+        "cloud-files",  # likewise
+        "cloud-volume>=12",
+        "h5py",
+        "modelhouse>=0.1.4",
+        "numpy",
+        "pillow",
+        "scalenet>=0.1.0",
+        "scipy",
+        "torch>=2.6",
+        "torchfields>=0.1.2",
+        "tqdm",
+    ],
+)

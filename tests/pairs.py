@@ -1,0 +1,60 @@
+"""Small image sets and pyramids that tests make."""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from metroem.field import warp
+from metroem.grid import Grid
+from metroem.io.h5 import ImageSetMeta, Pair, PairFrame, write_image_set
+from metroem.normalize import coarsen_image, normalize
+from metroem.specs.filenames import ImageSetName
+
+SHIFT_PX = 3.0
+
+
+def texture(rows: int, cols: int, seed: int) -> torch.Tensor:
+    """(1, 1, rows, cols) grey levels 1..255, smooth over some pixels."""
+    generator = torch.Generator().manual_seed(seed)
+    noise = torch.rand(1, 1, rows // 4, cols // 4, generator=generator)
+    image = F.interpolate(noise, size=(rows, cols), mode="bicubic").clamp(0, 1)
+    return 1 + 254 * image
+
+
+def shifted_pair(rows: int, cols: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Raw src and tgt (1, 1, rows, cols): tgt(p) = src(p + (0, SHIFT_PX))."""
+    src = texture(rows, cols, seed)
+    field = torch.zeros(1, 2, rows, cols)
+    field[:, 0] = SHIFT_PX
+    return src, warp(src, field, padding="border")
+
+
+def write_pairs(
+    folder: Path, *, mips: tuple[int, ...], num_pairs: int, shape: tuple[int, int]
+) -> None:
+    """Image sets x0_y0_z1 of shifted pairs; `shape` is (H, W) at mip 0."""
+    raw = [shifted_pair(*shape, seed=index) for index in range(num_pairs)]
+    for mip in mips:
+        pairs = [
+            Pair(*(normalize(coarsen_image(i, mip))[0, 0].numpy() for i in pair))
+            for pair in raw
+        ]
+        rows, cols = pairs[0].src.shape
+        meta = ImageSetMeta(
+            frames=[
+                PairFrame(Grid(mip, 0, 0, rows, cols), (1 + i, i))
+                for i in range(num_pairs)
+            ],
+            source="made by a test",
+            command="",
+            request={},
+            normalization={"kind": "tissue"},
+        )
+        write_image_set(folder / ImageSetName(0, 0, 1, mip).filename, pairs, meta)
+
+
+def blank(pair: np.ndarray) -> np.ndarray:
+    """An image without tissue of the same shape."""
+    return np.zeros_like(pair)

@@ -1,0 +1,27 @@
+import pytest
+
+from metroem.errors import DatasetError
+from metroem.grid import Grid
+
+
+def test_rows_run_along_x_and_cols_along_y():
+    grid = Grid(2, 100, -40, 8, 5)
+    assert grid.shape == (8, 5)
+    assert grid.end == (132, -20)
+    assert grid.center == (116, -30)
+
+
+def test_a_crop_lies_where_its_pixels_lie():
+    assert Grid(1, 10, 20, 30, 40).crop(3, 4, 5, 6) == Grid(1, 16, 28, 5, 6)
+
+
+def test_a_grid_at_another_mip_covers_the_same_area():
+    grid = Grid(1, 4, 8, 7, 6)
+    assert grid.at_mip(0) == Grid(0, 4, 8, 14, 12)
+    assert grid.at_mip(3) == Grid(3, 4, 8, 2, 2)
+    assert grid.at_mip(3).covers(grid) and not grid.covers(grid.at_mip(3))
+
+
+def test_a_grid_without_pixels_is_refused():
+    with pytest.raises(DatasetError, match="rows=0"):
+        Grid(0, 0, 0, 0, 4)
