@@ -90,7 +90,7 @@ class Aligner(nn.Module):
         self.operators = operators
         self.options = AlignerOptions().updated(options)
         spec_path = self.model_folder / "model_spec.json"
-        self.net = build_net(spec_path, operators=operators)
+        self.net: Any = build_net(spec_path, operators=operators)
         self.net.name = checkpoint_name
         self._multiple = _side_multiple(self.net, spec_path)
         loaded = self.load_checkpoint(self.model_folder)

@@ -121,10 +121,8 @@ class RefiningScaleNet(ScaleNet):
                     total = compose(before, downsample_field(in_field, level))
                 if found is not None or in_field is not None:
                     skip = self.level_combiners[key](skip, total, state, level)
-                found = self.level_downmodules[key](skip, state, level)
-            else:
-                found = before
-            level_state["output"] = found
+                before = self.level_downmodules[key](skip, state, level)
+            level_state["output"] = found = before
         assert found is not None, "a net has at least one level"
         return found if in_field is None else compose(found, in_field)
 
