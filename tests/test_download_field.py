@@ -4,7 +4,6 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
-from volumes import ReadCount, make_volume
 
 import download_field
 from metroem.create.field import FieldRequest
@@ -13,6 +12,7 @@ from metroem.field import warp
 from metroem.grid import Grid
 from metroem.io import parts
 from metroem.io.h5 import FieldSet, verify
+from tests.volumes import ReadCount, make_volume
 
 # (Z, X, Y) at mip 2: sections 5...9, mip-0 x from 32 and y from -64 on.
 SHAPE = (5, 40, 56)

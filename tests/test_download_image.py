@@ -11,7 +11,6 @@ from pathlib import Path
 import h5py
 import numpy as np
 import pytest
-from volumes import ReadCount, make_volume
 
 import download_image
 from metroem.create.image import ImageRequest
@@ -19,6 +18,7 @@ from metroem.errors import DatasetError, UsageError
 from metroem.grid import Grid
 from metroem.io import parts
 from metroem.io.h5 import FieldSetMeta, ImageSet, PairFrame, verify, write_field_set
+from tests.volumes import ReadCount, make_volume
 
 # (Z, C, X, Y) of sections 10...17, x from 64 on and y from -32 on.
 SHAPE = (8, 1, 256, 192)

@@ -89,6 +89,13 @@ class _PairFile:
         """z of src and of tgt."""
         return self.box(index, 0)[2], self.box(index, 1)[2]
 
+    def offset(self, index: int, side: int) -> tuple[int, int]:
+        """(x, y), mip-0 pixels, of one side: where images were read relative to
+        the frame, or what was taken out of a field's vectors.
+        """
+        self._check_index(index)
+        return int(self._offsets[index, side, 0]), int(self._offsets[index, side, 1])
+
     @property
     def is_original(self) -> bool:
         """Whether the file says nothing about itself, as the original's."""
@@ -203,7 +210,7 @@ class ImageSet(_PairFile):
         return Pair(pair[0], pair[1])
 
     def _frame_offset(self, index: int) -> tuple[int, int]:
-        return int(self._offsets[index, 0, 0]), int(self._offsets[index, 0, 1])
+        return self.offset(index, 0)
 
     def _check(self) -> None:
         super()._check()
@@ -260,11 +267,6 @@ class FieldSet(_PairFile):
         with self._main() as main:
             where = (index, side) if main.ndim == 5 else (index,)
             return np.asarray(main[(*where, ALL, rows, cols)], dtype=np.float32)
-
-    def offset(self, index: int, side: int) -> tuple[int, int]:
-        """(x, y), mip-0 pixels, taken out of the vectors of one side."""
-        self._check_index(index)
-        return int(self._offsets[index, side, 0]), int(self._offsets[index, side, 1])
 
     def _check(self) -> None:
         super()._check()

@@ -1,0 +1,322 @@
+"""A data set looked over: what is there, and what is wrong with it."""
+
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from metroem.data.dataset import prior_path
+from metroem.errors import DatasetError
+from metroem.io.h5 import FieldSet, ImageSet, verify
+from metroem.specs.filenames import FieldSetName, ImageSetName, check_tag
+from metroem.specs.pyramid import find_modules
+
+logger = logging.getLogger(__name__)
+
+# Tissue of a normalised image has mean 0 and std 1. By a reference area it may be
+# off, but not as far as grey levels of 0..255 or 0..1 are.
+_LARGEST_MEAN, _STD_RANGE = 1.5, (0.3, 3.0)
+
+
+@dataclass(frozen=True)
+class InspectRequest:
+    """What `metroem inspect` is asked for.
+
+    Attributes:
+        dataset: folder of image sets and field sets.
+        pyramid_path: whose stages must find their images and prior fields.
+        checkpoint_name: tag of those fields.
+
+    Raises:
+        UsageError: the name cannot be one.
+    """
+
+    dataset: Path
+    pyramid_path: Path | None = None
+    checkpoint_name: str = "checkpoint"
+
+    def __post_init__(self) -> None:
+        check_tag("--checkpoint_name", self.checkpoint_name)
+
+
+class _Tissue(NamedTuple):
+    """What the images of a set are like."""
+
+    blank: float  # share of pixels
+    mean: float  # over tissue, grey levels
+    std: float  # over tissue, grey levels
+    blank_pairs: int  # pairs with a side that is all blank
+
+
+@dataclass
+class _Contents:
+    """The sets of a folder, and what was found wrong on the way."""
+
+    images: list[ImageSet] = field(default_factory=list)
+    fields: list[FieldSet] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+
+
+def inspect_dataset(request: InspectRequest) -> None:
+    """Report what a data set holds, and check all of it.
+
+    Checked: shapes and names; that values are finite, not all blank and, for
+    images, normalised; checksums; that the mips of a place show the same place
+    and sections; that fields lie on their images; downloads that were not
+    finished; and, for a pyramid, that each stage finds images and prior fields.
+
+    Raises:
+        DatasetError: something is wrong; the message lists all of it.
+        PyramidError: the pyramid cannot be used.
+    """
+    contents = _open(request.dataset)
+    for images in contents.images:
+        contents.problems += _report_images(images)
+    for fields in contents.fields:
+        contents.problems += _report_fields(fields)
+    contents.problems += _check_places(contents.images)
+    contents.problems += _check_fields_lie_on_images(contents)
+    contents.problems += _find_unfinished(request.dataset)
+    if request.pyramid_path is not None:
+        contents.problems += _check_pyramid(request, contents.images)
+    if not contents.images:
+        contents.problems.append(
+            "no image set; make some with download_image.py --dst_folder "
+            f"{request.dataset}"
+        )
+    if contents.problems:
+        listed = "\n  ".join(contents.problems)
+        raise DatasetError(
+            f"{request.dataset}: {len(contents.problems)} problems\n  {listed}"
+        )
+    logger.info(
+        "%s: %d image sets, %d field sets, all in order",
+        request.dataset,
+        len(contents.images),
+        len(contents.fields),
+    )
+
+
+def _open(folder: Path) -> _Contents:
+    """Open every set, so that one that is broken does not hide the others."""
+    if not folder.is_dir():
+        raise DatasetError(f"{folder}: no such folder")
+    contents = _Contents()
+    for path in sorted(folder.glob("*.h5")):
+        if path.name.startswith("."):
+            continue
+        try:
+            if ImageSetName.parse(path.name):
+                contents.images.append(ImageSet(path))
+            elif FieldSetName.parse(path.name):
+                contents.fields.append(FieldSet(path))
+            else:
+                contents.problems.append(
+                    f"{path.name}: its name is neither an image set's (x0_y0_z10_"
+                    "MIP2.h5) nor a field set's (field_0_x0_y0_z10_MIP2_name.h5)"
+                )
+        except DatasetError as error:
+            contents.problems.append(str(error))
+    return contents
+
+
+def _report_images(images: ImageSet) -> list[str]:
+    """Log a line about an image set; return what is wrong with it."""
+    name = images.path.name
+    problems = verify(images.path)
+    try:
+        tissue = _measure(images)
+    except OSError as error:
+        return problems + [f"{name}: cannot be read: {error}"]
+    kind = (images.normalization or {}).get("kind", "not said how")
+    logger.info(
+        "%s, %s: blank %.1f%%, tissue mean %.3g, std %.3g; %s",
+        _headline(images),
+        "as stored" if kind == "raw" else f"normalised ({kind})",
+        *(100 * tissue.blank, tissue.mean, tissue.std),
+        f"{tissue.blank_pairs} pairs with a blank side" if tissue.blank_pairs else "ok",
+    )
+    if not np.isfinite(tissue.mean) and tissue.blank < 1:
+        problems.append(f"{name}: NaN or infinite grey levels")
+    elif tissue.blank_pairs == images.num_pairs:
+        problems.append(f"{name}: every pair has a side that is all blank")
+    elif abs(tissue.mean) > _LARGEST_MEAN or not (
+        _STD_RANGE[0] < tissue.std < _STD_RANGE[1]
+    ):
+        problems.append(
+            f"{name}: not normalised: tissue has mean {tissue.mean:.3g} and std "
+            f"{tissue.std:.3g}, expected 0 and 1; download it with --normalize"
+        )
+    return problems
+
+
+def _measure(images: ImageSet) -> _Tissue:
+    count = total = squares = 0.0
+    blank_pairs = 0
+    for index in range(images.num_pairs):
+        sides = images.read(index)
+        blank_pairs += not all(side.any() for side in sides)
+        tissue = np.stack(sides).astype(np.float64)
+        count += np.count_nonzero(tissue)
+        total += tissue.sum()
+        squares += (tissue**2).sum()
+    num_pixels = 2 * images.num_pairs * images.shape[0] * images.shape[1]
+    mean = total / count if count else 0.0
+    variance = squares / count - mean**2 if count else 0.0
+    return _Tissue(
+        1 - count / num_pixels, mean, float(np.sqrt(max(variance, 0))), blank_pairs
+    )
+
+
+def _report_fields(fields: FieldSet) -> list[str]:
+    """Log a line about a field set; return what is wrong with it."""
+    problems = verify(fields.path)
+    squares = largest = 0.0
+    for index in range(fields.num_pairs):
+        for side in range(fields.num_sides):
+            try:
+                lengths = np.hypot(*fields.read(index, side).astype(np.float64))
+            except OSError as error:
+                return problems + [f"{fields.path.name}: cannot be read: {error}"]
+            squares += (lengths**2).mean() / (fields.num_pairs * fields.num_sides)
+            largest = max(largest, float(lengths.max()))
+            if not np.isfinite(lengths).all():
+                problems.append(f"{fields.path.name}: NaN in the field of pair {index}")
+                largest = np.inf
+    logger.info(
+        "%s: rms %.3g px, at most %.3g px%s",
+        *(_headline(fields), np.sqrt(squares), largest),
+        ", for src and tgt" if fields.num_sides == 2 else "",
+    )
+    return problems
+
+
+def _headline(pairs: ImageSet | FieldSet) -> str:
+    z = [pairs.sections(index)[0] for index in range(pairs.num_pairs)]
+    return (
+        f"{pairs.path.name}: {pairs.num_pairs} pairs of {pairs.shape[0]}x"
+        f"{pairs.shape[1]} px at mip {pairs.mip}, src {min(z)}...{max(z)}"
+        f"{' (original format)' if pairs.is_original else ''}"
+    )
+
+
+def _check_places(images: list[ImageSet]) -> list[str]:
+    """Sets of one place must hold the same pairs, over one and the same area."""
+    by_place: dict[str, list[ImageSet]] = {}
+    for one in images:
+        by_place.setdefault(one.name.place, []).append(one)
+    return [
+        f"{place}: {why}"
+        for place, sets in by_place.items()
+        for other in sets
+        for why in _other_place(max(sets, key=lambda one: one.mip), other)
+    ]
+
+
+def _other_place(coarse: ImageSet, fine: ImageSet) -> Iterator[str]:
+    """How the first pair that is another one in two mips differs."""
+    if coarse.num_pairs != fine.num_pairs:
+        yield (
+            f"{coarse.num_pairs} pairs at mip {coarse.mip}, {fine.num_pairs} at mip "
+            f"{fine.mip}"
+        )
+        return
+    for index in range(fine.num_pairs):
+        if coarse.sections(index) != fine.sections(index):
+            yield (
+                f"pair {index} is sections {coarse.sections(index)} at mip "
+                f"{coarse.mip}, {fine.sections(index)} at mip {fine.mip}"
+            )
+            return
+        a, b = coarse.grid(index), fine.grid(index)
+        if not (a.covers(b) or b.covers(a)):
+            yield f"pair {index} lies elsewhere at mip {fine.mip} ({b}) than {a}"
+            return
+
+
+def _check_fields_lie_on_images(contents: _Contents) -> list[str]:
+    images = {(one.name.place, one.mip): one for one in contents.images}
+    problems = []
+    for fields in contents.fields:
+        name = fields.path.name
+        of = images.get((fields.name.place, fields.mip))
+        if of is None:
+            problems.append(
+                f"{name}: there is no image set of its place at mip {fields.mip}"
+            )
+        elif fields.num_pairs != of.num_pairs:
+            problems.append(
+                f"{name}: {fields.num_pairs} pairs, its images have {of.num_pairs}"
+            )
+        else:
+            problems += [f"{name}: {why}" for why in _mismatch(fields, of)]
+    return problems
+
+
+def _mismatch(fields: FieldSet, images: ImageSet) -> Iterator[str]:
+    """What of the first pair that does not lie on its images is other there."""
+    for index in range(fields.num_pairs):
+        if fields.grid(index) != images.grid(index):
+            yield (
+                f"pair {index} lies on {fields.grid(index)}, its images on "
+                f"{images.grid(index)}"
+            )
+            return
+        if fields.sections(index) != images.sections(index):
+            yield (
+                f"pair {index} is sections {fields.sections(index)}, its images "
+                f"{images.sections(index)}"
+            )
+            return
+        # What is made between stages has one side, and nothing taken out.
+        for side in range(2 if fields.num_sides == 2 else 0):
+            taken, moved = fields.offset(index, side), images.offset(index, side)
+            if taken != moved and not images.is_original:
+                yield (
+                    f"pair {index}: {taken} mip-0 px (x, y) were taken out of the "
+                    f"field, its images were moved by {moved}; download the images "
+                    "with --field_dset"
+                )
+                return
+
+
+def _find_unfinished(folder: Path) -> list[str]:
+    left = [*folder.glob(".*.parts"), *folder.glob(".*.h5.tmp-*")]
+    return [
+        f"{path.name}: not finished; the same command goes on with it, or delete it"
+        for path in sorted(left)
+    ]
+
+
+def _check_pyramid(request: InspectRequest, images: list[ImageSet]) -> list[str]:
+    """Each stage needs images, and from stage 1 on prior fields, at its mip."""
+    assert request.pyramid_path is not None
+    problems = []
+    for module in find_modules(request.pyramid_path):
+        sets = [one for one in images if one.mip == module.in_mip]
+        missing = []
+        if module.stage > 0:
+            paths = (
+                prior_path(one, module.stage, request.checkpoint_name) for one in sets
+            )
+            missing = [path.name for path in paths if not path.is_file()]
+        logger.info(
+            "stage %d: %d image sets at mip %d%s",
+            *(module.stage, len(sets), module.in_mip),
+            f", {len(sets) - len(missing)} with prior fields" if module.stage else "",
+        )
+        if not sets:
+            problems.append(
+                f"stage {module.stage} ({module.path.name}): no image set at mip "
+                f"{module.in_mip}"
+            )
+        if missing:
+            problems.append(
+                f"stage {module.stage}: no prior fields {', '.join(missing)}; write "
+                f"them with train.py --checkpoint_name {request.checkpoint_name} "
+                f"--generate_field_stages {module.stage - 1}"
+            )
+    return problems
