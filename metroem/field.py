@@ -18,6 +18,9 @@ from torch import Tensor
 from metroem.errors import FieldError
 from metroem.grid import Grid
 
+# In units of half an image from its centre: more than a pixel off any image.
+_OUTSIDE = 4.0
+
 
 def check_field(field: Tensor) -> None:
     """Raise FieldError unless `field` is a (B, 2, H, W) floating tensor."""
@@ -71,6 +74,9 @@ def sample(
     # float32 throughout: in bf16 a position beyond 256 px is off by a pixel.
     size = torch.tensor([cols, rows], device=image.device, dtype=torch.float32)
     grid = (2 * positions.float().permute(0, 2, 3, 1) + 1) / size - 1
+    # Positions far outside all read the same, but torch 2.13 on a CPU crashes in
+    # the backward pass of those that are not finite or overflow an int.
+    grid = grid.nan_to_num(nan=_OUTSIDE).clamp(-_OUTSIDE, _OUTSIDE)
     batch = like.shape[0]
     sampled = F.grid_sample(
         image.float().expand(batch, -1, -1, -1),

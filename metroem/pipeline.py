@@ -147,6 +147,9 @@ def _run_stages(
                 checkpoint_name=request.checkpoint_name,
                 device=settings.device,
             )
+            if request.generate_field_stages is None and not job.weights.is_file():
+                logger.info("stage %d: not trained, writes no fields", module.stage)
+                continue
             generate_fields(job, stop)
     logger.info("done: %s", request.pyramid_path)
 

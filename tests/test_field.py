@@ -169,3 +169,14 @@ def test_warp_is_differentiable_in_image_and_field():
     warp(image, field).sum().backward()
     assert image.grad is not None and field.grad is not None
     assert math.isfinite(float(field.grad.sum()))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), 1e30])
+@pytest.mark.parametrize("padding", ["zeros", "border"])
+def test_a_field_gone_wild_is_survived(value, padding):
+    # torch's own sampler ends the process in the backward pass of such a field.
+    image = torch.rand(2, 3, 64, 48, requires_grad=True)
+    field = torch.full((2, 2, 64, 48), value, requires_grad=True)
+    warped = warp(image, field, padding=padding)
+    warped.sum().backward()
+    assert torch.isfinite(warped).all()

@@ -155,7 +155,9 @@ def _has_tissue(ref: PairRef) -> bool:
 
 def _check_normalized(ref: PairRef) -> None:
     tissue = torch.from_numpy(ref.images.read(ref.index).src)
-    tissue = tissue[tissue != 0]
+    tissue = tissue[(tissue != 0) & torch.isfinite(tissue)]
+    if tissue.numel() < 2:
+        return
     mean, std = float(tissue.mean()), float(tissue.std())
     if abs(mean) > _LARGEST_MEAN or not _STD_RANGE[0] < std < _STD_RANGE[1]:
         raise DatasetError(

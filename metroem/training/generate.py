@@ -228,6 +228,11 @@ def _field_of(
     ref = PairRef(images, prior, index)
     sample = read_sample(ref, ref.grid).to(job.device)
     field = aligner.align(sample.src, sample.tgt, sample.prior_field)
+    if not torch.isfinite(field).all():
+        logger.warning("%s: no finite field, its prior field is kept", ref.name)
+        field = sample.prior_field
+        if field is None:
+            field = torch.zeros_like(sample.src).repeat(1, 2, 1, 1)
     return move_field(field, ref.grid, target.grid(index))[0].cpu().numpy()
 
 

@@ -37,7 +37,6 @@ def test_the_stock_schedules_are_those_of_the_original():
 def test_a_mip_without_an_entry_takes_the_nearest_and_says_so(caplog):
     schedule = parse_schedule({"3": [PHASE], "6": [{**PHASE, "lr": 1}]}, "mine.json")
     with caplog.at_level(logging.INFO, "metroem"):
-        logging.getLogger("metroem").propagate = True
         assert schedule.for_mip(0) == schedule.phases[3]
         assert schedule.for_mip(9) == schedule.phases[6]
     assert "mine.json has no entry for mip 9: using that of mip 6" in caplog.text

@@ -1,0 +1,291 @@
+"""train.py end to end on small pairs, as a user calls it."""
+
+import dataclasses
+import hashlib
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pytest
+import torch
+
+import train
+from metroem.errors import MetroEMError
+from metroem.io.h5 import FieldSet
+from metroem.pipeline import TrainRequest
+from metroem.scaffold import init_pyramid
+from tests.pairs import SHIFT_PX, write_pairs
+
+ROOT = Path(__file__).parents[1]
+PHASE = {"lr": 1e-3, "num_epochs": 2, "smoothness": 5, "crop_size": 48}
+METRIC = {"type": "metric", "params": {"levels": [0, 1], "pre_align_sample": 8}}
+
+
+@pytest.fixture
+def run(tmp_path):
+    """A pyramid of two stages, pairs at both mips, a schedule of two phases."""
+    write_pairs(tmp_path / "data", mips=(2, 1), num_pairs=6, shape=(192, 256))
+    init_pyramid(tmp_path / "pyramid", [2, 1])
+    phases = [
+        {**PHASE, "augmentations": [{"type": "warp"}, {"type": "random_transpose"}]},
+        {**PHASE, "num_epochs": 1, "loss_spec": METRIC},
+    ]
+    (tmp_path / "schedule.json").write_text(json.dumps({"1": phases}))
+    return tmp_path
+
+
+def arguments(run, *more):
+    return [
+        *("--pyramid_path", str(run / "pyramid")),
+        *("--dataset_path", str(run / "data")),
+        *("--train_mode", "custom"),
+        *("--train_params_path", str(run / "schedule.json")),
+        *("--device", "cpu", "--checkpoint_name", "ck", "--val_pairs", "1"),
+        *more,
+    ]
+
+
+def command(run, *more):
+    return [sys.executable, str(ROOT / "train.py"), *arguments(run, *more)]
+
+
+def digest(run):
+    """sha256 of the weights and of the fields of all stages."""
+    return {
+        path.name: hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in [
+            *run.glob("pyramid/*/model/ck.state.pth.tar"),
+            *run.glob("pyramid/.train/ck/*_last.state.pth.tar"),
+        ]
+    } | {
+        path.name: hashlib.sha256(h5py.File(path)["main"][:].tobytes()).hexdigest()
+        for path in run.glob("data/field_*.h5")
+    }
+
+
+def test_a_request_has_a_field_for_each_flag():
+    flags = {action.dest for action in train.build_parser()._actions} - {"help"}
+    assert flags == {field.name for field in dataclasses.fields(TrainRequest)}
+
+
+def test_a_pyramid_is_trained_stage_by_stage(run):
+    train.main(arguments(run))
+
+    # The field of stage 0 was brought to mip 1, where stage 1 started from it.
+    first = FieldSet(run / "data" / "field_0_x0_y0_z1_MIP1_ck.h5")
+    last = FieldSet(run / "data" / "field_1_x0_y0_z1_MIP1_ck.h5")
+    assert first.shape == last.shape == (96, 128)
+    found = np.median(last.read(0)[0, 16:-16, 16:-16])
+    assert found == pytest.approx(SHIFT_PX / 2, abs=0.3)  # px of mip 1
+
+    for module in ("0_mip2in_scalenet", "1_mip1in_scalenet"):
+        weights = run / "pyramid" / module / "model" / "ck.state.pth.tar"
+        assert torch.load(weights, weights_only=True)
+        assert sorted(p.name for p in weights.parent.iterdir()) == [
+            "ck.state.pth.tar",
+            "model_spec.json",
+        ]
+    lines = (run / "pyramid" / ".train" / "ck" / "metrics.jsonl").read_text()
+    places = [
+        (r["stage"], r["phase"], r["epoch"])
+        for r in map(json.loads, lines.splitlines())
+    ]
+    assert places == [(s, p, e) for s in (0, 1) for p, e in ((0, 0), (0, 1), (1, 0))]
+    assert "held out: x0_y0_z1_MIP2.h5 pair 5" in (run / "pyramid/ck.log").read_text()
+
+
+def test_a_finished_run_is_not_repeated_and_restart_repeats_it(run):
+    train.main(arguments(run, "--max_epochs", "1"))
+    before = digest(run)
+    stamps = {p: p.stat().st_mtime_ns for p in run.glob("data/*.h5")}
+    train.main(arguments(run, "--max_epochs", "1"))
+    assert stamps == {p: p.stat().st_mtime_ns for p in run.glob("data/*.h5")}
+    train.main(arguments(run, "--max_epochs", "1", "--restart"))
+    assert digest(run) == before
+
+
+def test_other_settings_do_not_overwrite_a_run(run):
+    train.main(arguments(run, "--max_epochs", "1", "--train_stages", "0"))
+    with pytest.raises(MetroEMError, match="--seed was 0, is 1"):
+        train.main(arguments(run, "--max_epochs", "1", "--seed", "1"))
+
+
+def test_stages_can_be_run_one_at_a_time(run):
+    whole = run / "whole"
+    whole.mkdir()
+    for name in ("data", "pyramid", "schedule.json"):
+        os.symlink(run / name, whole / name)
+    zero = ("--train_stages", "0", "--generate_field_stages", "0")
+    train.main(arguments(run, *zero, "--max_epochs", "1"))
+    one = ("--train_stages", "1", "--generate_field_stages", "1")
+    train.main(arguments(run, *one, "--max_epochs", "1"))
+    assert len(list(run.glob("data/field_1_*"))) == 1
+
+
+def test_a_stage_without_its_prior_fields_says_what_to_do(run):
+    with pytest.raises(MetroEMError, match="field_0_x0_y0_z1_MIP1_ck.h5: no such"):
+        train.main(arguments(run, "--train_stages", "1"))
+
+
+def test_fields_that_were_not_trained_here_are_not_overwritten(run):
+    train.main(arguments(run, "--max_epochs", "1", "--generate_field_stages", "0"))
+    path = run / "data" / "field_0_x0_y0_z1_MIP1_ck.h5"
+    with h5py.File(path, "r+") as file:
+        for name in list(file.attrs):
+            del file.attrs[name]
+    with pytest.raises(MetroEMError, match="was not made by this program's training"):
+        train.main(arguments(run, "--max_epochs", "1"))
+
+
+def test_time_up_stops_cleanly_and_the_same_command_goes_on(run):
+    (run / "other").mkdir()
+    write_pairs(run / "other/data", mips=(2, 1), num_pairs=6, shape=(192, 256))
+    init_pyramid(run / "other/pyramid", [2, 1])
+    os.symlink(run / "schedule.json", run / "other/schedule.json")
+    train.main(arguments(run / "other"))
+
+    for _ in range(3):
+        train.main(arguments(run, "--max_minutes", "0.005"))
+    train.main(arguments(run))
+
+    assert digest(run) == digest(run / "other")
+
+
+def test_images_of_mips_that_are_missing_are_refused_before_any_training(run):
+    (run / "data" / "x0_y0_z1_MIP1.h5").unlink()
+    with pytest.raises(MetroEMError, match="no image set at mip 1"):
+        train.main(arguments(run))
+    assert not list(run.glob("pyramid/*/model/ck*"))
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--gpu", "all"), "--gpu 'all'"),
+        (("--val_pairs", "-1"), "--val_pairs -1"),
+        (("--val_pairs", "6"), "leaves none to train on"),
+        (("--checkpoint_name", "a/b"), "--checkpoint_name 'a/b'"),
+        (("--train_stages", "2"), r"--train_stages: .*\[2\]"),
+        (("--max_minutes", "0"), "--max_minutes 0"),
+        (("--dataset_path", "nowhere"), "--dataset_path nowhere: no such folder"),
+        (("--pyramid_path", "nowhere"), "nowhere: no such pyramid"),
+    ],
+)
+def test_flags_that_cannot_work_are_named(run, flags, message):
+    with pytest.raises(MetroEMError, match=message):
+        train.main(arguments(run, *flags))
+
+
+def plant_nan(path):
+    """NaN in src of the first pair."""
+    with h5py.File(path, "r+") as file:
+        image = file["img"][0, 0]
+        image[:] = np.nan
+        file["img"][0, 0] = image
+
+
+def test_a_bad_pair_is_skipped_and_listed(run):
+    plant_nan(run / "data" / "x0_y0_z1_MIP2.h5")
+    zero = ("--train_stages", "0", "--generate_field_stages", "0")
+    train.main(arguments(run, "--max_epochs", "1", *zero))
+    listed = (run / "pyramid/.train/ck/quarantine.jsonl").read_text().splitlines()
+    assert [json.loads(line)["pair"] for line in listed] == [
+        "x0_y0_z1_MIP2.h5 pair 0 (z 1 on 0)"
+    ]
+    # Where no field could be made, the next stage starts from none.
+    assert not FieldSet(run / "data" / "field_0_x0_y0_z1_MIP1_ck.h5").read(0).any()
+
+
+def test_a_run_of_bad_steps_ends_with_advice(run):
+    schedule = {"1": [{**PHASE, "num_epochs": 50, "lr": 1e12}]}
+    (run / "schedule.json").write_text(json.dumps(schedule))
+    with pytest.raises(MetroEMError, match="not finite.*lower lr"):
+        train.main(arguments(run, "--train_stages", "0"))
+
+
+@pytest.mark.slow
+def test_killed_at_random_a_run_ends_with_the_same_bytes(run):
+    other = run / "other"
+    other.mkdir()
+    write_pairs(other / "data", mips=(2, 1), num_pairs=6, shape=(192, 256))
+    init_pyramid(other / "pyramid", [2, 1])
+    os.symlink(run / "schedule.json", other / "schedule.json")
+    started = time.monotonic()
+    subprocess.run(command(other), check=True, capture_output=True)
+    undisturbed = time.monotonic() - started
+
+    chance = random.Random(0)
+    for _ in range(3):
+        process = subprocess.Popen(
+            command(run), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
+        time.sleep(undisturbed * chance.uniform(0.3, 0.9))
+        process.kill()
+        process.wait()
+    subprocess.run(command(run), check=True, capture_output=True)
+
+    assert digest(run) == digest(other)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)]
+)
+def test_a_signal_saves_the_state_and_sets_the_exit_code(run, number, status):
+    process = subprocess.Popen(command(run), stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    for line in process.stdout:
+        if "epoch 1/2" in line:
+            break
+    process.send_signal(number)
+    output = process.stdout.read()
+    assert process.wait() == status
+    assert "the same command goes on from here" in output
+    assert (run / "pyramid/.train/ck/stage_0.state.pt").is_file()
+
+
+@pytest.mark.slow
+def test_two_ranks_train_on_the_samples_of_one_process(run):
+    other = run / "other"
+    other.mkdir()
+    write_pairs(other / "data", mips=(2, 1), num_pairs=7, shape=(192, 256))
+    init_pyramid(other / "pyramid", [2, 1])
+    os.symlink(run / "schedule.json", other / "schedule.json")
+    subprocess.run(["cp", "-r", str(other), str(run / "two")], check=True)
+
+    one, two = (command(f, "--batch_size", "2") for f in (other, run / "two"))
+    subprocess.run(one, check=True, capture_output=True)
+    done = subprocess.run(
+        [*two, "--gpu", "0,1", "--port", "29411"], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+
+    name = "pyramid/1_mip1in_scalenet/model/ck.state.pth.tar"
+    a, b = (torch.load(f / name, weights_only=True) for f in (other, run / "two"))
+    for key in a:
+        torch.testing.assert_close(a[key], b[key], atol=1e-4, rtol=1e-3)
+
+
+@pytest.mark.slow
+def test_a_nan_on_one_rank_leaves_both_going(run):
+    plant_nan(run / "data" / "x0_y0_z1_MIP2.h5")
+    zero = ("--train_stages", "0", "--generate_field_stages", "0")
+    done = subprocess.run(
+        [*command(run, *zero), "--gpu", "0,1", "--port", "29412"],
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "bad loss, step skipped" in done.stdout
+    state = torch.load(run / "pyramid/.train/ck/stage_0.state.pt", weights_only=True)
+    assert state["phase"] == 2
+    assert state["quarantine"] == ["x0_y0_z1_MIP2.h5 pair 0 (z 1 on 0)"]
+    assert all(torch.isfinite(w).all() for w in state["net"].values())
