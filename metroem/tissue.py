@@ -34,7 +34,7 @@ class TissueRecipe:
         num_sections: how many sections.
         rows: height of a section, px.
         cols: width of a section, px.
-        thickness_px: distance from section to section: 40 nm of 13 nm pixels.
+        thickness_px: distance from section to section: 40 nm of 11 nm pixels.
         seed: the same seed gives the same tissue.
 
     Raises:
@@ -44,7 +44,7 @@ class TissueRecipe:
     num_sections: int = 28
     rows: int = 512
     cols: int = 448
-    thickness_px: float = 3.0
+    thickness_px: float = 3.5
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -214,7 +214,7 @@ def _grow(recipe: TissueRecipe) -> _Tissue:
     rng = np.random.default_rng(recipe.seed)
     extent = recipe.extent_px
     cells = _Cells(rng, recipe)
-    bend_scales = [(60.0, 34.0)] * 2 + [(24.0, 11.0)] * 2
+    bend_scales = [(200.0, 34.0)] * 2 + [(50.0, 11.0)] * 2
     return _Tissue(
         recipe,
         cells,

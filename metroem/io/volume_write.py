@@ -1,6 +1,7 @@
 """Writing sections as a CloudVolume, for the demo, benchmarks and tests."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -41,30 +42,68 @@ def write_volume(
             f"{path}: sections are (num_sections, H, W) uint8 or float32 and mips "
             f">= 1, got {sections.dtype} {sections.shape} and {mips} mips"
         )
-    volume = CloudVolume(
-        path.resolve().as_uri(),
-        info=CloudVolume.create_new_info(
-            num_channels=1,
-            layer_type="image",
-            data_type=str(sections.dtype),
-            encoding="raw",
-            resolution=resolution,
-            voxel_offset=offset,
-            chunk_size=(chunk_px, chunk_px, 1),
-            volume_size=(*sections.shape[1:], len(sections)),
-        ),
-        progress=False,
+    info = CloudVolume.create_new_info(
+        num_channels=1,
+        layer_type="image",
+        data_type=str(sections.dtype),
+        encoding="raw",
+        resolution=resolution,
+        voxel_offset=offset,
+        chunk_size=(chunk_px, chunk_px, 1),
+        volume_size=(*sections.shape[1:], len(sections)),
     )
-    # cloud-volume adds no scale to an info twice, so all come before the data.
+    cloud_path = _create(path, info, mips)
+    for mip in range(mips):
+        _write_mip(cloud_path, mip, sections)
+
+
+def write_field_volume(
+    path: Path, fields: np.ndarray, mip: int, shape: tuple[int, int]
+) -> None:
+    """Write fields of sections as corgie does: channel 0 along y, pixels of `mip`.
+
+    They are read back with `--channel_order yx --field_unit relative`.
+
+    Args:
+        path: folder of the volume; made if it is not there.
+        fields: (num_sections, 2, h, w), channel 0 along cols, px of `mip`.
+        mip: their mip, the only one that is written.
+        shape: (H, W) of the images at mip 0.
+
+    Raises:
+        DatasetError: fields of another shape than `shape` has at `mip`.
+    """
+    size = tuple(-(-side >> mip) for side in shape)
+    if fields.ndim != 4 or fields.shape[1:] != (2, *size):
+        raise DatasetError(
+            f"{path}: fields at mip {mip} are (num_sections, 2, {size[0]}, {size[1]}) "
+            f"for images of {shape} px, got {fields.shape}"
+        )
+    info = CloudVolume.create_new_info(
+        num_channels=2,
+        layer_type="image",
+        data_type="float32",
+        encoding="raw",
+        resolution=(8, 8, 40),
+        voxel_offset=(0, 0, 0),
+        chunk_size=(128, 128, 1),
+        volume_size=(*shape, len(fields)),
+    )
+    volume: Any = CloudVolume(_create(path, info, mip + 1), mip=mip, progress=False)
+    volume[:, :, :] = fields.transpose(2, 3, 0, 1).astype(np.float32)
+
+
+def _create(path: Path, info: dict[str, Any], mips: int) -> str:
+    volume: Any = CloudVolume(path.resolve().as_uri(), info=info, progress=False)
+    # Before any data: cloud-volume adds no scale to an info twice.
     for mip in range(1, mips):
         volume.add_scale((2**mip, 2**mip, 1))
     volume.commit_info()
-    for mip in range(mips):
-        _write_mip(volume.cloudpath, mip, sections)
+    return volume.cloudpath
 
 
 def _write_mip(cloud_path: str, mip: int, sections: np.ndarray) -> None:
-    volume = CloudVolume(cloud_path, mip=mip, progress=False, compress=False)
+    volume: Any = CloudVolume(cloud_path, mip=mip, progress=False, compress=False)
     x, y, z = (int(start) for start in volume.bounds.minpt)
     x_end, y_end, _ = (int(end) for end in volume.bounds.maxpt)
     for index, section in enumerate(sections):

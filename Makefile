@@ -1,0 +1,39 @@
+# make demo     the whole job on sections made for it, in demo/ (minutes)
+# make test     the tests
+# make lint     ruff and pyright
+# make install  only the virtual environment
+# All of them make .venv first where it is not there or its requirements changed.
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+TOOLS := $(VENV)/.tools
+
+.PHONY: demo test lint install clean
+
+demo: $(INSTALLED)
+	$(BIN)/python -m metroem demo --folder demo
+
+test: $(TOOLS)
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+lint: $(TOOLS)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright --pythonpath $(BIN)/python
+
+install: $(INSTALLED)
+
+$(INSTALLED): requirements.txt setup.py
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -r requirements.txt
+	$(BIN)/python -m pip install --no-deps -e .
+	touch $@
+
+$(TOOLS): requirements-dev.txt $(INSTALLED)
+	$(BIN)/python -m pip install -r requirements-dev.txt
+	touch $@
+
+clean:
+	rm -rf $(VENV) demo build dist *.egg-info

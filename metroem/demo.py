@@ -1,0 +1,333 @@
+"""The whole job on sections that MetroEM makes itself.
+
+A block of procedural tissue is cut into sections, each distorted by a known
+field, and written as a CloudVolume. The three steps are then run as commands,
+as a user would, and the pyramid is scored on later sections against the truth.
+"""
+
+import logging
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+
+import numpy as np
+import torch
+
+import metroem
+from metroem.distort import Distortion, Section, distort, true_pair
+from metroem.errors import MetroEMError, UsageError
+from metroem.evaluate import Score, mean_score, score_pair
+from metroem.field import warp
+from metroem.io.volume_write import write_volume
+from metroem.report.pictures import save_pair_picture
+from metroem.report.scores import print_json, print_scores
+from metroem.tissue import TissueRecipe, make_tissue
+
+logger = logging.getLogger(__name__)
+
+MIPS = (2, 0)  # of the stages
+MARGIN_PX = 24  # tissue that a section may be pulled from: beyond any displacement
+GAP = 2  # sections between the last one trained on and the first one scored on
+MARKER = ".metroem-demo"
+SCHEDULE = Path(str(resources.files("metroem") / "params" / "demo.json"))
+
+
+@dataclass(frozen=True)
+class DemoRequest:
+    """What `metroem demo` is asked for, one field a flag.
+
+    Attributes:
+        folder: for all that it writes; what an earlier demo left is removed.
+        num_sections: how many sections to make.
+        rows: height of a section, px, a multiple of 4.
+        cols: width of a section, px, a multiple of 4.
+        num_held_out: how many of the last pairs are scored, not trained on.
+        seed: of the tissue, the distortions and the training.
+        train_params_path: the schedule.
+
+    Raises:
+        UsageError: too few sections, or sizes that mip 2 does not divide.
+    """
+
+    folder: Path
+    num_sections: int = 28
+    rows: int = 512
+    cols: int = 448
+    num_held_out: int = 5
+    seed: int = 0
+    train_params_path: Path = SCHEDULE
+
+    def __post_init__(self) -> None:
+        if self.num_held_out < 1 or self.num_train < 3:
+            raise UsageError(
+                f"--num_sections {self.num_sections} --num_held_out "
+                f"{self.num_held_out}: leaves {self.num_train} sections for "
+                f"training, with {GAP} between them and the scored ones; at least 3 "
+                "are needed, and one pair to score"
+            )
+        if self.rows % 4 or self.cols % 4 or min(self.rows, self.cols) < 64:
+            raise UsageError(
+                f"--rows {self.rows} --cols {self.cols}: expected multiples of 4, "
+                "64 or more"
+            )
+
+    @property
+    def num_train(self) -> int:
+        """How many of the first sections are trained on."""
+        return self.num_sections - self.num_held_out - 1 - GAP
+
+
+@dataclass(frozen=True)
+class Run:
+    """A volume on which the three steps are run.
+
+    Attributes:
+        folder: holds the volume `sections`, and what the steps write.
+        train: sections to train on.
+        corner: (x, y) mip-0 corner of the patch.
+        patch_px: side of the patch at mip 0, a multiple of 2**max(mips).
+        mips: mip of each stage.
+        train_params_path: the schedule.
+        seed: of the training.
+    """
+
+    folder: Path
+    train: range
+    corner: tuple[int, int]
+    patch_px: int
+    mips: tuple[int, ...]
+    train_params_path: Path
+    seed: int = 0
+
+    @property
+    def volume(self) -> Path:
+        """The CloudVolume of the sections."""
+        return self.folder / "sections"
+
+    @property
+    def pyramid(self) -> Path:
+        """The pyramid."""
+        return self.folder / "pyramid"
+
+    def commands(self) -> list[list[str]]:
+        """The three steps: download the image sets, make a pyramid, train it."""
+        mips = [str(mip) for mip in self.mips]
+        sizes = [str(self.patch_px >> mip) for mip in self.mips]
+        data = str(self.folder / "dataset")
+        download = [script("download_image.py"), "--cv_path", str(self.volume)]
+        download += ["--dst_folder", data, "--mip", *mips, "--patch_size", *sizes]
+        download += ["--x_offset", str(self.corner[0])]
+        download += ["--y_offset", str(self.corner[1])]
+        download += ["--z_start", str(self.train.start + 1)]
+        download += ["--z_end", str(self.train.stop), "--normalize"]
+        init = ["-m", "metroem", "init", str(self.pyramid), "--mip", *mips]
+        train = [script("train.py"), "--pyramid_path", str(self.pyramid)]
+        train += ["--dataset_path", data, "--train_mode", "custom"]
+        train += ["--train_params_path", str(self.train_params_path)]
+        # The last stage's fields would be for a stage after it.
+        before_last = [str(stage) for stage in range(len(mips) - 1)]
+        train += ["--generate_field_stages", *before_last]
+        train += ["--seed", str(self.seed)]
+        return [download, init, train]
+
+
+def run_demo(request: DemoRequest) -> None:
+    """Make sections, train a pyramid on them, print how well it aligns.
+
+    The last line printed is a JSON object: `epe_none` and `epe` (px, a list with
+    a value a stage), `cpc_none` and `cpc`, over the held-out pairs.
+
+    Args:
+        request: what to do.
+
+    Raises:
+        UsageError: the folder holds something that is no demo's, or the scripts
+            cannot be found.
+        MetroEMError: one of the steps failed.
+    """
+    started = time.monotonic()
+    _clear(request.folder)
+    sections = make_sections(request)
+    longest = min(request.rows, request.cols)
+    run = Run(
+        request.folder,
+        range(request.num_train),
+        ((request.rows - longest) // 8 * 4, (request.cols - longest) // 8 * 4),
+        longest,
+        MIPS,
+        request.train_params_path,
+        request.seed,
+    )
+    images = np.stack([section.image for section in sections])
+    write_volume(run.volume, images, max(MIPS) + 1)
+    logger.info("wrote %s: %d sections", run.volume, len(images))
+    run_steps(run.commands())
+    pairs = range(request.num_sections - request.num_held_out, request.num_sections)
+    score = score_sections(run, sections, pairs)
+    print_scores(
+        score,
+        MIPS,
+        title=f"pairs {pairs[0]}..{pairs[-1]}, not trained on "
+        f"({time.monotonic() - started:.0f} s in all)",
+    )
+    print_json(
+        {
+            "epe_none": score.epe_none,
+            "epe": score.epe,
+            "cpc_none": score.cpc_none,
+            "cpc": score.cpc[-1],
+        }
+    )
+
+
+def make_sections(request: DemoRequest) -> list[Section]:
+    """The demo's sections, distorted; the same request gives the same ones."""
+    tissue = make_tissue(
+        TissueRecipe(
+            num_sections=request.num_sections,
+            rows=request.rows + 2 * MARGIN_PX,
+            cols=request.cols + 2 * MARGIN_PX,
+            seed=request.seed,
+        )
+    )
+    return distort_sections(tissue, Distortion(), MARGIN_PX, request.seed)
+
+
+def distort_sections(
+    tissue: np.ndarray, distortion: Distortion, margin_px: int, seed: int
+) -> list[Section]:
+    """Distort each section of a stack by a field of its own.
+
+    Args:
+        tissue: (num_sections, H, W) uint8, truly aligned.
+        distortion: how far.
+        margin_px: cut off on each side.
+        seed: of all fields.
+
+    Returns:
+        A section for each, (H - 2 * margin_px, W - 2 * margin_px).
+    """
+    return [
+        distort(
+            section,
+            distortion,
+            margin_px=margin_px,
+            rng=np.random.default_rng([seed, z]),
+        )
+        for z, section in enumerate(tissue)
+    ]
+
+
+def script(name: str) -> str:
+    """Path of one of the three scripts: in the checkout, or installed.
+
+    Raises:
+        UsageError: it is in neither place.
+    """
+    folders = Path(metroem.__file__).resolve().parents[1], Path(sys.executable).parent
+    for folder in folders:
+        if (folder / name).is_file():
+            return str(folder / name)
+    raise UsageError(
+        f"{name} is neither in {folders[0]} nor in {folders[1]}; run this from a "
+        "checkout of MetroEM, or install it"
+    )
+
+
+def run_steps(commands: Sequence[list[str]]) -> list[float]:
+    """Run python commands one after the other, showing them as typed.
+
+    Returns:
+        How long each took, s.
+
+    Raises:
+        MetroEMError: one of them failed.
+    """
+    seconds = []
+    for command in commands:
+        logger.info("\n$ python %s", " ".join(command))
+        began = time.monotonic()
+        result = subprocess.run([sys.executable, *command], env=_environment())
+        if result.returncode:
+            raise MetroEMError(
+                f"python {' '.join(command)}\nended with exit code "
+                f"{result.returncode}; what it said is above"
+            )
+        seconds.append(time.monotonic() - began)
+        logger.info("(%.0f s)", seconds[-1])
+    return seconds
+
+
+def score_sections(
+    run: Run,
+    sections: Sequence[Section],
+    pairs: range,
+    *,
+    finetune: bool = True,
+    is_exact: bool = True,
+) -> Score:
+    """Align pairs that were not trained on and score them.
+
+    The picture of the first pair is written to `before_after.png`.
+
+    Args:
+        run: whose pyramid aligns them.
+        sections: all sections of the volume.
+        pairs: section z to z - 1 for each z.
+        finetune: whether the fields are optimised further on each pair.
+        is_exact: whether the sections' fields are the whole truth.
+
+    Returns:
+        The mean over the pairs.
+    """
+    pyramid = metroem.Pyramid.load(run.pyramid)
+    scores = []
+    for z in pairs:
+        src, tgt = sections[z], sections[z - 1]
+        fields = pyramid.fields(src.image, tgt.image, mip=0, finetune=finetune)
+        truth = true_pair(src, tgt) if is_exact else None
+        scores.append(score_pair(src.image, tgt.image, fields, truth))
+        if z == pairs[0]:
+            picture = run.folder / "before_after.png"
+            save_before_after(picture, src.image, tgt.image, fields[-1])
+    return mean_score(scores)
+
+
+def save_before_after(
+    path: Path, src: np.ndarray, tgt: np.ndarray, field: np.ndarray
+) -> None:
+    """Save the picture of one pair: before, after, and its (2, H, W) field."""
+    image = torch.from_numpy(src.astype(np.float32))[None, None]
+    warped = warp(image, torch.from_numpy(field)[None])[0, 0].numpy()
+    save_pair_picture(path, src, warped, tgt, field)
+    logger.info("wrote %s", path)
+
+
+def _environment() -> dict[str, str]:
+    """The environment in which `import metroem` finds this very package."""
+    package = str(Path(metroem.__file__).resolve().parents[1])
+    others = os.environ.get("PYTHONPATH")
+    return {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join(filter(None, [package, others])),
+    }
+
+
+def _clear(folder: Path) -> None:
+    """Make the folder anew; refuse one with other things in it."""
+    if folder.exists() and not folder.is_dir():
+        raise UsageError(f"--folder {folder}: is a file; name a new folder")
+    if folder.exists() and any(folder.iterdir()):
+        if not (folder / MARKER).is_file():
+            raise UsageError(
+                f"--folder {folder}: holds things that no demo wrote; name a new folder"
+            )
+        shutil.rmtree(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / MARKER).write_text("made by metroem demo, which removes it when run\n")

@@ -1,0 +1,110 @@
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from metroem import demo
+from metroem.demo import MARKER, DemoRequest, Run, make_sections, run_demo, run_steps
+from metroem.errors import MetroEMError, UsageError
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def small(folder, **changes):
+    return DemoRequest(
+        folder, **{"num_sections": 9, "rows": 160, "cols": 128, **changes}
+    )
+
+
+def test_the_same_request_makes_the_same_sections(tmp_path):
+    request = small(tmp_path, num_sections=7, num_held_out=1)
+    first, again = make_sections(request), make_sections(request)
+    assert len(first) == 7
+    assert first[0].image.shape == (160, 128)
+    for one, other in zip(first, again, strict=True):
+        np.testing.assert_array_equal(one.image, other.image)
+
+
+def test_sections_scored_are_apart_from_those_trained_on(tmp_path):
+    request = DemoRequest(tmp_path)
+    first_scored = request.num_sections - request.num_held_out - 1  # tgt of a pair
+    assert first_scored - (request.num_train - 1) > demo.GAP
+
+
+def test_too_few_sections_are_refused(tmp_path):
+    with pytest.raises(UsageError, match="leaves 1 sections for training"):
+        small(tmp_path, num_sections=9, num_held_out=5)
+
+
+def test_sizes_that_the_coarse_mip_does_not_divide_are_refused(tmp_path):
+    with pytest.raises(UsageError, match="multiples of 4"):
+        small(tmp_path, rows=161, num_held_out=1)
+
+
+def test_a_folder_with_other_things_in_it_is_left_alone(tmp_path):
+    (tmp_path / "thesis.txt").write_text("mine")
+    with pytest.raises(UsageError, match="no demo wrote"):
+        run_demo(small(tmp_path, num_held_out=1))
+    assert (tmp_path / "thesis.txt").read_text() == "mine"
+
+
+def test_what_an_earlier_demo_left_is_removed(tmp_path):
+    (tmp_path / MARKER).write_text("")
+    (tmp_path / "pyramid").mkdir()
+    demo._clear(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == [MARKER]
+
+
+def test_the_steps_are_those_a_user_would_type(tmp_path):
+    run = Run(tmp_path, range(0, 9), (16, 0), 128, (2, 0), tmp_path / "s.json", 7)
+    download, init, train = (" ".join(command) for command in run.commands())
+    assert "--mip 2 0 --patch_size 32 128 --x_offset 16 --y_offset 0" in download
+    assert "--z_start 1 --z_end 9 --normalize" in download
+    assert init.endswith("-m metroem init " + str(tmp_path / "pyramid") + " --mip 2 0")
+    assert "--train_mode custom" in train
+    assert "--generate_field_stages 0 --seed 7" in train
+
+
+def test_a_step_that_fails_ends_the_run_and_is_named(tmp_path):
+    with pytest.raises(MetroEMError, match="exit code 3"):
+        run_steps([["-c", "raise SystemExit(3)"], ["-c", "open('never', 'w')"]])
+    assert not (tmp_path / "never").exists()
+
+
+def test_a_script_that_is_nowhere_is_refused():
+    with pytest.raises(UsageError, match="run this from a checkout"):
+        demo.script("no_such_script.py")
+
+
+@pytest.mark.slow
+def test_the_demo_runs_twice_and_ends_with_its_figures(tmp_path):
+    schedule = tmp_path / "schedule.json"
+    phase = {"lr": 1e-3, "num_epochs": 1, "smoothness": 10}
+    schedule.write_text(json.dumps({"2": [phase], "0": [phase]}))
+    code = (
+        "from pathlib import Path; from metroem import cli; "
+        "from metroem.demo import DemoRequest, run_demo; cli.run(lambda: "
+        "run_demo(DemoRequest(Path('d'), 12, 160, 128, 1, "
+        f"train_params_path=Path({str(schedule)!r}))))"
+    )
+    for _ in range(2):
+        ended = subprocess.run(
+            [sys.executable, "-c", code],
+            cwd=tmp_path,
+            env={**os.environ, "PYTHONPATH": str(ROOT)},
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+        assert ended.returncode == 0, ended.stdout + ended.stderr
+        figures = json.loads(ended.stdout.splitlines()[-1])
+        assert set(figures) == {"epe_none", "epe", "cpc_none", "cpc"}
+        assert figures["epe_none"] > 1
+        assert len(figures["epe"]) == 2
+        # Hardly trained, but the finetuner finds its way from any features.
+        assert figures["epe"][1] < figures["epe_none"]
+        assert (tmp_path / "d" / "before_after.png").is_file()
