@@ -91,7 +91,11 @@ def build_parser() -> argparse.ArgumentParser:
     add = parser.add_argument_group("files").add_argument
     add("--dst_folder", type=Path, default=Path("dataset01"), help="(./dataset01)")
     add("--suffix", help="checkpoint name under which train.py finds the fields")
-    add("--image_suffix", help="--suffix of the image sets that the fields are for")
+    add(
+        "--place",
+        help="of the image sets that the fields are for, as in their names, if it is "
+        "not the corner and z_start: x<X>_y<Y>_z<Z>[_<suffix>]",
+    )
     add(
         "--overwrite",
         action="store_true",

@@ -196,9 +196,11 @@ def _report_fields(fields: FieldSet) -> list[str]:
 
 def _headline(pairs: ImageSet | FieldSet) -> str:
     z = [pairs.sections(index)[0] for index in range(pairs.num_pairs)]
+    grid = pairs.grid(0)
     return (
         f"{pairs.path.name}: {pairs.num_pairs} pairs of {pairs.shape[0]}x"
-        f"{pairs.shape[1]} px at mip {pairs.mip}, src {min(z)}...{max(z)}"
+        f"{pairs.shape[1]} px at mip {pairs.mip}, x {grid.x}, y {grid.y}, src "
+        f"{min(z)}...{max(z)}"
         f"{' (original format)' if pairs.is_original else ''}"
     )
 

@@ -235,10 +235,11 @@ def test_the_name_is_where_train_looks(tmp_path, download, caplog):
     caplog.set_level("INFO", "metroem")
     fields = download(
         write_volume(tmp_path / "field", all_stored()),
-        *("--suffix", "precomputed", "--image_suffix", "left"),
+        *("--suffix", "precomputed", "--place", "x0_y-16_z6_left"),
     )
-    assert fields.path.name == "field_0_x64_y-16_z6_left_MIP1_precomputed.h5"
+    assert fields.path.name == "field_0_x0_y-16_z6_left_MIP1_precomputed.h5"
     assert "--checkpoint_name precomputed" in caplog.text
+    assert fields.grid(0) == Grid(1, 64, -16, 32, 32)
     assert fields.attributes["stage"] == 0
     assert fields.attributes["checkpoint"] == "precomputed"
     assert verify(fields.path) == []
@@ -292,7 +293,8 @@ def test_a_killed_download_goes_on_and_is_then_not_repeated(
         (["--patch_size", 0], "must be >= 1"),
         (["--z_end", 6], "one past"),
         (["--suffix", "MIP3"], "--suffix"),
-        (["--image_suffix", "a/b"], "--image_suffix"),
+        (["--place", "x0_y0"], "expected x<X>_y<Y>_z6"),
+        (["--place", "x0_y0_z7"], "expected x<X>_y<Y>_z6"),
         (["--int16_scale", -1], "must be > 0"),
         (["--int16_scale", 0.25], "float32; leave"),
     ],

@@ -64,10 +64,14 @@ def test_a_good_data_set_is_listed(dataset, tmp_path, caplog):
     pyramid = make_pyramid(tmp_path, "0_mip1in_a", "1_mip0in_b")
     caplog.set_level("INFO", "metroem")
     inspect_dataset(InspectRequest(dataset, pyramid))
-    assert "x0_y0_z1_MIP1.h5: 2 pairs of 16x24 px at mip 1, src 1...2" in caplog.text
+    assert (
+        "x0_y0_z1_MIP1.h5: 2 pairs of 16x24 px at mip 1, x 0, y 0, src 1...2"
+        in caplog.text
+    )
     # Vectors of (1, 1) px are sqrt(2) long.
-    assert "checkpoint.h5: 2 pairs of 32x48 px at mip 0, src 1...2: rms 1.41" in (
-        caplog.text
+    assert (
+        "checkpoint.h5: 2 pairs of 32x48 px at mip 0, x 0, y 0, src 1...2: rms 1.41"
+        in (caplog.text)
     )
     assert "stage 1: 1 image sets at mip 0, 1 with prior fields" in caplog.text
     assert "2 image sets, 1 field sets, all in order" in caplog.text

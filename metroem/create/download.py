@@ -64,8 +64,11 @@ def already_there(path: Path, wanted: Mapping, *, overwrite: bool) -> bool:
     """
     if overwrite or not path.exists():
         return False
-    with h5py.File(path, "r") as file:
-        found = file.attrs.get("request")
+    try:
+        with h5py.File(path, "r") as file:
+            found = file.attrs.get("request")
+    except OSError:
+        found = None
     if not isinstance(found, str):
         raise DatasetError(
             f"{path}: is there already and does not say how it was made; give "

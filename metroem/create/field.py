@@ -63,7 +63,9 @@ class FieldRequest:
             quarter.
         cv_path_defects: volume of defects, left out of the mean displacement.
         mask_val: values of it >= this are defects.
-        image_suffix: suffix of the image sets that the fields are for.
+        place: of the image sets that the fields are for, as in their names:
+            x<X>_y<Y>_z<Z>[_<suffix>]; None: the corner and z_start. It differs
+            where those have a suffix, or share a centre.
         suffix: name of the checkpoint whose stage 0 the fields stand for.
         parallel: layers of chunks read at a time.
         overwrite: replace a file made from other arguments.
@@ -86,7 +88,7 @@ class FieldRequest:
     int16_scale: float | None = None
     cv_path_defects: str | None = None
     mask_val: float = 1
-    image_suffix: str | None = None
+    place: str | None = None
     suffix: str | None = None
     parallel: int = 1
     overwrite: bool = False
@@ -108,12 +110,15 @@ class FieldRequest:
         ):
             if value not in known:
                 raise UsageError(f"{flag} {value}: expected {' or '.join(known)}")
-        for flag, value in (
-            ("--suffix", self.suffix),
-            ("--image_suffix", self.image_suffix),
-        ):
-            if value is not None:
-                check_tag(flag, value)
+        if self.suffix is not None:
+            check_tag("--suffix", self.suffix)
+        if self.place is not None:
+            name = ImageSetName.parse(f"{self.place}_MIP{self.dst_mip}.h5")
+            if name is None or name.z != self.z_start:
+                raise UsageError(
+                    f"--place {self.place}: expected x<X>_y<Y>_z{self.z_start}"
+                    "[_<suffix>], as in the name of the image sets"
+                )
         if self.int16_scale is not None and not self.int16_scale > 0:
             raise UsageError(f"--int16_scale {self.int16_scale}: must be > 0")
 
@@ -132,7 +137,7 @@ class FieldRequest:
     def path(self) -> Path:
         """The file."""
         corner = self.x_offset, self.y_offset, self.z_start
-        place = ImageSetName(*corner, self.dst_mip, self.image_suffix).place
+        place = self.place or ImageSetName(*corner, self.dst_mip).place
         name = FieldSetName(0, place, self.dst_mip, self.suffix)
         return self.dst_folder / name.filename
 

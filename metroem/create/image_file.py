@@ -180,7 +180,8 @@ class ImageFile:
             self.sources.mask.fetch(store, hulls, masks, parallel)
 
         def take(z: int, layers: np.ndarray) -> None:
-            image = np.where(np.isfinite(layers[0]), layers[0], 0).astype(layers.dtype)
+            image = np.array(layers[0], order="C")
+            image[~np.isfinite(image)] = 0
             if self.sources.mask is not None:
                 image[store.load(f"{masks}-{z}")] = 0
             if z in areas:

@@ -4,6 +4,7 @@ A file is written pair by pair to a hidden name in its own folder, read back for
 the checksums, synced and renamed, so nobody ever finds half of one.
 """
 
+import glob
 import json
 import os
 import zlib
@@ -258,6 +259,9 @@ def _replacing(path: Path) -> Iterator[h5py.File]:
         with partial.open("rb") as raw:
             os.fsync(raw.fileno())
         os.replace(partial, path)
+        # What runs that were killed while they wrote this file left behind.
+        for left in path.parent.glob(f".{glob.escape(path.name)}.tmp-*"):
+            left.unlink(missing_ok=True)
     finally:
         partial.unlink(missing_ok=True)
 

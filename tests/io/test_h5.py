@@ -181,6 +181,15 @@ def test_pairs_of_another_shape_than_announced_are_refused(tmp_path):
         write_image_set(path, [turned], ImageSetMeta(frames(1), **COMMON))
 
 
+def test_what_a_killed_writer_left_goes_with_the_next_file(tmp_path):
+    path = tmp_path / "x0_y0_z7_MIP2.h5"
+    (tmp_path / f".{path.name}.tmp-1").touch()
+    (tmp_path / f".{path.name}2.tmp-1").touch()
+    write_image_set(path, images(1), ImageSetMeta(frames(1), **COMMON))
+    found = {p.name for p in tmp_path.iterdir()}
+    assert found == {path.name, f".{path.name}2.tmp-1"}
+
+
 def test_a_changed_byte_is_found(image_path):
     assert verify(image_path) == []
     with h5py.File(image_path, "r+") as file:

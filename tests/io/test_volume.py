@@ -1,7 +1,11 @@
 import json
+import threading
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 
 import numpy as np
 import pytest
+from google.auth.exceptions import DefaultCredentialsError
 
 from metroem.errors import DatasetError
 from metroem.grid import Grid
@@ -119,6 +123,43 @@ def test_a_chunk_that_cannot_be_read_is_named(tmp_path, path):
     chunk.write_bytes(b"short")
     with pytest.raises(DatasetError, match="em: cannot be read"):
         Volume(path).read(Grid(0, 64, -32, 5, 6), range(10, 11))
+
+
+def test_missing_credentials_are_said(monkeypatch):
+    def refuse(*args, **kwargs):
+        raise DefaultCredentialsError("no default credentials")
+
+    monkeypatch.setattr("metroem.io.volume.CloudVolume", refuse)
+    with pytest.raises(DatasetError, match="gs://em.*DefaultCred.*your credentials"):
+        Volume("gs://em")
+
+
+class _Forbidding(SimpleHTTPRequestHandler):
+    """Serves the info, and answers 403 to who asks for a chunk."""
+
+    def do_GET(self):
+        if self.path.endswith("info"):
+            super().do_GET()
+        else:
+            self.send_error(403)
+
+    def log_message(self, *args):
+        pass
+
+
+def test_chunks_that_may_not_be_read_look_blank(tmp_path, path):
+    # Why downloads refuse what is all blank and name the credentials.
+    handler = partial(_Forbidding, directory=str(tmp_path))
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        try:
+            url = f"precomputed://http://127.0.0.1:{server.server_port}/em"
+            read = Volume(url).read(Grid(0, 70, -20, 5, 4), range(11, 12))
+        finally:
+            server.shutdown()
+            thread.join()
+    assert not read.any()
 
 
 def test_an_error_of_ours_keeps_its_traceback(path, monkeypatch):
