@@ -32,6 +32,13 @@ from metroem.create.field import (
 def build_parser() -> argparse.ArgumentParser:
     """The flags, one a field of `FieldRequest`."""
     parser = cli.parser(__doc__)
+    _add_area(parser)
+    _add_values(parser)
+    _add_files(parser)
+    return parser
+
+
+def _add_area(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("what").add_argument
     add(
         "--cv_path",
@@ -63,6 +70,8 @@ def build_parser() -> argparse.ArgumentParser:
     add("--z_start", type=int, required=True, help="first src section")
     add("--z_end", type=int, required=True, help="one past the last src section")
 
+
+def _add_values(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("what the volume's values are").add_argument
     add(
         "--channel_order",
@@ -88,6 +97,8 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add("--mask_val", type=float, default=1, help="values >= this are defects (1)")
 
+
+def _add_files(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("files").add_argument
     add("--dst_folder", type=Path, default=Path("dataset01"), help="(./dataset01)")
     add("--suffix", help="checkpoint name under which train.py finds the fields")
@@ -107,7 +118,6 @@ def build_parser() -> argparse.ArgumentParser:
         default=1,
         help="layers of chunks read at a time (1); 4 to 16 for cloud paths",
     )
-    return parser
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -23,6 +23,13 @@ from metroem.create.image import ANCHORS, ImageRequest, create_image_sets
 def build_parser() -> argparse.ArgumentParser:
     """The flags, one a field of `ImageRequest`."""
     parser = cli.parser(__doc__)
+    _add_area(parser)
+    _add_grey_levels(parser)
+    _add_files(parser)
+    return parser
+
+
+def _add_area(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("what").add_argument
     add(
         "--cv_path",
@@ -65,6 +72,8 @@ def build_parser() -> argparse.ArgumentParser:
         "mips share; with center, the offsets are those of the largest (corner)",
     )
 
+
+def _add_grey_levels(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("grey levels").add_argument
     add(
         "--normalize",
@@ -86,6 +95,8 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add("--mask_val", type=float, default=1, help="values >= this are defects (1)")
 
+
+def _add_files(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("files").add_argument
     add("--dst_folder", type=Path, default=Path("dataset01"), help="(./dataset01)")
     add("--suffix", help="text in the file names, for several sets of one place")
@@ -105,7 +116,6 @@ def build_parser() -> argparse.ArgumentParser:
         default=1,
         help="layers of chunks read at a time (1); 4 to 16 for cloud paths",
     )
-    return parser
 
 
 def main(argv: Sequence[str] | None = None) -> None:
