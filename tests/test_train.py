@@ -239,14 +239,14 @@ def test_killed_at_random_a_run_ends_with_the_same_bytes(run):
     ("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)]
 )
 def test_a_signal_saves_the_state_and_sets_the_exit_code(run, number, status):
-    process = subprocess.Popen(command(run), stdout=subprocess.PIPE, text=True)
-    assert process.stdout is not None
-    for line in process.stdout:
-        if "epoch 1/2" in line:
-            break
-    process.send_signal(number)
-    output = process.stdout.read()
-    assert process.wait() == status
+    with subprocess.Popen(command(run), stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            if "epoch 1/2" in line:
+                break
+        process.send_signal(number)
+        output = process.stdout.read()
+    assert process.returncode == status
     assert "the same command goes on from here" in output
     assert (run / "pyramid/.train/ck/stage_0.state.pt").is_file()
 
@@ -267,14 +267,17 @@ def test_two_ranks_train_on_the_samples_of_one_process(run):
     )
     assert done.returncode == 0, done.stderr[-2000:]
 
-    name = "pyramid/1_mip1in_scalenet/model/ck.state.pth.tar"
+    # Of the first stage: the second starts from finetuned fields, which 300 steps
+    # of Adam carry further apart than rounding.
+    name = "pyramid/0_mip2in_scalenet/model/ck.state.pth.tar"
     a, b = (torch.load(f / name, weights_only=True) for f in (other, run / "two"))
     for key in a:
-        torch.testing.assert_close(a[key], b[key], atol=1e-4, rtol=1e-3)
+        torch.testing.assert_close(a[key], b[key], atol=1e-5, rtol=0)
 
 
 @pytest.mark.slow
 def test_a_nan_on_one_rank_leaves_both_going(run):
+    write_pairs(run / "data", mips=(2, 1), num_pairs=11, shape=(192, 256))
     plant_nan(run / "data" / "x0_y0_z1_MIP2.h5")
     zero = ("--train_stages", "0", "--generate_field_stages", "0")
     done = subprocess.run(

@@ -42,7 +42,8 @@ from metroem.training.stopping import Stopped, StopRequest
 
 logger = logging.getLogger(__name__)
 
-SAVE_EVERY_S = 300.0
+# Steps between saves within an epoch; steps, since all ranks must agree on it.
+SAVE_EVERY_STEPS = 200
 # The run ends when more than this share of the last steps went bad.
 BAD_STEPS_LOOKED_AT, BAD_STEPS_ALLOWED = 50, 0.2
 # Below this mean change of the prior field a network does nothing, px.
@@ -155,7 +156,6 @@ class StageTrainer:
             self._restore(state)
         self.model = self._wrapped()
         self.optimizer: torch.optim.Optimizer | None = None
-        self._last_save = time.monotonic()
 
     def train(self) -> None:
         """Run the phases that are left, then mark the stage as done."""
@@ -246,7 +246,7 @@ class StageTrainer:
         if step.stop:
             self._save()
             raise Stopped(step.stop)
-        if time.monotonic() - self._last_save > SAVE_EVERY_S:
+        if state.step % SAVE_EVERY_STEPS == 0:
             self._save()
 
     def _quarantine(self, sample: Sample | None) -> None:
@@ -275,9 +275,10 @@ class StageTrainer:
     def _finish_epochs(self, phase: Phase, seconds: float) -> None:
         """Validate, report, and keep the weights if they are the best."""
         state, module = self.state, self.job.module
-        if not state.sums:
+        if all(state.recent_bad):
             self._refuse_bad_steps()
-        *sums, count = state.sums
+        self._share_sums()
+        *sums, count = state.sums or [float("nan")] * (len(Scores._fields) + 1)
         training = Scores(*(value / count for value in sums))
         state.sums = []
         validation = validate(
@@ -328,11 +329,17 @@ class StageTrainer:
                 *(phase.smoothness, phase.lr),
             )
 
+    def _share_sums(self) -> None:
+        """Give each rank the mean of all ranks' running sums."""
+        sums = torch.tensor(self.state.sums, device=self.settings.device)
+        shared = distributed.total(sums) / distributed.world_size()
+        self.state.sums = shared.tolist()
+
     def _save(self) -> None:
+        self._share_sums()
         self.state.net = self.aligner.net.state_dict()
         self.state.optimizer = self.optimizer and self.optimizer.state_dict()
         self.state.rng = torch.get_rng_state()
-        self._last_save = time.monotonic()
         if self.is_first_rank:
             save_state(self.run.state(self.job.module.stage), self.state)
 
