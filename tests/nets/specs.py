@@ -1,0 +1,53 @@
+"""Small networks for tests."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+
+def convblock(*channels: int) -> dict[str, Any]:
+    return {"type": "convblock", "arch_desc": {"fms": list(channels), "k": 3}}
+
+
+def level(channels_in: int, channels_out: int) -> tuple[dict, dict]:
+    """Up and down module of one level: features per side in and out."""
+    features = {
+        "type": "split_processor",
+        "processors": [
+            {"fm_range": [0, 1], "module": {"type": "identity"}},
+            {
+                "fm_range": [0, channels_in],
+                "module": convblock(channels_in, 4, channels_out - 1),
+            },
+        ],
+    }
+    up = {"type": "fm_range_apply", "fm_range": channels_in, "module": features}
+    down = {
+        "type": "warp_with_input_downmodule",
+        "arch_desc": {"inner_module": convblock(2 * channels_out, 8, 2)},
+    }
+    return up, down
+
+
+def scalenet(*channels: int) -> dict[str, Any]:
+    """A spec with one level for each number of channels."""
+    levels = [
+        level(before, after)
+        for before, after in zip((1, *channels), channels, strict=False)
+    ]
+    return {
+        "type": "scalenet",
+        "max_level": len(levels),
+        "upmodules": {str(i): up for i, (up, _) in enumerate(levels)},
+        "downmodules": {str(i): down for i, (_, down) in enumerate(levels)},
+        "downlinks": {"all": {"type": "upsample_residuals"}},
+        "combiners": {
+            "all": {"type": "rollback_warp", "arch_desc": {"rollback": 0}},
+        },
+    }
+
+
+def write_spec(folder: Path, spec: dict[str, Any]) -> Path:
+    path = folder / "model_spec.json"
+    path.write_text(json.dumps(spec))
+    return path
