@@ -1,3 +1,4 @@
+#!python
 r"""Make a field set from a CloudVolume of displacements, for stage 1 to start from.
 
 The set stands for what stage 0 of the checkpoint --suffix would have written:
@@ -21,12 +22,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from metroem import cli
-from metroem.create.field import (
-    CHANNEL_ORDERS,
-    FIELD_UNITS,
-    FieldRequest,
-    create_field_set,
-)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -75,13 +70,13 @@ def _add_values(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("what the volume's values are").add_argument
     add(
         "--channel_order",
-        choices=CHANNEL_ORDERS,
+        choices=("xy", "yx"),
         default="xy",
         help="axes that channel 0 and 1 displace along (xy)",
     )
     add(
         "--field_unit",
-        choices=FIELD_UNITS,
+        choices=("mip0", "relative"),
         default="mip0",
         help="mip-0 pixels, or relative: pixels of src_mip (mip0)",
     )
@@ -123,6 +118,11 @@ def _add_files(parser: argparse.ArgumentParser) -> None:
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command."""
     args = build_parser().parse_args(argv)
+    from metroem.create.field import (  # --help comes without torch
+        FieldRequest,
+        create_field_set,
+    )
+
     create_field_set(FieldRequest(**vars(args)))
 
 

@@ -1,3 +1,4 @@
+#!python
 r"""Make image sets from a CloudVolume: pairs of sections, one h5 file a mip.
 
 Pair i has section z_start + i as src and the section before it as tgt. Files are
@@ -17,7 +18,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from metroem import cli
-from metroem.create.image import ANCHORS, ImageRequest, create_image_sets
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -66,7 +66,7 @@ def _add_area(parser: argparse.ArgumentParser) -> None:
     add("--z_end", type=int, required=True, help="one past the last src section")
     add(
         "--anchor",
-        choices=ANCHORS,
+        choices=("corner", "center"),
         default="corner",
         help="what the patches of all "
         "mips share; with center, the offsets are those of the largest (corner)",
@@ -121,6 +121,11 @@ def _add_files(parser: argparse.ArgumentParser) -> None:
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command."""
     args = build_parser().parse_args(argv)
+    from metroem.create.image import (  # --help comes without torch
+        ImageRequest,
+        create_image_sets,
+    )
+
     create_image_sets(ImageRequest(**vars(args)))
 
 

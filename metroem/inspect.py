@@ -11,14 +11,11 @@ import numpy as np
 from metroem.data.dataset import prior_path
 from metroem.errors import DatasetError
 from metroem.io.h5 import FieldSet, ImageSet, verify
+from metroem.normalize import GreyStatistics, looks_normalized
 from metroem.specs.filenames import FieldSetName, ImageSetName, check_tag
 from metroem.specs.pyramid import find_modules
 
 logger = logging.getLogger(__name__)
-
-# Tissue of a normalised image has mean 0 and std 1. By a reference area it may be
-# off, but not as far as grey levels of 0..255 or 0..1 are.
-_LARGEST_MEAN, _STD_RANGE = 1.5, (0.3, 3.0)
 
 
 @dataclass(frozen=True)
@@ -143,9 +140,7 @@ def _report_images(images: ImageSet) -> list[str]:
         problems.append(f"{name}: NaN or infinite grey levels")
     elif tissue.blank_pairs == images.num_pairs:
         problems.append(f"{name}: every pair has a side that is all blank")
-    elif abs(tissue.mean) > _LARGEST_MEAN or not (
-        _STD_RANGE[0] < tissue.std < _STD_RANGE[1]
-    ):
+    elif not looks_normalized(GreyStatistics(tissue.mean, tissue.std)):
         problems.append(
             f"{name}: not normalised: tissue has mean {tissue.mean:.3g} and std "
             f"{tissue.std:.3g}, expected 0 and 1; download it with --normalize"

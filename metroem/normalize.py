@@ -8,6 +8,9 @@ from torch import Tensor
 
 # The original's reader takes anything darker as "no data" (`dataset.py`).
 DARKEST = -4.0
+# Normalised by a reference area, tissue may be off mean 0 and std 1, but not as far
+# as grey levels of 0..255 or 0..1 are.
+_LARGEST_MEAN, _STD_RANGE = 1.5, (0.3, 3.0)
 # What a tissue pixel at the mean becomes, so that it is not taken for "no data".
 _MEAN_GREY = 1e-4
 
@@ -19,8 +22,14 @@ class GreyStatistics(NamedTuple):
     std: float  # grey levels, > 0
 
 
+def looks_normalized(statistics: GreyStatistics) -> bool:
+    """Whether tissue with these statistics may be that of a normalised image."""
+    low, high = _STD_RANGE
+    return abs(statistics.mean) <= _LARGEST_MEAN and low < statistics.std < high
+
+
 def tissue_statistics(image: Tensor) -> GreyStatistics | None:
-    """Mean and standard deviation over the pixels that are not 0.
+    """Mean and standard deviation over the finite pixels that are not 0.
 
     Args:
         image: any shape, raw grey levels, 0 = no data.
@@ -28,7 +37,7 @@ def tissue_statistics(image: Tensor) -> GreyStatistics | None:
     Returns:
         The statistics, or None where there is no tissue or no contrast.
     """
-    tissue = image[image != 0].double()
+    tissue = image[(image != 0) & torch.isfinite(image)].double()
     if tissue.numel() < 2 or not (std := float(tissue.std(correction=0))) > 0:
         return None
     return GreyStatistics(float(tissue.mean()), std)

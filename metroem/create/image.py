@@ -4,13 +4,13 @@ from pathlib import Path
 
 from metroem.create.download import DefectMask
 from metroem.create.image_file import ImageFile, Sources
-from metroem.create.image_request import ANCHORS, ImageRequest
+from metroem.create.image_request import ImageRequest
 from metroem.errors import DatasetError
 from metroem.grid import Grid
 from metroem.io.h5 import FieldSet, PairFrame
 from metroem.io.volume import Volume
 
-__all__ = ["ANCHORS", "ImageRequest", "create_image_sets"]
+__all__ = ["ImageRequest", "create_image_sets"]
 
 
 def create_image_sets(request: ImageRequest) -> list[Path]:

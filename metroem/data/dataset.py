@@ -15,6 +15,7 @@ from metroem.errors import DatasetError
 from metroem.field import warp
 from metroem.grid import Grid
 from metroem.io.h5 import FieldSet, ImageSet, find_image_sets
+from metroem.normalize import looks_normalized, tissue_statistics
 from metroem.specs.filenames import FieldSetName
 from metroem.specs.schedule import Phase
 
@@ -23,9 +24,6 @@ logger = logging.getLogger(__name__)
 VALIDATION_CROP_PX = 2048
 # Sections left unused on each side of those held out.
 GAP_SECTIONS = 1
-# Tissue of a normalised image has mean 0 and std 1; grey levels of 0..255 or
-# 0..1 are far from both.
-_LARGEST_MEAN, _STD_RANGE = 1.5, (0.3, 3.0)
 
 
 class PairRef(NamedTuple):
@@ -124,8 +122,8 @@ def open_prior(images: ImageSet, stage: int, checkpoint_name: str) -> FieldSet:
         checkpoint_name: tag of the fields.
 
     Raises:
-        DatasetError: they are missing, or belong to another place or number of
-            pairs.
+        DatasetError: they are missing, belong to another place or number of
+            pairs, or have had a translation taken out that the images do not have.
     """
     path = prior_path(images, stage, checkpoint_name)
     if not path.is_file():
@@ -146,6 +144,14 @@ def open_prior(images: ImageSet, stage: int, checkpoint_name: str) -> FieldSet:
                 f"{path}: pair {index} lies on {fields.grid(index)}, its images on "
                 f"{images.grid(index)}; make the fields for these images"
             )
+        for side in range(2 if fields.num_sides == 2 else 0):
+            taken_out, moved = fields.offset(index, side), images.offset(index, side)
+            if taken_out != moved and not images.is_original:
+                raise DatasetError(
+                    f"{path}: the translation {taken_out} was taken out of pair "
+                    f"{index}, side {side}, but its images were moved by {moved}; "
+                    f"download them with --field_dset {path}"
+                )
     return fields
 
 
@@ -154,16 +160,12 @@ def _has_tissue(ref: PairRef) -> bool:
 
 
 def _check_normalized(ref: PairRef) -> None:
-    tissue = torch.from_numpy(ref.images.read(ref.index).src)
-    tissue = tissue[(tissue != 0) & torch.isfinite(tissue)]
-    if tissue.numel() < 2:
-        return
-    mean, std = float(tissue.mean()), float(tissue.std())
-    if abs(mean) > _LARGEST_MEAN or not _STD_RANGE[0] < std < _STD_RANGE[1]:
+    found = tissue_statistics(torch.from_numpy(ref.images.read(ref.index).src))
+    if found is not None and not looks_normalized(found):
         raise DatasetError(
             f"{ref.images.path}: the images are not normalised: the tissue of pair "
-            f"{ref.index} has mean {mean:.3g} and std {std:.3g}, expected 0 and 1; "
-            "download them with --normalize"
+            f"{ref.index} has mean {found.mean:.3g} and std {found.std:.3g}, expected "
+            "0 and 1; download them with --normalize"
         )
 
 

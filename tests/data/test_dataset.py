@@ -133,6 +133,15 @@ def test_prior_fields_must_be_there_and_fit(tmp_path):
         pairs_of(tmp_path, stage=1)
 
 
+def test_a_translation_taken_out_must_be_that_of_the_images(tmp_path):
+    frames = write_images(tmp_path, "x0_y0_z1_MIP1.h5")
+    moved = [PairFrame(f.grid, f.sections, ((8, 0), (0, 4))) for f in frames]
+    name = "field_0_x0_y0_z1_MIP1_ck.h5"
+    write_fields(tmp_path, name, moved, num_sides=2)
+    with pytest.raises(DatasetError, match=r"\(8, 0\) was taken out.*--field_dset"):
+        pairs_of(tmp_path, stage=1)
+
+
 def test_a_crop_and_its_field_lie_in_the_same_place(tmp_path):
     frames = write_images(tmp_path, "x0_y0_z1_MIP1.h5")
     write_fields(tmp_path, "field_0_x0_y0_z1_MIP1_ck.h5", frames, value=(1.5, -2.0))
