@@ -5,6 +5,7 @@ import torch
 
 from metroem.errors import FieldError, UsageError
 from metroem.field import warp
+from metroem.field_search import FieldLoss
 from metroem.finetuner import (
     FinetuneOptions,
     finetune_field,
@@ -224,3 +225,31 @@ class TestOriginalForm:
     def test_what_it_does_not_know_is_refused(self, changed):
         with pytest.raises(UsageError):
             self.call(**changed)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_the_gradient_written_out_is_that_of_the_loss(masked):
+    torch.manual_seed(0)
+    field = 0.3 * torch.randn(2, 2, ROWS, COLS)
+    src, tgt = texture().expand(2, -1, -1, -1), texture(shift=(1, 2))
+    tgt = tgt.expand(2, -1, -1, -1)
+    similarity_weight, smoothness_weight = ones(2), ones(2)
+    if masked:
+        similarity_weight.tgt[..., :15, :20] = 0
+        smoothness_weight.tgt[..., 20:, 30:] = 0.1
+    options = FinetuneOptions(smoothness=7.0, border=3, l2=0.5)
+    loss = FieldLoss((src, tgt), (similarity_weight, smoothness_weight), options)
+
+    value, gradient = loss.with_gradient(field)
+
+    for i in range(2):
+        leaf = field[i : i + 1].clone().requires_grad_()
+        alike = (warp(src[:1], leaf) - tgt[:1]) ** 2
+        expected = (
+            weighted_mean(alike, similarity_weight.tgt[:1], border=3)
+            + 7 * weighted_mean(rigidity_map(leaf), smoothness_weight.tgt[:1], border=3)
+            + 0.5 * (leaf**2).mean()
+        )
+        (slope,) = torch.autograd.grad(expected, leaf)
+        torch.testing.assert_close(value[i], expected.detach())
+        torch.testing.assert_close(gradient[i], slope[0], atol=1e-6, rtol=1e-4)

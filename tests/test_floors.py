@@ -22,6 +22,7 @@ FLOORS = {
     "data": 3,
     "create": 3,
     "nets": 4,
+    "field_search": 4,
     "finetuner": 4,
     "aligner": 4,
     "training": 5,
