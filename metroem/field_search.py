@@ -38,8 +38,10 @@ class FinetuneOptions:
         patience: steps without a new best after which the rate is halved.
         max_halvings: a sample ends after so many.
         max_grad_norm: gradients are clipped to this norm, per sample.
-        coarseness: optimise a field so many levels coarser.
-        weight_decay: as torch.optim.Adam has it.
+        coarseness: what is added to the field is found so many levels coarser,
+            so that it bends over 2**coarseness pixels; `rate_px` is then in
+            those coarser pixels. Detail of the field itself stays.
+        weight_decay: of what is added, as torch.optim.Adam has it.
         momentum: None for Adam; a number for gradient descent with it.
     """
 

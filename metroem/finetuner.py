@@ -76,16 +76,18 @@ def finetune_field(
     loss = FieldLoss(features, weights, options)
     start = field.detach().float()
     loss_before, _ = loss.with_gradient(start)
-    search = Search(downsample_field(start, options.coarseness), options)
+    search = Search(
+        torch.zeros_like(downsample_field(start, options.coarseness)), options
+    )
     steps = 0
     for steps in range(1, options.num_iter + 1):
-        search.step(*_loss_and_gradient(loss, search.field, start))
+        search.step(*_loss_and_gradient(loss, start, search.field))
         if steps % _LOOK_EVERY == 0 and bool(search.finished.all()):
             break
     # The last step has not been judged yet.
-    search.judge(_loss_and_gradient(loss, search.field, start)[0])
+    search.judge(_loss_and_gradient(loss, start, search.field)[0])
     with torch.no_grad():
-        found = _at_size_of(start, search.best_field, options)
+        found = start + _at_size_of(start, search.best_field, options)
         better = search.best_loss < loss_before
         found = torch.where(better.view(-1, 1, 1, 1), found, start)
         loss_after = torch.where(better, search.best_loss, loss_before)
@@ -133,7 +135,7 @@ def optimize_pre_post_ups(
         opt_mode: "adam" or "sgd".
         crop: border left out of the loss, px.
         noimpr_period: steps without a new best after which lr is halved.
-        opt_res_coarsness: optimise a field so many levels coarser.
+        opt_res_coarsness: change the field so many levels coarser.
         wd: weight decay.
         l2: factor of the mean squared displacement.
         normalize: bring each feature to mean 0 and std 1 first.
@@ -220,15 +222,21 @@ def _rules(spec: dict[str, Any] | None, where: str) -> MaskRules:
 
 
 def _loss_and_gradient(
-    loss: FieldLoss, field: Tensor, like: Tensor
+    loss: FieldLoss, start: Tensor, change: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Loss, (B,), of a field that may be coarser, and its gradient."""
-    if field.shape == like.shape:
-        return loss.with_gradient(field)
+    """Loss, (B,), of `start` with a change, and its gradient by the change.
+
+    Args:
+        loss: of a field at full size.
+        start: (B, 2, H, W), pixels.
+        change: to be added, at the coarseness of the options, its own pixels.
+    """
+    if change.shape == start.shape:
+        return loss.with_gradient(start + change)
     with torch.enable_grad():
-        leaf = field.detach().requires_grad_()
-        full = _at_size_of(like, leaf, loss.options)
-    value, gradient = loss.with_gradient(full.detach())
+        leaf = change.detach().requires_grad_()
+        full = _at_size_of(start, leaf, loss.options)
+    value, gradient = loss.with_gradient(start + full.detach())
     (gradient,) = torch.autograd.grad(full, leaf, gradient)
     return value, gradient
 

@@ -69,6 +69,21 @@ def test_a_coarser_field_finds_it_too():
     torch.testing.assert_close(mean, torch.tensor([1.5, -1.0]), atol=0.1, rtol=0)
 
 
+def test_a_coarser_change_leaves_the_detail_of_the_field():
+    torch.manual_seed(0)
+    detail = 0.1 * torch.randn(1, 2, ROWS, COLS)
+    options = FinetuneOptions(smoothness=0.1, num_iter=30, coarseness=2)
+    src, tgt = texture(), texture(shift=(1.5, -1.0))
+
+    field = finetune_field(src, tgt, detail, ones(), ones(), options).field
+
+    change = field - detail
+    assert inner(change).abs().mean() > 0.3
+    # Bilinear between knots 4 px apart: hardly any step from pixel to pixel.
+    step, steps_of_detail = (t.diff(dim=-1).abs().mean() for t in (change, detail))
+    assert step < steps_of_detail
+
+
 @pytest.mark.parametrize("rate_px", [0.1, 5.0])
 def test_the_result_is_never_worse_by_its_own_loss(rate_px):
     start = 0.5 * torch.randn(1, 2, ROWS, COLS)

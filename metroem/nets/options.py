@@ -16,6 +16,8 @@ class AlignerOptions:
         finetune_iter: at most so many steps.
         finetune_lr: rate of the first steps, px.
         finetune_sm: smoothness of the finetuned field.
+        finetune_coarseness: the change to a field is found so many levels
+            coarser; not in the original, which has 0.
         sm_defect_coarsening: (pixels, weight) in turn: rings around defects
             and their weight in the smoothness.
         mse_defect_coarsening: likewise in the similarity.
@@ -33,6 +35,7 @@ class AlignerOptions:
     finetune_iter: int = 100
     finetune_lr: float = 0.1
     finetune_sm: float = 30.0
+    finetune_coarseness: int = 0
     sm_defect_coarsening: tuple[tuple[int, float], ...] = ((1, 0.0),)
     mse_defect_coarsening: tuple[tuple[int, float], ...] = ((1, 0.0),)
     sm_mask_value: float = 1e-5
@@ -50,6 +53,7 @@ class AlignerOptions:
             rate_px=self.finetune_lr,
             num_iter=self.finetune_iter,
             border=self.crop,
+            coarseness=self.finetune_coarseness,
         )
 
     @property
