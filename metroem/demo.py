@@ -253,7 +253,7 @@ def run_steps(commands: Sequence[list[str]]) -> list[float]:
     for command in commands:
         logger.info("\n$ python %s", " ".join(command))
         began = time.monotonic()
-        result = subprocess.run([sys.executable, *command], env=_environment())
+        result = subprocess.run([sys.executable, *command], env=environment())
         if result.returncode:
             raise MetroEMError(
                 f"python {' '.join(command)}\nended with exit code "
@@ -309,8 +309,8 @@ def save_before_after(
     logger.info("wrote %s", path)
 
 
-def _environment() -> dict[str, str]:
-    """The environment in which `import metroem` finds this very package."""
+def environment() -> dict[str, str]:
+    """Of a process in which `import metroem` finds this very package."""
     package = str(Path(metroem.__file__).resolve().parents[1])
     others = os.environ.get("PYTHONPATH")
     return {

@@ -20,7 +20,7 @@ from metroem.field import check_field, downsample_field, upsample_field
 from metroem.field_search import FieldLoss, FinetuneOptions, Search
 from metroem.loss import normalize_features
 from metroem.masks import MaskRules, PairMaps, PairWeight, weigh
-from metroem.specs.schedule import _rules as parse_mask_rules
+from metroem.specs.schedule import parse_mask_rules
 
 logger = logging.getLogger(__name__)
 

@@ -267,7 +267,9 @@ def _at_level(pair: PairLoss, level: int, divide_smoothness: bool) -> PairLoss:
     def coarsen(weight: PairWeight) -> PairWeight:
         # A coarse pixel counts only as much as the worst of its pixels.
         size = 2**level
-        return PairWeight(*(-F.max_pool2d(-side, size) for side in weight))
+        return PairWeight(
+            *(-F.max_pool2d(-side, size, ceil_mode=True) for side in weight)
+        )
 
     if level == 0:
         return pair

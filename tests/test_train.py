@@ -18,7 +18,8 @@ import torch
 
 import train
 from metroem.errors import MetroEMError
-from metroem.io.h5 import FieldSet
+from metroem.inspect import InspectRequest, inspect_dataset
+from metroem.io.h5 import FieldSet, FieldSetMeta, ImageSet, PairFrame, write_field_set
 from metroem.pipeline import TrainRequest
 from metroem.scaffold import init_pyramid
 from tests.pairs import SHIFT_PX, write_pairs
@@ -181,6 +182,41 @@ def test_images_of_mips_that_are_missing_are_refused_before_any_training(run):
 def test_flags_that_cannot_work_are_named(run, flags, message):
     with pytest.raises(MetroEMError, match=message):
         train.main(arguments(run, *flags))
+
+
+def strip_to_the_original(folder, suffix):
+    """Leave of each image set what the original wrote: one array, no more."""
+    for path in folder.glob("*.h5"):
+        with h5py.File(path) as file:
+            images = file["img"][:]
+        path.unlink()
+        with h5py.File(path.with_name(f"{path.stem}_{suffix}.h5"), "w") as file:
+            file.create_dataset("main", data=images, compression="lzf")
+
+
+def test_files_of_the_original_are_read_and_trained_on(run):
+    strip_to_the_original(run / "data", "old")
+    train.main(arguments(run, "--max_epochs", "1"))
+    fields = FieldSet(run / "data" / "field_1_x0_y0_z1_old_MIP1_ck.h5")
+    assert fields.num_pairs == 6 and fields.shape == (96, 128)
+    inspect_dataset(InspectRequest(run / "data", run / "pyramid", "ck"))
+
+
+def test_a_downloaded_field_takes_the_place_of_stage_0(run):
+    images = ImageSet(run / "data" / "x0_y0_z1_MIP1.h5")
+    rows, cols = images.shape
+    field = np.zeros((2, 2, rows, cols), np.float32)
+    field[0, 0] = SHIFT_PX / 2  # px of mip 1: src is placed by it, tgt is in place
+    frames = [PairFrame(images.grid(i), images.sections(i)) for i in range(6)]
+    meta = FieldSetMeta(frames, "test", "", {}, stage=0, tag="ck", num_sides=2)
+    write_field_set(run / "data" / "field_0_x0_y0_z1_MIP1_ck.h5", [field] * 6, meta)
+    one = ("--train_stages", "1", "--generate_field_stages", "1")
+    train.main(arguments(run, "--max_epochs", "1", *one))
+    last = FieldSet(run / "data" / "field_1_x0_y0_z1_MIP1_ck.h5").read(0)
+    assert np.median(last[0, 16:-16, 16:-16]) == pytest.approx(SHIFT_PX / 2, abs=0.2)
+    # The downloaded set is not one that training may replace.
+    with pytest.raises(MetroEMError, match="was not made by this program"):
+        train.main(arguments(run, "--max_epochs", "1"))
 
 
 def plant_nan(path):

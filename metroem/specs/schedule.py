@@ -215,7 +215,7 @@ def _phase(entry: Any, where: str) -> Phase:
     entry = dict(_object(entry, where))
     loss = _loss(entry.pop("loss_spec", {"type": "plain"}), f"{where}: loss_spec")
     rules = {
-        ours: _rules(entry.pop(key), f"{where}: {key}")
+        ours: parse_mask_rules(entry.pop(key), f"{where}: {key}")
         for key, ours in (
             ("mse_keys_to_apply", "similarity_rules"),
             ("sm_keys_to_apply", "smoothness_rules"),
@@ -276,7 +276,16 @@ def _augmentation(spec: Any, where: str) -> Augmentation:
     return kind(**spec)
 
 
-def _rules(spec: Any, where: str) -> MaskRules:
+def parse_mask_rules(spec: Any, where: str) -> MaskRules:
+    """Read `mse_keys_to_apply` or `sm_keys_to_apply`.
+
+    Args:
+        spec: {"src": [...], "tgt": [...]}, decoded JSON.
+        where: its place, for messages.
+
+    Raises:
+        UsageError: an unknown key, or a value of the wrong kind.
+    """
     spec = _object(spec, where)
     _check_keys(spec, ("src", "tgt"), where)
     return MaskRules(

@@ -1,0 +1,43 @@
+"""The main job on real sections, where METROEM_SHARED names a folder with them."""
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import download_image
+import train
+from metroem.demo import MARGIN_PX, SCHEDULE, Run, distort_sections, score_sections
+from metroem.distort import Distortion
+from metroem.io.volume_write import write_volume
+from metroem.scaffold import init_pyramid
+
+SHARED = os.environ.get("METROEM_SHARED")
+NUM_TRAIN, SIDE_PX = 16, 256
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        SHARED is None, reason="METROEM_SHARED names no folder with real sections"
+    ),
+]
+
+
+def test_a_coarse_stage_aligns_later_sections_of_a_real_stack(tmp_path):
+    stack = np.load(Path(SHARED or "") / "data" / "fib25_a.npy", mmap_mode="r")
+    part = slice(100 - MARGIN_PX, 100 + SIDE_PX + MARGIN_PX)
+    # FIB-SEM neighbours are aligned as imaged, so the distortion is all the truth.
+    tissue = np.concatenate([stack[:NUM_TRAIN, part, part], stack[50:54, part, part]])
+    sections = distort_sections(tissue, Distortion(), MARGIN_PX, seed=1)
+    run = Run(tmp_path, range(NUM_TRAIN), (0, 0), SIDE_PX, (2,), SCHEDULE)
+    write_volume(run.volume, np.stack([s.image for s in sections]), 3)
+
+    download, init, training = run.commands()
+    download_image.main(download[1:])
+    init_pyramid(run.pyramid, run.mips)
+    train.main([*training[1:], "--max_epochs", "20"])
+
+    score = score_sections(run, sections, range(NUM_TRAIN + 1, len(sections)))
+    assert score.epe[-1] < 0.5 * score.epe_none
+    assert score.cpc[-1] > score.cpc_none
