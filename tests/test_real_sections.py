@@ -24,13 +24,13 @@ pytestmark = [
 ]
 
 
-def test_a_coarse_stage_aligns_later_sections_of_a_real_stack(tmp_path):
+def test_a_small_pyramid_aligns_later_sections_of_a_real_stack(tmp_path):
     stack = np.load(Path(SHARED or "") / "data" / "fib25_a.npy", mmap_mode="r")
     part = slice(100 - MARGIN_PX, 100 + SIDE_PX + MARGIN_PX)
     # FIB-SEM neighbours are aligned as imaged, so the distortion is all the truth.
     tissue = np.concatenate([stack[:NUM_TRAIN, part, part], stack[50:54, part, part]])
     sections = distort_sections(tissue, Distortion(), MARGIN_PX, seed=1)
-    run = Run(tmp_path, range(NUM_TRAIN), (0, 0), SIDE_PX, (2,), SCHEDULE)
+    run = Run(tmp_path, range(NUM_TRAIN), (0, 0), SIDE_PX, (2, 1), SCHEDULE)
     write_volume(run.volume, np.stack([s.image for s in sections]), 3)
 
     download, init, training = run.commands()
