@@ -37,8 +37,8 @@ WARP = [{"type": "warp", "min_disp": -3, "max_disp": 3}, {"type": "random_transp
 METRIC = {"type": "metric", "params": {"pre_align_sample": 8}}
 SCHEDULE = {
     "0": [
-        {**PHASE, "num_epochs": 8, "augmentations": WARP},
-        {**PHASE, "num_epochs": 4, "loss_spec": METRIC},
+        {**PHASE, "num_epochs": 40, "augmentations": WARP},
+        {**PHASE, "num_epochs": 20, "loss_spec": METRIC},
     ]
 }
 
@@ -97,13 +97,15 @@ def train_killed(run: Run, request: KillRequest, undisturbed: float) -> None:
         process = subprocess.Popen(
             [sys.executable, *command], env=environment(), stdout=subprocess.DEVNULL
         )
-        seconds = undisturbed * chance.uniform(0.2, 0.8)
+        seconds = undisturbed * chance.uniform(0.15, 0.35)
         time.sleep(seconds)
-        ended = process.poll() is not None
+        if process.poll() is not None:
+            raise MetroEMError(f"the training ended before kill {kill + 1}")
         process.kill()
         process.wait()
-        what = "had ended before" if ended else "was killed after"
-        logger.info("kill %d: the training %s %.1f s", kill + 1, what, seconds)
+        logger.info(
+            "killed for the %d. time, %.1f s after its start", kill + 1, seconds
+        )
     run_steps([command])
 
 
