@@ -3,9 +3,9 @@
 The sections of a stack are distorted by known smooth fields and written as a
 CloudVolume; download_image.py, metroem init and train.py are run on its first part
 as a user would; then pairs of later sections, not trained on, are scored.
-Unless --natural is given, download_field.py is run too, on a volume of fields whose values are known, and
-what it wrote is compared with them; a pyramid that trains its own first stage
-needs no downloaded fields, so the scores do not depend on it.
+Unless --natural is given, download_field.py is run too, on a volume of fields whose
+values are known, and what it wrote is compared with them; a pyramid that trains its
+own first stage needs no downloaded fields, so the scores do not depend on it.
 
 The endpoint error (EPE) is exact where neighbours are aligned as imaged (FIB-SEM).
 Other stacks have a misalignment of their own beside the known one: read the
