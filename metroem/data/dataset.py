@@ -97,7 +97,7 @@ def find_pairs(
         if stage > 0:
             prior = open_prior(images, stage, checkpoint_name)
         refs = [PairRef(images, prior, i) for i in range(images.num_pairs)]
-        filled = [ref for ref in refs if _has_tissue(ref)]
+        filled = [ref for ref in refs if images.has_tissue(ref.index)]
         if len(filled) < len(refs):
             logger.warning(
                 "%s: %d of %d pairs have a blank side and are left out",
@@ -153,10 +153,6 @@ def open_prior(images: ImageSet, stage: int, checkpoint_name: str) -> FieldSet:
                     f"download them with --field_dset {path}"
                 )
     return fields
-
-
-def _has_tissue(ref: PairRef) -> bool:
-    return all(bool((side != 0).any()) for side in ref.images.read(ref.index))
 
 
 def _check_normalized(ref: PairRef) -> None:

@@ -15,6 +15,7 @@ Beside them lies, for each pair,
                 that side was read elsewhere (images) or what was taken out of its
                 vectors (fields)
     checksum    (num_pairs,) uint32: CRC-32 of the pair's bytes
+    blank       (num_pairs, 2 sides) float32: share of pixels without data (images)
 
 as datasets, because HDF5 attributes end at 64 KiB. The rest is in attributes:
 format_version, kind, source_path, mip, resolution (nm), command, request; of

@@ -209,6 +209,18 @@ class ImageSet(_PairFile):
         pair[pair < DARKEST] = 0
         return Pair(pair[0], pair[1])
 
+    def has_tissue(self, index: int) -> bool:
+        """Whether neither side of a pair is all blank.
+
+        The file says so; those of the original are read for it.
+        """
+        self._check_index(index)
+        with self._main() as main:
+            blank = main.file.get("blank")
+            if isinstance(blank, h5py.Dataset):
+                return bool((np.asarray(blank[index]) < 1).all())
+        return all(bool((image != 0).any()) for image in self.read(index))
+
     def _frame_offset(self, index: int) -> tuple[int, int]:
         return self.offset(index, 0)
 

@@ -173,10 +173,12 @@ def write_image_set(path: Path, pairs: Iterable[Pair], meta: ImageSetMeta) -> No
             chunks=(1, 1, *_chunk(meta.shape)),
             compression="lzf",
         )
+        blank = file.create_dataset("blank", (len(meta.frames), 2), np.float32)
         for index, pair in _counted(path, pairs, len(meta.frames)):
             for side, image in enumerate(pair):
                 _check_shape(path, index, image.shape, meta.shape)
                 images[index, side] = image
+                blank[index, side] = np.mean(image == 0)
         _describe(file, meta, moved=True)
 
 

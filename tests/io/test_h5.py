@@ -117,6 +117,20 @@ def test_what_is_darker_than_the_darkest_tissue_is_no_data(tmp_path):
     assert (pair.tgt == 4.5).all()
 
 
+def test_a_pair_with_a_blank_side_is_known_with_and_without_the_file_saying_so(
+    tmp_path,
+):
+    path = tmp_path / "x0_y0_z7_MIP2.h5"
+    first, second = images(2)
+    pairs = [first, Pair(second.src, 0 * second.tgt)]
+    write_image_set(path, pairs, ImageSetMeta(frames(2), **COMMON))
+    assert [ImageSet(path).has_tissue(i) for i in (0, 1)] == [True, False]
+    with h5py.File(path, "r+") as file:
+        np.testing.assert_array_equal(file["blank"], [[0, 0], [0, 1]])
+        del file["blank"]
+    assert [ImageSet(path).has_tissue(i) for i in (0, 1)] == [True, False]
+
+
 def test_a_set_travels_to_a_loader_worker(image_path):
     image_set = pickle.loads(pickle.dumps(ImageSet(image_path)))
     np.testing.assert_array_equal(image_set.read(0).src, images(3)[0].src)
