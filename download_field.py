@@ -19,7 +19,6 @@ Example:
 
 import argparse
 from collections.abc import Sequence
-from pathlib import Path
 
 from metroem import cli
 
@@ -27,92 +26,34 @@ from metroem import cli
 def build_parser() -> argparse.ArgumentParser:
     """The flags, one a field of `FieldRequest`."""
     parser = cli.parser(__doc__)
-    _add_area(parser)
-    _add_values(parser)
-    _add_files(parser)
-    return parser
-
-
-def _add_area(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("what").add_argument
-    add(
-        "--cv_path",
-        required=True,
-        help="CloudVolume of the fields: gs://, s3://, https://, file:// or a path",
-    )
+    path = "CloudVolume of the fields: gs://, s3://, https://, file:// or a plain path"
+    add("--cv_path", required=True, help=path)
     add("--src_mip", type=int, required=True, help="mip that is read")
-    add(
-        "--dst_mip",
-        type=int,
-        required=True,
-        help="mip of the images that the fields are for, <= src_mip",
+    dst_mip = "mip of the images that the fields are for, <= src_mip"
+    add("--dst_mip", type=int, required=True, help=dst_mip)
+    size = {"dest": "patch_size", "type": int, "required": True}
+    side = "side of the patch, pixels of dst_mip"
+    add("--patch_size", "--patch_sizes", **size, help=side)
+    add("--suffix", help="checkpoint name under which train.py finds the fields")
+    place = (
+        "of the image sets that the fields are for, as in their names, if it is not "
     )
-    add(
-        "--patch_size",
-        "--patch_sizes",
-        dest="patch_size",
-        type=int,
-        required=True,
-        help="side of the patch, pixels of dst_mip",
-    )
-    add(
-        "--x_offset",
-        type=int,
-        default=0,
-        help="corner of the patch, mip-0 pixels, a multiple of 2^dst_mip (0)",
-    )
-    add("--y_offset", type=int, default=0, help="likewise (0)")
-    add("--z_start", type=int, required=True, help="first src section")
-    add("--z_end", type=int, required=True, help="one past the last src section")
+    place += "the corner and z_start: x<X>_y<Y>_z<Z>[_<suffix>]"
+    add("--place", help=place)
+    _add_values(parser)
+    cli.add_download_flags(parser)
+    return parser
 
 
 def _add_values(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("what the volume's values are").add_argument
-    add(
-        "--channel_order",
-        choices=("xy", "yx"),
-        default="xy",
-        help="axes that channel 0 and 1 displace along (xy)",
-    )
-    add(
-        "--field_unit",
-        choices=("mip0", "relative"),
-        default="mip0",
-        help="mip-0 pixels, or relative: pixels of src_mip (mip0)",
-    )
-    add(
-        "--int16_scale",
-        type=float,
-        help="what 1 of an int16 volume stands for, in that unit (0.25)",
-    )
-    add(
-        "--cv_path_defects",
-        help="CloudVolume of defects, left out of the mean displacement; read at "
-        "src_mip, so it must be written there",
-    )
-    add("--mask_val", type=float, default=1, help="values >= this are defects (1)")
-
-
-def _add_files(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument_group("files").add_argument
-    add("--dst_folder", type=Path, default=Path("dataset01"), help="(./dataset01)")
-    add("--suffix", help="checkpoint name under which train.py finds the fields")
-    add(
-        "--place",
-        help="of the image sets that the fields are for, as in their names, if it is "
-        "not the corner and z_start: x<X>_y<Y>_z<Z>[_<suffix>]",
-    )
-    add(
-        "--overwrite",
-        action="store_true",
-        help="replace a file that other arguments made",
-    )
-    add(
-        "--parallel",
-        type=int,
-        default=1,
-        help="layers of chunks read at a time (1); 4 to 16 for cloud paths",
-    )
+    order = "axes that channel 0 and 1 displace along (xy)"
+    add("--channel_order", choices=("xy", "yx"), default="xy", help=order)
+    unit = "mip-0 pixels, or relative: pixels of src_mip (mip0)"
+    add("--field_unit", choices=("mip0", "relative"), default="mip0", help=unit)
+    scale = "what 1 of an int16 volume stands for, in that unit (0.25)"
+    add("--int16_scale", type=float, help=scale)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -28,6 +28,32 @@ def parser(description: str | None) -> argparse.ArgumentParser:
     )
 
 
+def add_download_flags(parser: argparse.ArgumentParser) -> None:
+    """The flags that both downloads have: where, which sections, which files."""
+    where = parser.add_argument_group("where").add_argument
+    corner = "corner of the patch, mip-0 pixels, a multiple of 2^mip (0)"
+    where("--x_offset", type=int, default=0, help=corner)
+    where("--y_offset", type=int, default=0, help="likewise (0)")
+    where("--z_start", type=int, required=True, help="first src section")
+    where("--z_end", type=int, required=True, help="one past the last src section")
+    files = parser.add_argument_group("files and reading").add_argument
+    files("--dst_folder", type=Path, default=Path("dataset01"), help="(./dataset01)")
+    files("--overwrite", action="store_true", help="replace what other flags made")
+    files(
+        "--parallel",
+        type=int,
+        default=1,
+        help="layers of chunks read at a time (1); 4 to 16 for cloud paths",
+    )
+    defects = parser.add_argument_group("defects").add_argument
+    defects(
+        "--cv_path_defects",
+        help="CloudVolume of defects, which do not count; read at the mip of the "
+        "rest, so it must be written there",
+    )
+    defects("--mask_val", type=float, default=1, help="values >= this are defects (1)")
+
+
 def configure_logging(level: int = logging.INFO) -> None:
     """Send the package's log to stdout, a line a record.
 
