@@ -304,11 +304,12 @@ def test_two_ranks_train_on_the_samples_of_one_process(run):
     assert done.returncode == 0, done.stderr[-2000:]
 
     # Of the first stage: the second starts from finetuned fields, which 300 steps
-    # of Adam carry further apart than rounding.
+    # of Adam carry further apart. Eight steps at a rate of 1e-3 move a weight by up
+    # to 8e-3; rounding, where a gradient is near 0, by about 1% of it.
     name = "pyramid/0_mip2in_scalenet/model/ck.state.pth.tar"
     a, b = (torch.load(f / name, weights_only=True) for f in (other, run / "two"))
     for key in a:
-        torch.testing.assert_close(a[key], b[key], atol=1e-5, rtol=0)
+        torch.testing.assert_close(a[key], b[key], atol=1e-4, rtol=0)
 
 
 @pytest.mark.slow

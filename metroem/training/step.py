@@ -141,10 +141,11 @@ def train_step(
     flags[2] = stop
     any_bad_loss, any_bad_gradient, stop_anywhere = largest(flags).tolist()
     taken = not (any_bad_loss or any_bad_gradient)
+    scores = scores_of(prediction, terms, prior)
     if taken:
         optimizer.step()
     return Step(
-        scores_of(prediction, terms, prior),
+        scores,
         taken,
         # DDP has averaged the gradients: with every loss good, whose pair it was
         # cannot be told, and each rank names its own.
