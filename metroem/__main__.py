@@ -48,7 +48,10 @@ def build_parser() -> argparse.ArgumentParser:
 
     demo = _command(commands, "demo", "the main job on made sections", _demo)
     demo.add_argument(
-        "--folder", type=Path, default=Path("demo"), help="where everything goes"
+        "--folder",
+        type=Path,
+        default=Path("demo"),
+        help="where everything goes; what an earlier demo left there is removed",
     )
     return parser
 

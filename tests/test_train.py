@@ -112,6 +112,27 @@ def test_a_finished_run_is_not_repeated_and_restart_repeats_it(run):
     assert digest(run) == before
 
 
+def test_workers_read_the_same_samples(run):
+    zero = ("--max_epochs", "1", "--train_stages", "0", "--generate_field_stages", "0")
+    train.main(arguments(run, *zero))
+    before = digest(run)
+    train.main(arguments(run, *zero, "--num_workers", "2", "--restart"))
+    assert digest(run) == before
+
+
+def test_bf16_inside_the_network_trains(run):
+    zero = ("--max_epochs", "1", "--train_stages", "0", "--generate_field_stages", "0")
+    train.main(arguments(run, *zero, "--precision", "bf16"))
+    assert FieldSet(run / "data" / "field_0_x0_y0_z1_MIP1_ck.h5").read(0).any()
+
+
+def test_a_network_that_does_nothing_is_noticed(run, monkeypatch, caplog):
+    # A network of a few epochs still moves something; any change is too small here.
+    monkeypatch.setattr("metroem.training.stage.COLLAPSED_PX", 1e6)
+    train.main(arguments(run, "--max_epochs", "1", "--train_stages", "0"))
+    assert "it has collapsed to doing nothing; try a lower smoothness" in caplog.text
+
+
 def test_other_settings_do_not_overwrite_a_run(run):
     train.main(arguments(run, "--max_epochs", "1", "--train_stages", "0"))
     with pytest.raises(MetroEMError, match="--seed was 0, is 1"):
@@ -200,6 +221,33 @@ def test_files_of_the_original_are_read_and_trained_on(run):
     fields = FieldSet(run / "data" / "field_1_x0_y0_z1_old_MIP1_ck.h5")
     assert fields.num_pairs == 6 and fields.shape == (96, 128)
     inspect_dataset(InspectRequest(run / "data", run / "pyramid", "ck"))
+
+
+ORIGINAL_CREATE = """
+import os
+import torch
+import metroem
+
+class Model(torch.nn.Module):
+    def __init__(self, *args, **kwargs):
+        super().__init__()
+        self.aligner = metroem.aligner.Aligner(*args, **kwargs)
+
+    def forward(self, **kwargs):
+        return self.aligner.forward(**kwargs)
+
+def create(**kwargs):
+    folder = os.path.dirname(os.path.realpath(__file__))
+    return Model(model_folder=os.path.join(folder, "model"), **kwargs)
+"""
+
+
+def test_modules_of_the_original_train_unchanged(run):
+    for module in run.glob("pyramid/*_mip*"):
+        (module / "create.py").write_text(ORIGINAL_CREATE)
+    train.main(arguments(run, "--max_epochs", "1"))
+    assert "stock operators" in (run / "pyramid" / "ck.log").read_text()
+    assert FieldSet(run / "data" / "field_1_x0_y0_z1_MIP1_ck.h5").read(0).any()
 
 
 def test_a_downloaded_field_takes_the_place_of_stage_0(run):
