@@ -1,0 +1,56 @@
+"""The benchmarks run, on little, and their figures are what they say."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from metroem.tissue import TissueRecipe, make_tissue
+
+ROOT = Path(__file__).parents[1]
+PHASE = {"lr": 1e-3, "num_epochs": 4, "smoothness": 20, "crop_size": 96}
+SCHEDULE = {"1": [{**PHASE, "loss_spec": {"type": "plain"}}]}
+
+pytestmark = pytest.mark.slow
+
+
+def figures(script, *arguments):
+    """The JSON of a benchmark's last line."""
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "benchmarks" / script), *arguments],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_download_bytes_reads_each_chunk_once():
+    assert figures("download_bytes.py")["read_per_needed"] <= 1.1
+
+
+def test_kill_resume_ends_with_the_same_weights():
+    found = figures("kill_resume.py", "--kills", "2")
+    assert found["calm"] == found["killed"] and len(found["calm"]) == 4
+
+
+@pytest.mark.parametrize("natural", [False, True])
+def test_real_sections_scores_a_stack(tmp_path, natural):
+    stack = make_tissue(TissueRecipe(12, 192 + 48, 160 + 48))
+    np.save(tmp_path / "stack.npy", stack)
+    (tmp_path / "schedule.json").write_text(json.dumps(SCHEDULE))
+    found = figures(
+        "real_sections.py",
+        *("--stack", str(tmp_path / "stack.npy")),
+        *("--train_params_path", str(tmp_path / "schedule.json")),
+        *(["--natural"] if natural else []),
+    )
+    assert found["cpc"][-1] > 0 and len(found["cpc"]) == 2
+    assert (found["epe_none"] is None) == natural
+    if not natural:
+        assert found["epe"][-1] < found["epe_none"]
