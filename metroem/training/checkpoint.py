@@ -127,7 +127,7 @@ def load_state(path: Path, settings: Mapping[str, Any]) -> TrainingState | None:
         )
     state = TrainingState(**tree)
     changed = [
-        f"{key} was {state.settings.get(key)!r}, is {settings.get(key)!r}"
+        _change(key, state.settings.get(key), settings.get(key))
         for key in sorted(state.settings.keys() | settings.keys())
         if state.settings.get(key) != settings.get(key)
     ]
@@ -138,6 +138,12 @@ def load_state(path: Path, settings: Mapping[str, Any]) -> TrainingState | None:
             "beside it, or --restart to begin it anew"
         )
     return state
+
+
+def _change(key: str, before: Any, now: Any) -> str:
+    if isinstance(before, list):
+        return f"{key} are not the same"
+    return f"{key} was {before!r}, is {now!r}"
 
 
 def replace_file(path: Path, content: bytes) -> None:

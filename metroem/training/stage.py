@@ -83,8 +83,8 @@ class StageJob:
     def fingerprint(self) -> dict[str, Any]:
         """What must be equal for a run to go on from a saved state."""
         return {
-            "phases": [repr(phase) for phase in self.phases],
-            "training pairs": [ref.name for ref in self.split.training],
+            "the phases of the schedule": [repr(phase) for phase in self.phases],
+            "the pairs to train on": [ref.name for ref in self.split.training],
             "--seed": self.settings.seed,
             "--batch_size": self.settings.batch_size,
             "--precision": self.settings.precision,

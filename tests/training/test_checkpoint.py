@@ -52,6 +52,8 @@ def test_other_settings_are_refused_by_name(tmp_path):
     save_state(tmp_path / "s.pt", TrainingState(SETTINGS))
     with pytest.raises(CheckpointError, match="--seed was 3, is 4.*--restart"):
         load_state(tmp_path / "s.pt", SETTINGS | {"--seed": 4})
+    with pytest.raises(CheckpointError, match="phases are not the same"):
+        load_state(tmp_path / "s.pt", SETTINGS | {"phases": ["b"]})
 
 
 def test_a_broken_state_is_refused(tmp_path):
