@@ -331,7 +331,9 @@ class StageTrainer:
 
     def _share_sums(self) -> None:
         """Give each rank the mean of all ranks' running sums."""
-        sums = torch.tensor(self.state.sums, device=self.settings.device)
+        sums = torch.tensor(
+            self.state.sums, dtype=torch.float64, device=self.settings.device
+        )
         shared = distributed.total(sums) / distributed.world_size()
         self.state.sums = shared.tolist()
 
