@@ -20,53 +20,42 @@ from metroem import cli
 def build_parser() -> argparse.ArgumentParser:
     """The flags of `metroem.pipeline.TrainRequest`."""
     parser = cli.parser(__doc__)
-    add = parser.add_argument
+    add = parser.add_argument_group("what is trained").add_argument
     add("--pyramid_path", type=Path, required=True, help="directory of modules")
     add("--dataset_path", type=Path, required=True, help="folder of image sets")
     add("--checkpoint_name", default="checkpoint", help="name of the weights")
-    add(
-        "--train_mode",
-        type=str.lower,
-        choices=("scratch", "finetune", "custom"),
-        default="scratch",
-        help="which schedule",
-    )
+    modes = ("scratch", "finetune", "custom")
+    mode = "which schedule (scratch)"
+    add("--train_mode", type=str.lower, choices=modes, default="scratch", help=mode)
     add("--train_params_path", type=Path, help="schedule (JSON) of --train_mode custom")
     add("--train_stages", type=int, nargs="+", help="stages to train (all)")
-    add(
-        "--generate_field_stages",
-        type=int,
-        nargs="+",
-        help="stages to write fields of (all)",
-    )
-    add("--gpu", default="0", help="GPUs, as 0 or 0,1,2: that many ranks")
-    add(
-        "--device",
-        choices=("auto", "cpu", "cuda"),
-        default="auto",
-        help="auto takes a GPU if there is one",
-    )
-    add("--port", type=int, default=8888, help="where the ranks of --gpu meet")
-    add("--seed", type=int, default=0, help="of all chance")
-    add("--batch_size", type=int, help="pairs of a step over all ranks (one a rank)")
-    add("--num_workers", type=int, help="processes that read, a rank (GPU 4, CPU 0)")
-    add(
-        "--precision",
-        choices=("fp32", "bf16"),
-        default="fp32",
-        help="inside the network",
-    )
+    fields = "stages to write fields of (all)"
+    add("--generate_field_stages", type=int, nargs="+", help=fields)
+    add("--val_pairs", type=int, default=2, help="pairs held out for validation (2)")
     add("--max_epochs", type=int, help="cap on the epochs of each phase")
     add("--max_minutes", type=float, help="stop cleanly after so long")
-    add("--val_pairs", type=int, default=2, help="pairs held out for validation")
     add("--restart", action="store_true", help="begin the stages to train anew")
+    _add_machine_flags(parser)
+    return parser
+
+
+def _add_machine_flags(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("how it is run").add_argument
+    add("--gpu", default="0", help="GPUs, as 0 or 0,1,2: that many ranks (0)")
+    devices, device = ("auto", "cpu", "cuda"), "auto takes a GPU if there is one"
+    add("--device", choices=devices, default="auto", help=device)
+    add("--port", type=int, default=8888, help="where the ranks of --gpu meet")
+    add("--seed", type=int, default=0, help="of all chance (0)")
+    add("--batch_size", type=int, help="pairs of a step over all ranks (one a rank)")
+    add("--num_workers", type=int, help="processes that read, a rank (GPU 4, CPU 0)")
+    precision = "inside the network (fp32)"
+    add("--precision", choices=("fp32", "bf16"), default="fp32", help=precision)
     add(
         "--no_redirect_stdout",
         dest="redirect_stdout",
         action="store_false",
         help="do not keep the log in <pyramid>/<checkpoint_name>.log",
     )
-    return parser
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -1,0 +1,157 @@
+"""download_image.py stopped, killed, repeated; and what it reads."""
+
+import itertools
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pytest
+
+import download_image
+from metroem.errors import DatasetError
+from metroem.io import parts
+from metroem.io.h5 import ImageSet, verify
+from tests.download_image.conftest import OFFSET, patch
+from tests.volumes import ReadCount, make_volume
+
+
+def test_a_finished_download_is_not_repeated(download, monkeypatch, caplog):
+    (path,) = download("--mip", 0, "--patch_size", 64)
+    written = path.stat().st_mtime_ns
+    count = ReadCount(monkeypatch)
+    caplog.set_level("INFO", "metroem")
+    download("--mip", 0, "--patch_size", 64, "--parallel", 2)
+    assert not count.times
+    assert path.stat().st_mtime_ns == written
+    assert "nothing to do" in caplog.text
+
+
+def test_other_arguments_for_the_same_file_need_overwrite(download):
+    (path,) = download("--mip", 0, "--patch_size", 64)
+    with pytest.raises(DatasetError, match=r"patch_size 64 \(asked for: 32\).*--overw"):
+        download("--mip", 0, "--patch_size", 32)
+    download("--mip", 0, "--patch_size", 32, "--overwrite")
+    assert ImageSet(path).shape == (32, 32)
+
+
+def test_a_file_that_does_not_say_how_it_was_made_is_kept(tmp_path, download):
+    path = tmp_path / "data" / "x96_y0_z12_MIP0.h5"
+    path.parent.mkdir()
+    with h5py.File(path, "w") as file:
+        file["img"] = np.zeros((1, 2, 4, 4), np.float32)
+    with pytest.raises(DatasetError, match="does not say how"):
+        download("--mip", 0, "--patch_size", 64)
+
+
+class _Killed(BaseException):
+    """Stands for what ends a process between two sections."""
+
+
+def fail_after(monkeypatch, num_parts):
+    """Let the store fail once it has kept some parts."""
+    countdown = itertools.count()
+    original = parts.PartStore.put
+
+    def put(self, key, array):
+        if next(countdown) == num_parts:
+            raise _Killed
+        original(self, key, array)
+
+    monkeypatch.setattr(parts.PartStore, "put", put)
+
+
+def test_a_killed_download_goes_on_where_it_was(tmp_path, download, monkeypatch):
+    flags = ["--mip", 0, "--patch_size", 64, "--normalize"]
+    with monkeypatch.context() as patched:
+        fail_after(patched, 3)
+        with pytest.raises(_Killed):
+            download(*flags)
+    assert list((tmp_path / "data").glob("*.h5")) == []
+    with monkeypatch.context() as patched:
+        count = ReadCount(patched)
+        (path,) = download(*flags)
+    # Sections 11...14 are needed; the last alone was not there. 64 pixels from a
+    # multiple of the chunk size (32) on: 2 x 2 chunks.
+    assert len(count.times) == 4
+    assert {name.rpartition("_")[2] for name in count.times} == {"14-15"}
+    assert verify(path) == []
+    assert [p.name for p in path.parent.iterdir()] == [path.name]
+
+
+def test_what_a_killed_download_left_is_not_used_for_other_arguments(
+    download, monkeypatch
+):
+    with monkeypatch.context() as patched:
+        fail_after(patched, 2)
+        with pytest.raises(_Killed):
+            download("--mip", 0, "--patch_size", 64)
+    with pytest.raises(DatasetError, match="--overwrite"):
+        download("--mip", 0, "--patch_size", 48)
+    (path,) = download("--mip", 0, "--patch_size", 48, "--overwrite")
+    assert ImageSet(path).shape == (48, 48)
+    assert len(list(path.parent.iterdir())) == 1
+
+
+# Chunks of the patch: 64 px from a multiple of 32 on are 2 x 2 chunks a section.
+@pytest.mark.parametrize("parallel", [1, 3])
+def test_each_chunk_is_read_once_where_chunks_are_one_section_thick(
+    download, monkeypatch, parallel
+):
+    count = ReadCount(monkeypatch)
+    flags = ["--mip", 0, "--patch_size", 64, "--parallel", parallel, "--normalize"]
+    download(*flags, "--reference_size", 128)
+    # The reference area around the patch covers it: 128 px, 4 x 4 chunks.
+    assert set(count.times.values()) == {1}
+    assert len(count.times) == 4 * 16
+    needed = 4 * 128 * 128
+    assert count.num_bytes <= 1.1 * needed
+
+
+def test_each_chunk_is_read_once_where_chunks_are_thick(
+    tmp_path, download, sections, monkeypatch
+):
+    thick = make_volume(
+        tmp_path / "thick", [sections], offset=OFFSET, chunk=(32, 32, 3)
+    )
+    count = ReadCount(monkeypatch)
+    (path,) = download("--mip", 0, "--patch_size", 64, cv_path=thick)
+    assert set(count.times.values()) == {1}
+    # Sections 11...14 lie in the layers 10...12 and 13...15.
+    assert len(count.times) == 2 * 4
+    expected = patch(sections, 14, 64, 64)
+    np.testing.assert_array_equal(ImageSet(path).read(2).src, expected)
+
+
+@pytest.mark.slow
+def test_a_download_killed_by_the_system_goes_on(tmp_path):
+    # Large enough that the kill falls between its first section and its last.
+    shape = (40, 1, 1024, 1280)
+    data = np.random.default_rng(0).integers(1, 255, shape, dtype=np.uint8)
+    volume = make_volume(tmp_path / "big", [data], chunk=(128, 128, 1))
+    script = Path(download_image.__file__)
+    command = [sys.executable, str(script), "--cv_path", volume, "--mip", "0"]
+    command += ["--patch_size", "1000", "--z_start", "1", "--z_end", "40"]
+    command += ["--dst_folder", str(tmp_path / "data"), "--normalize"]
+    env = os.environ | {"PYTHONPATH": str(script.parent)}
+    process = subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL)
+    store = tmp_path / "data" / ".x0_y0_z1_MIP0.h5.parts"
+    deadline = time.monotonic() + 60
+    while len(list(store.glob("image-*.npy"))) < 5 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+
+    done = subprocess.run(command, env=env, capture_output=True, text=True, check=True)
+
+    assert "goes on with" in done.stdout
+    path = tmp_path / "data" / "x0_y0_z1_MIP0.h5"
+    assert verify(path) == []
+    assert not store.exists()
+    raw = data[39, 0, :1000, :1000].astype(float)
+    expected = (raw - raw.mean()) / raw.std()
+    np.testing.assert_allclose(ImageSet(path).read(38).src, expected, atol=1e-4)
