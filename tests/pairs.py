@@ -2,7 +2,6 @@
 
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 
@@ -53,8 +52,3 @@ def write_pairs(
             normalization={"kind": "tissue"},
         )
         write_image_set(folder / ImageSetName(0, 0, 1, mip).filename, pairs, meta)
-
-
-def blank(pair: np.ndarray) -> np.ndarray:
-    """An image without tissue of the same shape."""
-    return np.zeros_like(pair)
