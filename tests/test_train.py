@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -40,6 +41,15 @@ def run(tmp_path):
     ]
     (tmp_path / "schedule.json").write_text(json.dumps({"1": phases}))
     return tmp_path
+
+
+def twin_of(run):
+    """A second run beside the first: equal data, pyramid and schedule."""
+    twin = run / "twin"
+    for name in ("data", "pyramid"):
+        shutil.copytree(run / name, twin / name)
+    shutil.copy(run / "schedule.json", twin)
+    return twin
 
 
 def arguments(run, *more):
@@ -167,17 +177,14 @@ def test_fields_that_were_not_trained_here_are_not_overwritten(run):
 
 
 def test_time_up_stops_cleanly_and_the_same_command_goes_on(run):
-    (run / "other").mkdir()
-    write_pairs(run / "other/data", mips=(2, 1), num_pairs=6, shape=(192, 256))
-    init_pyramid(run / "other/pyramid", [2, 1])
-    os.symlink(run / "schedule.json", run / "other/schedule.json")
-    train.main(arguments(run / "other"))
+    other = twin_of(run)
+    train.main(arguments(other))
 
     for _ in range(3):
         train.main(arguments(run, "--max_minutes", "0.005"))
     train.main(arguments(run))
 
-    assert digest(run) == digest(run / "other")
+    assert digest(run) == digest(other)
 
 
 def test_images_of_mips_that_are_missing_are_refused_before_any_training(run):
@@ -296,11 +303,7 @@ def test_a_run_of_bad_steps_ends_with_advice(run):
 
 @pytest.mark.slow
 def test_killed_at_random_a_run_ends_with_the_same_bytes(run):
-    other = run / "other"
-    other.mkdir()
-    write_pairs(other / "data", mips=(2, 1), num_pairs=6, shape=(192, 256))
-    init_pyramid(other / "pyramid", [2, 1])
-    os.symlink(run / "schedule.json", other / "schedule.json")
+    other = twin_of(run)
     started = time.monotonic()
     subprocess.run(command(other), check=True, capture_output=True)
     undisturbed = time.monotonic() - started
@@ -337,14 +340,10 @@ def test_a_signal_saves_the_state_and_sets_the_exit_code(run, number, status):
 
 @pytest.mark.slow
 def test_two_ranks_train_on_the_samples_of_one_process(run):
-    other = run / "other"
-    other.mkdir()
-    write_pairs(other / "data", mips=(2, 1), num_pairs=7, shape=(192, 256))
-    init_pyramid(other / "pyramid", [2, 1])
-    os.symlink(run / "schedule.json", other / "schedule.json")
-    subprocess.run(["cp", "-r", str(other), str(run / "two")], check=True)
+    write_pairs(run / "data", mips=(2, 1), num_pairs=7, shape=(192, 256))
+    other = twin_of(run)
 
-    one, two = (command(f, "--batch_size", "2") for f in (other, run / "two"))
+    one, two = (command(f, "--batch_size", "2") for f in (run, other))
     subprocess.run(one, check=True, capture_output=True)
     done = subprocess.run(
         [*two, "--gpu", "0,1", "--port", "29411"], capture_output=True, text=True
@@ -355,7 +354,7 @@ def test_two_ranks_train_on_the_samples_of_one_process(run):
     # of Adam carry further apart. Eight steps at a rate of 1e-3 move a weight by up
     # to 8e-3; rounding, where a gradient is near 0, by about 1% of it.
     name = "pyramid/0_mip2in_scalenet/model/ck.state.pth.tar"
-    a, b = (torch.load(f / name, weights_only=True) for f in (other, run / "two"))
+    a, b = (torch.load(f / name, weights_only=True) for f in (run, other))
     for key in a:
         torch.testing.assert_close(a[key], b[key], atol=1e-4, rtol=0)
 
