@@ -6,7 +6,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -71,6 +71,14 @@ class FieldJob:
         return checkpoint_path(self.module.weights_folder, self.checkpoint_name)
 
 
+class _Sources(NamedTuple):
+    """What the fields of one place are made from, opened and checked once."""
+
+    images: ImageSet
+    prior: FieldSet | None  # of the stage before
+    target: ImageSet  # of the next stage's mip: where the fields are to lie
+
+
 def generate_fields(job: FieldJob, stop: StopRequest) -> None:
     """Write the fields of one stage for all its image sets.
 
@@ -98,13 +106,17 @@ def generate_fields(job: FieldJob, stop: StopRequest) -> None:
     targets = target_sets(job.dataset, sets, job.mip)
     aligner = None
     for images, target in zip(sets, targets, strict=True):
-        request = _request(job, images, target)
+        prior = None
+        if job.module.stage > 0:
+            prior = open_prior(images, job.module.stage, job.checkpoint_name)
+        sources = _Sources(images, prior, target)
+        request = _request(job, sources)
         path = _field_path(job, target)
         if _is_done(path, request):
             logger.info("%s: there already", path)
             continue
         aligner = aligner or _load(job)
-        _generate_set(job, aligner, (images, target), request, stop)
+        _generate_set(job, aligner, sources, request, stop)
 
 
 def target_sets(dataset: Path, sets: Sequence[ImageSet], mip: int) -> list[ImageSet]:
@@ -133,18 +145,15 @@ def _field_path(job: FieldJob, target: ImageSet) -> Path:
     return job.dataset / name.filename
 
 
-def _request(job: FieldJob, images: ImageSet, target: ImageSet) -> dict[str, Any]:
+def _request(job: FieldJob, sources: _Sources) -> dict[str, Any]:
     digest = hashlib.sha256(job.weights.read_bytes()).hexdigest()
-    prior = None
-    if job.module.stage > 0:
-        fields = open_prior(images, job.module.stage, job.checkpoint_name)
-        prior = fields.attributes.get("request", fields.path.name)
+    prior = sources.prior
     return {
         "weights_sha256": digest,
-        "images": images.path.name,
-        "target": target.path.name,
+        "images": sources.images.path.name,
+        "target": sources.target.path.name,
         "finetune_iter": finetune_iterations(job.module.stage),
-        "prior": prior,
+        "prior": prior and prior.attributes.get("request", prior.path.name),
     }
 
 
@@ -176,11 +185,11 @@ def _load(job: FieldJob) -> Aligner:
 def _generate_set(
     job: FieldJob,
     aligner: Aligner,
-    sets: tuple[ImageSet, ImageSet],
+    sources: _Sources,
     request: dict[str, Any],
     stop: StopRequest,
 ) -> None:
-    images, target = sets
+    images, target = sources.images, sources.target
     path = _field_path(job, target)
     parts = _open_parts(path, request)
     mine = range(distributed.rank(), images.num_pairs, distributed.world_size())
@@ -188,7 +197,7 @@ def _generate_set(
     what = f"fields of stage {job.module.stage} for {images.path.name}, pairs"
     for index in progress(mine, what, total=len(mine)):
         if not parts.has(str(index)):
-            parts.put(str(index), _field_of(job, aligner, sets, index))
+            parts.put(str(index), _field_of(job, aligner, sources, index))
         code = stop.code
         if code:
             break
@@ -218,14 +227,10 @@ def _open_parts(path: Path, request: dict[str, Any]) -> PartStore:
 
 
 def _field_of(
-    job: FieldJob, aligner: Aligner, sets: tuple[ImageSet, ImageSet], index: int
+    job: FieldJob, aligner: Aligner, sources: _Sources, index: int
 ) -> np.ndarray:
     """The field of one pair, (2, H, W) on the target's grid."""
-    images, target = sets
-    prior = None
-    if job.module.stage > 0:
-        prior = open_prior(images, job.module.stage, job.checkpoint_name)
-    ref = PairRef(images, prior, index)
+    ref = PairRef(sources.images, sources.prior, index)
     sample = read_sample(ref, ref.grid).to(job.device)
     field = aligner.align(sample.src, sample.tgt, sample.prior_field)
     if not torch.isfinite(field).all():
@@ -233,7 +238,7 @@ def _field_of(
         field = sample.prior_field
         if field is None:
             field = torch.zeros_like(sample.src).repeat(1, 2, 1, 1)
-    return move_field(field, ref.grid, target.grid(index))[0].cpu().numpy()
+    return move_field(field, ref.grid, sources.target.grid(index))[0].cpu().numpy()
 
 
 def _in_order(parts: PartStore, num_pairs: int) -> Iterator[np.ndarray]:

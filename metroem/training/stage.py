@@ -234,7 +234,7 @@ class StageTrainer:
         """Count a step; end the run when it should."""
         state = self.state
         if step.taken:
-            values = [*map(float, step.scores), 1.0]
+            values = [*step.scores.tolist(), 1.0]
             sums = state.sums or [0.0] * len(values)
             state.sums = [a + b for a, b in zip(sums, values, strict=True)]
         else:

@@ -149,7 +149,7 @@ def train_step(
         taken,
         # DDP has averaged the gradients: with every loss good, whose pair it was
         # cannot be told, and each rank names its own.
-        bool(bad_loss) or bool(any_bad_gradient and not any_bad_loss),
+        not taken and (bool(bad_loss) or not any_bad_loss),
         int(stop_anywhere),
     )
 
