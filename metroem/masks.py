@@ -17,6 +17,8 @@ from metroem.errors import UsageError
 from metroem.field import warp
 
 STRATEGIES = ("eq", "neq", "lt", "gt", "between", "not_between")
+# Of a warped pixel, so that a line of one pixel is not lost between two.
+_MASKED_SHARE = 0.4
 MAP_NAMES = ("src", "tgt", "src_zeros", "tgt_zeros", "src_defects", "tgt_defects")
 
 
@@ -187,6 +189,19 @@ def grow(mask: Tensor, pixels: int) -> Tensor:
     """
     size = 2 * pixels + 1
     return F.max_pool2d(mask.float(), size, stride=1, padding=pixels) > 0
+
+
+def warp_mask(mask: Tensor, field: Tensor) -> Tensor:
+    """Move a mask along a field.
+
+    Args:
+        mask: (B, 1, H, W) bool; beyond its border it goes on as at it.
+        field: (B, 2, H, W), pixels.
+
+    Returns:
+        (B, 1, H, W) bool: where more than 0.4 of what the field reads is masked.
+    """
+    return warp(mask.float(), field, padding="border") > _MASKED_SHARE
 
 
 def find_defects(image: Tensor, *, min_thickness: int, min_px: int) -> Tensor:

@@ -10,6 +10,7 @@ from metroem.masks import (
     PairMaps,
     find_defects,
     grow,
+    warp_mask,
     weigh,
 )
 
@@ -94,6 +95,16 @@ def test_growing_goes_in_all_directions():
     mask[..., 2, 3] = True
     grown = grow(mask, 1)
     assert grown.sum() == 9 and grown[..., 1:4, 2:5].all()
+
+
+def test_a_warped_mask_lies_where_its_field_reads_it():
+    mask = torch.zeros(1, 1, 5, 9, dtype=torch.bool)
+    mask[..., 2:4] = True
+    field = torch.zeros(1, 2, 5, 9)
+    field[:, 0] = -2.5  # reads between cols 2 and 3 to the left: half of each
+    assert warp_mask(mask, field)[0, 0, 2].tolist() == [
+        c in (4, 5, 6) for c in range(9)
+    ]
 
 
 def test_defects_are_gaps_of_the_tissue_above_a_size():

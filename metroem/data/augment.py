@@ -8,6 +8,7 @@ from torch import Generator, Tensor
 
 from metroem.data.sample import Sample
 from metroem.field import invert, warp
+from metroem.masks import warp_mask
 from metroem.specs.schedule import (
     Augmentation,
     RandomSrcTgtSwap,
@@ -43,32 +44,43 @@ def augment(
 
 def transpose(sample: Sample) -> Sample:
     """Swap rows and cols; the channels of a field swap with them."""
-    prior = sample.prior_field
-    if prior is not None:
-        prior = prior.transpose(-1, -2).flip(1)
-    return Sample(
-        sample.src.transpose(-1, -2), sample.tgt.transpose(-1, -2), prior, sample.pair
-    )
+    turned = {
+        name: value.transpose(-1, -2)
+        for name, value in sample._asdict().items()
+        if isinstance(value, Tensor)
+    }
+    if sample.prior_field is not None:
+        turned["prior_field"] = turned["prior_field"].flip(1)
+    return sample._replace(**turned)
 
 
 def swap_src_tgt(sample: Sample) -> Sample:
     """Exchange src and tgt; the prior field becomes its inverse."""
     prior = sample.prior_field
-    return Sample(
-        sample.tgt, sample.src, None if prior is None else invert(prior), sample.pair
+    return sample._replace(
+        src=sample.tgt,
+        tgt=sample.src,
+        prior_field=None if prior is None else invert(prior),
+        src_defects=sample.tgt_defects,
+        tgt_defects=sample.src_defects,
     )
 
 
 def warp_tgt(sample: Sample, options: RandomWarp, generator: Generator) -> Sample:
     """Move tgt by a random field, which the aligner then has to find.
 
-    The prior field stays as it was: what it does not know of is the point.
-    A pixel of which more than 0.4 would come from "no data" becomes that.
+    The prior field stays as it was: what it does not know of is the point. The
+    defects of tgt move with it. A pixel of which more than 0.4 would come from
+    "no data" becomes that.
     """
     field = random_field(sample.tgt.shape[-2:], options, generator)
     tgt = warp(sample.tgt, field)
-    blank = warp((sample.tgt == 0).float(), field, padding="border") > 0.4
-    return sample._replace(tgt=torch.where(blank, 0.0, tgt))
+    blank = warp_mask(sample.tgt == 0, field)
+    defects = sample.tgt_defects
+    return sample._replace(
+        tgt=torch.where(blank, 0.0, tgt),
+        tgt_defects=None if defects is None else warp_mask(defects, field),
+    )
 
 
 def random_field(

@@ -9,30 +9,52 @@ from torch import Tensor
 
 
 class Sample(NamedTuple):
-    """A pair of images with the field of the stage before."""
+    """A pair of images with the field of the stage before, and its defects."""
 
     src: Tensor  # (B, 1, H, W), normalised, 0 = no data
     tgt: Tensor  # (B, 1, H, W)
     prior_field: Tensor | None  # (B, 2, H, W), pixels of the sample's mip
     pair: tuple[str, ...]  # name of each pair, for reports
+    src_defects: Tensor | None = None  # (B, 1, H, W) bool, True on defects
+    tgt_defects: Tensor | None = None  # (B, 1, H, W) bool
 
     def to(self, device: torch.device) -> "Sample":
         """The sample on another device."""
-        prior = self.prior_field
-        if prior is not None:
-            prior = prior.to(device, non_blocking=True)
-        src, tgt = (t.to(device, non_blocking=True) for t in (self.src, self.tgt))
-        return Sample(src, tgt, prior, self.pair)
+        return self._replace(
+            **{
+                name: value.to(device, non_blocking=True)
+                for name, value in self._asdict().items()
+                if isinstance(value, Tensor)
+            }
+        )
 
 
 def stack_samples(samples: Sequence[Sample]) -> Sample:
-    """One batch of samples of the same size."""
+    """One batch of samples of the same size.
+
+    Where some have a defect mask and others have none, these have no defects.
+    """
     priors = [s.prior_field for s in samples if s.prior_field is not None]
     return Sample(
         torch.cat([s.src for s in samples]),
         torch.cat([s.tgt for s in samples]),
         torch.cat(priors) if priors else None,
         tuple(name for s in samples for name in s.pair),
+        _stacked_masks(samples, [s.src_defects for s in samples]),
+        _stacked_masks(samples, [s.tgt_defects for s in samples]),
+    )
+
+
+def _stacked_masks(
+    samples: Sequence[Sample], masks: Sequence[Tensor | None]
+) -> Tensor | None:
+    if all(mask is None for mask in masks):
+        return None
+    return torch.cat(
+        [
+            torch.zeros_like(sample.src, dtype=torch.bool) if mask is None else mask
+            for sample, mask in zip(samples, masks, strict=True)
+        ]
     )
 
 

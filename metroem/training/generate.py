@@ -232,7 +232,12 @@ def _field_of(
     """The field of one pair, (2, H, W) on the target's grid."""
     ref = PairRef(sources.images, sources.prior, index)
     sample = read_sample(ref, ref.grid).to(job.device)
-    field = aligner.align(sample.src, sample.tgt, sample.prior_field)
+    field = aligner.align(
+        sample.src,
+        sample.tgt,
+        sample.prior_field,
+        defects=(sample.src_defects, sample.tgt_defects),
+    )
     if not torch.isfinite(field).all():
         logger.warning("%s: no finite field, its prior field is kept", ref.name)
         field = sample.prior_field

@@ -85,7 +85,7 @@ def phase_loss(
         prediction: field and embeddings of it.
         generator: chance for `pure_emb`.
     """
-    maps = PairMaps(sample.src, sample.tgt)
+    maps = PairMaps(sample.src, sample.tgt, sample.src_defects, sample.tgt_defects)
     pair = PairLoss(
         prediction.field,
         weigh(phase.similarity_rules, maps),

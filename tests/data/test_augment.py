@@ -67,6 +67,36 @@ def test_a_warp_moves_tgt_alone_and_keeps_no_data(sample):
     torch.testing.assert_close(warped.tgt[inner], warp(tgt, field)[inner])
 
 
+def mask(*area):
+    defects = torch.zeros(1, 1, ROWS, COLS, dtype=torch.bool)
+    defects[(..., *area)] = True
+    return defects
+
+
+def test_defects_turn_and_swap_with_their_images(sample):
+    src_defects, tgt_defects = mask(slice(4), slice(60)), mask(slice(9), slice(2))
+    marked = sample._replace(src_defects=src_defects, tgt_defects=tgt_defects)
+    turned, swapped = transpose(marked), swap_src_tgt(marked)
+    assert torch.equal(turned.src_defects, src_defects.transpose(-1, -2))
+    assert torch.equal(turned.tgt_defects, tgt_defects.transpose(-1, -2))
+    assert torch.equal(swapped.src_defects, tgt_defects)
+    assert torch.equal(swapped.tgt_defects, src_defects)
+
+
+def test_a_warp_of_tgt_takes_its_defects_along(sample):
+    # Defects are where the image is, so both move alike.
+    band = mask(slice(None), slice(30, 38))
+    tgt = torch.where(band, 0.0, sample.tgt)
+    options = RandomWarp(min_disp=-6, max_disp=6)
+    marked = sample._replace(tgt=tgt, src_defects=band, tgt_defects=band)
+    moved = warp_tgt(marked, options, seeded_generator(2))
+    assert not torch.equal(moved.tgt_defects, band)
+    # Off the border, beyond which an image is 0 and a mask goes on.
+    inner = (..., slice(6, -6), slice(6, -6))
+    assert torch.equal(moved.tgt_defects[inner], (moved.tgt == 0)[inner])
+    assert torch.equal(moved.src_defects, band)
+
+
 @pytest.mark.parametrize("difficulty", [0, 1, 3])
 @pytest.mark.parametrize("epicenters", [True, False])
 def test_a_random_field_has_its_size_and_range(difficulty, epicenters):
@@ -104,3 +134,18 @@ def test_samples_stack_to_a_batch(sample):
     assert batch.src.shape == (2, 1, ROWS, COLS) and batch.pair == ("a", "b")
     assert batch.prior_field is not None and batch.prior_field.shape[0] == 2
     assert stack_samples([sample._replace(prior_field=None)]).prior_field is None
+
+
+def test_a_batch_of_which_one_has_defects_has_masks_for_all(sample):
+    marked = sample._replace(src_defects=mask(slice(4), slice(60)))
+    batch = stack_samples([sample, marked])
+    assert batch.src_defects is not None and batch.tgt_defects is None
+    assert not batch.src_defects[0].any()
+    assert torch.equal(batch.src_defects[1:], marked.src_defects)
+
+
+def test_a_sample_takes_its_masks_to_a_device(sample):
+    marked = sample._replace(tgt_defects=mask(slice(4), slice(60)))
+    moved = marked.to(torch.device("meta"))
+    assert moved.tgt_defects.device.type == "meta" and moved.src_defects is None
+    assert moved.pair == ("a",)

@@ -3,9 +3,10 @@ import torch
 from torch import nn
 
 from metroem.aligner import Prediction
-from metroem.data.sample import seeded_generator
+from metroem.data.sample import Sample, seeded_generator
 from metroem.loss import LossTerms
-from metroem.training.step import BAD_LOSS, train_step
+from metroem.specs.schedule import Phase
+from metroem.training.step import BAD_LOSS, phase_loss, train_step
 
 
 class Line(nn.Module):
@@ -61,3 +62,21 @@ def test_generators_differ_by_their_key():
         for key in [(0, 0), (0, 1), (1, 0), (0, 0, 0)]
     }
     assert len(draws) == 4
+
+
+def test_the_loss_of_a_phase_leaves_out_the_defects_of_a_sample():
+    generator = seeded_generator(5)
+    src, tgt = torch.randn(2, 1, 1, 24, 40, generator=generator) + 5
+    defects = torch.zeros(1, 1, 24, 40, dtype=torch.bool)
+    defects[..., :20] = True
+    # src is far off on its defects, and nowhere else.
+    src = torch.where(defects, 50.0, tgt)
+    phase = Phase(lr=1e-3, num_epochs=1, smoothness=0.0)
+
+    def similarity(sample):
+        prediction = Prediction(torch.zeros(1, 2, 24, 40), {})
+        return float(phase_loss(phase, sample, prediction, generator).similarity)
+
+    sample = Sample(src, tgt, None, ("a",))
+    assert similarity(sample) > 100
+    assert similarity(sample._replace(src_defects=defects)) < 1e-9
