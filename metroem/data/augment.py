@@ -9,7 +9,7 @@ from torch import Generator, Tensor
 from metroem.data.sample import Sample
 from metroem.field import invert, warp
 from metroem.masks import warp_mask
-from metroem.specs.schedule import (
+from metroem.specs.augmentations import (
     Augmentation,
     RandomSrcTgtSwap,
     RandomTranspose,

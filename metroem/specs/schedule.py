@@ -20,6 +20,8 @@ from typing import Any
 
 from metroem.errors import UsageError
 from metroem.masks import SIMILARITY_RULES, SMOOTHNESS_RULES, MaskRule, MaskRules
+from metroem.specs.augmentations import Augmentation, parse_augmentation
+from metroem.specs.checks import check_keys, check_list, check_object
 
 logger = logging.getLogger(__name__)
 
@@ -57,49 +59,6 @@ class LossSpec:
     def embedding_levels(self) -> tuple[int, ...]:
         """Levels whose embeddings the loss looks at."""
         return self.levels if self.type == "metric" else ()
-
-
-@dataclass(frozen=True)
-class RandomTranspose:
-    """Swap rows and cols of the pair, with probability `prob`."""
-
-    prob: float = 0.5
-
-
-@dataclass(frozen=True)
-class RandomSrcTgtSwap:
-    """Swap src and tgt, with probability `prob`."""
-
-    prob: float = 0.5
-
-
-@dataclass(frozen=True)
-class RandomWarp:
-    """Warp tgt by a random field, with probability `prob`.
-
-    Attributes:
-        prob: probability of a warp.
-        difficulty: the field has 2**difficulty knots a side.
-        min_disp: least displacement of a knot, px.
-        max_disp: largest displacement of a knot, px.
-        randomize_d: draw the difficulty from 0..difficulty.
-        random_epicenters: shift the knots by a random part of their distance.
-    """
-
-    prob: float = 1.0
-    difficulty: int = 2
-    min_disp: float = 0.0
-    max_disp: float = 10.0
-    randomize_d: bool = False
-    random_epicenters: bool = True
-
-
-Augmentation = RandomTranspose | RandomSrcTgtSwap | RandomWarp
-_AUGMENTATIONS: dict[str, type] = {
-    "random_transpose": RandomTranspose,
-    "random_src_tgt_swap": RandomSrcTgtSwap,
-    "warp": RandomWarp,
-}
 
 
 @dataclass(frozen=True)
@@ -212,7 +171,7 @@ def parse_schedule(tree: Any, source: str) -> Schedule:
 
 
 def _phase(entry: Any, where: str) -> Phase:
-    entry = dict(_object(entry, where))
+    entry = dict(check_object(entry, where))
     loss = _loss(entry.pop("loss_spec", {"type": "plain"}), f"{where}: loss_spec")
     rules = {
         ours: parse_mask_rules(entry.pop(key), f"{where}: {key}")
@@ -223,13 +182,13 @@ def _phase(entry: Any, where: str) -> Phase:
         if key in entry
     }
     augmentations = tuple(
-        _augmentation(spec, f"{where}: augmentations {number}")
-        for number, spec in enumerate(_list(entry.pop("augmentations", []), where))
+        parse_augmentation(spec, f"{where}: augmentations {number}")
+        for number, spec in enumerate(check_list(entry.pop("augmentations", []), where))
     )
     plain = ("lr", "num_epochs", "smoothness")
     plain += ("num_samples", "print_every", "crop_size")
     also = ("loss_spec", "mse_keys_to_apply", "sm_keys_to_apply", "augmentations")
-    _check_keys(entry, plain, where, also=also)
+    check_keys(entry, plain, where, also=also)
     missing = [key for key in plain[:3] if key not in entry]
     if missing:
         raise UsageError(f"{where}: {missing} missing")
@@ -253,27 +212,18 @@ def _check_numbers(phase: Phase, where: str) -> None:
 
 
 def _loss(spec: Any, where: str) -> LossSpec:
-    spec = _object(spec, where)
-    _check_keys(spec, ("type", "params"), where)
+    spec = check_object(spec, where)
+    check_keys(spec, ("type", "params"), where)
     if spec.get("type") not in ("plain", "metric"):
         raise UsageError(
             f"{where}: type {spec.get('type')!r}: expected plain or metric"
         )
-    params = dict(_object(spec.get("params", {}), where))
+    params = dict(check_object(spec.get("params", {}), where))
     known = tuple(f.name for f in dataclasses.fields(LossSpec) if f.name != "type")
-    _check_keys(params, known, f"{where}: params")
+    check_keys(params, known, f"{where}: params")
     if "levels" in params:
-        params["levels"] = tuple(_list(params["levels"], f"{where}: levels"))
+        params["levels"] = tuple(check_list(params["levels"], f"{where}: levels"))
     return LossSpec(type=spec["type"], **params)
-
-
-def _augmentation(spec: Any, where: str) -> Augmentation:
-    spec = dict(_object(spec, where))
-    kind = _AUGMENTATIONS.get(spec.pop("type", None))
-    if kind is None:
-        raise UsageError(f"{where}: type must be one of {list(_AUGMENTATIONS)}")
-    _check_keys(spec, tuple(f.name for f in dataclasses.fields(kind)), where)
-    return kind(**spec)
 
 
 def parse_mask_rules(spec: Any, where: str) -> MaskRules:
@@ -286,13 +236,13 @@ def parse_mask_rules(spec: Any, where: str) -> MaskRules:
     Raises:
         UsageError: an unknown key, or a value of the wrong kind.
     """
-    spec = _object(spec, where)
-    _check_keys(spec, ("src", "tgt"), where)
+    spec = check_object(spec, where)
+    check_keys(spec, ("src", "tgt"), where)
     return MaskRules(
         **{
             side: tuple(
                 _rule(rule, f"{where}: {side} {number}")
-                for number, rule in enumerate(_list(rules, f"{where}: {side}"))
+                for number, rule in enumerate(check_list(rules, f"{where}: {side}"))
             )
             for side, rules in spec.items()
         }
@@ -300,12 +250,12 @@ def parse_mask_rules(spec: Any, where: str) -> MaskRules:
 
 
 def _rule(spec: Any, where: str) -> MaskRule:
-    spec = _object(spec, where)
+    spec = check_object(spec, where)
     known = ("name", "fm", "binarization", "mask_value", "coarsen_ranges")
-    _check_keys(spec, known, where)
-    binarization = _object(spec.get("binarization", {}), f"{where}: binarization")
-    _check_keys(binarization, ("strat", "value", "range"), f"{where}: binarization")
-    rings = _list(spec.get("coarsen_ranges") or [], f"{where}: coarsen_ranges")
+    check_keys(spec, known, where)
+    binarization = check_object(spec.get("binarization", {}), f"{where}: binarization")
+    check_keys(binarization, ("strat", "value", "range"), f"{where}: binarization")
+    rings = check_list(spec.get("coarsen_ranges") or [], f"{where}: coarsen_ranges")
     try:
         return MaskRule(
             name=spec.get("name", ""),
@@ -318,27 +268,3 @@ def _rule(spec: Any, where: str) -> MaskRule:
         )
     except (TypeError, ValueError) as error:
         raise UsageError(f"{where}: {error}") from None
-
-
-def _object(value: Any, where: str) -> dict[str, Any]:
-    if not isinstance(value, dict):
-        raise UsageError(f"{where}: expected an object, got {value!r}")
-    return value
-
-
-def _list(value: Any, where: str) -> list[Any]:
-    if not isinstance(value, list):
-        raise UsageError(f"{where}: expected a list, got {value!r}")
-    return value
-
-
-def _check_keys(
-    found: Mapping[str, Any],
-    known: tuple[str, ...],
-    where: str,
-    *,
-    also: tuple[str, ...] = (),
-) -> None:
-    unknown = sorted(set(found) - set(known))
-    if unknown:
-        raise UsageError(f"{where}: unknown key {unknown}; known are {known + also}")

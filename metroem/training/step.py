@@ -12,7 +12,8 @@ from metroem.data.dataset import PairRef, ValidationPairs
 from metroem.data.sample import Sample, seeded_generator
 from metroem.loss import LossTerms, PairLoss, metric_loss, plain_loss
 from metroem.masks import PairMaps, weigh
-from metroem.specs.schedule import Phase, RandomWarp
+from metroem.specs.augmentations import RandomWarp
+from metroem.specs.schedule import Phase
 from metroem.training.distributed import largest, rank, total, world_size
 
 # A loss above this is taken for a failure, as in the original.

@@ -10,7 +10,7 @@ from metroem.data.augment import (
 )
 from metroem.data.sample import Sample, seeded_generator, stack_samples
 from metroem.field import warp
-from metroem.specs.schedule import RandomSrcTgtSwap, RandomTranspose, RandomWarp
+from metroem.specs.augmentations import RandomSrcTgtSwap, RandomTranspose, RandomWarp
 
 ROWS, COLS = 48, 72
 

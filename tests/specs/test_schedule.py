@@ -6,10 +6,9 @@ import pytest
 
 from metroem.errors import UsageError
 from metroem.masks import SIMILARITY_RULES, MaskRule
+from metroem.specs.augmentations import RandomTranspose, RandomWarp
 from metroem.specs.schedule import (
     LossSpec,
-    RandomTranspose,
-    RandomWarp,
     load_schedule,
     parse_schedule,
 )
