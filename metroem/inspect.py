@@ -46,6 +46,7 @@ class _Tissue(NamedTuple):
     mean: float  # over tissue, grey levels
     std: float  # over tissue, grey levels
     blank_pairs: int  # pairs with a side that is all blank
+    defects: float | None  # share of pixels masked as defects; None: no mask
 
 
 @dataclass
@@ -130,10 +131,11 @@ def _report_images(images: ImageSet) -> list[str]:
         return problems + [f"{name}: cannot be read: {error}"]
     kind = (images.normalization or {}).get("kind", "not said how")
     logger.info(
-        "%s, %s: blank %.1f%%, tissue mean %.3g, std %.3g; %s",
+        "%s, %s: blank %.1f%%, tissue mean %.3g, std %.3g; %s%s",
         _headline(images),
         "as stored" if kind == "raw" else f"normalised ({kind})",
         *(100 * tissue.blank, tissue.mean, tissue.std),
+        "" if tissue.defects is None else f"defects {tissue.defects:.2%}; ",
         f"{tissue.blank_pairs} pairs with a blank side" if tissue.blank_pairs else "ok",
     )
     if not np.isfinite(tissue.mean) and tissue.blank < 1:
@@ -151,8 +153,12 @@ def _report_images(images: ImageSet) -> list[str]:
 def _measure(images: ImageSet) -> _Tissue:
     count = total = squares = 0.0
     blank_pairs = 0
+    defects = []
     for index in range(images.num_pairs):
         sides = images.read(index)
+        masks = images.read_defects(index)
+        if masks is not None:
+            defects.append(np.mean(masks))
         blank_pairs += not all(side.any() for side in sides)
         tissue = np.stack(sides).astype(np.float64)
         count += np.count_nonzero(tissue)
@@ -162,7 +168,11 @@ def _measure(images: ImageSet) -> _Tissue:
     mean = total / count if count else 0.0
     variance = squares / count - mean**2 if count else 0.0
     return _Tissue(
-        1 - count / num_pixels, mean, float(np.sqrt(max(variance, 0))), blank_pairs
+        1 - count / num_pixels,
+        mean,
+        float(np.sqrt(max(variance, 0))),
+        blank_pairs,
+        float(np.mean(defects)) if defects else None,
     )
 
 

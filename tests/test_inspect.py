@@ -47,6 +47,19 @@ def write_images(folder, name, values, *, mip=0, x=0, z=1):
     write_image_set(folder / name, pairs, ImageSetMeta(frames, "", "", {}))
 
 
+def test_masks_of_defects_are_reported(tmp_path, caplog):
+    values = np.random.default_rng(0).normal(size=(1, 2, *SHAPE)).astype(np.float32)
+    mask = np.zeros(SHAPE, bool)
+    mask[:8] = True  # a quarter of one side of two
+    grid = Grid(0, 0, 0, *SHAPE)
+    meta = ImageSetMeta([PairFrame(grid, (2, 1))], "", "", {})
+    path = tmp_path / "x0_y0_z2_MIP0.h5"
+    write_image_set(path, [Pair(*values[0])], meta, defects=[Pair(mask, mask & False)])
+    caplog.set_level("INFO", "metroem")
+    inspect_dataset(InspectRequest(tmp_path))
+    assert "defects 12.50%" in caplog.text
+
+
 def make_pyramid(tmp_path, *names):
     for name in names:
         (tmp_path / "pyramid" / name).mkdir(parents=True)

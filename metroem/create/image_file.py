@@ -126,7 +126,12 @@ class ImageFile:
             # So that a second try, with credentials, reads again.
             store.remove()
             raise
-        write_image_set(self.path, self._pairs(store), self._meta(wanted))
+        write_image_set(
+            self.path,
+            self._pairs(store),
+            self._meta(wanted),
+            defects=self._masks(store),
+        )
         store.remove()
         logger.info("%s: %d pairs", self.path, len(self.frames))
 
@@ -163,7 +168,8 @@ class ImageFile:
         """Read sections once, for what is cut out and for what normalises.
 
         Args:
-            store: gets "image-<z>" and "statistics-<z>".
+            store: gets "image-<z>", "statistics-<z>" and, with a defect mask,
+                "defects-<z>": the mask over the area of the image.
             key: of the part that comes last, and so tells that both are there.
             volume: where from.
             windows: by z, what is cut out, may be {}.
@@ -183,7 +189,10 @@ class ImageFile:
             image = np.array(layers[0], order="C")
             image[~np.isfinite(image)] = 0
             if self.sources.mask is not None:
-                image[store.load(f"{masks}-{z}")] = 0
+                marked = store.load(f"{masks}-{z}")
+                image[marked] = 0
+                if z in windows:
+                    store.put(f"defects-{z}", cut(marked, hulls[z], windows[z]))
             if z in areas:
                 area = cut(image, hulls[z], areas[z])
                 store.put(f"statistics-{z}", _statistics(area))
@@ -208,6 +217,22 @@ class ImageFile:
                 for key in wanted
             }
             yield Pair(made[wanted[0]], made[wanted[1]])
+
+    def _masks(self, store: PartStore) -> Iterator[Pair] | None:
+        """The defects of each pair, or None without a mask."""
+        if self.sources.mask is None:
+            return None
+        return (
+            Pair(
+                *(
+                    cut(
+                        store.load(f"defects-{z}"), self.windows[z], _moved(frame, side)
+                    )
+                    for side, z in enumerate(frame.sections)
+                )
+            )
+            for frame in self.frames
+        )
 
     def _image(self, store: PartStore, z: int, window: Grid) -> np.ndarray:
         raw = cut(store.load(f"image-{z}"), self.windows[z], window)

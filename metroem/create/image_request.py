@@ -30,7 +30,7 @@ class ImageRequest:
         reference_mip: mip of the reference area; None: that of the patch.
         reference_size: side of the reference area, pixels of its mip, centred on
             the patch; None: the area of the patch.
-        cv_path_defects: volume of defects, which become 0.
+        cv_path_defects: volume of defects, which become 0; the mask is kept too.
         mask_val: values of it >= this are defects.
         field_dset: field set whose offsets move each cut-out.
         suffix: free text in the names of the files.

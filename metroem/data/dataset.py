@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -15,6 +16,7 @@ from metroem.errors import DatasetError
 from metroem.field import warp
 from metroem.grid import Grid
 from metroem.io.h5 import FieldSet, ImageSet, find_image_sets
+from metroem.masks import warp_mask
 from metroem.normalize import looks_normalized, tissue_statistics
 from metroem.specs.filenames import FieldSetName
 from metroem.specs.schedule import Phase
@@ -205,7 +207,7 @@ def _too_close(ref: PairRef, held_out: PairRef) -> bool:
 
 
 def read_sample(ref: PairRef, crop: Grid) -> Sample:
-    """Read the crop of a pair with its prior field.
+    """Read the crop of a pair with its prior field and its defects.
 
     A downloaded field set has a field for the tgt side too, which warps the tgt
     image here, so that src is aligned to a tgt that is in place already.
@@ -222,20 +224,35 @@ def read_sample(ref: PairRef, crop: Grid) -> Sample:
     two_sided = ref.prior is not None and ref.prior.num_sides == 2
     # A field of the tgt side may point out of the crop: warp the whole patch.
     whole = slice(None)
-    src, tgt = (
-        ref.images.read(ref.index, whole, whole)
-        if two_sided
-        else ref.images.read(ref.index, rows, cols)
-    )
-    src, tgt = torch.from_numpy(src)[None, None], torch.from_numpy(tgt)[None, None]
+    window = (whole, whole) if two_sided else (rows, cols)
+    src, tgt = map(_batch, ref.images.read(ref.index, *window))
+    masks = ref.images.read_defects(ref.index, *window)
+    defects = (None, None) if masks is None else tuple(map(_batch, masks))
     prior = None
     if ref.prior is not None:
         prior = torch.from_numpy(ref.prior.read(ref.index, 0, rows, cols))[None]
+    sample = Sample(src, tgt, prior, (ref.name,), *defects)
     if two_sided and ref.prior is not None:
         tgt_field = torch.from_numpy(ref.prior.read(ref.index, 1))[None]
-        tgt = _warp_tissue(tgt, tgt_field)[..., rows, cols]
-        src = src[..., rows, cols]
-    return Sample(src, tgt, prior, (ref.name,))
+        return _warp_whole_tgt(sample, tgt_field, rows, cols)
+    return sample
+
+
+def _batch(image: np.ndarray) -> Tensor:
+    return torch.from_numpy(image)[None, None]
+
+
+def _warp_whole_tgt(sample: Sample, field: Tensor, rows: slice, cols: slice) -> Sample:
+    """The window of a whole patch, after its tgt is warped by its own field."""
+    masks = sample.src_defects, sample.tgt_defects
+    if masks[1] is not None:
+        masks = masks[0], warp_mask(masks[1], field)
+    return sample._replace(
+        src=sample.src[..., rows, cols],
+        tgt=_warp_tissue(sample.tgt, field)[..., rows, cols],
+        src_defects=None if masks[0] is None else masks[0][..., rows, cols],
+        tgt_defects=None if masks[1] is None else masks[1][..., rows, cols],
+    )
 
 
 def _warp_tissue(image: Tensor, field: Tensor) -> Tensor:

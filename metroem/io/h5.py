@@ -14,8 +14,10 @@ Beside them lies, for each pair,
     offset      (num_pairs, 2 sides, 2) int64: x and y, mip-0 pixels, by which
                 that side was read elsewhere (images) or what was taken out of its
                 vectors (fields)
-    checksum    (num_pairs,) uint32: CRC-32 of the pair's bytes
+    checksum    (num_pairs,) uint32: CRC-32 of the pair's bytes, defects and all
     blank       (num_pairs, 2 sides) float32: share of pixels without data (images)
+    defects     (num_pairs, 2 sides, H, W) uint8, lzf: 1 on folds, cracks and dirt
+                (images, where a volume of defects was given)
 
 as datasets, because HDF5 attributes end at 64 KiB. The rest is in attributes:
 format_version, kind, source_path, mip, resolution (nm), command, request; of

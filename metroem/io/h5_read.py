@@ -18,15 +18,19 @@ from metroem.specs.filenames import FieldSetName, ImageSetName
 logger = logging.getLogger(__name__)
 
 FORMAT_VERSION = 1
+DEFECTS_KEY = "defects"
 ALL = slice(None)
 Box = tuple[int, int, int, int, int, int]
 
 
 class Pair(NamedTuple):
-    """Two sections over one area."""
+    """Two sections over one area, or their masks.
 
-    src: np.ndarray  # (H, W) float32; exactly 0 where there is no data
-    tgt: np.ndarray  # (H, W) float32, likewise
+    An image is float32 and exactly 0 where there is no data; a mask is bool.
+    """
+
+    src: np.ndarray  # (H, W)
+    tgt: np.ndarray  # (H, W)
 
 
 class _Layout(NamedTuple):
@@ -209,6 +213,18 @@ class ImageSet(_PairFile):
         pair[pair < DARKEST] = 0
         return Pair(pair[0], pair[1])
 
+    def read_defects(
+        self, index: int, rows: slice = ALL, cols: slice = ALL
+    ) -> Pair | None:
+        """The defect masks of a pair, bool, or of a window; None if not known."""
+        self._check_index(index)
+        with self._main() as main:
+            masks = main.file.get(DEFECTS_KEY)
+            if not isinstance(masks, h5py.Dataset):
+                return None
+            pair = np.asarray(masks[index, :, rows, cols]) != 0
+        return Pair(pair[0], pair[1])
+
     def has_tissue(self, index: int) -> bool:
         """Whether neither side of a pair is all blank.
 
@@ -230,6 +246,12 @@ class ImageSet(_PairFile):
             if main.ndim != 4 or main.shape[1] != 2 or 0 in main.shape:
                 raise DatasetError(
                     f"{self.path}: images are (num_pairs, 2, H, W), got {main.shape}"
+                )
+            masks = main.file.get(DEFECTS_KEY)
+            if isinstance(masks, h5py.Dataset) and masks.shape != main.shape:
+                raise DatasetError(
+                    f"{self.path}: {DEFECTS_KEY} is {masks.shape}, expected the "
+                    f"{main.shape} of the images"
                 )
 
 

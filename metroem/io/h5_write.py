@@ -19,7 +19,7 @@ import numpy as np
 
 from metroem.errors import DatasetError, FieldError
 from metroem.grid import Grid
-from metroem.io.h5_read import FORMAT_VERSION, Pair
+from metroem.io.h5_read import DEFECTS_KEY, FORMAT_VERSION, Pair
 from metroem.io.parts import as_json
 
 _CHUNK_PX = 512
@@ -154,13 +154,21 @@ class FieldSetMeta(SetMeta):
         }
 
 
-def write_image_set(path: Path, pairs: Iterable[Pair], meta: ImageSetMeta) -> None:
+def write_image_set(
+    path: Path,
+    pairs: Iterable[Pair],
+    meta: ImageSetMeta,
+    *,
+    defects: Iterable[Pair] | None = None,
+) -> None:
     """Write an image set, pair by pair.
 
     Args:
         path: where; a file of this name is replaced when the new one is whole.
         pairs: as many as `meta.frames`, each image (H, W) float32.
         meta: what the file says about itself.
+        defects: masks of the pairs, as many, each (H, W) bool, True on
+            defects; None: not known.
 
     Raises:
         DatasetError: another number of pairs, or of another shape.
@@ -179,7 +187,25 @@ def write_image_set(path: Path, pairs: Iterable[Pair], meta: ImageSetMeta) -> No
                 _check_shape(path, index, image.shape, meta.shape)
                 images[index, side] = image
                 blank[index, side] = np.mean(image == 0)
+        if defects is not None:
+            _write_masks(file, path, defects, meta)
         _describe(file, meta, moved=True)
+
+
+def _write_masks(
+    file: h5py.File, path: Path, defects: Iterable[Pair], meta: ImageSetMeta
+) -> None:
+    masks = file.create_dataset(
+        DEFECTS_KEY,
+        (len(meta.frames), 2, *meta.shape),
+        np.uint8,
+        chunks=(1, 1, *_chunk(meta.shape)),
+        compression="lzf",
+    )
+    for index, pair in _counted(path, defects, len(meta.frames)):
+        for side, mask in enumerate(pair):
+            _check_shape(path, index, mask.shape, meta.shape)
+            masks[index, side] = mask
 
 
 def write_field_set(
@@ -231,10 +257,9 @@ def verify(path: Path) -> list[str]:
             return []
         expected = np.asarray(found)
         problems = []
-        main = _main(file)
         for index, checksum in enumerate(expected):
             try:
-                changed = _checksum(main, index) != checksum
+                changed = _checksum(file, index) != checksum
             except OSError as error:
                 problems.append(f"{path.name}: pair {index} cannot be read: {error}")
                 continue
@@ -255,8 +280,7 @@ def _replacing(path: Path) -> Iterator[h5py.File]:
             yield file
         # After closing, since scaleoffset rounds when a chunk is written out.
         with h5py.File(partial, "r+") as file:
-            main = _main(file)
-            checksums = [_checksum(main, index) for index in range(len(main))]
+            checksums = [_checksum(file, index) for index in range(len(_main(file)))]
             file["checksum"] = np.array(checksums, np.uint32)
         with partial.open("rb") as raw:
             os.fsync(raw.fileno())
@@ -276,8 +300,12 @@ def _main(file: h5py.File) -> h5py.Dataset:
     )
 
 
-def _checksum(main: h5py.Dataset, index: int) -> int:
-    return zlib.crc32(np.ascontiguousarray(main[index]).tobytes())
+def _checksum(file: h5py.File, index: int) -> int:
+    checksum = zlib.crc32(np.ascontiguousarray(_main(file)[index]).tobytes())
+    masks = file.get(DEFECTS_KEY)
+    if isinstance(masks, h5py.Dataset):
+        checksum = zlib.crc32(np.ascontiguousarray(masks[index]).tobytes(), checksum)
+    return checksum
 
 
 def _describe(file: h5py.File, meta: SetMeta, *, moved: bool) -> None:

@@ -25,7 +25,9 @@ from metroem.specs.schedule import Phase
 ROWS, COLS = 40, 56
 
 
-def write_images(folder, name, *, num_pairs=8, z=1, x=0, mip=1, change=None):
+def write_images(
+    folder, name, *, num_pairs=8, z=1, x=0, mip=1, change=None, defects=None
+):
     """Pixel (i, j) of section z is about z + i / 100 + j / 10000, normalised."""
 
     def section(number):
@@ -41,8 +43,14 @@ def write_images(folder, name, *, num_pairs=8, z=1, x=0, mip=1, change=None):
         for i in range(num_pairs)
     ]
     meta = ImageSetMeta(frames, "test", "", {}, normalization={"kind": "tissue"})
-    write_image_set(folder / name, pairs, meta)
+    write_image_set(folder / name, pairs, meta, defects=defects)
     return frames
+
+
+def one_mask(*area):
+    mask = np.zeros((ROWS, COLS), bool)
+    mask[area] = True
+    return mask
 
 
 def write_fields(folder, name, frames, *, num_sides=1, value=(0.0, 0.0)):
@@ -170,6 +178,24 @@ def epoch_of(pairs, *, batch_size=1, epoch=0, **phase):
     options = {"lr": 1e-3, "num_epochs": 1, "smoothness": 1.0, "crop_size": 24} | phase
     key = EpochKey(0, 0, 0, epoch)
     return TrainingEpoch(pairs, Phase(**options), key, batch_size=batch_size)
+
+
+@pytest.mark.parametrize("num_sides", [None, 1, 2])
+def test_the_defects_of_a_crop_lie_where_its_images_are(tmp_path, num_sides):
+    name = "x0_y0_z1_MIP1.h5"
+    src, tgt = one_mask(slice(20), slice(30, 40)), one_mask(slice(30), slice(25, 35))
+    frames = write_images(tmp_path, name, num_pairs=1, defects=[Pair(src, tgt)])
+    if num_sides:
+        field = "field_0_x0_y0_z1_MIP1_ck.h5"
+        write_fields(tmp_path, field, frames, num_sides=num_sides, value=(3.0, 0.0))
+    (ref,) = pairs_of(tmp_path, stage=1 if num_sides else 0)
+    sample = read_sample(ref, ref.grid.crop(4, 20, 30, 24))
+    window = (slice(4, 34), slice(20, 44))
+    assert sample.src_defects.dtype == torch.bool
+    assert torch.equal(sample.src_defects[0, 0], torch.from_numpy(src[window]))
+    # The field of the tgt side reads 3 px to the right, where there is one.
+    moved = np.roll(tgt, -3, axis=1) if num_sides == 2 else tgt
+    assert torch.equal(sample.tgt_defects[0, 0], torch.from_numpy(moved[window]))
 
 
 def test_an_epoch_goes_through_all_pairs_in_an_order_of_its_own(tmp_path):

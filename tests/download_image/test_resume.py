@@ -16,7 +16,7 @@ import download_image
 from metroem.errors import DatasetError
 from metroem.io import parts
 from metroem.io.h5 import ImageSet, verify
-from tests.download_image.conftest import OFFSET, patch
+from tests.download_image.conftest import OFFSET, SHAPE, patch
 from tests.volumes import ReadCount, make_volume
 
 
@@ -81,6 +81,28 @@ def test_a_killed_download_goes_on_where_it_was(tmp_path, download, monkeypatch)
     assert {name.rpartition("_")[2] for name in count.times} == {"14-15"}
     assert verify(path) == []
     assert [p.name for p in path.parent.iterdir()] == [path.name]
+
+
+@pytest.mark.parametrize("num_parts", [2, 4, 5, 6, 7, 15])
+def test_a_masked_download_killed_anywhere_becomes_the_same_file(
+    tmp_path, download, monkeypatch, num_parts
+):
+    random = np.random.default_rng(1)
+    mask = (random.random(SHAPE) < 0.1).astype(np.uint8)
+    defects = make_volume(tmp_path / "mask", [mask], offset=OFFSET)
+    # Statistics of the same volume and mip: three parts a section besides the mask.
+    flags = ["--mip", 0, "--patch_size", 64, "--normalize", "--reference_size", 96]
+    flags += ["--cv_path_defects", defects]
+    monkeypatch.setattr(sys, "argv", ["download_image.py"])
+    (path,) = download(*flags)
+    whole = path.read_bytes()
+    path.unlink()
+    with monkeypatch.context() as patched:
+        fail_after(patched, num_parts)
+        with pytest.raises(_Killed):
+            download(*flags)
+    (path,) = download(*flags)
+    assert path.read_bytes() == whole
 
 
 def test_what_a_killed_download_left_is_not_used_for_other_arguments(

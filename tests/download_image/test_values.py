@@ -136,6 +136,27 @@ def test_defects_are_blanked_and_left_out_of_the_statistics(
     np.testing.assert_allclose(image[keep], expected[keep], atol=1e-5)
 
 
+def test_the_mask_of_defects_is_kept_beside_the_images(tmp_path, download):
+    mask = np.zeros(SHAPE, np.uint8)
+    mask[2, :, 60:70, 60:90] = 1  # section 12: x 124...133, y 28...57
+    defects = make_volume(tmp_path / "mask", [mask], offset=OFFSET)
+    flags = ["--mip", 0, "--patch_size", 64, "--normalize"]
+    # The area to normalise by reaches further, and so does the mask read for it.
+    flags += ["--reference_size", 96]
+    (path,) = download(*flags, "--cv_path_defects", defects)
+    expected = np.zeros((64, 64), bool)
+    expected[28:38, 28:58] = True
+    first, second = (ImageSet(path).read_defects(index) for index in (0, 1))
+    np.testing.assert_array_equal(first.src, expected)
+    np.testing.assert_array_equal(second.tgt, expected)
+    assert not first.tgt.any() and not second.src.any()
+
+
+def test_without_a_mask_no_defects_are_written(download):
+    (path,) = download("--mip", 0, "--patch_size", 64)
+    assert ImageSet(path).read_defects(0) is None
+
+
 def test_a_mask_without_the_mip_of_the_images_is_made_coarser(
     tmp_path, download, sections
 ):

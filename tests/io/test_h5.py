@@ -219,6 +219,55 @@ def test_checksums_hold_for_rounded_fields(tmp_path):
     assert verify(path) == []
 
 
+def masks(count):
+    random = np.random.default_rng(2)
+    return [Pair(*(random.random((2, *SHAPE)) < 0.1)) for _ in range(count)]
+
+
+@pytest.fixture
+def masked_path(tmp_path):
+    path = tmp_path / "x100_y-40_z7_MIP2.h5"
+    meta = ImageSetMeta(frames(2), **COMMON)
+    write_image_set(path, images(2), meta, defects=iter(masks(2)))
+    return path
+
+
+def test_defects_come_back_as_they_were_and_window_by_window(masked_path):
+    image_set = ImageSet(masked_path)
+    for index, expected in enumerate(masks(2)):
+        found = image_set.read_defects(index)
+        assert found.src.dtype == bool
+        np.testing.assert_array_equal(found.src, expected.src)
+        np.testing.assert_array_equal(found.tgt, expected.tgt)
+    window = image_set.read_defects(1, slice(3, 20), slice(10, 51))
+    np.testing.assert_array_equal(window.tgt, masks(2)[1].tgt[3:20, 10:51])
+
+
+def test_a_set_without_masks_knows_no_defects(image_path):
+    assert ImageSet(image_path).read_defects(0) is None
+
+
+def test_a_changed_mask_is_found(masked_path):
+    assert verify(masked_path) == []
+    with h5py.File(masked_path, "r+") as file:
+        file["defects"][0, 1, 5, 7] ^= 1
+    assert verify(masked_path) == [
+        "x100_y-40_z7_MIP2.h5: pair 0 is not what was written (checksum)"
+    ]
+
+
+def test_masks_of_another_number_or_shape_are_refused(tmp_path, masked_path):
+    path, meta = tmp_path / "x100_y-40_z7_MIP2_b.h5", ImageSetMeta(frames(2), **COMMON)
+    with pytest.raises(DatasetError, match="1 pairs of the 2"):
+        write_image_set(path, images(2), meta, defects=masks(1))
+    assert not path.exists()
+    with h5py.File(masked_path, "r+") as file:
+        del file["defects"]
+        file["defects"] = np.zeros((2, 2, 4, 4), np.uint8)
+    with pytest.raises(DatasetError, match="defects is"):
+        ImageSet(masked_path)
+
+
 def original(path, key, array, **more):
     with h5py.File(path, "w") as file:
         file.create_dataset(key, data=array)
