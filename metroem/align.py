@@ -1,13 +1,16 @@
 """A whole pyramid applied to one pair of images."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from metroem.aligner import Aligner
+from metroem.data.sample import Sample
 from metroem.errors import PyramidError, UsageError
 from metroem.field import move_field
 from metroem.grid import Grid
@@ -15,6 +18,13 @@ from metroem.nets.loading import load_module
 from metroem.normalize import coarsen_image, normalize
 from metroem.specs.pyramid import find_modules
 from metroem.training.generate import finetune_iterations
+
+
+class StageInput(NamedTuple):
+    """A pair as one stage reads it."""
+
+    sample: Sample  # of batch size 1, at the stage's mip
+    grid: Grid  # where it lies
 
 
 @dataclass(frozen=True)
@@ -96,21 +106,45 @@ class Pyramid:
             torch.as_tensor(np.ascontiguousarray(image), dtype=torch.float32)
             for image in (src, tgt)
         ]
+        inputs = []
+        for stage_mip in self.mips:
+            at_mip = [_image_at(image, stage_mip - mip) for image in images]
+            grid = Grid(stage_mip, 0, 0, *at_mip[0].shape[-2:])
+            inputs.append(StageInput(Sample(at_mip[0], at_mip[1], None, ()), grid))
         full = Grid(mip, 0, 0, *src.shape)
-        found, field, grid = [], None, full
-        for stage_mip, aligner in zip(self.mips, self.aligners, strict=True):
-            at_mip = [
-                _image_at(image, stage_mip - mip).to(self.device) for image in images
-            ]
-            stage_grid = Grid(stage_mip, 0, 0, *at_mip[0].shape[-2:])
-            if field is not None:
-                field = move_field(field, grid, stage_grid)
-            options = replace(aligner.options, finetune=finetune)
-            field, grid = (
-                aligner.align(at_mip[0], at_mip[1], field, options=options),
-                stage_grid,
+        return [
+            move_field(field, stage.grid, full)[0].cpu().numpy()
+            for field, stage in zip(self.run(inputs, finetune), inputs, strict=True)
+        ]
+
+    def run(self, inputs: Sequence[StageInput], finetune: bool = True) -> list[Tensor]:
+        """What each stage makes of a pair whose mips lie where they lie.
+
+        Args:
+            inputs: the pair as each stage reads it; prior fields are not read.
+            finetune: let each stage improve its field on the pair itself.
+
+        Returns:
+            One field a stage, (1, 2, H, W), on the grid and in the pixels of its
+            own input, on the pyramid's device.
+        """
+        found: list[Tensor] = []
+        for stage, (aligner, (sample, grid)) in enumerate(
+            zip(self.aligners, inputs, strict=True)
+        ):
+            prior = None
+            if found:
+                prior = move_field(found[-1], inputs[stage - 1].grid, grid)
+            sample = sample.to(self.device)
+            found.append(
+                aligner.align(
+                    sample.src,
+                    sample.tgt,
+                    prior,
+                    options=replace(aligner.options, finetune=finetune),
+                    defects=(sample.src_defects, sample.tgt_defects),
+                )
             )
-            found.append(move_field(field, grid, full)[0].cpu().numpy())
         return found
 
     def _check(self, src: np.ndarray, tgt: np.ndarray, mip: int) -> None:
