@@ -60,9 +60,18 @@ def normalize(image: Tensor, statistics: GreyStatistics | None = None) -> Tensor
     if statistics is None:
         return torch.zeros_like(image, dtype=torch.float32)
     grey = ((image.double() - statistics.mean) / statistics.std).float()
-    grey = grey.clamp(min=DARKEST)
-    grey = torch.where(grey == 0, _MEAN_GREY, grey)
-    return torch.where(image == 0, 0.0, grey)
+    return keep_no_data(grey.clamp(min=DARKEST), image)
+
+
+def keep_no_data(changed: Tensor, image: Tensor) -> Tensor:
+    """A changed image, exactly 0 where it was before and nowhere else.
+
+    Args:
+        changed: any shape, normalised.
+        image: the same before the change, 0 = no data.
+    """
+    changed = torch.where(changed == 0, _MEAN_GREY, changed)
+    return torch.where(image == 0, 0.0, changed)
 
 
 def coarsen_image(image: Tensor, levels: int) -> Tensor:

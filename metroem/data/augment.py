@@ -1,20 +1,44 @@
 """Augmentations of one sample, each drawn from the generator it is given."""
 
 import math
+from collections.abc import Callable
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor
 
+from metroem.data.damage import Damaged, crack, fold, stain, tear_off
+from metroem.data.draw import happens
+from metroem.data.photometric import defocus, image_anew
 from metroem.data.sample import Sample
 from metroem.field import invert, warp
 from metroem.masks import warp_mask
 from metroem.specs.augmentations import (
     Augmentation,
+    Crack,
+    Defocus,
+    Fold,
+    Missing,
+    Photometric,
+    RandomFlip,
     RandomSrcTgtSwap,
     RandomTranspose,
     RandomWarp,
+    Stain,
 )
+
+# What is drawn on one section: each side of a pair draws its own.
+_IMAGINGS: dict[type, Callable[[Tensor, Any, Generator], Tensor]] = {
+    Photometric: image_anew,
+    Defocus: defocus,
+}
+_DAMAGES: dict[type, Callable[[Tensor, Any, Generator], Damaged]] = {
+    Fold: fold,
+    Crack: crack,
+    Missing: tear_off,
+    Stain: stain,
+}
 
 
 def augment(
@@ -29,16 +53,22 @@ def augment(
             least, so that leaving one out does not change the others' luck.
     """
     for augmentation in augmentations:
-        happens = float(torch.rand((), generator=generator)) < augmentation.prob
-        if not happens:
-            continue
+        prob = augmentation.prob
         match augmentation:
-            case RandomTranspose():
+            case RandomTranspose() if happens(prob, generator):
                 sample = transpose(sample)
-            case RandomSrcTgtSwap():
+            case RandomFlip():
+                for dim in (-2, -1):
+                    if happens(prob, generator):
+                        sample = flip(sample, dim)
+            case RandomSrcTgtSwap() if happens(prob, generator):
                 sample = swap_src_tgt(sample)
-            case RandomWarp():
+            case RandomWarp() if happens(prob, generator):
                 sample = warp_tgt(sample, augmentation, generator)
+            case Photometric() | Defocus() | Fold() | Crack() | Missing() | Stain():
+                for side in ("src", "tgt"):
+                    if happens(prob, generator):
+                        sample = change_section(sample, side, augmentation, generator)
     return sample
 
 
@@ -54,6 +84,19 @@ def transpose(sample: Sample) -> Sample:
     return sample._replace(**turned)
 
 
+def flip(sample: Sample, dim: Literal[-2, -1]) -> Sample:
+    """Mirror rows (-2) or cols (-1); what a field says along them changes sign."""
+    flipped = {
+        name: value.flip(dim)
+        for name, value in sample._asdict().items()
+        if isinstance(value, Tensor)
+    }
+    if sample.prior_field is not None:
+        sign = torch.tensor([1.0, -1.0] if dim == -2 else [-1.0, 1.0])
+        flipped["prior_field"] = flipped["prior_field"] * sign.view(1, 2, 1, 1)
+    return sample._replace(**flipped)
+
+
 def swap_src_tgt(sample: Sample) -> Sample:
     """Exchange src and tgt; the prior field becomes its inverse."""
     prior = sample.prior_field
@@ -64,6 +107,35 @@ def swap_src_tgt(sample: Sample) -> Sample:
         src_defects=sample.tgt_defects,
         tgt_defects=sample.src_defects,
     )
+
+
+def change_section(
+    sample: Sample,
+    side: Literal["src", "tgt"],
+    options: Augmentation,
+    generator: Generator,
+) -> Sample:
+    """Image or damage one side of each pair; what damage hides becomes a defect.
+
+    Args:
+        sample: of any batch size.
+        side: which of its images.
+        options: one of those that are drawn on a section.
+        generator: what chance is drawn from.
+    """
+    images: Tensor = getattr(sample, side)
+    if type(options) in _IMAGINGS:
+        change = _IMAGINGS[type(options)]
+        changed = [change(image, options, generator) for image in images.split(1)]
+        return sample._replace(**{side: torch.cat(changed)})
+    damage = _DAMAGES[type(options)]
+    damaged = [damage(image, options, generator) for image in images.split(1)]
+    defects = torch.cat([one.hidden for one in damaged])
+    before: Tensor | None = getattr(sample, f"{side}_defects")
+    if before is not None:
+        defects = defects | before
+    image = torch.cat([one.image for one in damaged])
+    return sample._replace(**{side: image, f"{side}_defects": defects})
 
 
 def warp_tgt(sample: Sample, options: RandomWarp, generator: Generator) -> Sample:

@@ -12,10 +12,20 @@ from typing import Any
 from metroem.errors import UsageError
 from metroem.specs.checks import check_keys, check_object
 
+# More of a sample may not be made "no data".
+_LARGEST_SHARE = 0.5
+
 
 @dataclass(frozen=True)
 class RandomTranspose:
     """Swap rows and cols of the pair, with probability `prob`."""
+
+    prob: float = 0.5
+
+
+@dataclass(frozen=True)
+class RandomFlip:
+    """Mirror the pair along rows, and along cols, each with probability `prob`."""
 
     prob: float = 0.5
 
@@ -48,11 +58,122 @@ class RandomWarp:
     random_epicenters: bool = True
 
 
-Augmentation = RandomTranspose | RandomSrcTgtSwap | RandomWarp
+@dataclass(frozen=True)
+class Photometric:
+    """Change how a section was imaged; src and tgt draw their own.
+
+    Each strength is drawn between nothing and the value here; 0 leaves that
+    change out. Grey levels are those of a normalised image.
+
+    Attributes:
+        prob: probability, of each side.
+        contrast: the contrast changes by a factor of up to exp(contrast).
+        brightness: the grey levels move by up to so much.
+        gamma: the exponent of the grey curve is up to exp(gamma) or its inverse.
+        shading: deviation of a slow change of brightness, grey levels.
+        noise: deviation of noise in each pixel, grey levels.
+        blur: deviation of a Gaussian blur, px.
+    """
+
+    prob: float = 0.8
+    contrast: float = 0.35
+    brightness: float = 0.5
+    gamma: float = 0.35
+    shading: float = 0.35
+    noise: float = 0.3
+    blur: float = 1.0
+
+
+@dataclass(frozen=True)
+class Defocus:
+    """Blur a band across a section; src and tgt draw their own.
+
+    Attributes:
+        prob: probability, of each side.
+        sigma_px: deviation of the strongest blur.
+        width_px: width of the widest band.
+    """
+
+    prob: float = 0.1
+    sigma_px: float = 5.0
+    width_px: float = 200.0
+
+
+@dataclass(frozen=True)
+class Fold:
+    """Paint a dark band across a section; src and tgt draw their own.
+
+    Attributes:
+        prob: probability, of each side.
+        width_px: width of the widest band.
+    """
+
+    prob: float = 0.1
+    width_px: float = 35.0
+
+
+@dataclass(frozen=True)
+class Crack:
+    """Paint a bright wedge into a section; src and tgt draw their own.
+
+    Attributes:
+        prob: probability, of each side.
+        width_px: width of the widest crack where it is open most.
+    """
+
+    prob: float = 0.1
+    width_px: float = 30.0
+
+
+@dataclass(frozen=True)
+class Missing:
+    """Take a corner or an edge of a section away; src and tgt draw their own.
+
+    Attributes:
+        prob: probability, of each side.
+        share: largest share of the sample that goes.
+    """
+
+    prob: float = 0.1
+    share: float = 0.2
+
+
+@dataclass(frozen=True)
+class Stain:
+    """Put dark blobs on a section; src and tgt draw their own.
+
+    Attributes:
+        prob: probability, of each side.
+        radius_px: radius of the largest blob.
+    """
+
+    prob: float = 0.1
+    radius_px: float = 60.0
+
+
+Augmentation = (
+    RandomTranspose
+    | RandomFlip
+    | RandomSrcTgtSwap
+    | RandomWarp
+    | Photometric
+    | Defocus
+    | Fold
+    | Crack
+    | Missing
+    | Stain
+)
 _TYPES: dict[str, type[Augmentation]] = {
     "random_transpose": RandomTranspose,
+    "random_flip": RandomFlip,
     "random_src_tgt_swap": RandomSrcTgtSwap,
     "warp": RandomWarp,
+    "photometric": Photometric,
+    "defocus": Defocus,
+    "fold": Fold,
+    "crack": Crack,
+    "missing": Missing,
+    "stain": Stain,
 }
 
 
@@ -100,8 +221,13 @@ def _objection(kind: type[Augmentation], key: str, value: Any) -> str | None:
 
 def _range(key: str) -> tuple[float, float, str]:
     """Least and largest value of a key, and both in words."""
+    least = math.nextafter(0, 1)
     if key == "prob":
         return 0.0, 1.0, "a probability, 0 to 1"
+    if key == "share":
+        return least, _LARGEST_SHARE, f"a share above 0 and up to {_LARGEST_SHARE}"
+    if key.endswith("_px"):
+        return least, math.inf, "a number of pixels above 0"
     if key.endswith("_disp"):
         return -math.inf, math.inf, "a finite number of pixels"
     return 0.0, math.inf, "a number >= 0"

@@ -1,0 +1,115 @@
+"""How a section was imaged: contrast, shading, noise, blur and the like.
+
+Pure functions on one normalised image (1, 1, H, W), 0 = no data. Those that
+`image_anew` and `defocus` are made of leave "no data" to these two.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Generator, Tensor
+
+from metroem.data.damage import CurvedLine
+from metroem.data.draw import pixel_grid, smooth_noise, uniform
+from metroem.normalize import DARKEST, keep_no_data, normalize
+from metroem.specs.augmentations import Defocus, Photometric
+
+# A defocused band fades over this share of its width.
+_FADE = 0.15
+
+
+def image_anew(image: Tensor, options: Photometric, generator: Generator) -> Tensor:
+    """The same tissue as another microscope or day would show it.
+
+    Blurred first, then through a grey curve, then shaded and with noise. It is
+    normalised again over its tissue, and 0 where it was 0 and nowhere else.
+
+    Args:
+        image: (1, 1, H, W), normalised, 0 = no data.
+        options: largest strengths.
+        generator: what chance is drawn from.
+
+    Returns:
+        (1, 1, H, W).
+    """
+
+    def strength(largest: float, lowest: float = 0.0) -> float:
+        return largest * uniform(lowest, 1, generator)
+
+    changed = blur(image, strength(options.blur))
+    changed = change_contrast(changed, math.exp(strength(options.contrast, -1)))
+    changed = changed + strength(options.brightness, -1)
+    changed = bend_greys(changed, math.exp(strength(options.gamma, -1)))
+    changed = add_shading(changed, strength(options.shading), generator)
+    changed = add_noise(changed, strength(options.noise), generator)
+    return normalize(keep_no_data(changed, image))
+
+
+def defocus(image: Tensor, options: Defocus, generator: Generator) -> Tensor:
+    """Blur a band along a curved line, then normalise again.
+
+    Args:
+        image: (1, 1, H, W), normalised, 0 = no data.
+        options: largest blur and width.
+        generator: what chance is drawn from.
+
+    Returns:
+        (1, 1, H, W), 0 where it was 0 and nowhere else.
+    """
+    shape = (image.shape[-2], image.shape[-1])
+    line = CurvedLine.random(shape, generator)
+    width = options.width_px * uniform(0.3, 1, generator)
+    inside = width / 2 - line.distance(*pixel_grid(shape)).abs()
+    band = torch.sigmoid(inside / (_FADE * width / 2))
+    blurred = blur(image, options.sigma_px * uniform(0.3, 1, generator))
+    return normalize(keep_no_data(torch.lerp(image, blurred, band), image))
+
+
+def change_contrast(image: Tensor, factor: float) -> Tensor:
+    """Scale grey levels about their mean; what leaves the range is cut off."""
+    return (factor * image).clamp(DARKEST, -DARKEST)
+
+
+def bend_greys(image: Tensor, gamma: float) -> Tensor:
+    """Raise grey levels to a power, as a share of the range DARKEST...-DARKEST."""
+    share = (image / -DARKEST + 1) / 2
+    return (2 * share.clamp(0, 1) ** gamma - 1) * -DARKEST
+
+
+def add_shading(image: Tensor, deviation: float, generator: Generator) -> Tensor:
+    """Brighten and darken over a third of the image and more."""
+    shape = (image.shape[-2], image.shape[-1])
+    return image + deviation * smooth_noise(shape, max(shape) / 3, generator)
+
+
+def add_noise(image: Tensor, deviation: float, generator: Generator) -> Tensor:
+    """Add independent Gaussian noise to each pixel."""
+    return image + deviation * torch.randn(image.shape, generator=generator)
+
+
+def blur(image: Tensor, sigma_px: float) -> Tensor:
+    """Blur by a Gaussian over what is tissue alone.
+
+    Args:
+        image: (1, 1, H, W), 0 = no data.
+        sigma_px: deviation of the Gaussian, px; below 0.1 nothing happens.
+    """
+    if sigma_px < 0.1:
+        return image
+    tissue = image != 0
+    blurred = _smooth(image, sigma_px)
+    if bool(tissue.all()):
+        return blurred
+    # What is no data counts as 0 above, so the rest of the weight is missing.
+    return blurred / _smooth(tissue.float(), sigma_px).clamp(min=1e-3)
+
+
+def _smooth(image: Tensor, sigma_px: float) -> Tensor:
+    reach = math.ceil(3 * sigma_px)
+    offsets = torch.arange(-reach, reach + 1.0)
+    kernel = torch.exp(-0.5 * (offsets / sigma_px) ** 2)
+    kernel = kernel / kernel.sum()
+    padded = F.pad(image, (reach,) * 4, mode="replicate")
+    along_cols = F.conv2d(padded, kernel.view(1, 1, 1, -1))
+    return F.conv2d(along_cols, kernel.view(1, 1, -1, 1))
