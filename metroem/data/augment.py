@@ -46,6 +46,8 @@ def augment(
 ) -> Sample:
     """Apply augmentations in turn, each with its probability.
 
+    Sections are skipped when a sample is read, so `SkipSection` is done by then.
+
     Args:
         sample: of any batch size.
         augmentations: of a phase.

@@ -1,8 +1,7 @@
-"""The pairs of one stage: which there are, which are held out, how they are read."""
+"""The pairs of one stage: which there are, which are held out, how one is read."""
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -10,8 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from metroem.data.augment import augment
-from metroem.data.sample import Sample, seeded_generator
+from metroem.data.sample import Sample
 from metroem.errors import DatasetError
 from metroem.field import warp
 from metroem.grid import Grid
@@ -19,11 +17,9 @@ from metroem.io.h5 import FieldSet, ImageSet, find_image_sets
 from metroem.masks import warp_mask
 from metroem.normalize import looks_normalized, tissue_statistics
 from metroem.specs.filenames import FieldSetName
-from metroem.specs.schedule import Phase
 
 logger = logging.getLogger(__name__)
 
-VALIDATION_CROP_PX = 2048
 # Sections left unused on each side of those held out.
 GAP_SECTIONS = 1
 
@@ -219,8 +215,7 @@ def read_sample(ref: PairRef, crop: Grid) -> Sample:
     Returns:
         A sample of batch size 1.
     """
-    row, col = (crop.x - ref.grid.x) >> crop.mip, (crop.y - ref.grid.y) >> crop.mip
-    rows, cols = slice(row, row + crop.rows), slice(col, col + crop.cols)
+    rows, cols = window_of(crop, ref.grid)
     two_sided = ref.prior is not None and ref.prior.num_sides == 2
     # A field of the tgt side may point out of the crop: warp the whole patch.
     whole = slice(None)
@@ -236,6 +231,12 @@ def read_sample(ref: PairRef, crop: Grid) -> Sample:
         tgt_field = torch.from_numpy(ref.prior.read(ref.index, 1))[None]
         return _warp_whole_tgt(sample, tgt_field, rows, cols)
     return sample
+
+
+def window_of(crop: Grid, grid: Grid) -> tuple[slice, slice]:
+    """Rows and cols of a grid that a crop of it takes."""
+    row, col = (crop.x - grid.x) >> crop.mip, (crop.y - grid.y) >> crop.mip
+    return slice(row, row + crop.rows), slice(col, col + crop.cols)
 
 
 def _batch(image: np.ndarray) -> Tensor:
@@ -258,86 +259,3 @@ def _warp_whole_tgt(sample: Sample, field: Tensor, rows: slice, cols: slice) -> 
 def _warp_tissue(image: Tensor, field: Tensor) -> Tensor:
     blank = warp((image == 0).float(), field, padding="border") > 0.5
     return torch.where(blank, 0.0, warp(image, field))
-
-
-def centred_crop(grid: Grid, size: tuple[int, int]) -> Grid:
-    """The window of at most `size` (rows, cols) in the middle of a grid."""
-    rows, cols = min(size[0], grid.rows), min(size[1], grid.cols)
-    return grid.crop((grid.rows - rows) // 2, (grid.cols - cols) // 2, rows, cols)
-
-
-def random_crop(grid: Grid, size: tuple[int, int], generator: torch.Generator) -> Grid:
-    """A window of at most `size` (rows, cols) anywhere in a grid."""
-    rows, cols = min(size[0], grid.rows), min(size[1], grid.cols)
-    row = int(torch.randint(grid.rows - rows + 1, (), generator=generator))
-    col = int(torch.randint(grid.cols - cols + 1, (), generator=generator))
-    return grid.crop(row, col, rows, cols)
-
-
-@dataclass(frozen=True)
-class EpochKey:
-    """Which epoch of a run; chance is drawn from it, see `seeded_generator`."""
-
-    seed: int
-    stage: int
-    phase: int
-    epoch: int
-
-    def generator(self, *more: int) -> torch.Generator:
-        """The generator of this epoch, or of one of its samples."""
-        return seeded_generator(self.seed, self.stage, self.phase, self.epoch, *more)
-
-
-class TrainingEpoch(torch.utils.data.Dataset[Sample]):
-    """The samples of one epoch in their order: cropped and augmented.
-
-    Sample i is a function of the pairs, the phase and (key, i) alone, whoever
-    reads it. The order is padded with its own beginning to a multiple of the
-    batch size, so that every rank has the same number of steps.
-    """
-
-    def __init__(
-        self,
-        pairs: Sequence[PairRef],
-        phase: Phase,
-        key: EpochKey,
-        *,
-        batch_size: int,
-    ) -> None:
-        self.pairs = pairs
-        self.phase = phase
-        self.key = key
-        # One size for all, so that samples of different sets make a batch.
-        self.crop_size = (
-            min(phase.crop_size, *(ref.grid.rows for ref in pairs)),
-            min(phase.crop_size, *(ref.grid.cols for ref in pairs)),
-        )
-        order = torch.randperm(len(pairs), generator=key.generator()).tolist()
-        order = order[: phase.num_samples]
-        while len(order) % batch_size:
-            order += order[: batch_size - len(order) % batch_size]
-        self.order: list[int] = order
-
-    def __len__(self) -> int:
-        return len(self.order)
-
-    def __getitem__(self, position: int) -> Sample:
-        ref = self.pairs[self.order[position]]
-        generator = self.key.generator(position)
-        crop = random_crop(ref.grid, self.crop_size, generator)
-        return augment(read_sample(ref, crop), self.phase.augmentations, generator)
-
-
-class ValidationPairs(torch.utils.data.Dataset[Sample]):
-    """The held-out pairs, centred crops, not augmented."""
-
-    def __init__(self, pairs: Sequence[PairRef]) -> None:
-        self.pairs = pairs
-
-    def __len__(self) -> int:
-        return len(self.pairs)
-
-    def __getitem__(self, position: int) -> Sample:
-        ref = self.pairs[position]
-        size = (VALIDATION_CROP_PX, VALIDATION_CROP_PX)
-        return read_sample(ref, centred_crop(ref.grid, size))

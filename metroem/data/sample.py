@@ -28,6 +28,16 @@ class Sample(NamedTuple):
             }
         )
 
+    def window(self, rows: slice, cols: slice) -> "Sample":
+        """Some rows and cols of everything."""
+        return self._replace(
+            **{
+                name: value[..., rows, cols]
+                for name, value in self._asdict().items()
+                if isinstance(value, Tensor)
+            }
+        )
+
 
 def stack_samples(samples: Sequence[Sample]) -> Sample:
     """One batch of samples of the same size.

@@ -59,6 +59,13 @@ class RandomWarp:
 
 
 @dataclass(frozen=True)
+class SkipSection:
+    """Take src from one section further, with probability `prob`."""
+
+    prob: float = 0.1
+
+
+@dataclass(frozen=True)
 class Photometric:
     """Change how a section was imaged; src and tgt draw their own.
 
@@ -156,6 +163,7 @@ Augmentation = (
     | RandomFlip
     | RandomSrcTgtSwap
     | RandomWarp
+    | SkipSection
     | Photometric
     | Defocus
     | Fold
@@ -168,6 +176,7 @@ _TYPES: dict[str, type[Augmentation]] = {
     "random_flip": RandomFlip,
     "random_src_tgt_swap": RandomSrcTgtSwap,
     "warp": RandomWarp,
+    "skip_section": SkipSection,
     "photometric": Photometric,
     "defocus": Defocus,
     "fold": Fold,

@@ -12,7 +12,8 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from metroem.aligner import Aligner
-from metroem.data.dataset import EpochKey, Split, TrainingEpoch
+from metroem.data.dataset import Split
+from metroem.data.epoch import EpochKey, TrainingEpoch
 from metroem.data.sample import Sample, stack_samples
 from metroem.errors import DatasetError
 from metroem.nets.checkpoint import checkpoint_path, save_weights

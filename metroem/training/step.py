@@ -8,7 +8,8 @@ from torch import Tensor, nn
 
 from metroem.aligner import Aligner, Prediction
 from metroem.data.augment import random_field
-from metroem.data.dataset import PairRef, ValidationPairs
+from metroem.data.dataset import PairRef
+from metroem.data.epoch import ValidationPairs
 from metroem.data.sample import Sample, seeded_generator
 from metroem.loss import LossTerms, PairLoss, metric_loss, plain_loss
 from metroem.masks import PairMaps, weigh

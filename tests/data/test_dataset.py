@@ -2,67 +2,18 @@ import numpy as np
 import pytest
 import torch
 
-from metroem.data.dataset import (
-    EpochKey,
-    TrainingEpoch,
-    ValidationPairs,
-    find_pairs,
-    read_sample,
-    split_pairs,
-)
+from metroem.data.dataset import find_pairs, read_sample, split_pairs
 from metroem.errors import DatasetError
 from metroem.grid import Grid
-from metroem.io.h5 import (
-    FieldSetMeta,
-    ImageSetMeta,
-    Pair,
-    PairFrame,
-    write_field_set,
-    write_image_set,
+from metroem.io.h5 import Pair, PairFrame
+from tests.image_sets import (
+    COLS,
+    ROWS,
+    one_mask,
+    pairs_of,
+    write_fields,
+    write_images,
 )
-from metroem.specs.schedule import Phase
-
-ROWS, COLS = 40, 56
-
-
-def write_images(
-    folder, name, *, num_pairs=8, z=1, x=0, mip=1, change=None, defects=None
-):
-    """Pixel (i, j) of section z is about z + i / 100 + j / 10000, normalised."""
-
-    def section(number):
-        rows, cols = np.meshgrid(np.arange(ROWS), np.arange(COLS), indexing="ij")
-        image = (rows / ROWS + cols / 100 + number / 1000 - 0.7).astype(np.float32)
-        return image * 3
-
-    pairs = [Pair(section(z + i), section(z + i - 1)) for i in range(num_pairs)]
-    if change:
-        pairs = [change(i, pair) for i, pair in enumerate(pairs)]
-    frames = [
-        PairFrame(Grid(mip, x, 0, ROWS, COLS), (z + i, z + i - 1))
-        for i in range(num_pairs)
-    ]
-    meta = ImageSetMeta(frames, "test", "", {}, normalization={"kind": "tissue"})
-    write_image_set(folder / name, pairs, meta, defects=defects)
-    return frames
-
-
-def one_mask(*area):
-    mask = np.zeros((ROWS, COLS), bool)
-    mask[area] = True
-    return mask
-
-
-def write_fields(folder, name, frames, *, num_sides=1, value=(0.0, 0.0)):
-    field = np.zeros((num_sides, 2, ROWS, COLS), np.float32)
-    field[:, 0], field[:, 1] = value
-    fields = [field[0] if num_sides == 1 else field for _ in frames]
-    meta = FieldSetMeta(frames, "test", "", {}, stage=0, tag="ck", num_sides=num_sides)
-    write_field_set(folder / name, fields, meta)
-
-
-def pairs_of(folder, stage=0):
-    return find_pairs(folder, 1, stage=stage, checkpoint_name="ck")
 
 
 def test_the_split_shares_no_section_and_leaves_a_gap(tmp_path):
@@ -174,12 +125,6 @@ def test_the_tgt_side_of_a_downloaded_field_warps_tgt(tmp_path):
     np.testing.assert_array_equal(sample.src[0, 0], whole.src[4:24, 6:36])
 
 
-def epoch_of(pairs, *, batch_size=1, epoch=0, **phase):
-    options = {"lr": 1e-3, "num_epochs": 1, "smoothness": 1.0, "crop_size": 24} | phase
-    key = EpochKey(0, 0, 0, epoch)
-    return TrainingEpoch(pairs, Phase(**options), key, batch_size=batch_size)
-
-
 @pytest.mark.parametrize("num_sides", [None, 1, 2])
 def test_the_defects_of_a_crop_lie_where_its_images_are(tmp_path, num_sides):
     name = "x0_y0_z1_MIP1.h5"
@@ -196,28 +141,3 @@ def test_the_defects_of_a_crop_lie_where_its_images_are(tmp_path, num_sides):
     # The field of the tgt side reads 3 px to the right, where there is one.
     moved = np.roll(tgt, -3, axis=1) if num_sides == 2 else tgt
     assert torch.equal(sample.tgt_defects[0, 0], torch.from_numpy(moved[window]))
-
-
-def test_an_epoch_goes_through_all_pairs_in_an_order_of_its_own(tmp_path):
-    write_images(tmp_path, "x0_y0_z1_MIP1.h5")
-    pairs = pairs_of(tmp_path)
-    orders = [epoch_of(pairs, epoch=e).order for e in range(3)]
-    assert all(sorted(order) == list(range(8)) for order in orders)
-    assert orders[0] != orders[1] and orders[0] == epoch_of(pairs).order
-    assert len(epoch_of(pairs, num_samples=3)) == 3
-    assert len(epoch_of(pairs, batch_size=3)) == 9
-
-
-def test_samples_are_crops_that_repeat_with_their_key(tmp_path):
-    write_images(tmp_path, "x0_y0_z1_MIP1.h5")
-    pairs = pairs_of(tmp_path)
-    first, again = epoch_of(pairs)[3], epoch_of(pairs)[3]
-    assert first.src.shape == (1, 1, 24, 24)
-    assert torch.equal(first.src, again.src) and first.pair == again.pair
-    assert not torch.equal(first.src, epoch_of(pairs, epoch=1)[3].src)
-
-
-def test_validation_takes_the_middle(tmp_path):
-    write_images(tmp_path, "x0_y0_z1_MIP1.h5")
-    sample = ValidationPairs(pairs_of(tmp_path))[1]
-    assert sample.src.shape == (1, 1, ROWS, COLS)

@@ -1,0 +1,172 @@
+"""The samples of one epoch: which pairs, in which order, cropped and augmented."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from metroem.data.augment import augment
+from metroem.data.dataset import PairRef, read_sample, window_of
+from metroem.data.draw import happens
+from metroem.data.sample import Sample, seeded_generator
+from metroem.errors import DatasetError
+from metroem.field import compose
+from metroem.grid import Grid
+from metroem.specs.augmentations import SkipSection
+from metroem.specs.schedule import Phase
+
+VALIDATION_CROP_PX = 2048
+
+
+def centred_crop(grid: Grid, size: tuple[int, int]) -> Grid:
+    """The window of at most `size` (rows, cols) in the middle of a grid."""
+    rows, cols = min(size[0], grid.rows), min(size[1], grid.cols)
+    return grid.crop((grid.rows - rows) // 2, (grid.cols - cols) // 2, rows, cols)
+
+
+def random_crop(grid: Grid, size: tuple[int, int], generator: torch.Generator) -> Grid:
+    """A window of at most `size` (rows, cols) anywhere in a grid."""
+    rows, cols = min(size[0], grid.rows), min(size[1], grid.cols)
+    row = int(torch.randint(grid.rows - rows + 1, (), generator=generator))
+    col = int(torch.randint(grid.cols - cols + 1, (), generator=generator))
+    return grid.crop(row, col, rows, cols)
+
+
+def following_pairs(pairs: Sequence[PairRef]) -> dict[str, PairRef]:
+    """For each pair, by its name, the one that goes on where it begins.
+
+    The tgt of the pair that follows is the src of the pair: the same section,
+    read from the same place. Pairs that none follows are left out.
+    """
+    by_tgt = {(ref.images.path, ref.images.box(ref.index, 1)): ref for ref in pairs}
+    following = {}
+    for ref in pairs:
+        further = by_tgt.get((ref.images.path, ref.images.box(ref.index, 0)))
+        if further is not None and further.grid == ref.grid:
+            following[ref.name] = further
+    return following
+
+
+def read_skipping(ref: PairRef, further: PairRef, crop: Grid) -> Sample:
+    """Read src of the pair that follows with tgt of a pair: a section is skipped.
+
+    Args:
+        ref: the pair that tgt is of.
+        further: the one that follows it, see `following_pairs`.
+        crop: its window.
+
+    Returns:
+        A sample of batch size 1. Its prior field goes from src to the section
+        between and from there to tgt; but if both sides have fields, tgt has been
+        put into its place by its own and src's is all there is to it.
+    """
+    # The section between is read where the field of `ref` points to.
+    area = crop if ref.prior is None else ref.grid
+    near, far = read_sample(ref, area), read_sample(further, area)
+    prior = far.prior_field
+    if ref.prior is not None and ref.prior.num_sides == 1:
+        assert near.prior_field is not None and prior is not None
+        prior = compose(near.prior_field, prior)
+    z = further.images.sections(further.index)[0]
+    sample = Sample(
+        far.src,
+        near.tgt,
+        prior,
+        (f"{ref.name}, but src z {z}",),
+        far.src_defects,
+        near.tgt_defects,
+    )
+    return sample if area == crop else sample.window(*window_of(crop, area))
+
+
+@dataclass(frozen=True)
+class EpochKey:
+    """Which epoch of a run; chance is drawn from it, see `seeded_generator`."""
+
+    seed: int
+    stage: int
+    phase: int
+    epoch: int
+
+    def generator(self, *more: int) -> torch.Generator:
+        """The generator of this epoch, or of one of its samples."""
+        return seeded_generator(self.seed, self.stage, self.phase, self.epoch, *more)
+
+
+class TrainingEpoch(torch.utils.data.Dataset[Sample]):
+    """The samples of one epoch in their order: cropped and augmented.
+
+    Sample i is a function of the pairs, the phase and (key, i) alone, whoever
+    reads it. The order is padded with its own beginning to a multiple of the
+    batch size, so that every rank has the same number of steps.
+
+    Raises:
+        DatasetError: the phase skips sections, and no pairs follow one another.
+    """
+
+    def __init__(
+        self,
+        pairs: Sequence[PairRef],
+        phase: Phase,
+        key: EpochKey,
+        *,
+        batch_size: int,
+    ) -> None:
+        self.pairs = pairs
+        self.phase = phase
+        self.key = key
+        # One size for all, so that samples of different sets make a batch.
+        self.crop_size = (
+            min(phase.crop_size, *(ref.grid.rows for ref in pairs)),
+            min(phase.crop_size, *(ref.grid.cols for ref in pairs)),
+        )
+        self.skips = [a for a in phase.augmentations if isinstance(a, SkipSection)]
+        self.following = following_pairs(pairs) if self.skips else {}
+        if self.skips and not self.following:
+            raise DatasetError(
+                f"{pairs[0].images.path}: skip_section needs pairs of consecutive "
+                "sections, and no section that is trained on is src of one pair and "
+                "tgt of another; download more sections, or leave skip_section out"
+            )
+        order = torch.randperm(len(pairs), generator=key.generator()).tolist()
+        order = order[: phase.num_samples]
+        while len(order) % batch_size:
+            order += order[: batch_size - len(order) % batch_size]
+        self.order: list[int] = order
+
+    def __len__(self) -> int:
+        return len(self.order)
+
+    def __getitem__(self, position: int) -> Sample:
+        ref = self.pairs[self.order[position]]
+        generator = self.key.generator(position)
+        further = self._pair_to_skip_to(ref, generator)
+        crop = random_crop(ref.grid, self.crop_size, generator)
+        sample = (
+            read_sample(ref, crop)
+            if further is None
+            else read_skipping(ref, further, crop)
+        )
+        return augment(sample, self.phase.augmentations, generator)
+
+    def _pair_to_skip_to(
+        self, ref: PairRef, generator: torch.Generator
+    ) -> PairRef | None:
+        """The pair whose src is to be taken, if this sample skips a section."""
+        chances = [happens(skip.prob, generator) for skip in self.skips]
+        return self.following.get(ref.name) if any(chances) else None
+
+
+class ValidationPairs(torch.utils.data.Dataset[Sample]):
+    """The held-out pairs, centred crops, not augmented."""
+
+    def __init__(self, pairs: Sequence[PairRef]) -> None:
+        self.pairs = pairs
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def __getitem__(self, position: int) -> Sample:
+        ref = self.pairs[position]
+        size = (VALIDATION_CROP_PX, VALIDATION_CROP_PX)
+        return read_sample(ref, centred_crop(ref.grid, size))

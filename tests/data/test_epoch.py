@@ -1,0 +1,122 @@
+import numpy as np
+import pytest
+import torch
+
+from metroem.data.dataset import split_pairs
+from metroem.data.epoch import (
+    EpochKey,
+    TrainingEpoch,
+    ValidationPairs,
+    read_skipping,
+)
+from metroem.errors import DatasetError
+from metroem.field import compose
+from metroem.io.h5 import FieldSetMeta, Pair, write_field_set
+from metroem.specs.augmentations import SkipSection
+from metroem.specs.schedule import Phase
+from tests.image_sets import COLS, ROWS, one_mask, pairs_of, write_fields, write_images
+
+
+def epoch_of(pairs, *, batch_size=1, epoch=0, **phase):
+    options = {"lr": 1e-3, "num_epochs": 1, "smoothness": 1.0, "crop_size": 24} | phase
+    key = EpochKey(0, 0, 0, epoch)
+    return TrainingEpoch(pairs, Phase(**options), key, batch_size=batch_size)
+
+
+def test_an_epoch_goes_through_all_pairs_in_an_order_of_its_own(tmp_path):
+    write_images(tmp_path, "x0_y0_z1_MIP1.h5")
+    pairs = pairs_of(tmp_path)
+    orders = [epoch_of(pairs, epoch=e).order for e in range(3)]
+    assert all(sorted(order) == list(range(8)) for order in orders)
+    assert orders[0] != orders[1] and orders[0] == epoch_of(pairs).order
+    assert len(epoch_of(pairs, num_samples=3)) == 3
+    assert len(epoch_of(pairs, batch_size=3)) == 9
+
+
+def test_samples_are_crops_that_repeat_with_their_key(tmp_path):
+    write_images(tmp_path, "x0_y0_z1_MIP1.h5")
+    pairs = pairs_of(tmp_path)
+    first, again = epoch_of(pairs)[3], epoch_of(pairs)[3]
+    assert first.src.shape == (1, 1, 24, 24)
+    assert torch.equal(first.src, again.src) and first.pair == again.pair
+    assert not torch.equal(first.src, epoch_of(pairs, epoch=1)[3].src)
+
+
+def test_validation_takes_the_middle(tmp_path):
+    write_images(tmp_path, "x0_y0_z1_MIP1.h5")
+    sample = ValidationPairs(pairs_of(tmp_path))[1]
+    assert sample.src.shape == (1, 1, ROWS, COLS)
+
+
+SKIP = (SkipSection(1.0),)
+
+
+def test_skipping_takes_src_of_the_pair_that_follows(tmp_path):
+    masks = [Pair(one_mask(slice(i)), one_mask(slice(9 + i))) for i in range(3)]
+    write_images(tmp_path, "x0_y0_z1_MIP1.h5", num_pairs=3, defects=masks)
+    pairs = pairs_of(tmp_path)
+    epoch = epoch_of(pairs, augmentations=SKIP, crop_size=100)
+    samples = {sample.pair: sample for sample in epoch}
+    assert sorted(name for (name,) in samples) == [
+        "x0_y0_z1_MIP1.h5 pair 0 (z 1 on 0), but src z 2",
+        "x0_y0_z1_MIP1.h5 pair 1 (z 2 on 1), but src z 3",
+        "x0_y0_z1_MIP1.h5 pair 2 (z 3 on 2)",  # the last: none follows
+    ]
+    sample = samples[("x0_y0_z1_MIP1.h5 pair 1 (z 2 on 1), but src z 3",)]
+    images = pairs[0].images
+    assert np.array_equal(sample.src[0, 0], images.read(2).src)
+    assert np.array_equal(sample.tgt[0, 0], images.read(1).tgt)
+    assert np.array_equal(sample.src_defects[0, 0], masks[2].src)
+    assert np.array_equal(sample.tgt_defects[0, 0], masks[1].tgt)
+    assert sample.prior_field is None
+
+
+def sloping_fields(folder, frames):
+    """Pair i: d_cols = 3 i + 0.1 i col, d_rows = 2 - 0.05 i row."""
+    rows, cols = np.mgrid[:ROWS, :COLS].astype(np.float32)
+    fields = [
+        np.stack([3 * i + 0.1 * i * cols, 2 - 0.05 * i * rows])
+        for i in range(len(frames))
+    ]
+    meta = FieldSetMeta(frames, "test", "", {}, stage=0, tag="ck", num_sides=1)
+    write_field_set(folder / "field_0_x0_y0_z1_MIP1_ck.h5", fields, meta)
+    return [torch.from_numpy(field)[None] for field in fields]
+
+
+def test_a_skipping_sample_has_both_prior_fields_composed(tmp_path):
+    frames = write_images(tmp_path, "x0_y0_z1_MIP1.h5", num_pairs=3)
+    fields = sloping_fields(tmp_path, frames)
+    pairs = pairs_of(tmp_path, stage=1)
+    crop = pairs[1].grid.crop(5, 20, 16, 24)
+    sample = read_skipping(pairs[1], pairs[2], crop)
+    # Warping by compose(f, g) warps by g first: src z 3 to z 2, then z 2 to z 1.
+    # The field between is read beyond the crop, so the whole is composed.
+    whole = compose(fields[1], fields[2])
+    expected = whole[..., 5:21, 20:44]
+    # Fields are kept to 0.005 px, and the second is read where the first points.
+    torch.testing.assert_close(sample.prior_field, expected, atol=0.012, rtol=0)
+    assert sample.src.shape == sample.tgt.shape == (1, 1, 16, 24)
+
+
+def test_where_tgt_has_a_field_too_the_prior_is_that_of_src(tmp_path):
+    frames = write_images(tmp_path, "x0_y0_z1_MIP1.h5", num_pairs=2)
+    name = "field_0_x0_y0_z1_MIP1_ck.h5"
+    write_fields(tmp_path, name, frames, num_sides=2, value=(2.0, 1.0))
+    epoch = epoch_of(pairs_of(tmp_path, stage=1), augmentations=SKIP)
+    (sample,) = [s for s in epoch if "but src z 2" in s.pair[0]]
+    assert torch.unique(sample.prior_field[0, 0]).tolist() == [2.0]
+    assert torch.unique(sample.prior_field[0, 1]).tolist() == [1.0]
+
+
+def test_no_held_out_section_is_skipped_to(tmp_path):
+    write_images(tmp_path, "x0_y0_z1_MIP1.h5", num_pairs=8)
+    training, validation = split_pairs(pairs_of(tmp_path), 1)
+    names = " ".join(s.pair[0] for s in epoch_of(training, augmentations=SKIP))
+    assert "src z 5" in names
+    assert all(f"src z {z}" not in names for z in range(6, 9)) and validation
+
+
+def test_skipping_without_pairs_that_follow_is_refused(tmp_path):
+    write_images(tmp_path, "x0_y0_z1_MIP1.h5", num_pairs=3)
+    with pytest.raises(DatasetError, match="skip_section needs pairs of consecutive"):
+        epoch_of(pairs_of(tmp_path)[::2], augmentations=SKIP)
