@@ -126,8 +126,9 @@ def paint_band(
         The image, as it was outside of `hidden`.
     """
     shape = (image.shape[-2], image.shape[-1])
-    grey = uniform(1.3, 3.0, generator) * (-1 if dark else 1)
-    texture = 0.15 * smooth_noise(shape, 3, generator).reshape(image.shape)
+    grey = uniform(1.5, 3.0, generator) * (-1 if dark else 1)
+    coarse, fine = (smooth_noise(shape, knot, generator) for knot in (24, 4))
+    texture = (0.25 * coarse + 0.15 * fine).reshape(image.shape)
     # Its border pixels are half tissue.
     share = hidden.float().reshape(1, 1, *shape)
     full = F.avg_pool2d(share, 3, 1, 1, count_include_pad=False)
@@ -146,8 +147,8 @@ def fold(image: Tensor, options: Fold, generator: Generator) -> Damaged:
     shape = (image.shape[-2], image.shape[-1])
     line = CurvedLine.random(shape, generator)
     width = options.width_px * uniform(_SMALLEST, 1, generator)
-    band = line.distance(*pixel_grid(shape)).abs() <= width / 2
-    hidden = band & (image != 0)
+    from_line = line.distance(*pixel_grid(shape)) + _ragged(shape, generator)
+    hidden = (from_line.abs() <= width / 2) & (image != 0)
     return Damaged(paint_band(image, hidden, generator, dark=True), hidden)
 
 
@@ -165,8 +166,8 @@ def crack(image: Tensor, options: Crack, generator: Generator) -> Damaged:
     wedge = Wedge.random(shape, width, generator)
     rows, cols = pixel_grid(shape)
     opening = wedge.opening(line.position(rows, cols))
-    open_ = line.distance(rows, cols).abs() < opening / 2
-    hidden = open_ & (image != 0)
+    from_line = line.distance(rows, cols) + _ragged(shape, generator)
+    hidden = (from_line.abs() < opening / 2) & (image != 0)
     return Damaged(paint_band(image, hidden, generator, dark=False), hidden)
 
 
@@ -215,3 +216,8 @@ def stain(image: Tensor, options: Stain, generator: Generator) -> Damaged:
     grey = uniform(-3, -1.5, generator) + 0.3 * texture
     stained = keep_no_data(torch.lerp(image, grey, cover), image)
     return Damaged(stained, (cover > 0.7) & (image != 0))
+
+
+def _ragged(shape: tuple[int, int], generator: Generator) -> Tensor:
+    """What makes a border uneven, (1, 1, H, W) px."""
+    return smooth_noise(shape, 10, generator)
