@@ -3,6 +3,7 @@
 metroem init PYRAMID --mip 5 3      write untrained modules
 metroem fetch SOURCE PYRAMID        copy a pyramid or module from any cloud path
 metroem inspect DATASET             list and check image sets and field sets
+metroem evaluate --pyramid_path P   how well it aligns a data set, and where worst
 metroem demo                        the main job on sections that it makes itself
 """
 
@@ -46,6 +47,15 @@ def build_parser() -> argparse.ArgumentParser:
         "--checkpoint_name", default="checkpoint", help="tag of the prior fields"
     )
 
+    evaluate = _command(commands, "evaluate", "how well a pyramid aligns", _evaluate)
+    add = evaluate.add_argument
+    add("--pyramid_path", type=Path, required=True, help="the pyramid")
+    add("--dataset_path", type=Path, required=True, help="folder of image sets")
+    add("--checkpoint_name", default="checkpoint", help="which weights (checkpoint)")
+    add("--json", type=Path, help="file for all figures, also those of each pair")
+    add("--known_warps", action="store_true", help="warp sections by known fields too")
+    add("--no_finetune", action="store_true", help="the networks alone")
+
     demo = _command(commands, "demo", "the main job on made sections", _demo)
     demo.add_argument(
         "--folder",
@@ -82,6 +92,13 @@ def _inspect(args: argparse.Namespace) -> None:
     inspect_dataset(
         InspectRequest(args.dataset, args.pyramid_path, args.checkpoint_name)
     )
+
+
+def _evaluate(args: argparse.Namespace) -> None:
+    from metroem.evaluate import EvaluateRequest, evaluate_dataset
+
+    flags = {k: v for k, v in vars(args).items() if k not in ("command", "run")}
+    evaluate_dataset(EvaluateRequest(**flags))
 
 
 def _demo(args: argparse.Namespace) -> None:

@@ -1,112 +1,201 @@
-"""How well fields align pairs, against a truth where there is one."""
+"""A pyramid over a data set: how well it aligns, and where worst."""
 
+import logging
 from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
-import torch
-from torch import Tensor
+from metroem.align import Pyramid, StageInput
+from metroem.data.dataset import PairRef, find_pairs, read_sample
+from metroem.errors import CheckpointError, DatasetError, UsageError
+from metroem.io.h5 import ImageSet, find_image_sets
+from metroem.nets.checkpoint import checkpoint_path
+from metroem.progress import progress
+from metroem.report.scores import print_evaluation, write_json
+from metroem.scoring import (
+    BORDER_PX,
+    CHUNK_PX,
+    RING_PX,
+    AlignedPair,
+    Chunk,
+    SetResult,
+    Spot,
+    Where,
+    mean_score,
+    score_aligned,
+    swap_sides,
+)
+from metroem.specs.filenames import check_tag
+from metroem.specs.pyramid import ModuleSpec, find_modules
+from metroem.training.distributed import choose_device
+from metroem.training.generate import target_sets
 
-from metroem.distort import Truth
-from metroem.field import warp
-from metroem.metrics import chunked_correlation, endpoint_error, fold_share
-
-CHUNK_PX = 32
-BORDER_PX = 16  # of a pair without a truth
+logger = logging.getLogger(__name__)
 
 
-class Score(NamedTuple):
-    """Figures of a pair, or their means over pairs; NaN where there is no truth."""
+@dataclass(frozen=True)
+class EvaluateRequest:
+    """What `metroem evaluate` is asked for, one field a flag.
 
-    epe_none: float  # px, mean endpoint error without alignment
-    epe: tuple[float, ...]  # px, one a stage
-    cpc_none: float  # mean correlation of chunks of CHUNK_PX, without alignment
-    cpc: tuple[float, ...]  # one a stage
-    cpc_true: float  # with the true field
-    folds: float  # share of pixels that the last stage's field folds over
+    Attributes:
+        pyramid_path: the pyramid.
+        dataset_path: folder of image sets, of every mip of the pyramid.
+        checkpoint_name: which weights.
+        json: file for all figures, also those of each pair.
+        known_warps: add sections warped by known fields.
+        no_finetune: leave the fields as the networks give them.
 
-
-def score_pair(
-    src: np.ndarray,
-    tgt: np.ndarray,
-    fields: Sequence[np.ndarray],
-    truth: Truth | None = None,
-) -> Score:
-    """Score the fields that each stage gives for one pair.
-
-    Args:
-        src: (H, W), any real type, raw grey levels, 0 = no data.
-        tgt: (H, W), likewise.
-        fields: one a stage, (2, H, W) float32, px.
-        truth: the field that truly aligns them.
-
-    Returns:
-        The figures; errors and the true correlation NaN without a truth.
+    Raises:
+        UsageError: a name that cannot be one, or a folder for `json`.
     """
-    images = _tensor(src), _tensor(tgt)
-    stages = [torch.from_numpy(np.asarray(field))[None] for field in fields]
-    none = torch.zeros_like(stages[0])
-    if truth is None:
-        epe = [float("nan")] * (1 + len(stages))
-        cpc_true = float("nan")
-    else:
-        epe = [
-            endpoint_error(field, truth.field, truth.valid).mean
-            for field in (none, *stages)
-        ]
-        cpc_true = correlation(*images, truth.field, truth.valid)
-    valid = None if truth is None else truth.valid
-    cpc = [correlation(*images, field, valid) for field in (none, *stages)]
-    folds = fold_share(stages[-1])
-    return Score(epe[0], tuple(epe[1:]), cpc[0], tuple(cpc[1:]), cpc_true, folds)
+
+    pyramid_path: Path
+    dataset_path: Path
+    checkpoint_name: str = "checkpoint"
+    json: Path | None = None
+    known_warps: bool = False
+    no_finetune: bool = False
+
+    def __post_init__(self) -> None:
+        check_tag("--checkpoint_name", self.checkpoint_name)
+        if self.json is not None and self.json.is_dir():
+            raise UsageError(
+                f"--json {self.json}: is a folder; name a file, for example "
+                f"{self.json / 'figures.json'}"
+            )
 
 
-def correlation(
-    src: Tensor, tgt: Tensor, field: Tensor, valid: Tensor | None = None
-) -> float:
-    """Mean correlation of chunks (CPC) of src warped and tgt.
+class _Place(NamedTuple):
+    """The image sets of one place and the pairs that have tissue."""
 
-    Args:
-        src: (1, 1, H, W) float, raw grey levels, 0 = no data.
-        tgt: (1, 1, H, W) float, likewise.
-        field: (1, 2, H, W), px.
-        valid: (1, 1, H, W) bool, pixels that count; all but a border if None.
-            What is blank on either side never counts.
+    sets: tuple[ImageSet, ...]  # one a stage
+    indices: tuple[int, ...]
 
-    Returns:
-        The mean over chunks of CHUNK_PX that are at least half valid.
+    @property
+    def finest(self) -> ImageSet:
+        """The set of the last stage, whose pixels all figures are in."""
+        return self.sets[-1]
+
+
+def evaluate_dataset(request: EvaluateRequest) -> None:
+    """Align every pair of a data set, print how well, and write all figures.
+
+    Each stage reads the image sets of its own mip. Figures are in pixels of the
+    last stage's mip; the grey levels are those of the files.
+
+    Raises:
+        PyramidError: the pyramid cannot be used.
+        CheckpointError: some modules have no such weights, while there are others.
+        DatasetError: a stage's mip has no images, or images too small to measure.
     """
-    if valid is None:
-        valid = torch.zeros_like(tgt, dtype=torch.bool)
-        inside = slice(BORDER_PX, -BORDER_PX)
-        valid[..., inside, inside] = True
-    tissue = (warp((src != 0).float(), field) > 0.999) & (tgt != 0)
-    chunks = chunked_correlation(
-        warp(src, field), tgt, valid & tissue, chunk_px=CHUNK_PX
+    modules = find_modules(request.pyramid_path)
+    _check_weights(modules, request.checkpoint_name)
+    places = _find_places(request, modules)
+    device = choose_device("auto", ())
+    pyramid = Pyramid.load(request.pyramid_path, request.checkpoint_name, device)
+    results = [_evaluate_place(request, pyramid, place) for place in places]
+    print_evaluation(results)
+    if request.json is not None:
+        settings = {"chunk_px": CHUNK_PX, "border_px": BORDER_PX, "ring_px": RING_PX}
+        write_json(request.json, vars(request) | settings | {"sets": results})
+        logger.info("wrote %s", request.json)
+
+
+def _check_weights(modules: Sequence[ModuleSpec], name: str) -> None:
+    """Refuse a name that some module has no weights of; warn if none has any."""
+    missing = [
+        module.name
+        for module in modules
+        if not checkpoint_path(module.weights_folder, name).is_file()
+    ]
+    end = checkpoint_path(Path(), "").name
+    there = {
+        path.name.removesuffix(end)
+        for module in modules
+        for path in module.weights_folder.glob(f"*{end}")
+    }
+    if missing and there:
+        raise CheckpointError(
+            f"--checkpoint_name {name}: {', '.join(missing)} has no such weights; "
+            f"those in the pyramid are {sorted(there)}; name one that all modules "
+            "have, or train the rest"
+        )
+    if missing:
+        logger.warning("no module has weights: these are untrained networks")
+
+
+def _find_places(
+    request: EvaluateRequest, modules: Sequence[ModuleSpec]
+) -> list[_Place]:
+    """The places with images at every stage's mip, and their pairs with tissue."""
+    folder, mips = request.dataset_path, [module.in_mip for module in modules]
+    there = sorted({images.mip for images in find_image_sets(folder)})
+    for module in modules:
+        if module.in_mip not in there:
+            raise DatasetError(
+                f"{folder}: stage {module.stage} ({module.name}) reads mip "
+                f"{module.in_mip}, but there are image sets at mips {there} alone; "
+                "evaluation runs every stage, also where its fields were downloaded: "
+                f"get the images with download_image.py --mip {module.in_mip}"
+            )
+    pairs: dict[Path, list[PairRef]] = {}
+    for ref in find_pairs(folder, mips[-1], stage=0, checkpoint_name=""):
+        pairs.setdefault(ref.images.path, []).append(ref)
+    finest = [refs[0].images for refs in pairs.values()]
+    for images in finest:
+        if min(images.shape) < CHUNK_PX + BORDER_PX:
+            raise DatasetError(
+                f"{images.path}: images of {images.shape[0]} x {images.shape[1]} px; "
+                f"at least {CHUNK_PX + BORDER_PX} px are needed to measure chunks of "
+                f"{CHUNK_PX} px off a border of {BORDER_PX} px"
+            )
+    by_stage = [target_sets(folder, finest, mip) for mip in mips]
+    return [
+        _Place(sets, tuple(ref.index for ref in pairs[sets[-1].path]))
+        for sets in zip(*by_stage, strict=True)
+    ]
+
+
+def _evaluate_place(
+    request: EvaluateRequest, pyramid: Pyramid, place: _Place
+) -> SetResult:
+    """All pairs of one place."""
+    images, finetune = place.finest, not request.no_finetune
+    what = f"{images.path.name}, pairs aligned"
+    pairs = tuple(
+        _evaluate_pair(pyramid, place, index, finetune)
+        for index in progress(place.indices, what, total=len(place.indices))
     )
-    return float(chunks.nanmean())
+    mean = mean_score([pair.score for pair in pairs])
+    return SetResult(images.path.name, images.mip, *images.shape, mean, pairs)
 
 
-def mean_score(scores: Sequence[Score]) -> Score:
-    """The mean of each figure over pairs that have it."""
-
-    def mean(values: Sequence[float]) -> float:
-        known = [value for value in values if value == value]
-        return sum(known) / len(known) if known else float("nan")
-
-    def mean_stages(values: Sequence[tuple[float, ...]]) -> tuple[float, ...]:
-        return tuple(mean(stage) for stage in zip(*values, strict=True))
-
-    epe_none, epe, cpc_none, cpc, cpc_true, folds = zip(*scores, strict=True)
-    return Score(
-        mean(epe_none),
-        mean_stages(epe),
-        mean(cpc_none),
-        mean_stages(cpc),
-        mean(cpc_true),
-        mean(folds),
+def _evaluate_pair(
+    pyramid: Pyramid, place: _Place, index: int, finetune: bool
+) -> AlignedPair:
+    """A pair aligned both ways."""
+    inputs = []
+    for images in place.sets:
+        grid = images.grid(index)
+        sample = read_sample(PairRef(images, None, index), grid)
+        inputs.append(StageInput(sample, grid))
+    swapped = [StageInput(swap_sides(sample), grid) for sample, grid in inputs]
+    forward, backward = (
+        pyramid.run(stages, finetune)[-1].cpu() for stages in (inputs, swapped)
     )
+    score, worst = score_aligned(inputs[-1].sample, forward, backward)
+    z_src, z_tgt = place.finest.sections(index)
+    return AlignedPair(_where(place.finest, index, (z_src, z_tgt), worst), score)
 
 
-def _tensor(image: np.ndarray) -> Tensor:
-    return torch.from_numpy(np.asarray(image, np.float32))[None, None]
+def _where(
+    images: ImageSet, index: int, sections: tuple[int, int], worst: Chunk | None
+) -> Where:
+    """The pair by name, and its worst chunk in the volume, where tgt was read."""
+    spot = None
+    if worst is not None:
+        x, y, *_ = images.box(index, 1)
+        scale = 2**images.mip
+        spot = Spot(worst.figure, x + worst.row * scale, y + worst.col * scale)
+    return Where(images.path.name, index, *sections, spot)

@@ -31,9 +31,14 @@ def shifted_pair(rows: int, cols: int, seed: int) -> tuple[torch.Tensor, torch.T
 
 
 def write_pairs(
-    folder: Path, *, mips: tuple[int, ...], num_pairs: int, shape: tuple[int, int]
+    folder: Path,
+    *,
+    mips: tuple[int, ...],
+    num_pairs: int,
+    shape: tuple[int, int],
+    corner: tuple[int, int] = (0, 0),
 ) -> None:
-    """Image sets x0_y0_z1 of shifted pairs; `shape` is (H, W) at mip 0."""
+    """Image sets of z 1 of shifted pairs; `shape` is (H, W) at mip 0."""
     raw = [shifted_pair(*shape, seed=index) for index in range(num_pairs)]
     for mip in mips:
         pairs = [
@@ -43,7 +48,7 @@ def write_pairs(
         rows, cols = pairs[0].src.shape
         meta = ImageSetMeta(
             frames=[
-                PairFrame(Grid(mip, 0, 0, rows, cols), (1 + i, i))
+                PairFrame(Grid(mip, *corner, rows, cols), (1 + i, i))
                 for i in range(num_pairs)
             ],
             source="made by a test",
@@ -51,4 +56,4 @@ def write_pairs(
             request={},
             normalization={"kind": "tissue"},
         )
-        write_image_set(folder / ImageSetName(0, 0, 1, mip).filename, pairs, meta)
+        write_image_set(folder / ImageSetName(*corner, 1, mip).filename, pairs, meta)

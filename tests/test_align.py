@@ -1,10 +1,16 @@
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
 
 from metroem import Pyramid
+from metroem.align import StageInput
+from metroem.data.sample import Sample
 from metroem.errors import MetroEMError
 from metroem.field import warp
+from metroem.grid import Grid
+from metroem.nets.options import AlignerOptions
 from metroem.scaffold import init_pyramid
 from tests.pairs import texture
 
@@ -52,3 +58,34 @@ def test_what_cannot_be_aligned_is_refused(pyramid):
         pyramid.align(src, tgt[:-1])
     with pytest.raises(MetroEMError, match="images at mip 0 or finer"):
         pyramid.align(src, tgt, mip=1)
+
+
+def test_a_field_goes_from_stage_to_stage_through_where_their_images_lie():
+    def stage(align):
+        return SimpleNamespace(options=AlignerOptions(), align=align)
+
+    def slope(src, tgt, prior, **_):
+        # Grows by 0.25 px a col, and by 0.125 px a row.
+        rows, cols = torch.meshgrid(
+            *(torch.arange(float(size)) for size in src.shape[-2:]), indexing="ij"
+        )
+        return torch.stack([cols / 4, rows / 8])[None]
+
+    coarse, fine = Grid(1, -16, 8, 24, 40), Grid(0, 0, 16, 20, 30)
+    images = [torch.ones(1, 1, *grid.shape) for grid in (coarse, fine)]
+    inputs = [
+        StageInput(Sample(image, image, None, ("",)), grid)
+        for image, grid in zip(images, (coarse, fine), strict=True)
+    ]
+    stages = stage(slope), stage(lambda src, tgt, prior, **_: prior)
+    pyramid = Pyramid((1, 0), stages, torch.device("cpu"))
+
+    found = pyramid.run(inputs)
+
+    assert [field.shape[-2:] for field in found] == [(24, 40), (20, 30)]
+    # Fine pixel (i, j) has its middle at ((i + 0.5 + 16) / 2 - 0.5, (j + 0.5 + 8) /
+    # 2 - 0.5) of the coarse ones, and twice their displacement.
+    row = (torch.arange(20.0) + 16.5) / 2 - 0.5
+    col = (torch.arange(30.0) + 8.5) / 2 - 0.5
+    torch.testing.assert_close(found[1][0, 0], (col / 2).expand(20, 30))
+    torch.testing.assert_close(found[1][0, 1], (row / 4)[:, None].expand(20, 30))

@@ -1,61 +1,123 @@
-import math
+"""metroem evaluate end to end on small pairs, as a user calls it."""
 
-import numpy as np
+import dataclasses
+import json
+import shutil
+
 import pytest
-import torch
 
-from metroem.distort import Truth
-from metroem.evaluate import Score, mean_score, score_pair
+from metroem.__main__ import build_parser, main
+from metroem.errors import CheckpointError, DatasetError, UsageError
+from metroem.evaluate import EvaluateRequest, evaluate_dataset
+from metroem.io.h5 import find_image_sets
+from metroem.scaffold import init_pyramid
+from tests.pairs import write_pairs
+
+SHAPE = (96, 160)
 
 
 @pytest.fixture
-def moved_pair():
-    # src shows at col + 3 what tgt shows at col: the truth is +3 along cols.
-    rng = np.random.default_rng(0)
-    tgt = rng.integers(1, 255, (96, 128)).astype(np.uint8)
-    src = np.roll(tgt, 3, axis=1)
-    field = np.zeros((2, 96, 128), np.float32)
-    field[0] = 3
-    valid = torch.zeros(1, 1, 96, 128, dtype=torch.bool)
-    valid[..., 16:-16, 16:-16] = True
-    return src, tgt, field, Truth(torch.from_numpy(field)[None], valid)
+def run(tmp_path):
+    """A pyramid of two stages, pairs at both mips."""
+    write_pairs(tmp_path / "data", mips=(1, 0), num_pairs=2, shape=SHAPE)
+    init_pyramid(tmp_path / "pyramid", [1, 0])
+    return tmp_path
 
 
-def test_the_true_field_scores_no_error_and_full_correlation(moved_pair):
-    src, tgt, field, truth = moved_pair
-    score = score_pair(src, tgt, [0 * field, field], truth)
-    assert score.epe_none == pytest.approx(3)
-    assert score.epe == pytest.approx((3, 0))
-    assert score.cpc[0] == score.cpc_none < 0.3
-    assert score.cpc[1] == pytest.approx(1, abs=1e-6)
-    assert score.cpc_true == pytest.approx(1, abs=1e-6)
-    assert score.folds == 0
+def request(run, **more):
+    return EvaluateRequest(run / "pyramid", run / "data", **more)
 
 
-def test_without_a_truth_errors_are_unknown_and_correlations_are_not(moved_pair):
-    src, tgt, field, _ = moved_pair
-    score = score_pair(src, tgt, [field])
-    assert math.isnan(score.epe_none)
-    assert math.isnan(score.epe[0])
-    assert math.isnan(score.cpc_true)
-    assert score.cpc[0] == pytest.approx(1, abs=1e-6)
+def put_weights(run, stage, name):
+    folder = run / "pyramid" / f"{stage}_mip{1 - stage}in_scalenet" / "model"
+    (folder / f"{name}.state.pth.tar").touch()
 
 
-def test_blank_pixels_count_for_nothing(moved_pair):
-    src, tgt, field, _ = moved_pair
-    blank = tgt.copy()
-    blank[20:40, 30:60] = 0
-    score = score_pair(src, blank, [field])
-    assert score.cpc[0] == pytest.approx(1, abs=1e-6)
+def test_every_flag_reaches_the_request():
+    flags = ["evaluate", "--pyramid_path", "p", "--dataset_path", "d"]
+    given = set(vars(build_parser().parse_args(flags))) - {"command", "run"}
+    assert given == {field.name for field in dataclasses.fields(EvaluateRequest)}
 
 
-def test_means_leave_unknown_figures_out():
-    nan = float("nan")
-    one = Score(2.0, (1.0, 0.5), 0.1, (0.4, 0.6), 0.7, 0.0)
-    two = Score(nan, (nan, nan), 0.3, (0.6, 0.8), nan, 0.2)
-    mean = mean_score([one, two])
-    assert mean.epe_none == 2.0
-    assert mean.epe == (1.0, 0.5)
-    assert mean.cpc == pytest.approx((0.5, 0.7))
-    assert mean.cpc_true == 0.7
-    assert mean.folds == pytest.approx(0.1)
+def test_an_untrained_pyramid_is_evaluated_as_a_user_calls_it(run, capsys):
+    main(
+        [
+            *("evaluate", "--pyramid_path", str(run / "pyramid")),
+            *("--dataset_path", str(run / "data"), "--no_finetune"),
+            *("--json", str(run / "figures.json")),
+        ]
+    )
+    out = capsys.readouterr().out
+    assert "x0_y0_z1_MIP0.h5: means over 2 pairs of 96x160 px at mip 0" in out
+    assert "x0_y0_z1_MIP0.h5 pair 1 (z 2 on 1): CPC" in out
+    written = json.loads((run / "figures.json").read_text())
+    assert written["no_finetune"] and written["chunk_px"] == 64
+    (found,) = written["sets"]
+    scores = [pair["score"] for pair in found["pairs"]]
+    for name, mean in found["mean"].items():
+        values = [score[name] for score in scores if score[name] is not None]
+        assert mean is None or mean == pytest.approx(sum(values) / len(values), 1e-4)
+    # There are two chunks in a row: around row 32, cols 32 and 96.
+    spots = [pair["where"]["worst"] for pair in found["pairs"]]
+    assert all(spot["x"] == 32 and spot["y"] in (32, 96) for spot in spots)
+
+
+@pytest.mark.slow
+def test_finetuning_finds_a_shift_and_undoes_it(tmp_path):
+    write_pairs(tmp_path / "data", mips=(0,), num_pairs=1, shape=SHAPE)
+    init_pyramid(tmp_path / "pyramid", [0])
+    evaluate_dataset(request(tmp_path, json=tmp_path / "figures.json"))
+    (found,) = json.loads((tmp_path / "figures.json").read_text())["sets"]
+    # The sections are 3 px apart.
+    assert found["mean"]["length_px"] == pytest.approx(3, abs=0.5)
+    assert found["mean"]["cpc"] > 0.9 > found["mean"]["cpc_before"]
+    assert found["mean"]["cycle_p95_px"] < 1 and found["mean"]["made_worse"] == 0
+
+
+def test_the_worst_chunk_lies_where_the_volume_has_it(run):
+    (run / "data" / "x0_y0_z1_MIP0.h5").unlink()
+    data = run / "moved"
+    write_pairs(data, mips=(1,), num_pairs=1, shape=(2 * 96, 2 * 160), corner=(64, 32))
+    init_pyramid(run / "coarse", [1])
+    evaluate_dataset(
+        EvaluateRequest(run / "coarse", data, json=run / "f.json", no_finetune=True)
+    )
+    (found,) = json.loads((run / "f.json").read_text())["sets"]
+    worst = found["pairs"][0]["where"]["worst"]
+    # A pixel of mip 1 spans 2: the chunks' middles are at rows 32, cols 32 and 96.
+    assert worst["x"] == 64 + 2 * 32 and worst["y"] in (32 + 2 * 32, 32 + 2 * 96)
+
+
+def test_a_mip_without_images_is_named(run):
+    init_pyramid(run / "deep", [3, 0])
+    with pytest.raises(DatasetError, match=r"stage 0 \(0_mip3in.* reads mip 3, but"):
+        evaluate_dataset(EvaluateRequest(run / "deep", run / "data"))
+
+
+def test_a_place_without_one_of_the_mips_is_refused(run):
+    (images,) = (i for i in find_image_sets(run / "data") if i.mip == 0)
+    shutil.copy(images.path, images.path.with_name("x0_y0_z9_MIP0.h5"))
+    with pytest.raises(DatasetError, match="z9_MIP0.h5: its place has no image set"):
+        evaluate_dataset(request(run))
+
+
+def test_weights_that_some_modules_lack_are_refused(run):
+    put_weights(run, 0, "mine")
+    with pytest.raises(CheckpointError, match=r"1_mip0in_scalenet has no .*'mine'"):
+        evaluate_dataset(request(run, checkpoint_name="mine"))
+    with pytest.raises(CheckpointError, match="--checkpoint_name other"):
+        evaluate_dataset(request(run, checkpoint_name="other"))
+
+
+def test_images_too_small_for_a_chunk_are_refused(tmp_path):
+    write_pairs(tmp_path / "data", mips=(0,), num_pairs=1, shape=(64, 128))
+    init_pyramid(tmp_path / "pyramid", [0])
+    with pytest.raises(DatasetError, match="images of 64 x 128 px; at least 80 px"):
+        evaluate_dataset(request(tmp_path))
+
+
+def test_arguments_that_cannot_work_are_refused(tmp_path):
+    with pytest.raises(UsageError, match="--json .*: is a folder"):
+        request(tmp_path, json=tmp_path)
+    with pytest.raises(UsageError, match="--checkpoint_name"):
+        request(tmp_path, checkpoint_name="a/b")

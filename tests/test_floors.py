@@ -33,6 +33,7 @@ FLOORS = {
     "pipeline": 6,
     "report": 6,
     "scaffold": 6,
+    "scoring": 6,
     "tissue": 6,
     "demo": 6,
     "__main__": 8,

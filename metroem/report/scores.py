@@ -1,11 +1,24 @@
-"""Scores of a pyramid as a table for people and a line for programs."""
+"""Scores of a pyramid as tables for people and JSON for programs."""
 
 import json
 import math
+import os
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
-from metroem.evaluate import CHUNK_PX, Score
+from metroem.scoring import (
+    CHUNK_PX,
+    RING_PX,
+    PairScore,
+    Score,
+    SetResult,
+    WarpScore,
+    Where,
+)
+
+WORST_SHOWN = 3
+_SIGNIFICANT = 6  # digits
 
 
 def print_scores(score: Score, mips: Sequence[int], *, title: str) -> None:
@@ -32,14 +45,122 @@ def print_scores(score: Score, mips: Sequence[int], *, title: str) -> None:
     print(f"pixels folded over by the last stage: {100 * score.folds:.3f} %")
 
 
+def print_evaluation(results: Sequence[SetResult]) -> None:
+    """Print a table an image set, then the worst pairs of all sets.
+
+    Args:
+        results: one an image set.
+    """
+    for result in results:
+        size = f"{result.rows}x{result.cols} px at mip {result.mip}"
+        print(f"\n{result.file}: means over {len(result.pairs)} pairs of {size}")
+        _print_pairs(result.mean)
+        worse = sum(pair.score.made_worse for pair in result.pairs)
+        _print_row("pairs made worse", f"{worse:.0f} of {len(result.pairs)}")
+        if result.mean_known is not None:
+            print(f"{len(result.known)} sections, each warped by a known field")
+            _print_known(result.mean_known)
+            worse = sum(section.score.made_worse for section in result.known)
+            _print_row("sections made worse", f"{worse:.0f} of {len(result.known)}")
+    _print_worst(results)
+
+
 def print_json(figures: Mapping[str, Any]) -> None:
-    """Print figures as one line of JSON; what is NaN becomes null."""
-    print(json.dumps({key: _plain(value) for key, value in figures.items()}))
+    """Print figures as one line of JSON; what is not finite becomes null."""
+    print(json.dumps(_plain(figures)))
+
+
+def write_json(path: Path, figures: Mapping[str, Any]) -> None:
+    """Write figures as JSON; the file is there whole or not at all.
+
+    Args:
+        path: of the file; its folder is made.
+        figures: mappings, named tuples, sequences, numbers, text, paths; what is
+            not finite becomes null.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        partial.write_text(json.dumps(_plain(figures), indent=1) + "\n")
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _print_pairs(mean: PairScore) -> None:
+    _print_row("", "before", "after")
+    chunks = f"CPC, {CHUNK_PX} px chunks"
+    _print_row(chunks, f"{mean.cpc_before:.3f}", f"{mean.cpc:.3f}")
+    if not math.isnan(mean.ring_cpc):
+        ring = f"  within {RING_PX} px of defects"
+        _print_row(ring, f"{mean.ring_cpc_before:.3f}", f"{mean.ring_cpc:.3f}")
+    _print_row("length of the field, px", "", f"{mean.length_px:.2f}")
+    _print_row("", "mean", "p95")
+    for name, *figures in (
+        ("cycle error, px", mean.cycle_mean_px, mean.cycle_p95_px),
+        ("swap error, px", mean.swap_mean_px, mean.swap_p95_px),
+    ):
+        _print_row(name, *(f"{figure:.2f}" for figure in figures))
+    _print_row("", "p1", "p50", "p99")
+    percentiles = mean.det_p01, mean.det_p50, mean.det_p99
+    _print_row("Jacobian determinant", *(f"{figure:.2f}" for figure in percentiles))
+    _print_row("folds off defects, ppm", f"{mean.folds_ppm:.1f}")
+
+
+def _print_known(mean: WarpScore) -> None:
+    _print_row("EPE, px", "mean", "median", "p95", "p99", "> 1 px", "> 8 px")
+    for name, error in (("  before", mean.before), ("  after", mean.after)):
+        lengths = (f"{figure:.2f}" for figure in error[:4])
+        shares = (f"{100 * s:.2f} %" for s in (error.above_one, error.above_eight))
+        _print_row(name, *lengths, *shares)
+    if not math.isnan(mean.near_px):
+        _print_row("  after, near defects", f"{mean.near_px:.2f}")
+    _print_row("folds, ppm", f"{mean.folds_ppm:.1f}")
+    _print_row("section on itself, px", f"{mean.identity_px:.3f}")
+
+
+def _print_row(name: str, *cells: str) -> None:
+    print(f"{name:<28}" + "".join(f"{cell:>10}" for cell in cells))
+
+
+def _print_worst(results: Sequence[SetResult]) -> None:
+    """The pairs of the lowest CPC, then the sections of the largest EPE."""
+    pairs = [pair for result in results for pair in result.pairs]
+    # What has no figure (NaN) first: nothing was left to compare.
+    pairs.sort(key=lambda pair: (pair.score.cpc == pair.score.cpc, pair.score.cpc))
+    print("\nworst pairs (x, y: middle of the worst chunk, mip-0 pixels)")
+    for where, score in pairs[:WORST_SHOWN]:
+        cpc = f"CPC {score.cpc:.3f}, before {score.cpc_before:.3f}"
+        print(f"  {_in_words(where)}: {cpc}{_spot(where, '.3f')}")
+    known = [section for result in results for section in result.known]
+    if known:
+        known.sort(key=lambda section: -section.score.after.mean)
+        print("worst sections warped by a known field")
+    for where, score in known[:WORST_SHOWN]:
+        epe = f"EPE {score.after.mean:.2f} px, before {score.before.mean:.2f}"
+        print(f"  {_in_words(where)}: {epe}{_spot(where, '.2f')}")
+
+
+def _in_words(where: Where) -> str:
+    return f"{where.file} pair {where.pair} (z {where.z_src} on {where.z_tgt})"
+
+
+def _spot(where: Where, digits: str) -> str:
+    spot = where.worst
+    if spot is None:
+        return "; no chunk counts"
+    return f"; worst {spot.figure:{digits}} at x {spot.x}, y {spot.y}"
 
 
 def _plain(value: Any) -> Any:
+    if hasattr(value, "_asdict"):
+        value = value._asdict()
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
         return [_plain(item) for item in value]
+    if isinstance(value, Path):
+        return str(value)
     if isinstance(value, float):
-        return None if math.isnan(value) else round(value, 4)
+        return float(f"{value:.{_SIGNIFICANT}g}") if math.isfinite(value) else None
     return value
