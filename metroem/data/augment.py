@@ -28,6 +28,8 @@ from metroem.specs.augmentations import (
     Stain,
 )
 
+# The maps of a sample whose two channels are along cols and along rows.
+_FIELDS = ("prior_field", "truth", "unwarped_prior")
 # What is drawn on one section: each side of a pair draws its own.
 _IMAGINGS: dict[type, Callable[[Tensor, Any, Generator], Tensor]] = {
     Photometric: image_anew,
@@ -76,27 +78,34 @@ def augment(
 
 def transpose(sample: Sample) -> Sample:
     """Swap rows and cols; the channels of a field swap with them."""
-    turned = {
-        name: value.transpose(-1, -2)
-        for name, value in sample._asdict().items()
-        if isinstance(value, Tensor)
-    }
-    if sample.prior_field is not None:
-        turned["prior_field"] = turned["prior_field"].flip(1)
-    return sample._replace(**turned)
+
+    def turned(name: str, value: Tensor) -> Tensor:
+        value = value.transpose(-1, -2)
+        return value.flip(1) if name in _FIELDS else value
+
+    return _each_map(sample, turned)
 
 
 def flip(sample: Sample, dim: Literal[-2, -1]) -> Sample:
     """Mirror rows (-2) or cols (-1); what a field says along them changes sign."""
-    flipped = {
-        name: value.flip(dim)
+
+    def flipped(name: str, value: Tensor) -> Tensor:
+        value = value.flip(dim)
+        if name not in _FIELDS:
+            return value
+        signs = [1.0, -1.0] if dim == -2 else [-1.0, 1.0]
+        return value * value.new_tensor(signs).view(1, 2, 1, 1)
+
+    return _each_map(sample, flipped)
+
+
+def _each_map(sample: Sample, change: Callable[[str, Tensor], Tensor]) -> Sample:
+    changed = {
+        name: change(name, value)
         for name, value in sample._asdict().items()
         if isinstance(value, Tensor)
     }
-    if sample.prior_field is not None:
-        sign = torch.tensor([1.0, -1.0] if dim == -2 else [-1.0, 1.0])
-        flipped["prior_field"] = flipped["prior_field"] * sign.view(1, 2, 1, 1)
-    return sample._replace(**flipped)
+    return sample._replace(**changed)
 
 
 def swap_src_tgt(sample: Sample) -> Sample:

@@ -22,8 +22,10 @@ _FADE = 0.15
 def image_anew(image: Tensor, options: Photometric, generator: Generator) -> Tensor:
     """The same tissue as another microscope or day would show it.
 
-    Blurred first, then through a grey curve, then shaded and with noise. It is
-    normalised again over its tissue, and 0 where it was 0 and nowhere else.
+    Blurred first, then through a grey curve, then shaded and with noise; greys
+    beyond -4...4 are cut off. It is normalised again over its tissue, and 0 where
+    it was 0 and nowhere else. What contrast and brightness leave after that is
+    how far the curve bends the greys, and how much of them noise covers.
 
     Args:
         image: (1, 1, H, W), normalised, 0 = no data.

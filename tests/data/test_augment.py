@@ -1,16 +1,32 @@
+from dataclasses import replace
+
 import pytest
 import torch
 
 from metroem.data.augment import (
     augment,
+    change_section,
+    flip,
     random_field,
     swap_src_tgt,
     transpose,
     warp_tgt,
 )
+from metroem.data.damage import fold
 from metroem.data.sample import Sample, seeded_generator, stack_samples
 from metroem.field import warp
-from metroem.specs.augmentations import RandomSrcTgtSwap, RandomTranspose, RandomWarp
+from metroem.specs.augmentations import (
+    Crack,
+    Defocus,
+    Fold,
+    Missing,
+    Photometric,
+    RandomFlip,
+    RandomSrcTgtSwap,
+    RandomTranspose,
+    RandomWarp,
+    Stain,
+)
 
 ROWS, COLS = 48, 72
 
@@ -48,6 +64,26 @@ def test_a_transposed_pair_still_fits_its_transposed_field(sample):
     assert misfit(turned) < BILINEAR_ERROR
 
 
+@pytest.mark.parametrize("dims", [(-2,), (-1,), (-2, -1)])
+def test_a_flipped_pair_still_fits_its_flipped_field(sample, dims):
+    flipped = sample
+    for dim in dims:
+        flipped = flip(flipped, dim)
+    assert torch.equal(flipped.src, sample.src.flip(dims))
+    # Exactly what warping gave before, mirrored: the same pixels are blended.
+    warped, before = (warp(s.src, s.prior_field) for s in (flipped, sample))
+    torch.testing.assert_close(warped, before.flip(dims), atol=1e-4, rtol=0)
+    assert misfit(flipped) < BILINEAR_ERROR
+
+
+def test_flips_happen_along_rows_and_along_cols(sample):
+    flips = (RandomFlip(0.5),)
+    srcs = [augment(sample, flips, seeded_generator(i)).src for i in range(20)]
+    for dims in ((), (-2,), (-1,), (-2, -1)):
+        expected = sample.src.flip(dims) if dims else sample.src
+        assert any(torch.equal(src, expected) for src in srcs)
+
+
 def test_a_swapped_pair_fits_the_inverse_field(sample):
     swapped = swap_src_tgt(sample)
     assert torch.equal(swapped.src, sample.tgt) and torch.equal(swapped.tgt, sample.src)
@@ -77,6 +113,9 @@ def test_defects_turn_and_swap_with_their_images(sample):
     src_defects, tgt_defects = mask(slice(4), slice(60)), mask(slice(9), slice(2))
     marked = sample._replace(src_defects=src_defects, tgt_defects=tgt_defects)
     turned, swapped = transpose(marked), swap_src_tgt(marked)
+    mirrored = flip(marked, -1)
+    assert torch.equal(mirrored.src_defects, src_defects.flip(-1))
+    assert torch.equal(mirrored.tgt_defects, tgt_defects.flip(-1))
     assert torch.equal(turned.src_defects, src_defects.transpose(-1, -2))
     assert torch.equal(turned.tgt_defects, tgt_defects.transpose(-1, -2))
     assert torch.equal(swapped.src_defects, tgt_defects)
@@ -97,6 +136,50 @@ def test_a_warp_of_tgt_takes_its_defects_along(sample):
     assert torch.equal(moved.src_defects, band)
 
 
+SECTION_CHANGES = (
+    Fold(0.5, width_px=8),
+    Crack(0.5, width_px=8),
+    Missing(0.5),
+    Stain(0.5, radius_px=12),
+    Defocus(0.5, width_px=30),
+    Photometric(0.5),
+)
+
+
+@pytest.mark.parametrize("options", SECTION_CHANGES, ids=lambda o: type(o).__name__)
+def test_each_side_draws_its_own_change(sample, options):
+    one = replace(options, prob=0.5)
+    srcs, tgts = set(), set()
+    for seed in range(12):
+        changed = augment(sample, (one,), seeded_generator(seed))
+        srcs.add(not torch.equal(changed.src, sample.src))
+        tgts.add(not torch.equal(changed.tgt, sample.tgt))
+        assert torch.equal(changed.prior_field, sample.prior_field)
+    assert srcs == tgts == {False, True}
+    same = sample._replace(tgt=sample.src)
+    both = augment(same, (replace(options, prob=1.0),), seeded_generator(1))
+    assert not torch.equal(both.src, both.tgt)
+
+
+def test_what_damage_hides_joins_the_defects_of_its_side(sample):
+    marked = sample._replace(src_defects=mask(slice(5)))
+    chance = seeded_generator(3), seeded_generator(3)
+    damaged = change_section(marked, "src", Fold(width_px=8), chance[0])
+    hidden = fold(sample.src, Fold(width_px=8), chance[1]).hidden
+    assert hidden.any() and torch.equal(
+        damaged.src_defects, marked.src_defects | hidden
+    )
+    assert damaged.tgt_defects is None and torch.equal(damaged.tgt, sample.tgt)
+    assert change_section(sample, "tgt", Fold(), chance[0]).tgt_defects is not None
+
+
+def test_the_images_of_a_batch_are_damaged_each_on_its_own(sample):
+    batch = stack_samples([sample, sample])
+    damaged = change_section(batch, "src", Stain(radius_px=12), seeded_generator(3))
+    assert damaged.src.shape == batch.src.shape
+    assert not torch.equal(damaged.src[0], damaged.src[1])
+
+
 @pytest.mark.parametrize("difficulty", [0, 1, 3])
 @pytest.mark.parametrize("epicenters", [True, False])
 def test_a_random_field_has_its_size_and_range(difficulty, epicenters):
@@ -114,8 +197,10 @@ def test_a_random_field_has_its_size_and_range(difficulty, epicenters):
 def test_chance_is_a_function_of_the_key_alone(sample):
     augmentations = (
         RandomTranspose(0.5),
+        RandomFlip(0.5),
         RandomSrcTgtSwap(0.5),
         RandomWarp(0.5, randomize_d=True),
+        *SECTION_CHANGES,
     )
     before = torch.get_rng_state()
     once = augment(sample, augmentations, seeded_generator(0, 1, 2, 3))
@@ -124,7 +209,10 @@ def test_chance_is_a_function_of_the_key_alone(sample):
         augment(sample, augmentations, seeded_generator(0, 1, 2, i))
         for i in range(4, 12)
     ]
-    assert all(torch.equal(a, b) for a, b in zip(once[:3], again[:3], strict=True))
+    for one, other in zip(once, again, strict=True):
+        assert (
+            torch.equal(one, other) if isinstance(one, torch.Tensor) else one == other
+        )
     assert any(o.src.shape != once.src.shape for o in others)
     assert torch.equal(torch.get_rng_state(), before)
 
