@@ -31,13 +31,16 @@ def check_field(field: Tensor) -> None:
         )
 
 
-def warp(image: Tensor, field: Tensor, *, padding: str = "zeros") -> Tensor:
-    """Pull an image (or any map) through a field, bilinearly.
+def warp(
+    image: Tensor, field: Tensor, *, padding: str = "zeros", mode: str = "bilinear"
+) -> Tensor:
+    """Pull an image (or any map) through a field.
 
     Args:
         image: (B, C, H, W), any floating dtype; B may be 1 for all.
         field: (B, 2, H, W), pixels of the image.
         padding: what lies outside the image: "zeros" or "border".
+        mode: "bilinear", or "bicubic", which blurs less and may overshoot.
 
     Returns:
         (B, C, H, W) in the dtype of `image`: image(p + field(p)).
@@ -53,11 +56,17 @@ def warp(image: Tensor, field: Tensor, *, padding: str = "zeros") -> Tensor:
             f"image of {tuple(image.shape[-2:])} and field of "
             f"{tuple(field.shape[-2:])} px differ in size"
         )
-    return sample(image, field, pixel_positions(field) + field, padding=padding)
+    positions = pixel_positions(field) + field
+    return sample(image, field, positions, padding=padding, mode=mode)
 
 
 def sample(
-    image: Tensor, like: Tensor, positions: Tensor, *, padding: str = "zeros"
+    image: Tensor,
+    like: Tensor,
+    positions: Tensor,
+    *,
+    padding: str = "zeros",
+    mode: str = "bilinear",
 ) -> Tensor:
     """Values of a map at positions in its own pixels.
 
@@ -66,6 +75,7 @@ def sample(
         like: tensor whose batch size the result has.
         positions: (B, 2, h, w), channel 0 col, channel 1 row; B may be 1.
         padding: "zeros" or "border".
+        mode: "bilinear" or "bicubic".
 
     Returns:
         (B, C, h, w) in the dtype of `image`.
@@ -81,7 +91,7 @@ def sample(
     sampled = F.grid_sample(
         image.float().expand(batch, -1, -1, -1),
         grid.expand(batch, -1, -1, -1),
-        mode="bilinear",
+        mode=mode,
         padding_mode=padding,
         align_corners=False,
     )

@@ -10,6 +10,7 @@ from torch import Generator, Tensor
 
 from metroem.data.damage import Damaged, crack, fold, stain, tear_off
 from metroem.data.draw import happens
+from metroem.data.known_warp import known_warp
 from metroem.data.photometric import defocus, image_anew
 from metroem.data.sample import Sample
 from metroem.field import invert, warp
@@ -19,6 +20,7 @@ from metroem.specs.augmentations import (
     Crack,
     Defocus,
     Fold,
+    KnownWarp,
     Missing,
     Photometric,
     RandomFlip,
@@ -69,6 +71,8 @@ def augment(
                 sample = swap_src_tgt(sample)
             case RandomWarp() if happens(prob, generator):
                 sample = warp_tgt(sample, augmentation, generator)
+            case KnownWarp():
+                sample = known_warp(sample, augmentation, generator)
             case Photometric() | Defocus() | Fold() | Crack() | Missing() | Stain():
                 for side in ("src", "tgt"):
                     if happens(prob, generator):

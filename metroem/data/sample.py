@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 class Sample(NamedTuple):
-    """A pair of images with the field of the stage before, and its defects."""
+    """A pair of images with the field of the stage before, and what is known of it."""
 
     src: Tensor  # (B, 1, H, W), normalised, 0 = no data
     tgt: Tensor  # (B, 1, H, W)
@@ -17,6 +17,11 @@ class Sample(NamedTuple):
     pair: tuple[str, ...]  # name of each pair, for reports
     src_defects: Tensor | None = None  # (B, 1, H, W) bool, True on defects
     tgt_defects: Tensor | None = None  # (B, 1, H, W) bool
+    truth: Tensor | None = None  # (B, 2, H, W), pixels: of a known warp of src
+    truth_valid: Tensor | None = None  # (B, 1, H, W) bool
+    # Where the truth is that of the warp alone: src before it, and its prior field.
+    unwarped_src: Tensor | None = None  # (B, 1, H, W)
+    unwarped_prior: Tensor | None = None  # (B, 2, H, W), pixels
 
     def to(self, device: torch.device) -> "Sample":
         """The sample on another device."""
@@ -44,28 +49,23 @@ def stack_samples(samples: Sequence[Sample]) -> Sample:
 
     Where some have a defect mask and others have none, these have no defects.
     """
-    priors = [s.prior_field for s in samples if s.prior_field is not None]
-    return Sample(
-        torch.cat([s.src for s in samples]),
-        torch.cat([s.tgt for s in samples]),
-        torch.cat(priors) if priors else None,
-        tuple(name for s in samples for name in s.pair),
-        _stacked_masks(samples, [s.src_defects for s in samples]),
-        _stacked_masks(samples, [s.tgt_defects for s in samples]),
-    )
+    pair = tuple(name for sample in samples for name in sample.pair)
+    stacked = {
+        name: _stacked(samples, name) for name in Sample._fields if name != "pair"
+    }
+    return Sample(pair=pair, **stacked)  # type: ignore[arg-type]
 
 
-def _stacked_masks(
-    samples: Sequence[Sample], masks: Sequence[Tensor | None]
-) -> Tensor | None:
-    if all(mask is None for mask in masks):
+def _stacked(samples: Sequence[Sample], name: str) -> Tensor | None:
+    values: list[Tensor | None] = [getattr(sample, name) for sample in samples]
+    if all(value is None for value in values):
         return None
-    return torch.cat(
-        [
-            torch.zeros_like(sample.src, dtype=torch.bool) if mask is None else mask
-            for sample, mask in zip(samples, masks, strict=True)
+    if name in ("src_defects", "tgt_defects"):
+        values = [
+            torch.zeros_like(sample.src, dtype=torch.bool) if value is None else value
+            for sample, value in zip(samples, values, strict=True)
         ]
-    )
+    return torch.cat(values)  # type: ignore[arg-type]
 
 
 def seeded_generator(*key: int) -> torch.Generator:

@@ -158,12 +158,52 @@ class Stain:
     radius_px: float = 60.0
 
 
+@dataclass(frozen=True)
+class KnownWarp:
+    """Warp src by a field that is known, for the loss `known_warp`.
+
+    The smooth part has waves of two lengths; the largest displacement is drawn
+    log-uniformly between `peak_px` / 50 and `peak_px`, and the waves are longer the
+    further they move, so that nothing folds over.
+
+    Attributes:
+        prob: probability; else the pair stays as it came.
+        peak_px: largest displacement of the smooth part.
+        knot_px: shortest distance of its knots.
+        shift_px: largest shift along rows and along cols.
+        degrees: largest rotation.
+        stretch: largest change of scale, as a share.
+        tear: probability of a fold or a crack along which src is torn.
+        tear_px: width of the widest one, and how far tissue is moved along it.
+        same: probability that both sides show one section, that of tgt. Its truth
+            is exact whatever the stack.
+        aligned: whether the pairs of the data set are aligned as they are, as
+            in FIB-SEM. If not, what the network itself makes of the pair before
+            the warp is taken for its natural field, without gradients.
+        prior_px: largest error of the prior field that is made from the truth
+            for stages that have one.
+    """
+
+    prob: float = 0.95
+    peak_px: float = 30.0
+    knot_px: float = 16.0
+    shift_px: float = 12.0
+    degrees: float = 3.0
+    stretch: float = 0.03
+    tear: float = 0.25
+    tear_px: float = 40.0
+    same: float = 0.3
+    aligned: bool = False
+    prior_px: float = 6.0
+
+
 Augmentation = (
     RandomTranspose
     | RandomFlip
     | RandomSrcTgtSwap
     | RandomWarp
     | SkipSection
+    | KnownWarp
     | Photometric
     | Defocus
     | Fold
@@ -177,6 +217,7 @@ _TYPES: dict[str, type[Augmentation]] = {
     "random_src_tgt_swap": RandomSrcTgtSwap,
     "warp": RandomWarp,
     "skip_section": SkipSection,
+    "known_warp": KnownWarp,
     "photometric": Photometric,
     "defocus": Defocus,
     "fold": Fold,
@@ -231,7 +272,7 @@ def _objection(kind: type[Augmentation], key: str, value: Any) -> str | None:
 def _range(key: str) -> tuple[float, float, str]:
     """Least and largest value of a key, and both in words."""
     least = math.nextafter(0, 1)
-    if key == "prob":
+    if key in ("prob", "tear", "same"):
         return 0.0, 1.0, "a probability, 0 to 1"
     if key == "share":
         return least, _LARGEST_SHARE, f"a share above 0 and up to {_LARGEST_SHARE}"

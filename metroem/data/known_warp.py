@@ -1,0 +1,270 @@
+"""Pairs whose truth is known: src warped by a random field, torn at defects.
+
+src(q) = section(q + g(q)) for a random g, so what was at p of the section is now
+at p + h(p), where h is the inverse of g: h(p) = -g(p + h(p)). Across a fold or a
+crack g jumps: each side has a g of its own, and the side that shows a place says
+which inverse is its truth. With a natural field n between the two sections,
+compose(n, h) is the truth of the pair.
+"""
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Generator, Tensor
+
+from metroem.data.damage import CurvedLine, Wedge, paint_band
+from metroem.data.draw import happens, pixel_grid, smooth_noise, uniform
+from metroem.data.sample import Sample
+from metroem.field import compose, downsample_field, invert, upsample_field, warp
+from metroem.masks import tissue_mask
+from metroem.metrics import jacobian_determinant
+from metroem.specs.augmentations import KnownWarp
+
+# Fields are drawn and inverted at this level, since they are smooth; two steps at
+# full size then bring the inverse from 0.1 px to 0.01 px where they bend most.
+_LEVEL, _STEPS_AT_FULL_SIZE = 2, 2
+# The smooth part shrinks no place to less than this share. Its knots are at least
+# so many times as far apart as it moves them.
+_LEAST_DETERMINANT, _KNOTS_PER_PEAK = 0.3, 2.0
+# Draws lie between these shares of the largest peak or tear and the largest.
+_SMALLEST_PEAK, _SMALLEST_TEAR = 1 / 50, 1 / 4
+_SECOND_WAVE = 0.3  # largest share of the peak
+_IS_FOLD, _IS_DARK_FOLD, _IS_DARK_CRACK = 0.5, 0.8, 0.2
+_NEAR_PX = 48.0  # surroundings of a tear
+# Levels of detail that a prior field lacks, and the least error it is given, px.
+_PRIOR_LEVEL, _SMALLEST_PRIOR_ERROR = 3, 0.25
+
+
+class Warped(NamedTuple):
+    """A section that has been warped, and what leads back to it as it was."""
+
+    image: Tensor  # (1, 1, H, W), 0 = no data
+    hidden: Tensor  # (1, 1, H, W) bool: what a tear hides of it
+    pulled: Tensor  # (1, 2, H, W), px: the field that it was warped by
+    field: Tensor  # (1, 2, H, W), px: the way back; goes on smoothly beyond `valid`
+    valid: Tensor  # (1, 1, H, W) bool: where `field` leads to what was there
+    near: Tensor  # (1, 1, H, W) bool: where it leads to the surroundings of a tear
+
+
+class _Tear(NamedTuple):
+    """A fold or a crack; rows and cols are those of src."""
+
+    line: CurvedLine
+    # What is hidden on each side of the line, px, by the position along it.
+    half_width: Callable[[Tensor], Tensor]
+    # What the field has more on the two sides, along the normal, px, likewise.
+    moves: tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]
+    is_dark: bool
+
+    def from_edge(self, rows: Tensor, cols: Tensor, side: int) -> Tensor:
+        """How far pixels lie beyond the tear on one side of it, px, signed."""
+        hidden = self.half_width(self.line.position(rows, cols))
+        return (1 - 2 * side) * self.line.distance(rows, cols) - hidden
+
+    def move(self, shape: tuple[int, int], side: int) -> Tensor:
+        """What the field has more on a side, (1, 2, h, w) at `_LEVEL`, px."""
+        rows, cols = ((p + 0.5) * 2**_LEVEL - 0.5 for p in pixel_grid(shape))
+        along = self.moves[side](self.line.position(rows, cols))
+        return torch.stack([n * along for n in self.line.normal])[None]
+
+
+def known_warp(sample: Sample, options: KnownWarp, generator: Generator) -> Sample:
+    """Warp src by a field that becomes the sample's truth.
+
+    Args:
+        sample: of batch size 1.
+        options: how far, and what is known of the pair as it came.
+        generator: what chance is drawn from.
+
+    Returns:
+        The sample with `truth` and `truth_valid`. Where the natural field of the
+        pair is not known, the truth is that of the warp alone, and `unwarped` is
+        src before it, with its prior field. The prior field of the sample
+        itself is made anew, from the truth.
+    """
+    src, defects, prior = sample.src, sample.src_defects, sample.prior_field
+    if happens(options.same, generator):
+        src, defects = sample.tgt, sample.tgt_defects
+        prior = None if prior is None else torch.zeros_like(prior)
+    warped = _unmoved(src)
+    if happens(options.prob, generator):
+        warped = warp_section(src, options, generator)
+    hidden = warped.hidden
+    if defects is not None:
+        hidden = hidden | (warp(defects.float(), warped.pulled) > 0.5)
+    known = sample._replace(
+        src=warped.image,
+        src_defects=hidden,
+        truth=warped.field,
+        truth_valid=warped.valid,
+    )
+    if not options.aligned:
+        known = known._replace(unwarped_src=src, unwarped_prior=prior)
+    if prior is None:
+        return known
+    truth = warped.field if options.aligned else compose(prior, warped.field)
+    return known._replace(prior_field=_prior(truth, options, generator))
+
+
+def warp_section(image: Tensor, options: KnownWarp, generator: Generator) -> Warped:
+    """Warp a section by a random field, perhaps torn by a fold or a crack.
+
+    Args:
+        image: (1, 1, H, W), normalised, 0 = no data.
+        options: how far.
+        generator: what chance is drawn from.
+    """
+    shape = (image.shape[-2], image.shape[-1])
+    smooth = _smooth_field(shape, options, generator)
+    if not happens(options.tear, generator):
+        pulled = _at_full_size(smooth, shape)
+        field = _inverse(smooth, pulled)
+        tissue = _tissue(image, pulled)
+        hidden = torch.zeros_like(image, dtype=torch.bool)
+        valid = _leads_to(tissue, field)
+        return Warped(
+            _pull(image, pulled, tissue), hidden, pulled, field, valid, hidden
+        )
+    tear = _random_tear(shape, options, generator)
+    return _torn(image, smooth, tear, generator)
+
+
+def _torn(image: Tensor, smooth: Tensor, tear: _Tear, generator: Generator) -> Warped:
+    """A section of which each side of a tear has moved by itself."""
+    shape = (image.shape[-2], image.shape[-1])
+    rows, cols = pixel_grid(shape)
+    sides = []
+    for side in (0, 1):
+        coarse = smooth + tear.move((smooth.shape[-2], smooth.shape[-1]), side)
+        pulled = _at_full_size(coarse, shape)
+        field = _inverse(coarse, pulled)
+        # Where what was at a pixel of tgt lies beyond the tear on this side.
+        beyond = tear.from_edge(rows + field[:, 1:], cols + field[:, :1], side)
+        sides.append((pulled, field, beyond))
+    (pulled_0, field_0, beyond_0), (pulled_1, field_1, beyond_1) = sides
+    # What neither side shows belongs to the side that comes closer to showing it.
+    nearer = beyond_0 >= beyond_1
+    pulled = torch.where(tear.line.distance(rows, cols) >= 0, pulled_0, pulled_1)
+    field = torch.where(nearer, field_0, field_1)
+    beyond = torch.maximum(beyond_0, beyond_1)
+    tissue = _tissue(image, pulled)
+    hidden = torch.maximum(tear.from_edge(rows, cols, 0), tear.from_edge(rows, cols, 1))
+    hidden = (hidden < 0) & tissue
+    torn = _pull(image, pulled, tissue)
+    torn = paint_band(torn, hidden, generator, dark=tear.is_dark)
+    valid = _leads_to(tissue, field) & (beyond >= 0)
+    return Warped(torn, hidden, pulled, field, valid, valid & (beyond < _NEAR_PX))
+
+
+def _random_tear(
+    shape: tuple[int, int], options: KnownWarp, generator: Generator
+) -> _Tear:
+    line = CurvedLine.random(shape, generator)
+    width, jump = (
+        options.tear_px * uniform(_SMALLEST_TEAR, 1, generator) for _ in range(2)
+    )
+    if happens(_IS_FOLD, generator):
+        # What the fold has swallowed is missing between its two sides.
+        return _Tear(
+            line,
+            lambda position: torch.full_like(position, width / 2),
+            (lambda position: torch.full_like(position, jump), torch.zeros_like),
+            happens(_IS_DARK_FOLD, generator),
+        )
+    wedge = Wedge.random(shape, width, generator)
+
+    def half(position: Tensor) -> Tensor:
+        return wedge.opening(position) / 2
+
+    # The sides of a crack have moved apart: each is pulled from closer to it.
+    moves = (lambda position: -half(position), half)
+    return _Tear(line, half, moves, happens(_IS_DARK_CRACK, generator))
+
+
+def _smooth_field(
+    shape: tuple[int, int], options: KnownWarp, generator: Generator
+) -> Tensor:
+    """Two waves, a rotation, a change of scale, a shift: at `_LEVEL`, full px."""
+    rows, cols = (-(-size // 2**_LEVEL) for size in shape)
+    peak = options.peak_px * math.exp(uniform(math.log(_SMALLEST_PEAK), 0.0, generator))
+    field = _wave((rows, cols), peak, options, generator)
+    second = peak * uniform(0, _SECOND_WAVE, generator)
+    field = field + _wave((rows, cols), second, options, generator)
+    # Scaled down until it is far from folding over.
+    while jacobian_determinant(field / 2**_LEVEL).min() < _LEAST_DETERMINANT:
+        field = 0.85 * field
+    angle = math.radians(options.degrees * uniform(-1, 1, generator))
+    scale = 1 + options.stretch * uniform(-1, 1, generator)
+    along, across = scale * math.cos(angle) - 1, scale * math.sin(angle)
+    row, col = pixel_grid((rows, cols))
+    row, col = row - rows / 2, col - cols / 2
+    turned = torch.stack((along * col - across * row, across * col + along * row))
+    shift = [options.shift_px * uniform(-1, 1, generator) for _ in range(2)]
+    return field + 2**_LEVEL * turned + torch.tensor(shift).view(1, 2, 1, 1)
+
+
+def _wave(
+    shape: tuple[int, int], peak: float, options: KnownWarp, generator: Generator
+) -> Tensor:
+    """A smooth field of a largest displacement, (1, 2, h, w) at `_LEVEL`, full px."""
+    shortest = max(options.knot_px, _KNOTS_PER_PEAK * peak) / 2**_LEVEL
+    longest = max(1.2 * shortest, 0.8 * max(shape))
+    knot = math.exp(uniform(math.log(shortest), math.log(longest), generator))
+    noise = [smooth_noise(shape, max(knot, 1.0), generator) for _ in range(2)]
+    field = torch.cat(noise, 1)
+    field = field - field.mean((2, 3), keepdim=True)
+    return field * (peak / field.norm(dim=1).max().clamp(min=1e-6))
+
+
+def _at_full_size(field: Tensor, shape: tuple[int, int]) -> Tensor:
+    """(1, 2, h, w) at `_LEVEL` but px of full size -> (1, 2, H, W)."""
+    full = upsample_field(field / 2**_LEVEL, _LEVEL)
+    return full[..., : shape[0], : shape[1]].contiguous()
+
+
+def _inverse(coarse: Tensor, full: Tensor) -> Tensor:
+    """The inverse of a field given at `_LEVEL` and at full size, (1, 2, H, W)."""
+    shape = (full.shape[-2], full.shape[-1])
+    inverse = invert(coarse / 2**_LEVEL) * 2**_LEVEL
+    inverse = _at_full_size(inverse, shape)
+    for _ in range(_STEPS_AT_FULL_SIZE):
+        inverse = -warp(full, inverse, padding="border")
+    return inverse
+
+
+def _tissue(image: Tensor, pulled: Tensor) -> Tensor:
+    """(1, 1, H, W) bool: where a field reads mostly tissue."""
+    return warp(tissue_mask(image).float(), pulled) > 0.5
+
+
+def _pull(image: Tensor, pulled: Tensor, tissue: Tensor) -> Tensor:
+    """The image warped, 0 where there is no tissue and only there."""
+    # By cubic splines, since bilinear sampling blurs what tgt shows sharp.
+    moved = warp(image, pulled, padding="border", mode="bicubic")
+    tiny = torch.finfo(moved.dtype).tiny
+    return torch.where(tissue, torch.where(moved == 0, tiny, moved), 0.0)
+
+
+def _leads_to(tissue: Tensor, field: Tensor) -> Tensor:
+    """(1, 1, H, W) bool: where a field reads tissue alone."""
+    return warp(tissue.float(), field) > 0.999
+
+
+def _unmoved(image: Tensor) -> Warped:
+    none = torch.zeros_like(image).repeat(1, 2, 1, 1)
+    hidden = torch.zeros_like(image, dtype=torch.bool)
+    return Warped(image, hidden, none, none, tissue_mask(image), hidden)
+
+
+def _prior(truth: Tensor, options: KnownWarp, generator: Generator) -> Tensor:
+    """What a stage before might have found: smoother than the truth, and off."""
+    shape = (truth.shape[-2], truth.shape[-1])
+    low, high = math.log(_SMALLEST_PRIOR_ERROR), math.log(options.prior_px)
+    largest = math.exp(uniform(min(low, high), high, generator))
+    prior = downsample_field(truth, _PRIOR_LEVEL)
+    prior = upsample_field(prior, _PRIOR_LEVEL)[..., : shape[0], : shape[1]]
+    knot = math.exp(uniform(math.log(16), math.log(max(shape)), generator))
+    error = torch.cat([smooth_noise(shape, knot, generator) for _ in range(2)], 1)
+    return prior + error * (largest / error.norm(dim=1).max().clamp(min=1e-6))

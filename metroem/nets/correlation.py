@@ -1,0 +1,284 @@
+"""The network of the template `correlation`: what moved where, coarse to fine.
+
+Both images go through one encoder (siamese). At each level, coarse first, src is
+warped by the field found so far, and each place of tgt is compared with a window
+of places of the warped src. A soft arg-max over the window says where the place
+went. Sections deform smoothly while their content changes, so these votes are
+pooled over neighbourhoods by the trust that a small network has in each (half
+the error after as many training steps: 2.0 px against 2.6, 2026-11). What comes out
+is composed with the field.
+
+Source: cost volumes and warping as in PWC-Net (arXiv:1709.02371); the soft
+arg-max as in GC-Net (arXiv:1703.04309).
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from metroem.field import compose, downsample_field, upsample_field, warp
+from metroem.masks import tissue_mask
+from metroem.nets.local_correlation import local_correlation, window_offsets
+
+State = dict[str, dict[str, dict[str, Tensor]]]
+
+_SLOPE = 0.1  # of the leaky ReLUs
+# Sides of the neighbourhoods that votes are pooled over, px of the level.
+_POOLS = (2, 4, 8)
+_FIRST_SCALE = 8.0  # of a correlation of unit vectors, before the soft arg-max
+
+
+@dataclass(frozen=True)
+class LevelSpec:
+    """One level of the network, 2**level px of its input a pixel.
+
+    Attributes:
+        features: of the embedding.
+        radius: of the search window of each step, px of the level; no steps
+            for a level that is only encoded.
+        hidden: channels of the steps.
+        dilations: of the 3 x 3 convolutions of a step, in turn.
+    """
+
+    features: int
+    radius: tuple[int, ...] = ()
+    hidden: int = 0
+    dilations: tuple[int, ...] = ()
+
+
+class CorrelationNet(nn.Module):
+    """Field and embeddings of a pair; see the module's docstring.
+
+    Attributes:
+        level_upmodules: encoder of each level from "1" on.
+        level_downmodules: steps of each level that has any.
+        state: of the last call: "up" has each level's features, src half and
+            tgt half, channel 0 the image; "down" the field that each level
+            ends with. Level 0 has the features of level 1, upsampled.
+    """
+
+    def __init__(self, levels: Sequence[LevelSpec]) -> None:
+        """Fresh weights for levels 1, 2, ... in this order."""
+        super().__init__()
+        self.level_upmodules = nn.ModuleDict()
+        self.level_downmodules = nn.ModuleDict()
+        channels, above = 1, 0
+        for level, spec in enumerate(levels, start=1):
+            self.level_upmodules[str(level)] = Encoder(channels, spec.features)
+            channels = spec.features
+        for level, spec in reversed(list(enumerate(levels, start=1))):
+            if spec.radius:
+                steps = [Step(spec, r, above) for r in spec.radius[:1]]
+                steps += [Step(spec, r, spec.hidden) for r in spec.radius[1:]]
+                self.level_downmodules[str(level)] = nn.ModuleList(steps)
+                above = spec.hidden
+        self.state: State = {}
+        self.to(memory_format=torch.channels_last)  # twice as fast on a CPU
+
+    def forward(self, x: Tensor, in_field: Tensor | None = None) -> Tensor:
+        """The whole field of a pair.
+
+        Args:
+            x: (B, 2, H, W), src and tgt; H and W whole pixels of the coarsest
+                level.
+            in_field: prior field, (B, 2, H, W), pixels.
+
+        Returns:
+            (B, 2, H, W) float32, pixels, the prior included.
+        """
+        state = self.up_path(x)
+        tissue = tissue_mask(x[:, :1]).float()
+        field, hidden, level = None, None, 0
+        state["down"] = {}
+        for key, steps in self.level_downmodules.items():
+            level = int(key)
+            pair = _pair(state["up"][key].features, tissue, level)  # type: ignore[attr-defined]
+            if field is not None:
+                field = upsample_field(field, 1)
+            elif in_field is not None:
+                field = downsample_field(in_field.float(), level)
+            for step in steps:  # type: ignore[union-attr]
+                field, hidden = step(pair, field, hidden)
+            state["down"][key] = {"output": field}
+        self.state = state
+        return upsample_field(field, level)  # type: ignore[arg-type]
+
+    def up_path(self, x: Tensor, *_: Any) -> State:
+        """The features alone: a state with "up".
+
+        Args:
+            x: (B, 2, H, W), src and tgt.
+        """
+        images = torch.cat(x.chunk(2, 1)).contiguous(memory_format=torch.channels_last)
+        features, up = images, {}
+        for key, encode in self.level_upmodules.items():
+            features = encode(features)
+            up[key] = _LevelState(images, features, int(key))
+        finest = up["1"].features
+        up["0"] = _LevelState(images, finest, 0)
+        return {"up": up}  # type: ignore[dict-item]
+
+
+class Encoder(nn.Module):
+    """Features of a level from those of the level before, or from the image."""
+
+    def __init__(self, before: int, features: int) -> None:
+        super().__init__()
+        self.halve = _convolution(before, features, size=5 if before == 1 else 3)
+        self.halve.stride = (2, 2)
+        self.refine = Residual(features, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) -> (B, features, H / 2, W / 2)."""
+        return self.refine(_activated(self.halve(x)))
+
+
+class Residual(nn.Module):
+    """A convolution whose result is added to what it was given."""
+
+    def __init__(self, channels: int, dilation: int) -> None:
+        super().__init__()
+        self.change = _convolution(channels, channels, dilation=dilation)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) -> the same."""
+        return x + _activated(self.change(x))
+
+
+class _Pair(NamedTuple):
+    """What the steps of a level look at."""
+
+    src: Tensor  # (B, C, H, W), unit vectors
+    tgt: Tensor  # (B, C, H, W), unit vectors
+    features: Tensor  # (B, C, H, W), of tgt
+    tissue: Tensor  # (B, 1, H, W), share of src that has data
+
+
+class Step(nn.Module):
+    """One search for what is left of the displacement at a level."""
+
+    def __init__(self, spec: LevelSpec, radius: int, before: int) -> None:
+        """Fresh weights.
+
+        Args:
+            spec: of the level.
+            radius: of the search window, px.
+            before: channels of the hidden map of the step before, 0 for none.
+        """
+        super().__init__()
+        window = (2 * radius + 1) ** 2
+        self.radius = radius
+        self.scale = nn.Parameter(torch.tensor(_FIRST_SCALE))
+        # Convolutions of 1 px, summed: one of all channels would copy them.
+        self.from_correlation = _convolution(window, spec.hidden, size=1)
+        self.from_features = _convolution(spec.features, spec.hidden, size=1)
+        self.from_tissue = _convolution(1, spec.hidden, size=1)
+        self.from_hidden = _convolution(before, spec.hidden, size=1) if before else None
+        self.blocks = nn.Sequential(*(Residual(spec.hidden, d) for d in spec.dilations))
+        self.to_window = _convolution(spec.hidden, window, size=1)
+        self.to_pools = _convolution(spec.hidden, 2 + len(_POOLS))
+        self.to_change = _convolution(spec.hidden, 2)
+        for layer in (self.to_window, self.to_change):
+            nn.init.zeros_(layer.weight)
+            nn.init.zeros_(layer.bias)  # type: ignore[arg-type]
+
+    def forward(
+        self, pair: _Pair, field: Tensor | None, hidden: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """The field after this step, and what the next step may want to know.
+
+        Args:
+            pair: of the level.
+            field: found so far, (B, 2, H, W), pixels of the level.
+            hidden: of the step before, at this level or the coarser one.
+        """
+        src, tissue = pair.src, pair.tissue
+        if field is not None:
+            src, tissue = warp(src, field), warp(tissue, field)
+        dtype = pair.features.dtype
+        alike = local_correlation(pair.tgt.to(dtype), src.to(dtype), self.radius)
+        alike = alike * self.scale.to(dtype)
+        x = self.from_correlation(alike) + self.from_features(pair.features)
+        x = x + self.from_tissue(tissue.to(dtype))
+        if self.from_hidden is not None and hidden is not None:
+            known = self.from_hidden(hidden)
+            x = x + F.interpolate(known, size=x.shape[-2:], mode="nearest")
+        x = self.blocks(_activated(x))
+        weights = (alike + self.to_window(x)).permute(0, 2, 3, 1).float().softmax(-1)
+        votes = weights @ window_offsets(self.radius, weights.device)
+        trust, *shares = self.to_pools(x).float().split((1, 1 + len(_POOLS)), 1)
+        votes = votes.permute(0, 3, 1, 2).contiguous()
+        change = _pooled(votes, trust.sigmoid(), shares[0].softmax(1))
+        change = (change + self.to_change(x).float()).contiguous()
+        return (change if field is None else compose(change, field)), x
+
+
+def _pooled(votes: Tensor, trust: Tensor, shares: Tensor) -> Tensor:
+    """Means of votes over neighbourhoods, weighted by trust, mixed by shares.
+
+    Args:
+        votes: (B, 2, H, W).
+        trust: (B, 1, H, W), > 0.
+        shares: (B, 1 + len(_POOLS), H, W): of the votes themselves and of each
+            neighbourhood; they sum to 1.
+    """
+    rows, cols = votes.shape[-2:]
+    weighted = torch.cat((votes * trust, trust), 1)
+    mixed = votes * shares[:, :1]
+    for index, size in enumerate(_POOLS, start=1):
+        coarse = F.avg_pool2d(weighted, size, ceil_mode=True, count_include_pad=False)
+        coarse = F.avg_pool2d(coarse, 3, 1, 1, count_include_pad=False)
+        pooled = F.interpolate(
+            coarse, scale_factor=size, mode="bilinear", align_corners=False
+        )[..., :rows, :cols]
+        mean = pooled[:, :2] / (pooled[:, 2:] + 1e-4)
+        mixed = mixed + mean * shares[:, index : index + 1]
+    return mixed
+
+
+class _LevelState(dict[str, Tensor]):
+    """The features of a level; "output" is made when it is asked for.
+
+    (B, 2C, H, W): src half and tgt half, channel 0 of each the image. It costs
+    as much memory as the level itself, and few callers want it.
+    """
+
+    def __init__(self, images: Tensor, features: Tensor, level: int) -> None:
+        super().__init__()
+        self.images, self.features, self.level = images, features, level
+
+    def __missing__(self, key: str) -> Tensor:
+        if key != "output":
+            raise KeyError(key)
+        features = self.features
+        if self.level == 0:
+            features = F.interpolate(
+                features, scale_factor=2, mode="bilinear", align_corners=False
+            )
+        image = F.avg_pool2d(self.images, 2**self.level).to(features.dtype)
+        both = torch.cat((image, features), 1)
+        self[key] = torch.cat(both.chunk(2), 1)
+        return self[key]
+
+
+def _pair(features: Tensor, tissue: Tensor, level: int) -> _Pair:
+    unit = features.float()
+    unit = unit * (unit.square().sum(1, keepdim=True) + 1e-6).rsqrt()
+    src, tgt = unit.chunk(2)
+    share = F.avg_pool2d(tissue, 2**level)
+    return _Pair(src.contiguous(), tgt, features.chunk(2)[1], share)
+
+
+def _convolution(
+    before: int, after: int, *, size: int = 3, dilation: int = 1
+) -> nn.Conv2d:
+    padding = dilation * (size // 2)
+    return nn.Conv2d(before, after, size, padding=padding, dilation=dilation)
+
+
+def _activated(x: Tensor) -> Tensor:
+    return F.leaky_relu(x, _SLOPE)
