@@ -6,8 +6,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
+
 from metroem.align import Pyramid, StageInput
+from metroem.data.augment import swap_src_tgt
 from metroem.data.dataset import PairRef, find_pairs, read_sample
+from metroem.data.known_warp import warp_section
+from metroem.data.photometric import image_anew
+from metroem.data.sample import seeded_generator
+from metroem.distort import Truth
 from metroem.errors import CheckpointError, DatasetError, UsageError
 from metroem.io.h5 import ImageSet, find_image_sets
 from metroem.nets.checkpoint import checkpoint_path
@@ -21,17 +28,22 @@ from metroem.scoring import (
     Chunk,
     SetResult,
     Spot,
+    WarpedSection,
     Where,
     mean_score,
     score_aligned,
-    swap_sides,
+    score_known,
 )
+from metroem.specs.augmentations import KnownWarp, Photometric
 from metroem.specs.filenames import check_tag
 from metroem.specs.pyramid import ModuleSpec, find_modules
 from metroem.training.distributed import choose_device
 from metroem.training.generate import target_sets
 
 logger = logging.getLogger(__name__)
+
+# What sections are warped by; both sides are imaged anew, each with its own noise.
+_WARP, _IMAGING = KnownWarp(), Photometric()
 
 
 @dataclass(frozen=True)
@@ -168,7 +180,16 @@ def _evaluate_place(
         for index in progress(place.indices, what, total=len(place.indices))
     )
     mean = mean_score([pair.score for pair in pairs])
-    return SetResult(images.path.name, images.mip, *images.shape, mean, pairs)
+    result = SetResult(images.path.name, images.mip, *images.shape, mean, pairs)
+    if not request.known_warps:
+        return result
+    what = f"{images.path.name}, sections warped"
+    known = tuple(
+        _evaluate_warped(pyramid, images, index, finetune)
+        for index in progress(place.indices, what, total=len(place.indices))
+    )
+    mean_known = mean_score([section.score for section in known])
+    return result._replace(mean_known=mean_known, known=known)
 
 
 def _evaluate_pair(
@@ -180,13 +201,37 @@ def _evaluate_pair(
         grid = images.grid(index)
         sample = read_sample(PairRef(images, None, index), grid)
         inputs.append(StageInput(sample, grid))
-    swapped = [StageInput(swap_sides(sample), grid) for sample, grid in inputs]
+    swapped = [StageInput(swap_src_tgt(sample), grid) for sample, grid in inputs]
     forward, backward = (
         pyramid.run(stages, finetune)[-1].cpu() for stages in (inputs, swapped)
     )
     score, worst = score_aligned(inputs[-1].sample, forward, backward)
     z_src, z_tgt = place.finest.sections(index)
     return AlignedPair(_where(place.finest, index, (z_src, z_tgt), worst), score)
+
+
+def _evaluate_warped(
+    pyramid: Pyramid, images: ImageSet, index: int, finetune: bool
+) -> WarpedSection:
+    """The tgt section of a pair on itself: warped and imaged anew, and as it is.
+
+    The coarser stages see it coarsened, not as the image sets of their mips have it.
+    """
+    section = torch.from_numpy(images.read(index).tgt)[None, None]
+    name, z = images.name, images.sections(index)[1]
+    generator = seeded_generator(name.x, name.y, z, images.mip)
+    warped = warp_section(section, _WARP, generator)
+    src = image_anew(warped.image, _IMAGING, generator)
+    tgt = image_anew(section, _IMAGING, generator)
+    field, identity = (
+        torch.from_numpy(
+            pyramid.fields(a[0, 0].numpy(), b[0, 0].numpy(), images.mip, finetune)[-1]
+        )[None]
+        for a, b in ((src, tgt), (section, section))
+    )
+    truth = Truth(warped.field, warped.valid)
+    score, worst = score_known(field, truth, warped.near, identity)
+    return WarpedSection(_where(images, index, (z, z), worst), score)
 
 
 def _where(

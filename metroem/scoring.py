@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from metroem.data.augment import swap_src_tgt
 from metroem.data.sample import Sample
 from metroem.distort import Truth
 from metroem.field import warp
@@ -181,7 +182,7 @@ def score_aligned(
     sample = with_defects(sample)
     none = torch.zeros_like(forward)
     valid = comparable(sample, [none, forward])
-    src_valid = comparable(swap_sides(sample), [none, backward])
+    src_valid = comparable(swap_src_tgt(sample), [none, backward])
     around = valid & ring(_defects_on_tgt(sample, forward), RING_PX)
     before, after = (mean_correlation(sample, f, valid) for f in (none, forward))
     determinant = jacobian(forward, _clear(sample.tgt, sample.tgt_defects))
@@ -299,18 +300,6 @@ def with_defects(sample: Sample) -> Sample:
         )
     )
     return sample._replace(src_defects=src, tgt_defects=tgt)
-
-
-def swap_sides(sample: Sample) -> Sample:
-    """The pair to be aligned the other way, without its prior field."""
-    return Sample(
-        src=sample.tgt,
-        tgt=sample.src,
-        prior_field=None,
-        pair=sample.pair,
-        src_defects=sample.tgt_defects,
-        tgt_defects=sample.src_defects,
-    )
 
 
 def _batch(image: np.ndarray) -> Tensor:

@@ -29,8 +29,8 @@ def request(run, **more):
 
 
 def put_weights(run, stage, name):
-    folder = run / "pyramid" / f"{stage}_mip{1 - stage}in_scalenet" / "model"
-    (folder / f"{name}.state.pth.tar").touch()
+    (module,) = (run / "pyramid").glob(f"{stage}_*")
+    (module / "model" / f"{name}.state.pth.tar").touch()
 
 
 def test_every_flag_reaches_the_request():
@@ -60,6 +60,32 @@ def test_an_untrained_pyramid_is_evaluated_as_a_user_calls_it(run, capsys):
     # There are two chunks in a row: around row 32, cols 32 and 96.
     spots = [pair["where"]["worst"] for pair in found["pairs"]]
     assert all(spot["x"] == 32 and spot["y"] in (32, 96) for spot in spots)
+
+
+def test_sections_are_warped_alike_for_every_pyramid(run, capsys):
+    found = []
+    for name, mips in (("one", [0]), ("two", [1, 0])):
+        init_pyramid(run / name, mips)
+        file = run / f"{name}.json"
+        evaluate_dataset(
+            EvaluateRequest(
+                run / name,
+                run / "data",
+                json=file,
+                known_warps=True,
+                no_finetune=True,
+            )
+        )
+        found += json.loads(file.read_text())["sets"]
+    out = capsys.readouterr().out
+    assert "2 sections, each warped by a known field" in out
+    # The section is the pair's tgt, on both sides.
+    assert "x0_y0_z1_MIP0.h5 pair 1 (z 1 on 1): EPE" in out
+    one, two = ([section["score"] for section in s["known"]] for s in found)
+    assert [s["before"] for s in one] == [s["before"] for s in two]
+    assert one[0]["before"]["mean"] != one[1]["before"]["mean"] > 0
+    assert one[0]["after"] != two[0]["after"]
+    assert found[0]["mean_known"]["identity_px"] > 0
 
 
 @pytest.mark.slow
@@ -103,7 +129,7 @@ def test_a_place_without_one_of_the_mips_is_refused(run):
 
 def test_weights_that_some_modules_lack_are_refused(run):
     put_weights(run, 0, "mine")
-    with pytest.raises(CheckpointError, match=r"1_mip0in_scalenet has no .*'mine'"):
+    with pytest.raises(CheckpointError, match=r"1_mip0in_\w+ has no .*'mine'"):
         evaluate_dataset(request(run, checkpoint_name="mine"))
     with pytest.raises(CheckpointError, match="--checkpoint_name other"):
         evaluate_dataset(request(run, checkpoint_name="other"))

@@ -14,7 +14,6 @@ from metroem.scoring import (
     score_aligned,
     score_known,
     score_pair,
-    swap_sides,
 )
 
 SHAPE = (160, 224)  # two rows of three chunks of 64 px, and some more
@@ -181,13 +180,6 @@ def test_a_field_longer_than_the_warp_made_its_section_worse():
     assert score.made_worse == 1
     assert (worst.row, worst.col) == (96, 96)
     assert worst.figure == pytest.approx(math.hypot(19, 20))
-
-
-def test_swapped_sides_take_their_defects_along(sample):
-    masks = [torch.full((1, 1, *SHAPE), value) for value in (True, False)]
-    swapped = swap_sides(sample._replace(src_defects=masks[0], tgt_defects=masks[1]))
-    assert swapped.src is sample.tgt and swapped.tgt is sample.src
-    assert swapped.src_defects is masks[1] and swapped.tgt_defects is masks[0]
 
 
 def test_means_go_into_figures_of_figures():
