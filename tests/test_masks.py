@@ -8,7 +8,9 @@ from metroem.masks import (
     MaskRule,
     MaskRules,
     PairMaps,
+    find_bands,
     find_defects,
+    find_gaps,
     grow,
     warp_mask,
     weigh,
@@ -107,12 +109,12 @@ def test_a_warped_mask_lies_where_its_field_reads_it():
     ]
 
 
-def test_defects_are_gaps_of_the_tissue_above_a_size():
+def test_gaps_are_zeros_inside_the_tissue_above_a_size():
     section = torch.ones(1, 1, 40, 60)
     section[..., 10:14, :] = 0  # a fold, 4 px wide: 240 px
     section[..., 30:33, 20:23] = 0  # a hole of 9 px
     section[..., :, 50:] = 0  # the end of the tissue
-    defects = find_defects(section, min_thickness=8, min_px=20)
+    defects = find_gaps(section, min_thickness=8, min_px=20)
     assert defects[..., 10:14, :45].all()
     assert not defects[..., 25:, :].any()
     assert not defects[..., :8, 52:].any()
@@ -120,3 +122,74 @@ def test_defects_are_gaps_of_the_tissue_above_a_size():
 
 def test_a_section_without_gaps_has_no_defects():
     assert not find_defects(torch.ones(2, 1, 9, 12), min_thickness=4, min_px=1).any()
+    assert not find_defects(torch.zeros(2, 1, 9, 13)).any()
+
+
+ROWS, COLS = 300, 421
+
+
+def section(seed=0):
+    """Membranes 4 px wide and mitochondria of 28 px in noise; mean 0, std 1.
+
+    A row in four of dark membranes every 20 px, dark discs on a grid of 70 px.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    row, col = torch.meshgrid(
+        torch.arange(float(ROWS)), torch.arange(float(COLS)), indexing="ij"
+    )
+    image = 0.5 + 0.4 * torch.randn(ROWS, COLS, generator=generator)
+    image[((row + 6 * torch.sin(col / 30)) % 20 < 4) | (col % 33 < 4)] -= 1.7
+    image[((row % 70 - 35) ** 2 + (col % 70 - 35) ** 2) < 14**2] = -1.2
+    return ((image - image.mean()) / image.std())[None, None]
+
+
+def band(width, slope=0.4):
+    """A straight band across the section, (1, 1, ROWS, COLS) bool."""
+    row, col = torch.meshgrid(torch.arange(ROWS), torch.arange(COLS), indexing="ij")
+    return ((row - 70 - slope * col).abs() < width / 2)[None, None]
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_tissue_is_no_band(seed):
+    assert not find_bands(section(seed)).any()
+
+
+@pytest.mark.parametrize(("grey", "width"), [(-2.3, 16), (-3.0, 24), (2.6, 12)])
+@pytest.mark.parametrize("scale", [1.0, 40.0])
+def test_a_fold_or_crack_across_the_section_is_found(grey, width, scale):
+    planted = band(width)
+    image = torch.where(planted, grey, section())
+
+    found = find_bands(scale * image)
+
+    assert (found & planted).sum() > 0.85 * planted.sum()
+    assert (found & ~grow(planted, 4)).sum() == 0
+
+
+def test_a_stain_is_found_and_a_mitochondrion_is_not():
+    row, col = torch.meshgrid(torch.arange(ROWS), torch.arange(COLS), indexing="ij")
+    stain = ((row - 150) ** 2 + (col - 200) ** 2 < 40**2)[None, None]
+    found = find_bands(torch.where(stain, -3.0, section()))
+    assert (found & stain).sum() > 0.9 * stain.sum()
+    assert not (found & ~grow(stain, 4)).any()
+
+
+def test_no_data_is_no_band_and_hides_none():
+    planted = band(16)
+    image = torch.where(planted, -2.5, section())
+    image[..., 350:] = 0
+
+    found = find_bands(image)
+
+    assert not found[..., 350:].any()
+    assert (found & planted).sum() > 0.85 * planted[..., :350].sum()
+
+
+def test_defects_are_gaps_and_bands_of_each_image_of_a_batch():
+    dark, hole = band(16), band(16, slope=-0.1)
+    images = torch.cat(
+        [torch.where(dark, -2.5, section()), torch.where(hole, 0.0, section())]
+    )
+    found = find_defects(images)
+    assert (found[:1] & dark).sum() > 0.85 * dark.sum()
+    assert torch.equal(found[1:], hole)

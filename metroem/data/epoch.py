@@ -1,14 +1,15 @@
 """The samples of one epoch: which pairs, in which order, cropped and augmented."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from metroem.data.augment import augment
 from metroem.data.dataset import PairRef, read_sample, window_of
 from metroem.data.draw import happens
-from metroem.data.sample import Sample, seeded_generator
+from metroem.data.known_warp import known_warp
+from metroem.data.sample import Sample, seeded_generator, with_defects
 from metroem.errors import DatasetError
 from metroem.field import compose
 from metroem.grid import Grid
@@ -16,6 +17,7 @@ from metroem.specs.augmentations import SkipSection
 from metroem.specs.schedule import Phase
 
 VALIDATION_CROP_PX = 2048
+NUM_KNOWN_WARPS = 4  # of each pair in validation
 
 
 def centred_crop(grid: Grid, size: tuple[int, int]) -> Grid:
@@ -93,12 +95,27 @@ class EpochKey:
         return seeded_generator(self.seed, self.stage, self.phase, self.epoch, *more)
 
 
+def uses_defects(phase: Phase) -> bool:
+    """Whether a phase's loss looks at defects."""
+    rules = (phase.similarity_rules, phase.smoothness_rules)
+    return any(
+        rule.name.endswith("_defects")
+        for side in rules
+        for rule in (*side.src, *side.tgt)
+    )
+
+
+def num_steps(phase: Phase, num_pairs: int, batch_size: int) -> int:
+    """How many steps an epoch has; its last batch is filled with further pairs."""
+    return -(-(phase.num_samples or num_pairs) // batch_size)
+
+
 class TrainingEpoch(torch.utils.data.Dataset[Sample]):
     """The samples of one epoch in their order: cropped and augmented.
 
     Sample i is a function of the pairs, the phase and (key, i) alone, whoever
-    reads it. The order is padded with its own beginning to a multiple of the
-    batch size, so that every rank has the same number of steps.
+    reads it. Pairs come in a random order, each as often as any other; the last
+    batch is full, so that every rank has the same number of steps.
 
     Raises:
         DatasetError: the phase skips sections, and no pairs follow one another.
@@ -128,11 +145,13 @@ class TrainingEpoch(torch.utils.data.Dataset[Sample]):
                 "sections, and no section that is trained on is src of one pair and "
                 "tgt of another; download more sections, or leave skip_section out"
             )
-        order = torch.randperm(len(pairs), generator=key.generator()).tolist()
-        order = order[: phase.num_samples]
-        while len(order) % batch_size:
-            order += order[: batch_size - len(order) % batch_size]
-        self.order: list[int] = order
+        chance, length = key.generator(), batch_size * num_steps(
+            phase, len(pairs), batch_size
+        )
+        self.order: list[int] = []
+        while len(self.order) < length:
+            self.order += torch.randperm(len(pairs), generator=chance).tolist()
+        del self.order[length:]
 
     def __len__(self) -> int:
         return len(self.order)
@@ -147,6 +166,8 @@ class TrainingEpoch(torch.utils.data.Dataset[Sample]):
             if further is None
             else read_skipping(ref, further, crop)
         )
+        if uses_defects(self.phase):
+            sample = with_defects(sample)
         return augment(sample, self.phase.augmentations, generator)
 
     def _pair_to_skip_to(
@@ -158,15 +179,28 @@ class TrainingEpoch(torch.utils.data.Dataset[Sample]):
 
 
 class ValidationPairs(torch.utils.data.Dataset[Sample]):
-    """The held-out pairs, centred crops, not augmented."""
+    """The held-out pairs, centred crops, not augmented.
 
-    def __init__(self, pairs: Sequence[PairRef]) -> None:
+    A phase that knows the truth of its warps knows it here too: each pair comes
+    `NUM_KNOWN_WARPS` times, warped by fields that are the same in every epoch.
+    """
+
+    def __init__(self, pairs: Sequence[PairRef], phase: Phase, seed: int) -> None:
         self.pairs = pairs
+        self.phase = phase
+        self.seed = seed
 
     def __len__(self) -> int:
-        return len(self.pairs)
+        return len(self.pairs) * (NUM_KNOWN_WARPS if self.phase.known_warp else 1)
 
     def __getitem__(self, position: int) -> Sample:
-        ref = self.pairs[position]
+        ref = self.pairs[position % len(self.pairs)]
         size = (VALIDATION_CROP_PX, VALIDATION_CROP_PX)
-        return read_sample(ref, centred_crop(ref.grid, size))
+        sample = read_sample(ref, centred_crop(ref.grid, size))
+        if uses_defects(self.phase):
+            sample = with_defects(sample)
+        if (warp := self.phase.known_warp) is not None:
+            generator = seeded_generator(self.seed, position)
+            # As the pair is, not one section twice: that is the easier half.
+            sample = known_warp(sample, replace(warp, same=0.0), generator)
+        return sample

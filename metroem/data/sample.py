@@ -7,6 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from metroem.masks import find_defects
+
 
 class Sample(NamedTuple):
     """A pair of images with the field of the stage before, and what is known of it."""
@@ -42,6 +44,15 @@ class Sample(NamedTuple):
                 if isinstance(value, Tensor)
             }
         )
+
+
+def with_defects(sample: Sample) -> Sample:
+    """The sample with the defects of both sides: its own, or those found in it."""
+    src, tgt = sample.src_defects, sample.tgt_defects
+    return sample._replace(
+        src_defects=find_defects(sample.src) if src is None else src,
+        tgt_defects=find_defects(sample.tgt) if tgt is None else tgt,
+    )
 
 
 def stack_samples(samples: Sequence[Sample]) -> Sample:

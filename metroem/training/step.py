@@ -183,7 +183,7 @@ def validate(
     """
     if not pairs:
         return None
-    samples = ValidationPairs(pairs)
+    samples = ValidationPairs(pairs, phase)
     inner = getattr(model, "module", model)
     inner.eval()
     sums = torch.zeros(len(Scores._fields), device=device)

@@ -2,16 +2,18 @@ import numpy as np
 import pytest
 import torch
 
-from metroem.data.dataset import split_pairs
+from metroem.data.dataset import read_sample, split_pairs
 from metroem.data.epoch import (
     EpochKey,
     TrainingEpoch,
     ValidationPairs,
     read_skipping,
 )
+from metroem.data.sample import with_defects
 from metroem.errors import DatasetError
 from metroem.field import compose
 from metroem.io.h5 import FieldSetMeta, Pair, write_field_set
+from metroem.masks import MaskRules
 from metroem.specs.augmentations import SkipSection
 from metroem.specs.schedule import Phase
 from tests.image_sets import COLS, ROWS, one_mask, pairs_of, write_fields, write_images
@@ -44,8 +46,32 @@ def test_samples_are_crops_that_repeat_with_their_key(tmp_path):
 
 def test_validation_takes_the_middle(tmp_path):
     write_images(tmp_path, "x0_y0_z1_MIP1.h5")
-    sample = ValidationPairs(pairs_of(tmp_path))[1]
+    phase = Phase(lr=1e-3, num_epochs=1, smoothness=1.0)
+    sample = ValidationPairs(pairs_of(tmp_path), phase)[1]
     assert sample.src.shape == (1, 1, ROWS, COLS)
+
+
+NO_RULES = {"similarity_rules": MaskRules(), "smoothness_rules": MaskRules()}
+
+
+@pytest.mark.parametrize("masks", [None, [Pair(one_mask(0), one_mask(1))] * 8])
+def test_defects_are_looked_for_where_none_are_given_and_a_loss_asks(tmp_path, masks):
+    write_images(tmp_path, "x0_y0_z1_MIP1.h5", defects=masks)
+    pairs = pairs_of(tmp_path)
+    expected = read_sample(pairs[0], pairs[0].grid)
+    if masks is None:
+        expected = with_defects(expected)
+    for rules in ({}, NO_RULES):
+        phase = Phase(lr=1e-3, num_epochs=1, smoothness=1.0, **rules)
+        for sample in (
+            ValidationPairs(pairs, phase)[0],
+            epoch_of(pairs, crop_size=100, **rules)[0],
+        ):
+            if masks is None and rules:
+                assert sample.src_defects is None and sample.tgt_defects is None
+            else:
+                assert torch.equal(sample.src_defects, expected.src_defects)
+                assert torch.equal(sample.tgt_defects, expected.tgt_defects)
 
 
 SKIP = (SkipSection(1.0),)
