@@ -88,7 +88,6 @@ def test_sections_are_warped_alike_for_every_pyramid(run, capsys):
     assert found[0]["mean_known"]["identity_px"] > 0
 
 
-@pytest.mark.slow
 def test_finetuning_finds_a_shift_and_undoes_it(tmp_path):
     write_pairs(tmp_path / "data", mips=(0,), num_pairs=1, shape=SHAPE)
     init_pyramid(tmp_path / "pyramid", [0])
