@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor
 
-from metroem.data.draw import pixel_grid, smooth_noise, uniform
+from metroem.data.draw import pixel_grid, texture_noise, uniform
 from metroem.normalize import keep_no_data
 from metroem.specs.augmentations import Crack, Fold, Missing, Stain
 
@@ -127,7 +127,7 @@ def paint_band(
     """
     shape = (image.shape[-2], image.shape[-1])
     grey = uniform(1.5, 3.0, generator) * (-1 if dark else 1)
-    coarse, fine = (smooth_noise(shape, knot, generator) for knot in (24, 4))
+    coarse, fine = (texture_noise(shape, knot, generator) for knot in (24, 4))
     texture = (0.25 * coarse + 0.15 * fine).reshape(image.shape)
     # Its border pixels are half tissue.
     share = hidden.float().reshape(1, 1, *shape)
@@ -184,7 +184,7 @@ def tear_off(image: Tensor, options: Missing, generator: Generator) -> Damaged:
     share = options.share * uniform(_SMALLEST, 1, generator)
     from_line = line.distance(*pixel_grid(shape))[None, None]
     for knot in (side / 12, side / 50):
-        from_line = from_line + knot / 5 * smooth_noise(shape, max(knot, 1), generator)
+        from_line = from_line + knot / 5 * texture_noise(shape, max(knot, 1), generator)
     # Every 16th pixel tells well enough how far the line has to move.
     some = from_line[..., ::4, ::4].flatten()
     last = some.kthvalue(max(1, round(share * some.numel()))).values
@@ -202,7 +202,7 @@ def stain(image: Tensor, options: Stain, generator: Generator) -> Damaged:
     """
     shape = (image.shape[-2], image.shape[-1])
     rows, cols = pixel_grid(shape)
-    texture = smooth_noise(shape, max(options.radius_px / 8, 1), generator)
+    texture = texture_noise(shape, max(options.radius_px / 8, 1), generator)
     cover = torch.zeros_like(image)
     for _ in range(int(uniform(1, 4, generator))):
         radius = options.radius_px * uniform(_SMALLEST, 1, generator)
@@ -220,4 +220,4 @@ def stain(image: Tensor, options: Stain, generator: Generator) -> Damaged:
 
 def _ragged(shape: tuple[int, int], generator: Generator) -> Tensor:
     """What makes a border uneven, (1, 1, H, W) px."""
-    return smooth_noise(shape, 10, generator)
+    return texture_noise(shape, 10, generator)

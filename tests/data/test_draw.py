@@ -1,6 +1,7 @@
+import pytest
 import torch
 
-from metroem.data.draw import happens, pixel_grid, smooth_noise, uniform
+from metroem.data.draw import happens, pixel_grid, smooth_noise, texture_noise, uniform
 from metroem.data.sample import seeded_generator
 
 
@@ -16,8 +17,9 @@ def test_what_is_sure_happens_and_what_is_impossible_does_not():
     assert not any(happens(0, generator) for _ in range(100))
 
 
-def test_noise_varies_over_its_knots():
-    noise = smooth_noise((200, 330), 20, seeded_generator(1))
+@pytest.mark.parametrize("make", [smooth_noise, texture_noise])
+def test_noise_varies_over_its_knots(make):
+    noise = make((200, 330), 20, seeded_generator(1))
     assert noise.shape == (1, 1, 200, 330)
     assert abs(noise.mean()) < 0.2 and 0.5 < noise.std() < 1
     shifted = [noise[..., d:] - noise[..., : 330 - d] for d in (1, 60)]
