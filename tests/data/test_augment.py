@@ -76,6 +76,14 @@ def test_a_flipped_pair_still_fits_its_flipped_field(sample, dims):
     assert misfit(flipped) < BILINEAR_ERROR
 
 
+def test_every_field_of_a_sample_turns_and_flips_as_the_prior_does(sample):
+    prior = sample.prior_field
+    known = sample._replace(truth=prior, unwarped_prior=prior)
+    for turned in (transpose(known), flip(known, -2), flip(known, -1)):
+        assert torch.equal(turned.truth, turned.prior_field)
+        assert torch.equal(turned.unwarped_prior, turned.prior_field)
+
+
 def test_flips_happen_along_rows_and_along_cols(sample):
     flips = (RandomFlip(0.5),)
     srcs = [augment(sample, flips, seeded_generator(i)).src for i in range(20)]

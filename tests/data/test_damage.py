@@ -89,6 +89,14 @@ def test_a_crack_is_bright_where_its_mask_is(image, seed):
 
 
 @every_seed
+def test_a_crack_is_not_wider_than_asked(seed):
+    image = torch.ones(1, 1, ROWS, COLS)
+    hidden = crack(image, Crack(width_px=30), seeded_generator(seed)).hidden
+    # A wedge, which at most the longer side and a half of it reaches in.
+    assert 0 < hidden.sum() < 1.5 * COLS * 30 / 2 + 4 * COLS
+
+
+@every_seed
 def test_what_is_torn_off_is_no_data_and_of_the_share_asked(seed):
     image = torch.ones(1, 1, ROWS, COLS)
     torn, hidden = tear_off(image, Missing(share=0.3), seeded_generator(seed))
