@@ -24,7 +24,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--pyramid_path", type=Path, required=True, help="directory of modules")
     add("--dataset_path", type=Path, required=True, help="folder of image sets")
     add("--checkpoint_name", default="checkpoint", help="name of the weights")
-    modes = ("scratch", "finetune", "custom")
+    modes = ("scratch", "aligned", "finetune", "classic", "classic_finetune", "custom")
     mode = "which schedule (scratch)"
     add("--train_mode", type=str.lower, choices=modes, default="scratch", help=mode)
     add("--train_params_path", type=Path, help="schedule (JSON) of --train_mode custom")

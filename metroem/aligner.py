@@ -44,6 +44,9 @@ class Prediction(NamedTuple):
 
     field: Tensor  # (B, 2, H, W), pixels; the whole field, prior included
     embeddings: dict[int, Embedding]  # by level
+    # The whole field by level, (B, 2, >= H / 2**level, >= W / 2**level), pixels of
+    # the level, of networks that leave it there; else empty.
+    coarse: dict[int, Tensor] = {}
 
 
 class Aligner(nn.Module):
@@ -270,8 +273,11 @@ class Aligner(nn.Module):
             level: _embedding(state["up"][str(level)]["output"], rows, cols, level)
             for level in levels
         }
+        coarse = {}
+        if getattr(self.net, "gives_whole_fields", False) and self.pass_field:
+            coarse = {int(k): v["output"] for k, v in state["down"].items()}
         field = field[..., :rows, :cols].float()
-        return Prediction(field, embeddings), state
+        return Prediction(field, embeddings, coarse), state
 
     def _run(
         self, src: Tensor, tgt: Tensor, prior: Tensor | None

@@ -5,28 +5,91 @@ squared changes of length, px^2. Both leave a border out, where the field
 points outside the images.
 """
 
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from metroem.field import check_field, downsample_field, warp
+from metroem.field import check_field, downsample_field, upsample_field, warp
 from metroem.masks import PairWeight
-from metroem.specs.schedule import LossSpec
+from metroem.specs.losses import LossSpec
 
 BORDER_PX = 32
+# Weight of the field of a level against that of the next finer one.
+COARSER = 0.3
+# Below this an endpoint error is minimised as its square, px of the finest level.
+_SOFT_PX = 0.01
 # Changes of (col, row) from a pixel to the four neighbours after it.
 _SPRINGS = ((0, 1), (1, 0), (1, 1), (1, -1))
 
 
 class LossTerms(NamedTuple):
-    """A loss and the terms it is made of, scalars."""
+    """A loss and the terms it is made of, scalars; NaN for those it is not."""
 
     total: Tensor  # what is minimised
     similarity: Tensor  # of the aligned images or embeddings
     rigidity: Tensor  # px^2, before it is multiplied by smoothness
     before: Tensor  # similarity of the unaligned embeddings; 0 for plain
+    epe: Tensor  # px, mean distance from the field that is wanted
+
+
+def added(terms: Sequence[LossTerms], weights: Sequence[float]) -> LossTerms:
+    """The sum of losses, each times its weight; other terms are averaged."""
+    total = sum(w * t.total for w, t in zip(weights, terms, strict=True))
+    columns = list(zip(*terms, strict=True))[1:]
+    means = [torch.stack(column).detach().nanmean() for column in columns]
+    return LossTerms(total, *means)  # type: ignore[arg-type]
+
+
+class Wanted(NamedTuple):
+    """The field that a network is to give."""
+
+    field: Tensor  # (B, 2, H, W), px
+    weight: Tensor  # (B, 1, H, W): what each pixel counts
+
+
+def endpoint_loss(
+    field: Tensor, coarse: Mapping[int, Tensor], wanted: Wanted
+) -> LossTerms:
+    """Distance from a field that is wanted, of the field of each level.
+
+    It is the endpoint error itself, not its square, so that places where the
+    truth cannot be seen do not outweigh the others; the field of a coarser
+    level counts `COARSER` times as much as that of the level after it.
+
+    Args:
+        field: (B, 2, H, W), px.
+        coarse: level -> (B, 2, >= H / 2**level, >= W / 2**level), px of the
+            level; `field` is the finest of them, upsampled. May be empty.
+        wanted: what they are compared with, at the size of the finest.
+
+    Returns:
+        The terms; `total` and `epe` in px of `field`.
+    """
+    levels = dict(coarse) or {0: field}
+    finest = min(levels)
+    truth = downsample_field(wanted.field, finest)
+    rows, cols = truth.shape[-2:]
+    # A coarse pixel counts as much as the least of its pixels.
+    weight = -F.max_pool2d(-wanted.weight, 2**finest, ceil_mode=True)
+    errors = {}
+    for level, found in levels.items():
+        at_finest = upsample_field(found, level - finest)[..., :rows, :cols]
+        square = ((at_finest - truth) ** 2).sum(1, keepdim=True)
+        length = (square + _SOFT_PX**2).sqrt() * 2**finest
+        errors[level] = weighted_mean(length, weight)
+    shares = {level: COARSER ** (level - finest) for level in errors}
+    total = sum(shares[level] * error for level, error in errors.items())
+    nothing = torch.full_like(errors[finest].detach(), float("nan"))
+    return LossTerms(
+        total,  # type: ignore[arg-type]
+        nothing,
+        nothing,
+        nothing,
+        errors[finest],
+    )
 
 
 def border_of(shape: torch.Size) -> int:
@@ -182,7 +245,8 @@ def plain_loss(src: Tensor, tgt: Tensor, pair: PairLoss) -> LossTerms:
         border=border,
     )
     total = alike + pair.smoothness * strain
-    return LossTerms(total, alike, strain, torch.zeros_like(total))
+    zero, nothing = torch.zeros_like(total), torch.full_like(total, float("nan"))
+    return LossTerms(total, alike, strain, zero, nothing)
 
 
 def unaligned_similarity(
@@ -259,7 +323,7 @@ def metric_loss(
             src, unaligned, weight.src * weight.tgt, sample_px=spec.pre_align_sample
         )
         total = after.total - spec.pre_align_weight * before
-        terms.append(LossTerms(total, after.similarity, after.rigidity, before))
+        terms.append(after._replace(total=total, before=before))
     return LossTerms(*(torch.stack(term).mean() for term in zip(*terms, strict=True)))
 
 

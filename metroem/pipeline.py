@@ -136,6 +136,8 @@ def _run_stages(
     for module in modules:
         if module in to_train:
             phases = schedule.for_mip(module.in_mip, max_epochs=request.max_epochs)
+            for phase in phases:
+                settings.batch_of(phase)  # refused before hours of work
             split = _split(request, module)
             train_stage(StageJob(module, phases, split, settings), run, stop)
             distributed.barrier()
@@ -186,13 +188,6 @@ def _check_images(request: TrainRequest, modules: list[ModuleSpec]) -> None:
 
 
 def _settings(request: TrainRequest, device: torch.device) -> TrainingSettings:
-    ranks = distributed.world_size()
-    batch_size = request.batch_size or ranks
-    if batch_size % ranks:
-        raise UsageError(
-            f"--batch_size {batch_size}: the pairs of a step are shared by {ranks} "
-            f"ranks; expected a multiple of {ranks}"
-        )
     workers = request.num_workers
     if workers is None:
         workers = 4 if device.type == "cuda" else 0
@@ -200,7 +195,7 @@ def _settings(request: TrainRequest, device: torch.device) -> TrainingSettings:
         checkpoint_name=request.checkpoint_name,
         device=device,
         seed=request.seed,
-        batch_size=batch_size,
+        batch_size=request.batch_size,
         num_workers=workers,
         precision=request.precision,
     )

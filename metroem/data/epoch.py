@@ -96,7 +96,9 @@ class EpochKey:
 
 
 def uses_defects(phase: Phase) -> bool:
-    """Whether a phase's loss looks at defects."""
+    """Whether a loss of a phase looks at defects."""
+    if all(loss.type == "known_warp" for loss in phase.losses):
+        return False
     rules = (phase.similarity_rules, phase.smoothness_rules)
     return any(
         rule.name.endswith("_defects")
@@ -145,8 +147,9 @@ class TrainingEpoch(torch.utils.data.Dataset[Sample]):
                 "sections, and no section that is trained on is src of one pair and "
                 "tgt of another; download more sections, or leave skip_section out"
             )
-        chance, length = key.generator(), batch_size * num_steps(
-            phase, len(pairs), batch_size
+        chance, length = (
+            key.generator(),
+            batch_size * num_steps(phase, len(pairs), batch_size),
         )
         self.order: list[int] = []
         while len(self.order) < length:

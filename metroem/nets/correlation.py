@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from metroem.errors import PyramidError
 from metroem.field import compose, downsample_field, upsample_field, warp
 from metroem.masks import tissue_mask
 from metroem.nets.local_correlation import local_correlation, window_offsets
@@ -38,6 +39,7 @@ class LevelSpec:
 
     Attributes:
         features: of the embedding.
+        blocks: residual convolutions that the encoder has.
         radius: of the search window of each step, px of the level; no steps
             for a level that is only encoded.
         hidden: channels of the steps.
@@ -45,9 +47,44 @@ class LevelSpec:
     """
 
     features: int
+    blocks: int = 1
     radius: tuple[int, ...] = ()
     hidden: int = 0
     dilations: tuple[int, ...] = ()
+
+
+def parse_correlation(spec: dict[str, Any], create_module: Any) -> "CorrelationNet":
+    """The network of a spec of type "correlation".
+
+    Args:
+        spec: {"type": "correlation", "levels": [{"features": 16, "radius": [2],
+            "hidden": 32, "dilations": [1, 2]}, ...]}, levels 1, 2, ... in order.
+        create_module: not used; artificery passes it to every parser.
+
+    Raises:
+        PyramidError: keys that are missing, unknown, or do not fit together.
+    """
+    unknown = set(spec) - {"type", "levels"}
+    levels = spec.get("levels")
+    if unknown or not isinstance(levels, list) or not levels:
+        raise PyramidError(
+            f"correlation: expected levels, a list, and nothing else; got {spec}"
+        )
+    try:
+        parsed = [
+            LevelSpec(
+                **{k: tuple(v) if isinstance(v, list) else v for k, v in one.items()}
+            )
+            for one in levels
+        ]
+    except (AttributeError, TypeError) as error:
+        raise PyramidError(f"correlation: levels: {error}") from None
+    if not parsed[-1].radius:
+        raise PyramidError(
+            "correlation: the coarsest level has no radius: expected one, since the "
+            "search begins there"
+        )
+    return CorrelationNet(parsed)
 
 
 class CorrelationNet(nn.Module):
@@ -61,6 +98,8 @@ class CorrelationNet(nn.Module):
             ends with. Level 0 has the features of level 1, upsampled.
     """
 
+    gives_whole_fields = True  # in state["down"], the prior included
+
     def __init__(self, levels: Sequence[LevelSpec]) -> None:
         """Fresh weights for levels 1, 2, ... in this order."""
         super().__init__()
@@ -68,7 +107,7 @@ class CorrelationNet(nn.Module):
         self.level_downmodules = nn.ModuleDict()
         channels, above = 1, 0
         for level, spec in enumerate(levels, start=1):
-            self.level_upmodules[str(level)] = Encoder(channels, spec.features)
+            self.level_upmodules[str(level)] = Encoder(channels, spec)
             channels = spec.features
         for level, spec in reversed(list(enumerate(levels, start=1))):
             if spec.radius:
@@ -77,7 +116,8 @@ class CorrelationNet(nn.Module):
                 self.level_downmodules[str(level)] = nn.ModuleList(steps)
                 above = spec.hidden
         self.state: State = {}
-        self.to(memory_format=torch.channels_last)  # twice as fast on a CPU
+        # Twice as fast on a CPU.
+        self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def forward(self, x: Tensor, in_field: Tensor | None = None) -> Tensor:
         """The whole field of a pair.
@@ -103,7 +143,7 @@ class CorrelationNet(nn.Module):
                 field = downsample_field(in_field.float(), level)
             for step in steps:  # type: ignore[union-attr]
                 field, hidden = step(pair, field, hidden)
-            state["down"][key] = {"output": field}
+            state["down"][key] = {"output": field}  # type: ignore[dict-item]
         self.state = state
         return upsample_field(field, level)  # type: ignore[arg-type]
 
@@ -126,11 +166,13 @@ class CorrelationNet(nn.Module):
 class Encoder(nn.Module):
     """Features of a level from those of the level before, or from the image."""
 
-    def __init__(self, before: int, features: int) -> None:
+    def __init__(self, before: int, spec: LevelSpec) -> None:
         super().__init__()
-        self.halve = _convolution(before, features, size=5 if before == 1 else 3)
+        size = 5 if before == 1 else 3
+        self.halve = _convolution(before, spec.features, size=size)
         self.halve.stride = (2, 2)
-        self.refine = Residual(features, 1)
+        blocks = (Residual(spec.features, 1) for _ in range(spec.blocks))
+        self.refine = nn.Sequential(*blocks)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, features, H / 2, W / 2)."""

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from metroem.errors import PyramidError
 from metroem.field import compose, downsample_field, upsample_field, warp
+from metroem.nets.correlation import parse_correlation
 
 Spec = dict[str, Any]
 CreateModule = Callable[[Spec], nn.Module]
@@ -178,7 +179,7 @@ def _refuse(spec: Spec, create_module: CreateModule) -> nn.Module:
     )
 
 
-# Parser name of artificery -> what takes its place.
+# Parser name of artificery -> what takes its place; "correlation" is ours alone.
 CORRECTED_PARSERS = {
     "rollback_warp": _parse_warp,
     "warp_with_input_downmodule": _parse_refine,
@@ -188,4 +189,5 @@ CORRECTED_PARSERS = {
     "scalenet": _parse_scalenet,
     "hindsight_warp": _refuse,
     "combine_in_out_res": _refuse,
+    "correlation": parse_correlation,
 }

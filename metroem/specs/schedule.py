@@ -6,12 +6,13 @@ A schedule maps a mip to the phases that are run in turn:
             "loss_spec": {"type": "plain"}}, ...], ...}
 
 Keys and meanings are the original's; an unknown key is refused. Keys of ours:
-`crop_size`.
+`crop_size`, `batch_size`, `lr_schedule`, `warmup_steps`, `max_grad_norm`.
 """
 
 import dataclasses
 import json
 import logging
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib import resources
@@ -20,45 +21,33 @@ from typing import Any
 
 from metroem.errors import UsageError
 from metroem.masks import SIMILARITY_RULES, SMOOTHNESS_RULES, MaskRule, MaskRules
-from metroem.specs.augmentations import Augmentation, parse_augmentation
+from metroem.specs.augmentations import (
+    Augmentation,
+    KnownWarp,
+    RandomFlip,
+    RandomSrcTgtSwap,
+    RandomTranspose,
+    RandomWarp,
+    parse_augmentation,
+)
 from metroem.specs.checks import check_keys, check_list, check_object
+from metroem.specs.losses import LossSpec, parse_losses
 
 logger = logging.getLogger(__name__)
 
-MODES = ("scratch", "finetune", "custom")
+MODES = (
+    "scratch",
+    "aligned",
+    "finetune",
+    "classic",
+    "classic_finetune",
+    "custom",
+)
+LR_SCHEDULES = ("constant", "cosine")
 DEFAULT_CROP_PX = 1024
-
-
-@dataclass(frozen=True)
-class LossSpec:
-    """Which loss a phase minimises.
-
-    Attributes:
-        type: "plain" or "metric"; what follows belongs to "metric".
-        levels: levels of the network whose embeddings are compared.
-        pre_align_sample: side of the tiles compared before alignment, px of
-            the level; None compares the whole images.
-        pre_align_weight: what their difference is worth.
-        norm_embeddings: bring each feature to mean 0, std 1 first.
-        sm_div: divide smoothness by 2**level.
-        train_thru: let the loss train the embeddings, not only the field.
-        pure_emb: measure the difference before alignment against a tgt that
-            a random field of up to 50 px has moved, not as the pair came.
-    """
-
-    type: str = "plain"
-    levels: tuple[int, ...] = (0,)
-    pre_align_sample: int | None = None
-    pre_align_weight: float = 0.7
-    norm_embeddings: bool = True
-    sm_div: bool = False
-    train_thru: bool = True
-    pure_emb: bool = False
-
-    @property
-    def embedding_levels(self) -> tuple[int, ...]:
-        """Levels whose embeddings the loss looks at."""
-        return self.levels if self.type == "metric" else ()
+_LAST_SHARE = 0.01  # of the learning rate, at the end of a cosine
+_COUNTS = ("num_epochs", "num_samples", "print_every", "crop_size", "batch_size")
+_MOVES_IMAGES = (RandomTranspose, RandomFlip, RandomSrcTgtSwap, RandomWarp, KnownWarp)
 
 
 @dataclass(frozen=True)
@@ -66,14 +55,20 @@ class Phase:
     """One entry of a stage's schedule.
 
     Attributes:
-        lr: learning rate of Adam.
+        lr: learning rate of Adam, at its highest.
         num_epochs: how often the pairs are gone through.
         smoothness: factor of rigidity in the loss.
-        num_samples: pairs of an epoch; None takes all.
+        num_samples: samples of an epoch, each pair as often as any other; None
+            takes each pair once.
         print_every: epochs from one log line and validation to the next.
         crop_size: side of a training sample, px of the module's mip; less
             where the patches are smaller.
-        loss: what is minimised.
+        batch_size: pairs of a step over all ranks; None leaves it to
+            --batch_size, which goes before it.
+        lr_schedule: "constant", or "cosine": falling to 1 % over the phase.
+        warmup_steps: over which the rate rises from 0 first.
+        max_grad_norm: gradients are clipped to this norm; None leaves them.
+        losses: what is minimised: their sum.
         similarity_rules: where similarity counts.
         smoothness_rules: where rigidity counts.
         augmentations: applied in turn.
@@ -85,10 +80,35 @@ class Phase:
     num_samples: int | None = None
     print_every: int = 1
     crop_size: int = DEFAULT_CROP_PX
-    loss: LossSpec = LossSpec()
+    batch_size: int | None = None
+    lr_schedule: str = "constant"
+    warmup_steps: int = 0
+    max_grad_norm: float | None = None
+    losses: tuple[LossSpec, ...] = (LossSpec(),)
     similarity_rules: MaskRules = SIMILARITY_RULES
     smoothness_rules: MaskRules = SMOOTHNESS_RULES
     augmentations: tuple[Augmentation, ...] = ()
+
+    @property
+    def embedding_levels(self) -> tuple[int, ...]:
+        """Levels whose embeddings the losses look at."""
+        return tuple(
+            sorted({level for loss in self.losses for level in loss.embedding_levels})
+        )
+
+    @property
+    def known_warp(self) -> KnownWarp | None:
+        """The augmentation that gives samples their truth, if there is one."""
+        warps = [a for a in self.augmentations if isinstance(a, KnownWarp)]
+        return warps[0] if warps else None
+
+    def rate(self, step: int, num_steps: int) -> float:
+        """The learning rate of one of the phase's steps, counted from 0."""
+        rate = self.lr * min(1.0, (step + 1) / (self.warmup_steps + 1))
+        if self.lr_schedule == "constant":
+            return rate
+        fall = (1 + math.cos(math.pi * step / max(num_steps, 1))) / 2
+        return rate * (_LAST_SHARE + (1 - _LAST_SHARE) * fall)
 
 
 @dataclass(frozen=True)
@@ -125,7 +145,7 @@ def load_schedule(mode: str, path: Path | None) -> Schedule:
     """Read the schedule of a train mode.
 
     Args:
-        mode: "scratch" or "finetune" (ours), or "custom".
+        mode: one of `MODES`: a schedule of ours, or "custom".
         path: JSON file, for "custom" alone.
 
     Raises:
@@ -172,7 +192,8 @@ def parse_schedule(tree: Any, source: str) -> Schedule:
 
 def _phase(entry: Any, where: str) -> Phase:
     entry = dict(check_object(entry, where))
-    loss = _loss(entry.pop("loss_spec", {"type": "plain"}), f"{where}: loss_spec")
+    spec = entry.pop("loss_spec", {"type": "plain"})
+    losses = parse_losses(spec, f"{where}: loss_spec")
     rules = {
         ours: parse_mask_rules(entry.pop(key), f"{where}: {key}")
         for key, ours in (
@@ -185,45 +206,58 @@ def _phase(entry: Any, where: str) -> Phase:
         parse_augmentation(spec, f"{where}: augmentations {number}")
         for number, spec in enumerate(check_list(entry.pop("augmentations", []), where))
     )
-    plain = ("lr", "num_epochs", "smoothness")
-    plain += ("num_samples", "print_every", "crop_size")
+    plain = ("lr", "num_epochs", "smoothness", *_COUNTS[1:])
+    plain += ("lr_schedule", "warmup_steps", "max_grad_norm")
     also = ("loss_spec", "mse_keys_to_apply", "sm_keys_to_apply", "augmentations")
     check_keys(entry, plain, where, also=also)
     missing = [key for key in plain[:3] if key not in entry]
     if missing:
         raise UsageError(f"{where}: {missing} missing")
-    phase = Phase(loss=loss, augmentations=augmentations, **rules, **entry)
+    phase = Phase(losses=losses, augmentations=augmentations, **rules, **entry)
     _check_numbers(phase, where)
+    _check_truth(phase, where)
     return phase
 
 
 def _check_numbers(phase: Phase, where: str) -> None:
     """Refuse values of the wrong kind or outside of what they mean."""
-    for key, at_least in (("lr", 0.0), ("smoothness", 0.0)):
+    for key in ("lr", "smoothness", "max_grad_norm"):
         value = getattr(phase, key)
-        if not isinstance(value, int | float) or not at_least <= value < float("inf"):
-            raise UsageError(f"{where}: {key} is {value!r}: expected a number >= 0")
-    for key in ("num_epochs", "num_samples", "print_every", "crop_size"):
-        value = getattr(phase, key)
-        if key == "num_samples" and value is None:
+        if key == "max_grad_norm" and value is None:
             continue
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise UsageError(f"{where}: {key} is {value!r}: expected a number >= 1")
-
-
-def _loss(spec: Any, where: str) -> LossSpec:
-    spec = check_object(spec, where)
-    check_keys(spec, ("type", "params"), where)
-    if spec.get("type") not in ("plain", "metric"):
+        if not isinstance(value, int | float) or not 0 <= value < math.inf:
+            raise UsageError(f"{where}: {key} is {value!r}: expected a number >= 0")
+    for key in (*_COUNTS, "warmup_steps"):
+        value = getattr(phase, key)
+        if key in ("num_samples", "batch_size") and value is None:
+            continue
+        least = 0 if key == "warmup_steps" else 1
+        if not isinstance(value, int) or isinstance(value, bool) or value < least:
+            raise UsageError(
+                f"{where}: {key} is {value!r}: expected a whole number >= {least}"
+            )
+    if phase.lr_schedule not in LR_SCHEDULES:
         raise UsageError(
-            f"{where}: type {spec.get('type')!r}: expected plain or metric"
+            f"{where}: lr_schedule is {phase.lr_schedule!r}: expected one of "
+            f"{LR_SCHEDULES}"
         )
-    params = dict(check_object(spec.get("params", {}), where))
-    known = tuple(f.name for f in dataclasses.fields(LossSpec) if f.name != "type")
-    check_keys(params, known, f"{where}: params")
-    if "levels" in params:
-        params["levels"] = tuple(check_list(params["levels"], f"{where}: levels"))
-    return LossSpec(type=spec["type"], **params)
+
+
+def _check_truth(phase: Phase, where: str) -> None:
+    """Refuse a loss without its truth, and what would spoil a truth."""
+    kinds = [type(a) for a in phase.augmentations]
+    if any(loss.type == "known_warp" for loss in phase.losses) != (KnownWarp in kinds):
+        raise UsageError(
+            f"{where}: the loss known_warp and the augmentation known_warp need each "
+            "other; give both or none"
+        )
+    after = kinds[kinds.index(KnownWarp) + 1 :] if KnownWarp in kinds else []
+    spoiling = [kind.__name__ for kind in after if kind in _MOVES_IMAGES]
+    if spoiling or kinds.count(KnownWarp) > 1:
+        raise UsageError(
+            f"{where}: augmentations: known_warp comes once, and after all that "
+            f"flips, swaps or warps a pair; after it came {spoiling or 'another one'}"
+        )
 
 
 def parse_mask_rules(spec: Any, where: str) -> MaskRules:

@@ -1,7 +1,6 @@
 """Training of one stage: its phases, epochs and steps, from where it stood."""
 
 import logging
-import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -13,9 +12,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 from metroem.aligner import Aligner
 from metroem.data.dataset import Split
-from metroem.data.epoch import EpochKey, TrainingEpoch
+from metroem.data.epoch import EpochKey, TrainingEpoch, num_steps
 from metroem.data.sample import Sample, stack_samples
-from metroem.errors import DatasetError
+from metroem.errors import DatasetError, UsageError
 from metroem.nets.checkpoint import checkpoint_path, save_weights
 from metroem.nets.loading import load_module
 from metroem.progress import progress
@@ -31,14 +30,8 @@ from metroem.training.checkpoint import (
     replace_file,
     save_state,
 )
-from metroem.training.step import (
-    Scores,
-    Step,
-    TrainingModel,
-    phase_loss,
-    train_step,
-    validate,
-)
+from metroem.training.objectives import phase_loss, with_natural_field
+from metroem.training.step import Scores, Step, TrainingModel, train_step, validate
 from metroem.training.stopping import Stopped, StopRequest
 
 logger = logging.getLogger(__name__)
@@ -59,7 +52,7 @@ class TrainingSettings:
         checkpoint_name: of the weights.
         device: of this rank.
         seed: what all chance is drawn from.
-        batch_size: pairs of a step, over all ranks.
+        batch_size: pairs of a step, over all ranks; None leaves it to the phase.
         num_workers: processes that read samples, per rank.
         precision: "fp32" or "bf16" inside the network.
     """
@@ -67,9 +60,25 @@ class TrainingSettings:
     checkpoint_name: str
     device: torch.device
     seed: int
-    batch_size: int
+    batch_size: int | None
     num_workers: int
     precision: str
+
+    def batch_of(self, phase: Phase) -> int:
+        """Pairs of a step of a phase, over all ranks: at least one each.
+
+        Raises:
+            UsageError: the ranks cannot share them evenly.
+        """
+        ranks = distributed.world_size()
+        size = self.batch_size or phase.batch_size or ranks
+        if size % ranks:
+            raise UsageError(
+                f"batch size {size} (--batch_size, or batch_size of the schedule): the "
+                f"pairs of a step are shared by {ranks} ranks; expected a multiple of "
+                f"{ranks}"
+            )
+        return size
 
 
 @dataclass(frozen=True)
@@ -186,14 +195,17 @@ class StageTrainer:
             self.settings.seed, self.job.module.stage, state.phase, state.epoch
         )
         epoch = TrainingEpoch(
-            self.job.split.training, phase, key, batch_size=self.settings.batch_size
+            self.job.split.training,
+            phase,
+            key,
+            batch_size=self.settings.batch_of(phase),
         )
         self.model.train()
-        num_steps = len(epoch) // self.settings.batch_size
+        size = self.settings.batch_of(phase)
         for sample in progress(
-            self._samples(epoch),
+            self._samples(epoch, size),
             f"stage {self.job.module.stage}, epoch {state.epoch + 1}, steps",
-            total=num_steps - state.step,
+            total=len(epoch) // size - state.step,
             log=False,
         ):
             # Chance within a step is a function of its place, as its sample is.
@@ -203,19 +215,30 @@ class StageTrainer:
             self._note(step, sample)
 
     def _step(self, phase: Phase, sample: Sample, generator: torch.Generator) -> Step:
-        levels = phase.loss.embedding_levels
         assert self.optimizer is not None
+        for group in self.optimizer.param_groups:
+            group["lr"] = self._rate(phase)
+        inner = getattr(self.model, "module", self.model)
+        sample = with_natural_field(sample, inner)
         return train_step(
-            lambda: self.model(sample, levels),
+            lambda: self.model(sample, phase.embedding_levels),
             lambda prediction: phase_loss(phase, sample, prediction, generator),
             self.optimizer,
             prior=sample.prior_field,
             stop=self.stop.code,
+            max_grad_norm=phase.max_grad_norm,
         )
 
-    def _samples(self, epoch: TrainingEpoch) -> Iterator[Sample]:
-        """This rank's batches of an epoch, from the current step on."""
-        size, ranks = self.settings.batch_size, distributed.world_size()
+    def _rate(self, phase: Phase) -> float:
+        """The learning rate of the step that comes next."""
+        pairs, size = self.job.split.training, self.settings.batch_of(phase)
+        steps = num_steps(phase, len(pairs), size)
+        done = self.state.epoch * steps + self.state.step
+        return phase.rate(done, phase.num_epochs * steps)
+
+    def _samples(self, epoch: TrainingEpoch, size: int) -> Iterator[Sample]:
+        """This rank's batches of `size` pairs in all, from the current step on."""
+        ranks = distributed.world_size()
         share = size // ranks
         first = distributed.rank() * share
         batches = [
@@ -307,7 +330,7 @@ class StageTrainer:
     ) -> None:
         """One line in the log, one object in the metrics file."""
         state, module = self.state, self.job.module
-        num_pairs = min(len(self.job.split.training), phase.num_samples or sys.maxsize)
+        num_pairs = phase.num_samples or len(self.job.split.training)
         logger.info(
             "stage %d mip %d phase %d/%d epoch %d/%d: train %s%s, %.1f s, %.1f pairs/s",
             *(module.stage, module.in_mip, state.phase + 1, len(self.job.phases)),
@@ -316,9 +339,9 @@ class StageTrainer:
             *(seconds, num_pairs / max(seconds, 1e-9)),
         )
         place = {"stage": module.stage, "phase": state.phase, "epoch": state.epoch}
-        scores = {"training": training._asdict()}
+        scores = {"training": training.as_json()}
         if validation is not None:
-            scores["validation"] = validation._asdict()
+            scores["validation"] = validation.as_json()
         append_json_line(self.run.metrics, {**place, **scores, "seconds": seconds})
         is_last = state.epoch + 1 == phase.num_epochs
         if is_last and (validation or training).change_px < COLLAPSED_PX:

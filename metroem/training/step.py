@@ -7,20 +7,16 @@ import torch
 from torch import Tensor, nn
 
 from metroem.aligner import Aligner, Prediction
-from metroem.data.augment import random_field
 from metroem.data.dataset import PairRef
 from metroem.data.epoch import ValidationPairs
 from metroem.data.sample import Sample, seeded_generator
-from metroem.loss import LossTerms, PairLoss, metric_loss, plain_loss
-from metroem.masks import PairMaps, weigh
-from metroem.specs.augmentations import RandomWarp
+from metroem.loss import LossTerms
 from metroem.specs.schedule import Phase
 from metroem.training.distributed import largest, rank, total, world_size
+from metroem.training.objectives import phase_loss, with_natural_field
 
 # A loss above this is taken for a failure, as in the original.
 BAD_LOSS = 1e3
-# "Before alignment" of a metric loss with pure_emb, as in the original.
-_PURE_EMBEDDING_WARP = RandomWarp(difficulty=2, min_disp=-50, max_disp=50)
 
 
 class Scores(NamedTuple):
@@ -30,21 +26,30 @@ class Scores(NamedTuple):
     similarity: float  # grey levels (or features) squared
     rigidity: float  # px^2
     before: float  # similarity before alignment, of a metric loss
+    epe_px: float  # distance from the field wanted, of known_warp and distil
     field_px: float  # mean length of the field, pixels
     change_px: float  # mean length of what it adds to the prior field, pixels
 
     def as_text(self) -> str:
         """The scores for a line of a log."""
-        return (
-            f"{self.loss:.4g} (similarity {self.similarity:.4g}, rigidity "
-            f"{self.rigidity:.3g}, field {self.field_px:.2f} px)"
-        )
+        parts = {
+            "epe": f"{self.epe_px:.3f} px",
+            "similarity": f"{self.similarity:.4g}",
+            "rigidity": f"{self.rigidity:.3g}",
+            "field": f"{self.field_px:.2f} px",
+        }
+        known = [f"{name} {text}" for name, text in parts.items() if "nan" not in text]
+        return f"{self.loss:.4g} ({', '.join(known)})"
+
+    def as_json(self) -> dict[str, float | None]:
+        """The scores by name; None for what is not known."""
+        return {k: None if v != v else v for k, v in self._asdict().items()}
 
 
 class Step(NamedTuple):
     """What one step did."""
 
-    scores: Tensor  # (6,) `Scores` of this rank's samples
+    scores: Tensor  # (7,) `Scores` of this rank's samples
     taken: bool  # False when a rank's loss or gradient was bad
     suspect: bool  # this rank's samples may be why it was not
     stop: int  # largest stop code of all ranks
@@ -70,41 +75,9 @@ class TrainingModel(nn.Module):
             level: type(pair)(pair.src.float(), pair.tgt.float())
             for level, pair in prediction.embeddings.items()
         }
-        return Prediction(prediction.field.float(), embeddings)
-
-
-def phase_loss(
-    phase: Phase,
-    sample: Sample,
-    prediction: Prediction,
-    generator: torch.Generator,
-) -> LossTerms:
-    """The loss that a phase minimises.
-
-    Args:
-        phase: what counts and how much.
-        sample: the batch.
-        prediction: field and embeddings of it.
-        generator: chance for `pure_emb`.
-    """
-    maps = PairMaps(sample.src, sample.tgt, sample.src_defects, sample.tgt_defects)
-    pair = PairLoss(
-        prediction.field,
-        weigh(phase.similarity_rules, maps),
-        weigh(phase.smoothness_rules, maps),
-        phase.smoothness,
-    )
-    if phase.loss.type == "plain":
-        return plain_loss(sample.src, sample.tgt, pair)
-    levels = [
-        (level, prediction.embeddings[level].src, prediction.embeddings[level].tgt)
-        for level in phase.loss.levels
-    ]
-    moved = None
-    if phase.loss.pure_emb:
-        moved = random_field(sample.src.shape[-2:], _PURE_EMBEDDING_WARP, generator)
-        moved = moved.to(sample.src.device)
-    return metric_loss(levels, pair, phase.loss, moved=moved)
+        return prediction._replace(
+            field=prediction.field.float(), embeddings=embeddings
+        )
 
 
 def train_step(
@@ -114,6 +87,7 @@ def train_step(
     *,
     prior: Tensor | None,
     stop: int,
+    max_grad_norm: float | None = None,
 ) -> Step:
     """One update from one batch; skipped on all ranks if any went bad.
 
@@ -126,25 +100,26 @@ def train_step(
         optimizer: of the model's parameters.
         prior: prior field of the batch, for the scores.
         stop: this rank's stop code; the largest of all ranks is returned.
+        max_grad_norm: gradients are clipped to it.
     """
     optimizer.zero_grad(set_to_none=True)
     prediction = predict()
     terms = loss_of(prediction)
     terms.total.backward()
-    gradients = [
-        p.grad
-        for group in optimizer.param_groups
-        for p in group["params"]
-        if p.grad is not None
-    ]
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    norm = torch.nn.utils.get_total_norm(
+        [p.grad for p in parameters if p.grad is not None]
+    )
     bad_loss = ~(terms.total.detach().abs() <= BAD_LOSS)
-    bad_gradient = ~torch.isfinite(torch.nn.utils.get_total_norm(gradients))
+    bad_gradient = ~torch.isfinite(norm)
     flags = torch.stack([bad_loss, bad_gradient, bad_loss]).float()
     flags[2] = stop
     any_bad_loss, any_bad_gradient, stop_anywhere = largest(flags).tolist()
     taken = not (any_bad_loss or any_bad_gradient)
     scores = scores_of(prediction, terms, prior)
     if taken:
+        if max_grad_norm is not None:
+            torch.nn.utils.clip_grads_with_norm_(parameters, max_grad_norm, norm)
         optimizer.step()
     return Step(
         scores,
@@ -157,7 +132,7 @@ def train_step(
 
 
 def scores_of(prediction: Prediction, terms: LossTerms, prior: Tensor | None) -> Tensor:
-    """The `Scores` of a batch, (6,), without gradients."""
+    """The `Scores` of a batch, (7,), without gradients."""
     field = prediction.field.detach()
     change = field if prior is None else field - prior
     lengths = [f.norm(dim=1).mean() for f in (field, change)]
@@ -178,21 +153,21 @@ def validate(
         model: a `TrainingModel`, or DDP around one; left in training mode.
         pairs: held out; without any there are no scores.
         phase: whose loss is measured.
-        seed: for losses that draw chance.
+        seed: of known warps, and of losses that draw chance.
         device: of the model.
     """
     if not pairs:
         return None
-    samples = ValidationPairs(pairs, phase)
+    samples = ValidationPairs(pairs, phase, seed)
     inner = getattr(model, "module", model)
     inner.eval()
     sums = torch.zeros(len(Scores._fields), device=device)
-    for index in range(rank(), len(pairs), world_size()):
-        sample = samples[index].to(device)
+    for index in range(rank(), len(samples), world_size()):
         with torch.no_grad():
-            prediction = inner(sample, phase.loss.embedding_levels)
+            sample = with_natural_field(samples[index].to(device), inner)
+            prediction = inner(sample, phase.embedding_levels)
             chance = seeded_generator(seed, index)
             terms = phase_loss(phase, sample, prediction, chance)
         sums += scores_of(prediction, terms, sample.prior_field)
     inner.train()
-    return Scores(*(total(sums) / len(pairs)).tolist())
+    return Scores(*(total(sums) / len(samples)).tolist())
