@@ -323,7 +323,7 @@ class Aligner(nn.Module):
         if not bool(alive.any()):
             return before.clone(), {}
         levels = (0,) if options.finetune else ()
-        (field, embeddings), state = self._predict(src, tgt, prior, levels)
+        (field, embeddings, _), state = self._predict(src, tgt, prior, levels)
         if options.finetune:
             maps = _pair_maps(src, tgt, defects, options)
             field = _finetuned(field, embeddings[0], maps, options)
