@@ -139,7 +139,8 @@ def _run_stages(
             for phase in phases:
                 settings.batch_of(phase)  # refused before hours of work
             split = _split(request, module)
-            train_stage(StageJob(module, phases, split, settings), run, stop)
+            before = tuple(m for m in modules if m.stage < module.stage)
+            train_stage(StageJob(module, phases, split, settings, before), run, stop)
             distributed.barrier()
         if module in to_generate:
             job = FieldJob(

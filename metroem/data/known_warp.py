@@ -27,10 +27,10 @@ from metroem.specs.augmentations import KnownWarp
 _LEVEL, _STEPS_AT_FULL_SIZE = 2, 2
 # The smooth part shrinks no place to less than this share. Its knots are at least
 # so many times as far apart as it moves them.
-_LEAST_DETERMINANT, _KNOTS_PER_PEAK = 0.3, 2.0
+_LEAST_DETERMINANT, _KNOTS_PER_PEAK = 0.3, 4.0
 # Draws lie between these shares of the largest peak or tear and the largest.
 _SMALLEST_PEAK, _SMALLEST_TEAR = 1 / 50, 1 / 4
-_SECOND_WAVE = 0.3  # largest share of the peak
+_HAS_SECOND_WAVE, _SECOND_WAVE = 0.3, 0.3  # largest share of the peak
 _IS_FOLD, _IS_DARK_FOLD, _IS_DARK_CRACK = 0.5, 0.8, 0.2
 _NEAR_PX = 48.0  # surroundings of a tear
 # Levels of detail that a prior field lacks, and the least error it is given, px.
@@ -190,8 +190,9 @@ def _smooth_field(
     rows, cols = (-(-size // 2**_LEVEL) for size in shape)
     peak = options.peak_px * math.exp(uniform(math.log(_SMALLEST_PEAK), 0.0, generator))
     field = _wave((rows, cols), peak, options, generator)
-    second = peak * uniform(0, _SECOND_WAVE, generator)
-    field = field + _wave((rows, cols), second, options, generator)
+    if happens(_HAS_SECOND_WAVE, generator):
+        second = peak * uniform(0, _SECOND_WAVE, generator)
+        field = field + _wave((rows, cols), second, options, generator)
     # Scaled down until it is far from folding over.
     while jacobian_determinant(field / 2**_LEVEL).min() < _LEAST_DETERMINANT:
         field = 0.85 * field

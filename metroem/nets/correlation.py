@@ -29,7 +29,7 @@ State = dict[str, dict[str, dict[str, Tensor]]]
 
 _SLOPE = 0.1  # of the leaky ReLUs
 # Sides of the neighbourhoods that votes are pooled over, px of the level.
-_POOLS = (2, 4, 8)
+_POOLS = (2, 4, 8, 16)
 _FIRST_SCALE = 8.0  # of a correlation of unit vectors, before the soft arg-max
 
 
@@ -71,12 +71,7 @@ def parse_correlation(spec: dict[str, Any], create_module: Any) -> "CorrelationN
             f"correlation: expected levels, a list, and nothing else; got {spec}"
         )
     try:
-        parsed = [
-            LevelSpec(
-                **{k: tuple(v) if isinstance(v, list) else v for k, v in one.items()}
-            )
-            for one in levels
-        ]
+        parsed = [_level(one) for one in levels]
     except (AttributeError, TypeError) as error:
         raise PyramidError(f"correlation: levels: {error}") from None
     if not parsed[-1].radius:
@@ -85,6 +80,14 @@ def parse_correlation(spec: dict[str, Any], create_module: Any) -> "CorrelationN
             "search begins there"
         )
     return CorrelationNet(parsed)
+
+
+def _level(spec: dict[str, Any]) -> LevelSpec:
+    lists = ("radius", "dilations")
+    values: dict[str, Any] = {
+        key: tuple(value) if key in lists else value for key, value in spec.items()
+    }
+    return LevelSpec(**values)
 
 
 class CorrelationNet(nn.Module):
@@ -222,7 +225,7 @@ class Step(nn.Module):
         self.from_hidden = _convolution(before, spec.hidden, size=1) if before else None
         self.blocks = nn.Sequential(*(Residual(spec.hidden, d) for d in spec.dilations))
         self.to_window = _convolution(spec.hidden, window, size=1)
-        self.to_pools = _convolution(spec.hidden, 2 + len(_POOLS))
+        self.to_pools = _convolution(spec.hidden, 3 + len(_POOLS))
         self.to_change = _convolution(spec.hidden, 2)
         for layer in (self.to_window, self.to_change):
             nn.init.zeros_(layer.weight)
@@ -252,9 +255,9 @@ class Step(nn.Module):
         x = self.blocks(_activated(x))
         weights = (alike + self.to_window(x)).permute(0, 2, 3, 1).float().softmax(-1)
         votes = weights @ window_offsets(self.radius, weights.device)
-        trust, *shares = self.to_pools(x).float().split((1, 1 + len(_POOLS)), 1)
+        trust, shares = self.to_pools(x).float().split((1, 2 + len(_POOLS)), 1)
         votes = votes.permute(0, 3, 1, 2).contiguous()
-        change = _pooled(votes, trust.sigmoid(), shares[0].softmax(1))
+        change = _pooled(votes, trust.sigmoid(), shares.softmax(1))
         change = (change + self.to_change(x).float()).contiguous()
         return (change if field is None else compose(change, field)), x
 
@@ -265,8 +268,8 @@ def _pooled(votes: Tensor, trust: Tensor, shares: Tensor) -> Tensor:
     Args:
         votes: (B, 2, H, W).
         trust: (B, 1, H, W), > 0.
-        shares: (B, 1 + len(_POOLS), H, W): of the votes themselves and of each
-            neighbourhood; they sum to 1.
+        shares: (B, 2 + len(_POOLS), H, W): of the votes themselves, of each
+            neighbourhood, and of no change at all; they sum to 1.
     """
     rows, cols = votes.shape[-2:]
     weighted = torch.cat((votes * trust, trust), 1)

@@ -12,7 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from metroem.aligner import Aligner
 from metroem.data.dataset import Split
-from metroem.data.epoch import EpochKey, TrainingEpoch, num_steps
+from metroem.data.epoch import EpochKey, TrainingEpoch, ValidationPairs, num_steps
 from metroem.data.sample import Sample, stack_samples
 from metroem.errors import DatasetError, UsageError
 from metroem.nets.checkpoint import checkpoint_path, save_weights
@@ -31,6 +31,7 @@ from metroem.training.checkpoint import (
     save_state,
 )
 from metroem.training.objectives import phase_loss, with_natural_field
+from metroem.training.priors import StagesBefore
 from metroem.training.step import Scores, Step, TrainingModel, train_step, validate
 from metroem.training.stopping import Stopped, StopRequest
 
@@ -83,12 +84,21 @@ class TrainingSettings:
 
 @dataclass(frozen=True)
 class StageJob:
-    """What is to be trained, and on what."""
+    """What is to be trained, and on what.
+
+    Attributes:
+        module: what is trained.
+        phases: of its schedule, in turn.
+        split: its pairs.
+        settings: of the run.
+        before: the stages before it.
+    """
 
     module: ModuleSpec
     phases: tuple[Phase, ...]
     split: Split
     settings: TrainingSettings
+    before: tuple[ModuleSpec, ...] = ()
 
     def fingerprint(self) -> dict[str, Any]:
         """What must be equal for a run to go on from a saved state."""
@@ -159,6 +169,12 @@ class StageTrainer:
         self.settings = job.settings
         self.is_first_rank = distributed.rank() == 0
         self.aligner = self._load_aligner(is_fresh=state is None)
+        self.before = StagesBefore(
+            job.module.in_mip,
+            job.before,
+            job.settings.checkpoint_name,
+            job.settings.device,
+        )
         self.state = state or TrainingState(job.fingerprint())
         if state is None:
             self.state.net = self.aligner.net.state_dict()
@@ -219,7 +235,7 @@ class StageTrainer:
         for group in self.optimizer.param_groups:
             group["lr"] = self._rate(phase)
         inner = getattr(self.model, "module", self.model)
-        sample = with_natural_field(sample, inner)
+        sample = with_natural_field(self.before.with_prior(sample), inner)
         return train_step(
             lambda: self.model(sample, phase.embedding_levels),
             lambda prediction: phase_loss(phase, sample, prediction, generator),
@@ -307,8 +323,8 @@ class StageTrainer:
         state.sums = []
         validation = validate(
             self.model,
-            self.job.split.validation,
-            phase,
+            ValidationPairs(self.job.split.validation, phase, self.settings.seed),
+            self.before,
             seed=self.settings.seed,
             device=self.settings.device,
         )

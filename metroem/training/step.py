@@ -1,19 +1,18 @@
 """One update from one batch, and what held-out pairs say of it."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from metroem.aligner import Aligner, Prediction
-from metroem.data.dataset import PairRef
 from metroem.data.epoch import ValidationPairs
 from metroem.data.sample import Sample, seeded_generator
 from metroem.loss import LossTerms
-from metroem.specs.schedule import Phase
 from metroem.training.distributed import largest, rank, total, world_size
 from metroem.training.objectives import phase_loss, with_natural_field
+from metroem.training.priors import StagesBefore
 
 # A loss above this is taken for a failure, as in the original.
 BAD_LOSS = 1e3
@@ -141,8 +140,8 @@ def scores_of(prediction: Prediction, terms: LossTerms, prior: Tensor | None) ->
 
 def validate(
     model: nn.Module,
-    pairs: Sequence[PairRef],
-    phase: Phase,
+    samples: ValidationPairs,
+    before: StagesBefore,
     *,
     seed: int,
     device: torch.device,
@@ -151,20 +150,22 @@ def validate(
 
     Args:
         model: a `TrainingModel`, or DDP around one; left in training mode.
-        pairs: held out; without any there are no scores.
-        phase: whose loss is measured.
-        seed: of known warps, and of losses that draw chance.
+        samples: held out, of the phase whose loss is measured; without any there
+            are no scores.
+        before: the stages before, which give samples of known warps their prior.
+        seed: of losses that draw chance.
         device: of the model.
     """
-    if not pairs:
+    if not len(samples):
         return None
-    samples = ValidationPairs(pairs, phase, seed)
+    phase = samples.phase
     inner = getattr(model, "module", model)
     inner.eval()
     sums = torch.zeros(len(Scores._fields), device=device)
     for index in range(rank(), len(samples), world_size()):
         with torch.no_grad():
-            sample = with_natural_field(samples[index].to(device), inner)
+            sample = before.with_prior(samples[index].to(device))
+            sample = with_natural_field(sample, inner)
             prediction = inner(sample, phase.embedding_levels)
             chance = seeded_generator(seed, index)
             terms = phase_loss(phase, sample, prediction, chance)
