@@ -52,6 +52,17 @@ class LevelSpec:
     hidden: int = 0
     dilations: tuple[int, ...] = ()
 
+    def __post_init__(self) -> None:
+        """Refuse sizes that torch would only stumble over later (PyramidError)."""
+        sizes = [self.features, *self.radius, *self.dilations]
+        sizes += [self.hidden] if self.radius else []
+        are_whole = all(type(size) is int for size in (*sizes, self.blocks))
+        if not are_whole or min(*sizes, self.blocks + 1) < 1:
+            raise PyramidError(
+                f"correlation: {self}: expected whole numbers above 0; a level with a "
+                "radius needs hidden, and blocks may be 0"
+            )
+
 
 def parse_correlation(spec: dict[str, Any], create_module: Any) -> "CorrelationNet":
     """The network of a spec of type "correlation".
