@@ -4,7 +4,12 @@ import pytest
 import torch
 
 from metroem.loss import (
+    COARSER,
+    LossTerms,
     PairLoss,
+    Wanted,
+    added,
+    endpoint_loss,
     metric_loss,
     normalize_features,
     plain_loss,
@@ -15,7 +20,7 @@ from metroem.loss import (
     weighted_mean,
 )
 from metroem.masks import PairWeight
-from metroem.specs.schedule import LossSpec
+from metroem.specs.losses import LossSpec
 
 ROWS, COLS = 40, 56
 
@@ -169,3 +174,100 @@ def test_without_train_thru_the_embeddings_are_not_trained():
     tgt = torch.roll(features, -2, dims=-1)
     metric_loss([(0, features, tgt)], pair_loss(field), spec).total.backward()
     assert features.grad is None and field.grad is not None
+
+
+def constant(d_cols, d_rows, rows=ROWS, cols=COLS, batch=1):
+    field = torch.tensor([d_cols, d_rows], dtype=torch.float32).view(1, 2, 1, 1)
+    return field.repeat(batch, 1, rows, cols)
+
+
+def wanted(field, weight=None):
+    rows, cols = field.shape[-2:]
+    full = torch.ones(len(field), 1, rows, cols)
+    return Wanted(field, full if weight is None else weight)
+
+
+def test_the_endpoint_error_by_hand():
+    terms = endpoint_loss(constant(4, -3), {}, wanted(constant(1, 1)))
+    assert float(terms.epe) == pytest.approx(5, rel=1e-5)  # |(3, -4)|
+    assert terms.total == terms.epe
+    for term in (terms.similarity, terms.rigidity, terms.before):
+        assert math.isnan(term) and not term.requires_grad
+
+
+def test_the_endpoint_error_is_weighted_per_sample():
+    # 3 px off on the left, 1 on the right; the first sample counts the left once
+    # and the right three times, the second the right alone.
+    field = constant(3, 0, batch=2)
+    field[..., COLS // 2 :] = torch.tensor([1.0, 0.0]).view(2, 1, 1)
+    weight = torch.ones(2, 1, ROWS, COLS)
+    weight[0, ..., COLS // 2 :] = 3
+    weight[1, ..., : COLS // 2] = 0
+    terms = endpoint_loss(field, {}, wanted(constant(0, 0, batch=2), weight))
+    assert float(terms.epe) == pytest.approx(((3 + 3) / 4 + 1) / 2, rel=1e-4)
+
+
+def test_where_nothing_counts_the_endpoint_error_is_0():
+    nothing = torch.zeros(1, 1, ROWS, COLS)
+    terms = endpoint_loss(constant(9, 9), {}, wanted(constant(0, 0), nothing))
+    assert float(terms.total) == 0
+
+
+def test_fields_of_coarser_levels_count_less():
+    # Off by 2, 4 and 8 px of the input: by 1, 1 and 1 px of levels 1, 2 and 3.
+    # The truth, (8, -16) px, is (4, -8), (2, -4), (1, -2) px of them.
+    coarse = {
+        3: constant(1 + 1, -2, 5, 7),
+        1: constant(4, -8 + 1, 20, 28),
+        2: constant(2 - 1, -4, 10, 14),
+    }
+    field = constant(8, -14)
+    terms = endpoint_loss(field, coarse, wanted(constant(8, -16)))
+    assert float(terms.epe) == pytest.approx(2, rel=1e-3)
+    expected = 2 + 4 * COARSER + 8 * COARSER**2
+    assert float(terms.total) == pytest.approx(expected, rel=1e-3)
+
+
+def test_levels_of_a_padded_network_are_cut_to_the_truth():
+    # 37 x 45 px in a network that pads to 48 x 48: what it finds there is nothing.
+    rows, cols = 37, 45
+    coarse = {1: constant(1, 0, 24, 24), 3: constant(0.25, 0, 6, 6)}
+    coarse[1][..., 19:, :], coarse[1][..., 23:] = 1e6, 1e6
+    terms = endpoint_loss(
+        constant(2, 0, rows, cols), coarse, wanted(constant(2, 0, rows, cols))
+    )
+    assert float(terms.epe) < 0.03
+
+
+def test_a_coarse_pixel_counts_as_the_least_of_its_pixels():
+    field = torch.zeros(1, 2, ROWS // 2, COLS // 2)
+    field[..., 10] = 1000
+    weight = torch.ones(1, 1, ROWS, COLS)
+    weight[..., 21] = 0  # one of the two cols of coarse col 10
+    terms = endpoint_loss(constant(0, 0), {1: field}, wanted(constant(0, 0), weight))
+    assert float(terms.epe) < 0.03
+
+
+def test_the_endpoint_error_leads_to_the_truth_and_rests_there():
+    field = constant(0, 0).requires_grad_()
+    endpoint_loss(field, {}, wanted(constant(3, -2))).total.backward()
+    assert (field.grad[0, 0] < 0).all() and (field.grad[0, 1] > 0).all()
+    at_rest = constant(3, -2).requires_grad_()
+    endpoint_loss(at_rest, {}, wanted(constant(3, -2))).total.backward()
+    assert not at_rest.grad.any()
+
+
+def test_losses_are_added_and_their_terms_averaged_where_known():
+    nothing = torch.tensor(float("nan"))
+    one = LossTerms(*map(torch.tensor, (1.0, 2.0, 3.0)), nothing, nothing)
+    two = LossTerms(torch.tensor(10.0), nothing, torch.tensor(5.0), nothing, nothing)
+    terms = added([one, two], [2.0, 0.5])
+    assert (terms.total, terms.similarity, terms.rigidity) == (7, 2, 4)
+    assert math.isnan(terms.before) and math.isnan(terms.epe)
+
+
+def test_gradients_of_added_losses_keep_their_weights():
+    a, b = (torch.tensor(2.0, requires_grad=True) for _ in range(2))
+    terms = [LossTerms(*[leaf] * 5) for leaf in (a, b)]
+    added(terms, [3.0, 0.25]).total.backward()
+    assert (a.grad, b.grad) == (3, 0.25)

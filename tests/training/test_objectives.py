@@ -1,0 +1,251 @@
+"""What a phase minimises, on fields whose errors are known."""
+
+import math
+
+import pytest
+import torch
+
+from metroem.aligner import Embedding, Prediction
+from metroem.data.known_warp import known_warp
+from metroem.data.sample import Sample, seeded_generator, stack_samples
+from metroem.field import compose, warp
+from metroem.loss import PairLoss, plain_loss, rigidity_map
+from metroem.masks import PairMaps, grow, weigh
+from metroem.specs.augmentations import KnownWarp
+from metroem.specs.losses import LossSpec
+from metroem.specs.schedule import Phase
+from metroem.training.objectives import phase_loss, with_natural_field
+
+ROWS, COLS = 48, 72
+KNOWN, PLAIN = LossSpec("known_warp"), LossSpec("plain")
+
+
+def phase_of(*losses, smoothness=0.0):
+    return Phase(lr=1e-3, num_epochs=1, smoothness=smoothness, losses=losses)
+
+
+def constant(d_cols, d_rows, rows=ROWS, cols=COLS):
+    field = torch.tensor([d_cols, d_rows], dtype=torch.float32).view(1, 2, 1, 1)
+    return field.repeat(1, 1, rows, cols)
+
+
+def texture(rows=ROWS, cols=COLS, *, d_rows=0.0, d_cols=0.0):
+    row, col = torch.meshgrid(
+        torch.arange(float(rows)) + d_rows,
+        torch.arange(float(cols)) + d_cols,
+        indexing="ij",
+    )
+    return (torch.sin(row / 7) + torch.cos(col / 9) + 3)[None, None]
+
+
+@pytest.fixture
+def sample():
+    """The truth is (2, -1) px everywhere."""
+    return Sample(
+        texture(),
+        texture(d_cols=2, d_rows=-1),
+        None,
+        ("a",),
+        truth=constant(2, -1),
+        truth_valid=torch.ones(1, 1, ROWS, COLS, dtype=torch.bool),
+    )
+
+
+def loss_of(phase, sample, prediction):
+    return phase_loss(phase, sample, prediction, seeded_generator(3))
+
+
+def test_a_constant_error_is_the_endpoint_error(sample):
+    terms = loss_of(phase_of(KNOWN), sample, Prediction(constant(5, 3), {}))
+    assert float(terms.total) == pytest.approx(5, rel=1e-5)  # (3, 4) off
+    assert float(terms.epe) == pytest.approx(5, rel=1e-5)
+    for unknown in (terms.similarity, terms.rigidity, terms.before):
+        assert math.isnan(unknown)
+
+
+def test_the_truth_itself_costs_next_to_nothing(sample):
+    terms = loss_of(phase_of(KNOWN), sample, Prediction(sample.truth.clone(), {}))
+    assert float(terms.total) < 0.02
+
+
+def test_where_the_truth_is_not_valid_nothing_counts(sample):
+    valid = sample.truth_valid.clone()
+    valid[..., :30] = False
+    field = sample.truth.clone()
+    field[..., :30] += 100
+    known = sample._replace(truth_valid=valid)
+    assert float(loss_of(phase_of(KNOWN), known, Prediction(field, {})).epe) < 0.02
+
+
+@pytest.mark.parametrize("side", ["src", "tgt"])
+def test_what_one_image_does_not_show_counts_less(sample, side):
+    # Half of the image is blank on one side; its field is 100 px off there.
+    image = getattr(sample, side).clone()
+    image[..., : COLS // 2] = 0
+    field = sample.truth.clone()
+    field[..., : COLS // 2] += 100 / 2**0.5
+    shown = loss_of(phase_of(KNOWN), sample, Prediction(field, {}))
+    blank = loss_of(
+        phase_of(KNOWN), sample._replace(**{side: image}), Prediction(field, {})
+    )
+    assert float(shown.epe) == pytest.approx(50, rel=0.05)
+    assert 1 < float(blank.epe) < 25
+
+
+def test_rigidity_counts_only_with_smoothness(sample):
+    stretched = sample.truth.clone()
+    stretched[:, 0] += 0.1 * torch.arange(float(COLS))
+    prediction = Prediction(stretched, {})
+    without, with_some = (
+        loss_of(phase_of(KNOWN, smoothness=s), sample, prediction) for s in (0.0, 7.0)
+    )
+    strain = rigidity_map(stretched).mean()
+    assert math.isnan(without.rigidity)
+    torch.testing.assert_close(with_some.rigidity, strain)
+    torch.testing.assert_close(with_some.total, without.total + 7 * strain)
+
+
+def test_losses_are_added_with_their_weights(sample):
+    mixed = phase_of(
+        LossSpec("known_warp", weight=0.5), LossSpec("plain", weight=3), smoothness=2.0
+    )
+    prediction = Prediction(constant(2, 3), {})
+    known, plain = (
+        loss_of(phase_of(spec, smoothness=2.0), sample, prediction)
+        for spec in (KNOWN, PLAIN)
+    )
+    terms = loss_of(mixed, sample, prediction)
+    torch.testing.assert_close(terms.total, 0.5 * known.total + 3 * plain.total)
+    torch.testing.assert_close(terms.epe, known.epe)
+    torch.testing.assert_close(terms.similarity, plain.similarity)
+
+
+def test_a_metric_loss_looks_at_the_embeddings_of_its_levels(sample):
+    def features(image, level):
+        both = torch.cat((image, image**2, 1 / image), 1)
+        return torch.nn.functional.avg_pool2d(both, 2**level)
+
+    embeddings = {
+        level: Embedding(features(sample.src, level), features(sample.tgt, level))
+        for level in (0, 1)
+    }
+    prediction = Prediction(sample.truth, embeddings)
+    one, two, both = (
+        loss_of(phase_of(LossSpec("metric", levels=levels)), sample, prediction)
+        for levels in ((0,), (1,), (0, 1))
+    )
+    assert float(one.before) > 0.01 and math.isnan(one.epe)
+    torch.testing.assert_close(both.total, (one.total + two.total) / 2)
+
+
+def test_a_metric_loss_may_measure_against_a_moved_tgt(sample):
+    image = torch.cat((sample.tgt, sample.tgt), 1)
+    prediction = Prediction(0 * sample.truth, {0: Embedding(image, image)})
+    still, moved = (
+        loss_of(phase_of(LossSpec("metric", pure_emb=pure)), sample, prediction)
+        for pure in (False, True)
+    )
+    assert float(still.before) == 0 and float(moved.before) > 0.01
+    torch.testing.assert_close(still.similarity, moved.similarity)
+
+
+def test_gradients_of_a_mix_lead_to_the_truth(sample):
+    field = constant(0, 0).requires_grad_()
+    mixed = phase_of(KNOWN, PLAIN, smoothness=1.0)
+    loss_of(mixed, sample, Prediction(field, {})).total.backward()
+    # Less of the loss with more along cols, and with less along rows.
+    assert field.grad[0, 0].sum() < 0 < field.grad[0, 1].sum()
+
+
+NATURAL = (4.0, -3.0)
+
+
+class Knows:
+    """A network that finds one natural field, and notes what it was shown."""
+
+    def __init__(self, field):
+        self.field, self.shown = field, []
+
+    def __call__(self, sample, levels):
+        assert not torch.is_grad_enabled() and levels == ()
+        self.shown.append(sample)
+        return Prediction(self.field.expand(len(sample.src), -1, -1, -1), {})
+
+
+def unaligned(seed, prior=None):
+    """src lies `NATURAL` from tgt, and is warped on top of that."""
+    rows, cols = 2 * ROWS, 2 * COLS
+    src = texture(rows, cols)
+    tgt = texture(rows, cols, d_cols=NATURAL[0], d_rows=NATURAL[1])
+    options = KnownWarp(prob=1, same=0, tear=0, peak_px=8, shift_px=4)
+    given = Sample(src, tgt, prior, (f"pair {seed}",))
+    return known_warp(given, options, seeded_generator(seed))
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_natural_field_completes_the_truth(seed):
+    known = unaligned(seed)
+    natural = constant(*NATURAL, 2 * ROWS, 2 * COLS)
+    done = with_natural_field(known, Knows(natural))
+
+    torch.testing.assert_close(done.truth, compose(natural, known.truth))
+    # h at the place in the natural src that belongs to a pixel of tgt.
+    expected = natural[..., 3:, :-4] + known.truth[..., :-3, 4:]
+    torch.testing.assert_close(done.truth[..., 3:, :-4], expected, atol=1e-3, rtol=0)
+    inside = ~grow(~done.truth_valid, 4)
+    error = (warp(done.src, done.truth) - done.tgt).abs()
+    # (1/7**2 + 1/9**2) / 8 and some hundredths of a pixel on a slope of 1/7 + 1/9.
+    assert inside.float().mean() > 0.4 and error[inside].max() < 0.02
+    before = (warp(known.src, known.truth) - known.tgt).abs()
+    assert before[inside].mean() > 0.1
+
+
+def test_the_network_is_shown_the_pair_before_the_warp():
+    prior = constant(1, 1, 2 * ROWS, 2 * COLS)
+    known = unaligned(1, prior)
+    network = Knows(constant(*NATURAL, 2 * ROWS, 2 * COLS))
+    done = with_natural_field(known, network)
+    (shown,) = network.shown
+    assert torch.equal(shown.src, texture(2 * ROWS, 2 * COLS))
+    assert torch.equal(shown.prior_field, prior) and torch.equal(shown.tgt, known.tgt)
+    assert done.unwarped_src is None and done.unwarped_prior is None
+    assert torch.equal(done.prior_field, known.prior_field)
+    assert torch.equal(done.src, known.src)
+
+
+def test_validity_moves_with_the_natural_field():
+    known = unaligned(2)
+    valid = torch.zeros_like(known.truth_valid)
+    valid[..., 20:40, 50:80] = True
+    natural = constant(*NATURAL, 2 * ROWS, 2 * COLS)
+    done = with_natural_field(known._replace(truth_valid=valid), Knows(natural))
+    expected = torch.zeros_like(valid)
+    expected[..., 23:43, 46:76] = True
+    assert torch.equal(done.truth_valid, expected)
+
+
+def test_each_pair_of_a_batch_gets_its_own_truth():
+    pairs = [unaligned(seed) for seed in range(3)]
+    network = Knows(constant(*NATURAL, 2 * ROWS, 2 * COLS))
+    done = with_natural_field(stack_samples(pairs), network)
+    assert len(network.shown) == 1
+    for i, pair in enumerate(pairs):
+        alone = with_natural_field(pair, network)
+        torch.testing.assert_close(done.truth[i : i + 1], alone.truth)
+
+
+def test_an_aligned_pair_is_left_as_it_is(sample):
+    assert with_natural_field(sample, Knows(sample.truth)) is sample
+
+
+def test_a_plain_loss_masks_as_the_rules_of_its_phase_say(sample):
+    phase = phase_of(PLAIN, smoothness=3.0)
+    maps = PairMaps(sample.src, sample.tgt)
+    pair = PairLoss(
+        sample.truth,
+        weigh(phase.similarity_rules, maps),
+        weigh(phase.smoothness_rules, maps),
+        3.0,
+    )
+    found = loss_of(phase, sample, Prediction(sample.truth, {}))
+    assert found.total == plain_loss(sample.src, sample.tgt, pair).total
