@@ -25,6 +25,7 @@ from metroem.nets.building import build_net, stock_warnings_silenced
 from metroem.nets.checkpoint import checkpoint_path, load_weights, save_weights
 from metroem.nets.options import AlignerOptions
 from metroem.normalize import normalize
+from metroem.unfold import unfold
 
 State = dict[str, dict[str, dict[str, Tensor]]]
 Defects = tuple[Tensor | None, Tensor | None]
@@ -327,6 +328,8 @@ class Aligner(nn.Module):
         if options.finetune:
             maps = _pair_maps(src, tgt, defects, options)
             field = _finetuned(field, embeddings[0], maps, options)
+        if self.operators == "corrected":  # stock modules keep their numbers
+            field = unfold(field)
         return torch.where(alive, field, before), state
 
 

@@ -26,7 +26,7 @@ def templates() -> list[str]:
 
 
 def init_pyramid(
-    path: Path, mips: Sequence[int], template: str = "scalenet"
+    path: Path, mips: Sequence[int], template: str = "correlation"
 ) -> list[Path]:
     """Make a pyramid of untrained modules.
 

@@ -16,6 +16,7 @@ FLOORS = {
     "masks": 1,
     "normalize": 1,
     "metrics": 1,
+    "unfold": 1,
     "loss": 2,
     "io": 2,
     "specs": 2,

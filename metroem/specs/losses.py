@@ -6,11 +6,12 @@ or a list of such objects, whose losses are added, each times its `weight`.
 """
 
 import dataclasses
+import math
 from dataclasses import dataclass
 from typing import Any
 
 from metroem.errors import UsageError
-from metroem.specs.checks import check_keys, check_list, check_object
+from metroem.specs.checks import check_keys, check_object
 
 # Each type of loss and the params that it takes.
 _PARAMS: dict[str, tuple[str, ...]] = {
@@ -78,8 +79,8 @@ def parse_losses(spec: Any, where: str) -> tuple[LossSpec, ...]:
         where: its place, for messages.
 
     Raises:
-        UsageError: an unknown type or key, a weight that is no number above 0,
-            or no loss at all.
+        UsageError: an unknown type or key, a value of the wrong kind or outside
+            of its range, or no loss at all.
     """
     if not isinstance(spec, list):
         return (_parse_loss(spec, where),)
@@ -92,17 +93,37 @@ def _parse_loss(spec: Any, where: str) -> LossSpec:
     spec = check_object(spec, where)
     check_keys(spec, ("type", "weight", "params"), where)
     kind, weight = spec.get("type"), spec.get("weight", 1.0)
-    if kind not in _PARAMS:
+    if not isinstance(kind, str) or kind not in _PARAMS:
         raise UsageError(f"{where}: type {kind!r}: expected one of {list(_PARAMS)}")
-    if isinstance(weight, bool) or not isinstance(weight, int | float) or weight <= 0:
+    if not _is_number(weight) or weight == 0:
         raise UsageError(f"{where}: weight {weight!r}: expected a number above 0")
     params = dict(check_object(spec.get("params", {}), where))
     check_keys(params, _PARAMS[kind], f"{where}: params of {kind}")
+    for key, value in params.items():
+        if (wanted := _objection(key, value)) is not None:
+            raise UsageError(f"{where}: {key} is {value!r}: expected {wanted}")
     if "levels" in params:
-        params["levels"] = tuple(check_list(params["levels"], f"{where}: levels"))
-    iterations = params.get("iterations", 1)
-    if not isinstance(iterations, int) or iterations < 1:
-        raise UsageError(
-            f"{where}: iterations {iterations!r}: expected a whole number >= 1"
-        )
+        params["levels"] = tuple(params["levels"])
     return dataclasses.replace(LossSpec(kind, weight=float(weight)), **params)
+
+
+def _objection(key: str, value: Any) -> str | None:
+    """What was expected of a param that cannot be; None for one that can."""
+    match key:
+        case "levels":
+            levels = value if isinstance(value, list) else []
+            fits = bool(levels) and all(type(v) is int and v >= 0 for v in levels)
+            return None if fits else "a list of levels, whole numbers >= 0"
+        case "pre_align_weight":
+            return None if _is_number(value) else "a number >= 0"
+        case "pre_align_sample" if value is None:
+            return None
+        case "pre_align_sample" | "iterations":
+            fits = type(value) is int and value >= 1
+            return None if fits else "a whole number >= 1"
+    return None if isinstance(value, bool) else "true or false"
+
+
+def _is_number(value: Any) -> bool:
+    is_one = isinstance(value, int | float) and not isinstance(value, bool)
+    return is_one and 0 <= value < math.inf
