@@ -225,7 +225,8 @@ def _check_numbers(phase: Phase, where: str) -> None:
         value = getattr(phase, key)
         if key == "max_grad_norm" and value is None:
             continue
-        if not isinstance(value, int | float) or not 0 <= value < math.inf:
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        if not is_number or not 0 <= value < math.inf:
             raise UsageError(f"{where}: {key} is {value!r}: expected a number >= 0")
     for key in (*_COUNTS, "warmup_steps"):
         value = getattr(phase, key)

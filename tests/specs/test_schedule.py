@@ -1,36 +1,50 @@
 import json
 import logging
+import math
 from pathlib import Path
 
 import pytest
 
 from metroem.errors import UsageError
 from metroem.masks import SIMILARITY_RULES, MaskRule
-from metroem.specs.augmentations import RandomTranspose, RandomWarp
-from metroem.specs.schedule import (
-    LossSpec,
-    load_schedule,
-    parse_schedule,
-)
+from metroem.specs.augmentations import KnownWarp, RandomTranspose, RandomWarp
+from metroem.specs.losses import LossSpec
+from metroem.specs.schedule import MODES, Phase, load_schedule, parse_schedule
 
 PHASE = {"lr": 1e-3, "num_epochs": 5, "smoothness": 10}
 
 
-def test_the_stock_schedules_are_those_of_the_original():
-    scratch = load_schedule("scratch", None)
-    assert sorted(scratch.phases) == [3, 4, 5, 6, 7]
-    plain, metric = scratch.for_mip(5)
-    assert (plain.loss.type, plain.num_epochs, plain.lr) == ("plain", 100, 3e-5)
-    assert (metric.loss.type, metric.num_epochs, metric.smoothness) == (
-        "metric",
-        4000,
-        25,
+def test_the_classic_schedules_are_those_of_the_original():
+    classic = load_schedule("classic", None)
+    assert sorted(classic.phases) == [3, 4, 5, 6, 7]
+    plain, metric = classic.for_mip(5)
+    assert (plain.losses, plain.num_epochs, plain.lr) == ((LossSpec(),), 100, 3e-5)
+    assert (metric.num_epochs, metric.smoothness) == (4000, 25)
+    (loss,) = metric.losses
+    assert (loss.type, loss.pre_align_sample, loss.pre_align_weight) == (
+        *("metric", 32),
+        0.8,
     )
-    assert metric.loss.pre_align_weight == 0.8
-    (finetune,) = load_schedule("finetune", None).for_mip(7)
+    assert metric.lr_schedule == "constant" and metric.max_grad_norm is None
+    (finetune,) = load_schedule("classic_finetune", None).for_mip(7)
     assert finetune.lr == 5e-6
     (warp,) = [a for a in finetune.augmentations if isinstance(a, RandomWarp)]
     assert warp.prob == 0.8 and warp.max_disp == 12
+
+
+@pytest.mark.parametrize("mode", ["scratch", "aligned", "finetune"])
+@pytest.mark.parametrize("mip", [0, 2, 5])
+def test_our_schedules_know_the_truth_at_every_mip(mode, mip):
+    for phase in load_schedule(mode, None).for_mip(mip):
+        assert "known_warp" in [loss.type for loss in phase.losses]
+        assert phase.known_warp is not None
+        assert phase.known_warp.aligned == (mode == "aligned")
+
+
+def test_every_mode_but_custom_has_a_schedule():
+    for mode in MODES[:-1]:
+        assert load_schedule(mode, None).phases
+    assert MODES[-1] == "custom"
 
 
 def test_a_mip_without_an_entry_takes_the_nearest_and_says_so(caplog):
@@ -89,8 +103,10 @@ def test_every_key_of_the_original_is_read(tmp_path):
 
     (found,) = load_schedule("custom", path).for_mip(2)
 
-    assert found.loss == LossSpec("metric", (0, 1), 32, 0.9, False, True, False, True)
-    assert found.loss.embedding_levels == (0, 1)
+    assert found.losses == (
+        LossSpec("metric", (0, 1), 32, 0.9, False, True, False, True),
+    )
+    assert found.embedding_levels == (0, 1)
     mask = MaskRule("src", 0, "between", 0.0, (-1, 2), 1e-5, ((1, 0.0), (3, 0.5)))
     assert found.similarity_rules.src == (mask,) and not found.similarity_rules.tgt
     assert found.smoothness_rules.src == (mask,)
@@ -99,6 +115,64 @@ def test_every_key_of_the_original_is_read(tmp_path):
         RandomWarp(0.5, 3, -4, 4, True, False),
     )
     assert (found.num_samples, found.print_every) == (7, 3)
+
+
+KNOWN = {"loss_spec": {"type": "known_warp"}, "augmentations": [{"type": "known_warp"}]}
+
+
+def parsed(**change):
+    (phase,) = parse_schedule({"1": [PHASE | change]}, "").for_mip(1)
+    return phase
+
+
+def test_every_key_of_ours_is_read():
+    phase = parsed(
+        crop_size=96,
+        batch_size=4,
+        lr_schedule="cosine",
+        warmup_steps=0,
+        max_grad_norm=0.5,
+        loss_spec=[
+            {"type": "known_warp"},
+            {"type": "metric", "weight": 2, "params": {"levels": [2, 0]}},
+            {"type": "metric", "params": {"levels": [1, 0]}},
+        ],
+        augmentations=[{"type": "random_flip"}, {"type": "known_warp", "tear": 0}],
+    )
+    assert (phase.crop_size, phase.batch_size, phase.max_grad_norm) == (96, 4, 0.5)
+    assert (phase.lr_schedule, phase.warmup_steps) == ("cosine", 0)
+    assert [loss.weight for loss in phase.losses] == [1, 2, 1]
+    assert phase.embedding_levels == (0, 1, 2)
+    assert phase.known_warp == KnownWarp(tear=0)
+
+
+def test_what_is_not_given_has_the_values_of_the_original():
+    phase = parsed()
+    assert phase.losses == (LossSpec("plain"),) and phase.known_warp is None
+    assert phase.embedding_levels == ()
+    assert phase.batch_size is None and phase.max_grad_norm is None
+    assert [phase.rate(step, 7) for step in (0, 3, 6)] == [PHASE["lr"]] * 3
+
+
+def rates(num_steps, **options):
+    phase = Phase(lr=2.0, num_epochs=1, smoothness=0, **options)
+    return [phase.rate(step, num_steps) for step in range(num_steps)]
+
+
+def test_the_rate_rises_to_its_value_over_the_warmup():
+    assert rates(6, warmup_steps=3) == [0.5, 1.0, 1.5, 2.0, 2.0, 2.0]
+
+
+def test_the_rate_falls_as_a_cosine_to_a_hundredth():
+    found = rates(4, lr_schedule="cosine")
+    falls = [1, (1 + math.sqrt(0.5)) / 2, 0.5, (1 - math.sqrt(0.5)) / 2]
+    assert found == pytest.approx([2 * (0.01 + 0.99 * fall) for fall in falls])
+    assert rates(10_000, lr_schedule="cosine")[-1] == pytest.approx(0.02, rel=1e-3)
+
+
+def test_a_cosine_rises_first_where_there_is_a_warmup():
+    plain, warm = (rates(8, lr_schedule="cosine", warmup_steps=n) for n in (0, 1))
+    assert warm == pytest.approx([plain[0] / 2, *plain[1:]])
 
 
 def test_masks_not_given_are_those_of_the_finetuner():
@@ -114,7 +188,17 @@ def test_masks_not_given_are_those_of_the_finetuner():
         ({"num_epochs": 0}, "num_epochs is 0"),
         ({"num_epochs": 2.5}, "num_epochs is 2.5"),
         ({"smoothness": -1}, "smoothness is -1"),
-        ({"loss_spec": {"type": "magic"}}, "'magic': expected plain or metric"),
+        ({"lr": float("nan")}, "lr is nan"),
+        ({"lr": True}, "lr is True"),
+        ({"max_grad_norm": -1}, "max_grad_norm is -1"),
+        ({"max_grad_norm": "1"}, "max_grad_norm is '1'"),
+        ({"warmup_steps": -1}, "warmup_steps is -1: .*whole number >= 0"),
+        ({"warmup_steps": 1.5}, "warmup_steps is 1.5"),
+        ({"batch_size": 0}, "batch_size is 0"),
+        ({"num_samples": True}, "num_samples is True"),
+        ({"lr_schedule": "linear"}, "lr_schedule is 'linear': expected one of"),
+        ({"loss_spec": []}, "expected at least one loss"),
+        ({"loss_spec": {"type": "magic"}}, "'magic': expected one of"),
         ({"loss_spec": {"type": "metric", "params": {"level": 0}}}, "unknown key"),
         ({"augmentations": [{"type": "noise"}]}, "type must be one of"),
         ({"augmentations": [{"type": "warp", "disp": 1}]}, "unknown key .*disp"),
@@ -126,6 +210,40 @@ def test_masks_not_given_are_those_of_the_finetuner():
 def test_a_mistake_is_named_with_its_place(change, message):
     with pytest.raises(UsageError, match=f"mine: mip 4, phase 1.*{message}"):
         parse_schedule({"4": [PHASE, PHASE | change]}, "mine")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"loss_spec": KNOWN["loss_spec"]}, "need each other"),
+        ({"augmentations": KNOWN["augmentations"]}, "need each other"),
+        (
+            {**KNOWN, "augmentations": 2 * KNOWN["augmentations"]},
+            "known_warp comes once.*after it came .*KnownWarp",
+        ),
+        *(
+            (
+                {**KNOWN, "augmentations": [{"type": "known_warp"}, {"type": kind}]},
+                f"after all that .* after it came .*{name}",
+            )
+            for kind, name in (
+                ("random_flip", "RandomFlip"),
+                ("random_transpose", "RandomTranspose"),
+                ("random_src_tgt_swap", "RandomSrcTgtSwap"),
+                ("warp", "RandomWarp"),
+            )
+        ),
+    ],
+)
+def test_a_truth_is_given_once_and_not_spoiled(change, message):
+    with pytest.raises(UsageError, match=f"mine: mip 4, phase 0.*{message}"):
+        parse_schedule({"4": [PHASE | change]}, "mine")
+
+
+@pytest.mark.parametrize("kind", ["photometric", "stain", "missing", "fold"])
+def test_what_changes_greys_alone_may_follow_a_known_warp(kind):
+    augmentations = [{"type": "random_flip"}, {"type": "known_warp"}, {"type": kind}]
+    assert len(parsed(**KNOWN | {"augmentations": augmentations}).augmentations) == 3
 
 
 @pytest.mark.parametrize("tree", [[], {}, {"three": [PHASE]}, {"3": []}, {"3": PHASE}])
