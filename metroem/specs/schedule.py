@@ -254,10 +254,10 @@ def _check_truth(phase: Phase, where: str) -> None:
         )
     after = kinds[kinds.index(KnownWarp) + 1 :] if KnownWarp in kinds else []
     spoiling = [kind.__name__ for kind in after if kind in _MOVES_IMAGES]
-    if spoiling or kinds.count(KnownWarp) > 1:
+    if spoiling:
         raise UsageError(
             f"{where}: augmentations: known_warp comes once, and after all that "
-            f"flips, swaps or warps a pair; after it came {spoiling or 'another one'}"
+            f"flips, swaps or warps a pair; after it came {spoiling}"
         )
 
 
