@@ -4,9 +4,11 @@ import torch
 
 from metroem.data.dataset import read_sample, split_pairs
 from metroem.data.epoch import (
+    NUM_KNOWN_WARPS,
     EpochKey,
     TrainingEpoch,
     ValidationPairs,
+    num_steps,
     read_skipping,
 )
 from metroem.data.sample import with_defects
@@ -14,7 +16,8 @@ from metroem.errors import DatasetError
 from metroem.field import compose
 from metroem.io.h5 import FieldSetMeta, Pair, write_field_set
 from metroem.masks import MaskRules
-from metroem.specs.augmentations import SkipSection
+from metroem.specs.augmentations import KnownWarp, Photometric, SkipSection
+from metroem.specs.losses import LossSpec
 from metroem.specs.schedule import Phase
 from tests.image_sets import COLS, ROWS, one_mask, pairs_of, write_fields, write_images
 
@@ -44,11 +47,72 @@ def test_samples_are_crops_that_repeat_with_their_key(tmp_path):
     assert not torch.equal(first.src, epoch_of(pairs, epoch=1)[3].src)
 
 
+@pytest.mark.parametrize(("num_samples", "batch_size"), [(20, 1), (20, 3), (3, 8)])
+def test_more_samples_than_pairs_take_each_as_often_as_any_other(
+    tmp_path, num_samples, batch_size
+):
+    write_images(tmp_path, "x0_y0_z1_MIP1.h5")
+    pairs = pairs_of(tmp_path)
+    epoch = epoch_of(pairs, num_samples=num_samples, batch_size=batch_size)
+    # Whole batches: the last one is filled.
+    assert len(epoch) == -(-num_samples // batch_size) * batch_size
+    assert len(epoch) == num_steps(epoch.phase, len(pairs), batch_size) * batch_size
+    counts = [epoch.order.count(index) for index in range(8)]
+    assert max(counts) - min(counts) <= 1
+    if num_samples > 16:
+        assert sorted(epoch.order[:8]) == sorted(epoch.order[8:16]) == list(range(8))
+        assert epoch.order[:8] != epoch.order[8:16]
+
+
+def test_a_pair_that_comes_again_is_another_sample(tmp_path):
+    write_images(tmp_path, "x0_y0_z1_MIP1.h5", num_pairs=1)
+    epoch = epoch_of(pairs_of(tmp_path), num_samples=3, augmentations=KNOWN)
+    truths = [sample.truth for sample in epoch]
+    assert len(truths) == 3 and not torch.equal(truths[0], truths[1])
+
+
 def test_validation_takes_the_middle(tmp_path):
     write_images(tmp_path, "x0_y0_z1_MIP1.h5")
     phase = Phase(lr=1e-3, num_epochs=1, smoothness=1.0)
-    sample = ValidationPairs(pairs_of(tmp_path), phase)[1]
-    assert sample.src.shape == (1, 1, ROWS, COLS)
+    pairs = ValidationPairs(pairs_of(tmp_path), phase, 0)
+    assert len(pairs) == 8 and pairs[1].truth is None
+    assert pairs[1].src.shape == (1, 1, ROWS, COLS)
+
+
+KNOWN = (KnownWarp(prob=1, same=1, peak_px=5, shift_px=2, tear=0),)
+KNOWN_PHASE = Phase(
+    lr=1e-3,
+    num_epochs=1,
+    smoothness=1.0,
+    losses=(LossSpec("known_warp"),),
+    augmentations=(*KNOWN, Photometric(prob=1)),
+)
+
+
+def test_validation_warps_each_pair_some_times_by_fields_that_stay(tmp_path):
+    write_images(tmp_path, "x0_y0_z1_MIP1.h5", num_pairs=3)
+    pairs = pairs_of(tmp_path)
+    samples = ValidationPairs(pairs, KNOWN_PHASE, 5)
+    assert len(samples) == 3 * NUM_KNOWN_WARPS
+    names = [samples[index].pair for index in range(len(samples))]
+    assert all(names.count((ref.name,)) == NUM_KNOWN_WARPS for ref in pairs)
+    truths = [samples[index].truth for index in range(len(samples))]
+    again = ValidationPairs(pairs, KNOWN_PHASE, 5)
+    assert all(torch.equal(again[i].truth, truth) for i, truth in enumerate(truths))
+    for i, truth in enumerate(truths):
+        assert not any(torch.equal(truth, other) for other in truths[:i])
+    other_seed = ValidationPairs(pairs, KNOWN_PHASE, 6)
+    assert not torch.equal(other_seed[0].truth, truths[0])
+
+
+def test_validation_shows_two_sections_and_greys_as_they_are(tmp_path):
+    write_images(tmp_path, "x0_y0_z1_MIP1.h5", num_pairs=3)
+    pairs = pairs_of(tmp_path)
+    sample = ValidationPairs(pairs, KNOWN_PHASE, 5)[4]
+    plain = read_sample(pairs[1], pairs[1].grid)
+    # `same` would have taken tgt for src, and `photometric` changed both.
+    assert torch.equal(sample.unwarped_src, plain.src)
+    assert torch.equal(sample.tgt, plain.tgt)
 
 
 NO_RULES = {"similarity_rules": MaskRules(), "smoothness_rules": MaskRules()}
@@ -64,7 +128,7 @@ def test_defects_are_looked_for_where_none_are_given_and_a_loss_asks(tmp_path, m
     for rules in ({}, NO_RULES):
         phase = Phase(lr=1e-3, num_epochs=1, smoothness=1.0, **rules)
         for sample in (
-            ValidationPairs(pairs, phase)[0],
+            ValidationPairs(pairs, phase, 0)[0],
             epoch_of(pairs, crop_size=100, **rules)[0],
         ):
             if masks is None and rules:
@@ -72,6 +136,12 @@ def test_defects_are_looked_for_where_none_are_given_and_a_loss_asks(tmp_path, m
             else:
                 assert torch.equal(sample.src_defects, expected.src_defects)
                 assert torch.equal(sample.tgt_defects, expected.tgt_defects)
+
+
+def test_the_distance_from_a_truth_asks_for_no_defects(tmp_path):
+    write_images(tmp_path, "x0_y0_z1_MIP1.h5")
+    sample = ValidationPairs(pairs_of(tmp_path), KNOWN_PHASE, 0)[0]
+    assert sample.tgt_defects is None and not sample.src_defects.any()
 
 
 SKIP = (SkipSection(1.0),)
