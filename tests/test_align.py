@@ -20,7 +20,8 @@ ROWS, COLS = 101, 147  # divisible by nothing
 @pytest.fixture(scope="module")
 def pyramid(tmp_path_factory):
     path = tmp_path_factory.mktemp("align") / "pyramid"
-    init_pyramid(path, [2, 1, 0])
+    # Untrained, it leaves all to the finetuner.
+    init_pyramid(path, [2, 1, 0], "scalenet")
     return Pyramid.load(path)
 
 

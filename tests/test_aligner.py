@@ -10,7 +10,7 @@ from metroem.aligner import Aligner
 from metroem.errors import CheckpointError, PyramidError
 from metroem.field import compose, warp
 from metroem.nets.options import AlignerOptions
-from metroem.scaffold import init_pyramid, templates
+from metroem.scaffold import init_pyramid
 from tests.nets.specs import scalenet, write_spec
 
 OPERATORS = ("corrected", "stock")
@@ -49,7 +49,7 @@ def test_any_size_goes_in_and_comes_out(tmp_path, operators, rows, cols):
     aligner = make_aligner(tmp_path, operators=operators)
     prior = torch.rand(2, 2, rows, cols)
 
-    field, embeddings = aligner.predict(
+    field, embeddings, _ = aligner.predict(
         torch.rand(2, 1, rows, cols), torch.rand(2, 1, rows, cols), prior, levels=(0, 2)
     )
 
@@ -77,9 +77,8 @@ def test_both_images_pass_through_the_same_weights(tmp_path, operators):
     torch.testing.assert_close(embeddings[0].src, embeddings[0].tgt)
 
 
-@pytest.mark.parametrize("template", templates())
-def test_a_fresh_module_hardly_moves_equal_images(tmp_path, template):
-    (module,) = init_pyramid(tmp_path / "pyramid", [3], template=template)
+def test_a_fresh_scalenet_hardly_moves_equal_images(tmp_path):
+    (module,) = init_pyramid(tmp_path / "pyramid", [3], template="scalenet")
     torch.manual_seed(0)
     aligner = Aligner(module / "model", operators="corrected")
     image = texture(64, 96)

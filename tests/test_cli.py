@@ -94,8 +94,8 @@ def test_the_version_is_printed(capsys):
 def test_init_makes_a_pyramid_that_can_be_inspected(tmp_path):
     main(["init", str(tmp_path / "p"), "--mip", "5", "3"])
     assert sorted(p.name for p in (tmp_path / "p").iterdir()) == [
-        "0_mip5in_scalenet",
-        "1_mip3in_scalenet",
+        "0_mip5in_correlation",
+        "1_mip3in_correlation",
     ]
     main(["fetch", str(tmp_path / "p"), str(tmp_path / "copy")])
-    assert (tmp_path / "copy" / "1_mip3in_scalenet" / "create.py").is_file()
+    assert (tmp_path / "copy" / "1_mip3in_correlation" / "create.py").is_file()

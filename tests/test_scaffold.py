@@ -18,7 +18,7 @@ class TestInit:
     def test_it_writes_a_module_for_each_mip(self, tmp_path):
         made = init_pyramid(tmp_path / "new" / "pyramid", [5, 3])
 
-        names = ["0_mip5in_scalenet", "1_mip3in_scalenet"]
+        names = ["0_mip5in_correlation", "1_mip3in_correlation"]
         assert [path.name for path in made] == names
         modules = find_modules(tmp_path / "new" / "pyramid")
         assert [module.in_mip for module in modules] == [5, 3]
@@ -78,14 +78,19 @@ class TestInit:
 
         assert os.listdir(tmp_path) == []
 
-    def test_every_template_is_a_scalenet_from_level_0(self, tmp_path):
-        for name in templates():
-            (made,) = init_pyramid(tmp_path / name, [2], template=name)
-            spec = json.loads((made / "model" / "model_spec.json").read_text())
+    @pytest.mark.parametrize("name", templates())
+    def test_a_template_says_of_which_type_it_is(self, tmp_path, name):
+        (made,) = init_pyramid(tmp_path / "pyramid", [2], template=name)
 
-            assert spec["type"] == "scalenet"
-            levels = sorted(map(int, spec["upmodules"]))
-            assert levels == list(range(spec["max_level"]))
+        spec = json.loads((made / "model" / "model_spec.json").read_text())
+        assert made.name == f"0_mip2in_{name}" and spec["type"] == name
+
+    def test_the_scalenet_has_levels_from_0(self, tmp_path):
+        (made,) = init_pyramid(tmp_path / "pyramid", [2], template="scalenet")
+
+        spec = json.loads((made / "model" / "model_spec.json").read_text())
+        levels = sorted(map(int, spec["upmodules"]))
+        assert levels == list(range(spec["max_level"]))
 
 
 class TestFetch:
@@ -107,7 +112,7 @@ class TestFetch:
 
         assert copied == [
             tmp_path / "mine" / name
-            for name in ("0_mip5in_scalenet", "1_mip3in_scalenet")
+            for name in ("0_mip5in_correlation", "1_mip3in_correlation")
         ]
         assert sorted(os.listdir(tmp_path / "mine")) == [p.name for p in copied]
         for path in copied:
@@ -116,27 +121,27 @@ class TestFetch:
             assert files_below(path) == files_below(source / path.name)
 
     def test_one_module_is_copied_under_its_name(self, tmp_path, source):
-        copied = fetch(f"{source / '1_mip3in_scalenet'}/", tmp_path / "mine")
+        copied = fetch(f"{source / '1_mip3in_correlation'}/", tmp_path / "mine")
 
-        assert copied == [tmp_path / "mine" / "1_mip3in_scalenet"]
-        assert files_below(copied[0]) == files_below(source / "1_mip3in_scalenet")
+        assert copied == [tmp_path / "mine" / "1_mip3in_correlation"]
+        assert files_below(copied[0]) == files_below(source / "1_mip3in_correlation")
 
     def test_modules_join_those_that_are_there(self, tmp_path, source):
-        for name in ("0_mip5in_scalenet", "1_mip3in_scalenet"):
+        for name in ("0_mip5in_correlation", "1_mip3in_correlation"):
             fetch(str(source / name), tmp_path / "mine")
 
         assert len(find_modules(tmp_path / "mine")) == 2
 
     def test_what_is_there_is_never_overwritten(self, tmp_path, source):
-        fetch(str(source / "1_mip3in_scalenet"), tmp_path / "mine")
-        weights = tmp_path / "mine" / "1_mip3in_scalenet/model/best.state.pth.tar"
+        fetch(str(source / "1_mip3in_correlation"), tmp_path / "mine")
+        weights = tmp_path / "mine" / "1_mip3in_correlation/model/best.state.pth.tar"
         weights.write_bytes(b"trained further")
 
-        with pytest.raises(PyramidError, match="has 1_mip3in_scalenet already"):
+        with pytest.raises(PyramidError, match="has 1_mip3in_correlation already"):
             fetch(str(source), tmp_path / "mine")
 
         assert weights.read_bytes() == b"trained further"
-        assert os.listdir(tmp_path / "mine") == ["1_mip3in_scalenet"]
+        assert os.listdir(tmp_path / "mine") == ["1_mip3in_correlation"]
 
     def test_a_source_without_modules_is_refused(self, tmp_path):
         (tmp_path / "empty").mkdir()
@@ -151,7 +156,7 @@ class TestFetch:
             fetch(str(tmp_path / "nowhere"), tmp_path / "mine")
 
     def test_a_module_whose_name_says_nothing_is_refused(self, tmp_path, source):
-        (source / "0_mip5in_scalenet").rename(source / "my_model")
+        (source / "0_mip5in_correlation").rename(source / "my_model")
 
         with pytest.raises(PyramidError, match=r"my_model.*0_mip8in_rigid"):
             fetch(str(source), tmp_path / "mine")
