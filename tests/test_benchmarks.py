@@ -12,6 +12,7 @@ import pytest
 from metroem.tissue import TissueRecipe, make_tissue
 
 ROOT = Path(__file__).parents[1]
+SHARED = os.environ.get("METROEM_SHARED")
 PHASE = {"lr": 1e-3, "num_epochs": 4, "smoothness": 20, "crop_size": 96}
 SCHEDULE = {"1": [{**PHASE, "loss_spec": {"type": "plain"}}]}
 
@@ -54,3 +55,35 @@ def test_real_sections_scores_a_stack(tmp_path, natural):
     assert (found["epe_none"] is None) == natural
     if not natural:
         assert found["epe"][-1] < found["epe_none"]
+
+
+@pytest.mark.skipif(SHARED is None, reason="METROEM_SHARED names no folder with peers")
+def test_quality_trains_scores_and_writes_its_page(tmp_path):
+    bench = Path(SHARED or "") / "bench"
+    np.save(tmp_path / "stack.npy", make_tissue(TissueRecipe(9, 160, 176)))
+    phase = {**PHASE, "num_epochs": 1, "loss_spec": {"type": "plain"}}
+    (tmp_path / "schedule.json").write_text(json.dumps({"1": [phase]}))
+    stack, peers = tmp_path / "stack.npy", tmp_path / "peers.json"
+    cases = ["--magnitudes", "12,30,60", "--limit", "1", "--peers", "identity"]
+    script = [sys.executable, str(bench / "run.py"), "--exact", *cases]
+    command = [*script, "--stack", f"{stack}:6:", "--out", str(peers)]
+    subprocess.run(command, check=True, capture_output=True)
+    peer_results = json.loads(peers.read_text())
+    peer = [{**record, "method": "still"} for record in peer_results["records"]]
+    peer_results["records"] += peer
+    peers.write_text(json.dumps(peer_results))
+    train_flags = ["--train_params_path", str(tmp_path / "schedule.json")]
+
+    found = figures(
+        "quality.py",
+        *("--stack", str(stack), "--bench", str(bench), "--out", str(tmp_path / "o")),
+        *("--other_stack", str(stack), "--other_peers_json", str(peers)),
+        *("--peers_json", str(peers), "--page", str(tmp_path / "quality.md")),
+        *("--num_train", "6", "--score_from", "6", "--limit", "1"),
+        *("--train_mode", "custom", *train_flags, "--parts", "train", "score", "page"),
+    )
+
+    assert len(found["bars"]) == 16 and found["parts"] == ["train", "score", "page"]
+    page = (tmp_path / "quality.md").read_text()
+    pictures = sorted(path.name for path in (tmp_path / "quality").iterdir())
+    assert len(pictures) == 10 and all(f"quality/{name}" in page for name in pictures)

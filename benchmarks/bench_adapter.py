@@ -1,0 +1,59 @@
+"""A pyramid as a method of a benchmark: align(src, tgt) -> field, on one thread.
+
+src and tgt are (H, W) float32, 0 = no data; the field is (2, H, W) float32, pull,
+px, channel 0 along cols. Each function is one method; `pyramid` is the path of the
+pyramid, whose checkpoint has the standard name.
+
+Example:
+    python run.py --adapter bench_adapter.py:align --adapter-params '{"pyramid": "p"}'
+"""
+
+from dataclasses import replace
+from functools import cache
+
+import numpy as np
+import torch
+
+from metroem import Pyramid
+
+
+def align(src: np.ndarray, tgt: np.ndarray, pyramid: str) -> np.ndarray:
+    """All stages, each finetuned on the pair."""
+    return load(pyramid).align(src, tgt)
+
+
+def networks(src: np.ndarray, tgt: np.ndarray, pyramid: str) -> np.ndarray:
+    """All stages, without finetuning."""
+    return load(pyramid).align(src, tgt, finetune=False)
+
+
+def first_stage(src: np.ndarray, tgt: np.ndarray, pyramid: str) -> np.ndarray:
+    """Stage 0 alone, without finetuning."""
+    whole = load(pyramid)
+    first = replace(whole, mips=whole.mips[:1], aligners=whole.aligners[:1])
+    return first.align(src, tgt, finetune=False)
+
+
+def finetuned_for(
+    src: np.ndarray, tgt: np.ndarray, pyramid: str, share: float
+) -> np.ndarray:
+    """All stages, each with a share of the finetuning steps that it may make."""
+    whole = load(pyramid)
+    if share == 0:
+        return networks(src, tgt, pyramid)
+    kept = [aligner.options for aligner in whole.aligners]
+    try:
+        for aligner, options in zip(whole.aligners, kept, strict=True):
+            steps = max(round(share * options.finetune_iter), 1)
+            aligner.options = replace(options, finetune_iter=steps)
+        return whole.align(src, tgt)
+    finally:
+        for aligner, options in zip(whole.aligners, kept, strict=True):
+            aligner.options = options
+
+
+@cache
+def load(pyramid: str) -> Pyramid:
+    """The pyramid, loaded once; from here on torch takes one thread."""
+    torch.set_num_threads(1)
+    return Pyramid.load(pyramid)

@@ -1,0 +1,308 @@
+r"""How well does a pyramid align that was trained for half an hour on a CPU?
+
+The first sections of a stack are written as a CloudVolume; download_image.py,
+metroem init and train.py are run on them as a user would. The last sections are
+aligned in the cases of a bench that also runs classical methods (the peers), and a
+page of figures, loss curves and pictures is written. Neighbours of the stack must be
+aligned as imaged (FIB-SEM), so that the truth is exact.
+
+The peers' results come from the bench, in an environment that has them:
+    python BENCH/run.py --stack STACK:50: --exact --cases A,B,C --magnitudes 12,30,60 \
+        --limit 6 --out peers.json \
+        --peers identity,dis,tvl1,blockmatch,sitk_demons,elastix,ants_syn
+
+Example:
+    python benchmarks/quality.py --stack fib25_a.npy --bench ../shared/bench \
+        --peers_json peers.json --out /tmp/quality
+"""
+
+import json
+import logging
+import os
+import subprocess
+import sys
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from quality_bars import (
+    Bar,
+    Checks,
+    bar_of_distilling,
+    bar_of_other_tissue,
+    bar_of_training,
+    bars_of_cases,
+)
+from quality_cases import Cases, check, epe_by_share, picked
+from quality_page import Page, Pair, write_page
+from quality_pictures import read_curves, save_curves, save_pair
+from quality_request import ROOT, QualityRequest, build_parser
+from quality_results import FULL, METHODS, NONE, Results
+
+from metroem import cli
+from metroem.demo import SCHEDULE, Run, environment, run_steps, script
+from metroem.errors import MetroEMError, UsageError
+from metroem.io.volume_write import write_volume
+from metroem.nets.checkpoint import checkpoint_path
+from metroem.report.scores import print_json, write_json
+from metroem.specs.pyramid import find_modules
+
+logger = logging.getLogger("metroem.benchmarks.quality")
+
+CASES = ("--exact", "--cases", "A,B,C", "--magnitudes", "12,30,60")
+OTHER_CASES = ("--cases", "A", "--magnitudes", "12,30")
+OTHER_LIMIT = 4
+OTHER_PEERS = "identity,dis,tvl1,blockmatch,elastix,sitk_demons"
+
+
+def main() -> None:
+    """Do the parts; the last line is one JSON object."""
+    request = QualityRequest(**vars(build_parser(__doc__).parse_args()))
+    request.out.mkdir(parents=True, exist_ok=True)
+    figures: dict[str, object] = {"parts": request.todo}
+    for part in request.todo:
+        figures |= {
+            "train": train,
+            "score": score,
+            "other": score_other,
+            "distil": score_distilled,
+            "page": make_page,
+        }[part](request)
+    print_json(figures)
+
+
+def train(request: QualityRequest) -> dict[str, object]:
+    """Write the volume, run the scripts; keep how long they took."""
+    images = np.load(request.stack, mmap_mode="r")[: request.num_train]
+    side = min(images.shape[1:]) >> max(request.mips) << max(request.mips)
+    run = Run(
+        request.out,
+        range(len(images)),
+        (0, 0),
+        side,
+        tuple(request.mips),
+        request.train_params_path or SCHEDULE,
+        request.seed,
+    )
+    if run.pyramid.exists():
+        raise UsageError(
+            f"--out {request.out}: holds a pyramid already; name a new folder, or "
+            f"leave the training out: --pyramid_path {run.pyramid}"
+        )
+    # The stack is tissue everywhere, as the bench takes it.
+    write_volume(run.volume, np.maximum(images, 1), max(run.mips) + 1)
+    download, init, _ = run.commands()
+    training = train_command(request, run)
+    names = ("download", "init", "train")
+    seconds = run_steps([download, init, training])
+    words = ["train.py", *(Path(w).name if "/" in w else w for w in training[1:])]
+    timing = dict(zip(names, seconds, strict=True))
+    kept = {
+        "sections": len(images),
+        "command": f"python {' '.join(words)}",
+        "seconds": timing,
+    }
+    write_json(request.out / "training.json", kept)
+    return {f"seconds_{name}": value for name, value in timing.items()}
+
+
+def train_command(request: QualityRequest, run: Run) -> list[str]:
+    """train.py as a user calls it."""
+    command = [script("train.py"), "--pyramid_path", str(run.pyramid)]
+    command += ["--dataset_path", str(run.folder / "dataset")]
+    command += ["--train_mode", request.train_mode, "--precision", "bf16"]
+    command += ["--seed", str(request.seed)]
+    if request.train_params_path is not None:
+        command += ["--train_params_path", str(request.train_params_path)]
+    if len(run.mips) > 1:  # the last stage's fields would be for a stage after it
+        before_last = [str(stage) for stage in range(len(run.mips) - 1)]
+        command += ["--generate_field_stages", *before_last]
+    return command
+
+
+def score(request: QualityRequest) -> dict[str, object]:
+    """Run the bench on the held-out sections, then what it does not measure."""
+    for module in find_modules(Path(request.pyramid)):
+        weights = checkpoint_path(module.weights_folder, "checkpoint")
+        if not weights.is_file():
+            raise UsageError(f"{weights}: no such weights; train the pyramid first")
+    cases = [*CASES, "--limit", str(request.limit)]
+    path = request.out / "ours.json"
+    run_bench(request, [*cases, "--stack", request.held_out, "--out", str(path)])
+    made = Cases(request.bench, request.held_out, request.seed)
+    checks = check(made, Results.read(path), request.pyramid)
+    write_json(request.out / "checks.json", checks._asdict())
+    return {}
+
+
+def score_other(request: QualityRequest) -> dict[str, object]:
+    """Run the bench on the other tissue; the peers too, where they are at hand."""
+    cases = [*OTHER_CASES, "--limit", str(min(request.limit, OTHER_LIMIT))]
+    cases += ["--stack", str(request.other_stack)]
+    run_bench(request, [*cases, "--out", str(request.out / "other.json")])
+    if request.peers_python is not None:
+        path = request.out / "other_peers.json"
+        peers = ["--peers", OTHER_PEERS, "--seed", str(request.seed)]
+        script_path = str(request.bench / "run.py")
+        command = [str(request.peers_python), script_path, *cases, *peers]
+        call([*command, "--out", str(path)], dict(os.environ))
+    return {}
+
+
+def score_distilled(request: QualityRequest) -> dict[str, object]:
+    """How much finetuning a distilled pyramid needs, and the other one."""
+    records = Results.read(request.out / "ours.json").of(FULL, "B")
+    cases = Cases(request.bench, request.held_out, request.seed)
+    distilled = str(request.distilled_path)
+    figures: dict[str, object] = {
+        "without": epe_by_share(cases, records, request.pyramid),
+        "distilled": epe_by_share(cases, records, distilled),
+    }
+    write_json(request.out / "distil.json", figures)
+    return {}
+
+
+def run_bench(request: QualityRequest, flags: list[str]) -> None:
+    """Run our methods in the bench."""
+    adapter = Path(__file__).with_name("bench_adapter.py")
+    command = [sys.executable, str(request.bench / "run.py"), "--peers", "none"]
+    for method, (function, _) in METHODS.items():
+        command += ["--adapter", f"{method}={adapter}:{function}"]
+    command += ["--adapter-params", json.dumps({"pyramid": request.pyramid})]
+    call([*command, "--seed", str(request.seed), *flags], environment())
+
+
+def call(command: list[str], environment: dict[str, str]) -> None:
+    """Run a program, showing it as typed; MetroEMError if it fails."""
+    logger.info("\n$ %s", " ".join(command))
+    result = subprocess.run(command, env=environment)
+    if result.returncode:
+        raise MetroEMError(
+            f"{' '.join(command)}\nended with exit code {result.returncode}; what it "
+            "said is above"
+        )
+
+
+def make_page(request: QualityRequest) -> dict[str, object]:
+    """Write the page from what the other parts left; the bars as figures."""
+    results = Results.read(request.out / "ours.json")
+    results = results.with_peers(Results.read(request.peers_json))
+    other = read_other(request)
+    checks = read_json(request.out / "checks.json")
+    if not checks:
+        raise UsageError(f"--out {request.out}: no checks.json; --parts score makes it")
+    bars = bars_of_cases(results, Checks(**checks))
+    training = read_json(request.out / "training.json")
+    bars += other_bars(request, other, training)
+    page = Page(
+        shown_command(request),
+        bars,
+        results,
+        other,
+        draw_curves(request),
+        draw_pairs(request, results),
+        [training_note(training), peers_note(request, results)],
+    )
+    write_page(request.page, page)
+    logger.info("wrote %s", request.page)
+    return {"bars": bars, "met": sum(bool(bar.is_met) for bar in bars)}
+
+
+def other_bars(
+    request: QualityRequest, other: Results | None, training: dict[str, Any]
+) -> list[Bar]:
+    """The bars that need more than the stack's own cases."""
+    bars = [] if other is None else [bar_of_other_tissue(other)]
+    bars.append(bar_of_training(training.get("seconds", {}).get("train")))
+    distil = read_json(request.out / "distil.json")
+    if distil:
+        epes = [
+            {float(share): epe for share, epe in distil[key].items()}
+            for key in ("without", "distilled")
+        ]
+        bars.append(bar_of_distilling(*epes))
+    return bars
+
+
+def read_other(request: QualityRequest) -> Results | None:
+    """Ours and the peers' on the other tissue, if both were measured."""
+    measured = request.out / "other_peers.json"
+    peers = request.other_peers_json or measured
+    if not (request.out / "other.json").is_file() or not peers.is_file():
+        logger.warning("another tissue: not measured, or without peers")
+        return None
+    ours = Results.read(request.out / "other.json")
+    return ours.with_peers(Results.read(peers))
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """What an earlier part left; {} if it was not done."""
+    return json.loads(path.read_text()) if path.is_file() else {}
+
+
+def draw_curves(request: QualityRequest) -> str | None:
+    """Draw the loss curves; None for a pyramid that was not trained here."""
+    metrics = Path(request.pyramid) / ".train" / "checkpoint" / "metrics.jsonl"
+    if not metrics.is_file():
+        logger.warning("%s: not there, so there are no loss curves", metrics)
+        return None
+    path = request.pictures / "curves.png"
+    save_curves(path, read_curves(metrics))
+    return f"{path.parent.name}/{path.name}"
+
+
+def draw_pairs(request: QualityRequest, results: Results) -> dict[str, list[Pair]]:
+    """Draw the best, the median and the worst pair of each family."""
+    cases = Cases(request.bench, request.held_out, request.seed)
+    pairs: dict[str, list[Pair]] = {}
+    for family in "ABC":
+        pairs[family] = []
+        for which, record in picked(results, family).items():
+            path = request.pictures / f"{family}_{which}.png"
+            save_pair(path, cases.solve(record, request.pyramid))
+            name = f"{path.parent.name}/{path.name}"
+            pairs[family].append(Pair(which, record["case"], record["epe_mean"], name))
+    return pairs
+
+
+def shown_command(request: QualityRequest) -> str:
+    """The call that makes the page, without where its own files were."""
+    words = ["python benchmarks/quality.py"]
+    for field in fields(request):
+        value = getattr(request, field.name)
+        if value == field.default or value is None or field.name in ("parts", "page"):
+            continue
+        if field.name in ("stack", "bench", "other_stack"):
+            value = os.path.relpath(value, ROOT)
+        elif isinstance(value, Path):
+            value = value.name
+        elif isinstance(value, list):
+            value = " ".join(str(item) for item in value)
+        words.append(f"--{field.name} {value}")
+    return " \\\n    ".join(words)
+
+
+def training_note(training: dict[str, Any]) -> str:
+    """How the pyramid was trained."""
+    if not training:
+        return "The pyramid was trained before."
+    minutes = training["seconds"]["train"] / 60
+    return (
+        f"Trained on sections 0 to {training['sections'] - 1} by "
+        f"`{training['command']}`: {minutes:.1f} minutes of wall time."
+    )
+
+
+def peers_note(request: QualityRequest, results: Results) -> str:
+    """How the peers were run."""
+    stack = f"{request.stack.name}:{request.score_from}:"
+    cases = " ".join([*CASES, "--limit", str(request.limit)])
+    return (
+        f"{request.peers_json.name} is from the same bench on the same cases: `run.py "
+        f"--stack {stack} {cases} --peers {','.join([NONE, *results.peers])}`."
+    )
+
+
+if __name__ == "__main__":
+    cli.run(main)

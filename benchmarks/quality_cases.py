@@ -1,0 +1,141 @@
+"""The bench's cases made again, and what only the fields themselves can tell."""
+
+import importlib
+import logging
+import statistics
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import bench_adapter
+import numpy as np
+from quality_bars import Checks
+from quality_results import FULL, METHODS, NETWORKS, Record, Results
+
+from metroem.errors import UsageError
+
+logger = logging.getLogger("metroem.benchmarks.quality")
+
+SHARES = (0.0, 0.05, 0.1, 0.2, 0.3, 0.5, 1.0)  # of the finetuning steps
+
+
+class Solved(NamedTuple):
+    """A case and a field for it."""
+
+    record: Record
+    src: np.ndarray  # (H, W) float32, 0 = no data
+    tgt: np.ndarray  # (H, W)
+    warped_src: np.ndarray  # (H, W), src warped by the field
+    field: np.ndarray  # (2, H, W), px, channel 0 along cols
+    truth: np.ndarray  # (2, H, W)
+    valid: np.ndarray  # (H, W) bool, where the truth is known and scored
+
+
+class Cases:
+    """The cases of one stack."""
+
+    def __init__(self, bench: Path, stack: str, seed: int) -> None:
+        """Load the bench and the stack.
+
+        Args:
+            bench: folder of the bench, named "bench".
+            stack: as the bench takes it, FILE.npy[:FIRST:LAST].
+            seed: of the cases.
+
+        Raises:
+            UsageError: no bench there.
+        """
+        self.cases, self.fields = load_bench(bench)
+        self.stack, _ = self.cases.load_stack(stack)
+        self.seed = seed
+
+    def make(self, record: Record) -> Any:
+        """The case of a record, as the bench made it."""
+        label = record["label"].removesuffix("px")
+        return self.cases.make_case(
+            self.stack,
+            record["family"],
+            int(label) if label.isdigit() else label,
+            record["z"],
+            self.seed,
+        )
+
+    def solve(self, record: Record, pyramid: str) -> Solved:
+        """Align the case of a record once more, finetuned."""
+        case = self.make(record)
+        field = bench_adapter.align(case.src, case.tgt, pyramid)
+        truth, valid, _ = case.truth()
+        warped = self.fields.warp(case.src, field, order=1)
+        return Solved(record, case.src, case.tgt, warped, field, truth, valid)
+
+    def folds_off_defects(self, record: Record, field: np.ndarray) -> float:
+        """Pixels folded over, ppm of those off defects whose truth is known."""
+        _, valid, near = self.make(record).truth()
+        determinant = self.fields.jacobian_det(field)[valid & ~near]
+        return 1e6 * float((determinant <= 0).mean())
+
+
+def load_bench(folder: Path) -> tuple[Any, Any]:
+    """The bench's modules `cases` and `fields`.
+
+    Raises:
+        UsageError: no bench in the folder.
+    """
+    if folder.resolve().name != "bench" or not (folder / "run.py").is_file():
+        raise UsageError(
+            f"--bench {folder}: expected a folder named bench that holds run.py"
+        )
+    parent = str(folder.resolve().parent)
+    if parent not in sys.path:
+        sys.path.append(parent)
+    names = ("bench.cases", "bench.fields")
+    cases, fields = (importlib.import_module(name) for name in names)
+    return cases, fields
+
+
+def check(cases: Cases, results: Results, pyramid: str) -> Checks:
+    """Measure what the bench does not, finetuned and by the networks alone."""
+    sections = sorted({record["z"] for record in results.records})
+    identity, folds = {}, {}
+    for method in (FULL, NETWORKS):
+        align = getattr(bench_adapter, METHODS[method][0])
+        lengths, shares = [], []
+        for z in sections:
+            section = cases.stack[z]
+            field = align(section, section, pyramid)
+            lengths.append(float(np.hypot(*field).mean()))
+        for record in results.of(method, "ABC"):
+            share = 1e6 * record["fold_frac"]
+            if share and record["family"] == "C":
+                case = cases.make(record)
+                field = align(case.src, case.tgt, pyramid)
+                share = cases.folds_off_defects(record, field)
+            shares.append(share)
+        identity[method], folds[method] = max(lengths), statistics.fmean(shares)
+        logger.info("%s: sections onto themselves, folds: done", method)
+    return Checks(identity, folds)
+
+
+def picked(results: Results, family: str) -> dict[str, Record]:
+    """The best, the median and the worst pair of a family, finetuned."""
+    records = sorted(results.of(FULL, family), key=lambda record: record["epe_mean"])
+    places = {"best": 0, "median": len(records) // 2, "worst": -1}
+    return {name: records[place] for name, place in places.items()}
+
+
+def epe_by_share(
+    cases: Cases,
+    records: Iterable[Record],
+    pyramid: str,
+    shares: Sequence[float] = SHARES,
+) -> dict[float, float]:
+    """Mean EPE by the share of the finetuning steps that each stage may make."""
+    errors: dict[float, list[float]] = {share: [] for share in shares}
+    for record in records:
+        case = cases.make(record)
+        truth, valid, _ = case.truth()
+        for share in shares:
+            field = bench_adapter.finetuned_for(case.src, case.tgt, pyramid, share)
+            errors[share].append(float(np.hypot(*(field - truth))[valid].mean()))
+    return {share: statistics.fmean(found) for share, found in errors.items()}
