@@ -90,7 +90,7 @@ def test_sections_are_warped_alike_for_every_pyramid(run, capsys):
 
 def test_finetuning_finds_a_shift_and_undoes_it(tmp_path):
     write_pairs(tmp_path / "data", mips=(0,), num_pairs=1, shape=SHAPE)
-    init_pyramid(tmp_path / "pyramid", [0])
+    init_pyramid(tmp_path / "pyramid", [0], "scalenet")
     evaluate_dataset(request(tmp_path, json=tmp_path / "figures.json"))
     (found,) = json.loads((tmp_path / "figures.json").read_text())["sets"]
     # The sections are 3 px apart.

@@ -34,7 +34,7 @@ METRIC = {"type": "metric", "params": {"levels": [0, 1], "pre_align_sample": 8}}
 def run(tmp_path):
     """A pyramid of two stages, pairs at both mips, a schedule of two phases."""
     write_pairs(tmp_path / "data", mips=(2, 1), num_pairs=6, shape=(192, 256))
-    init_pyramid(tmp_path / "pyramid", [2, 1])
+    init_pyramid(tmp_path / "pyramid", [2, 1], "scalenet")
     phases = [
         {**PHASE, "augmentations": [{"type": "warp"}, {"type": "random_transpose"}]},
         {**PHASE, "num_epochs": 1, "loss_spec": METRIC},

@@ -1,0 +1,120 @@
+"""train.py on sections that it warps itself, whose truth is known."""
+
+import json
+
+import pytest
+
+import train
+from metroem.io.h5 import FieldSet
+from metroem.scaffold import init_pyramid
+from metroem.specs.schedule import load_schedule
+from metroem.training.priors import StagesBefore
+from metroem.training.stage import StageTrainer
+from tests.nets.specs import write_spec
+from tests.pairs import write_pairs
+from tests.test_train import arguments, digest, twin_of
+
+# Two levels, which learn in seconds.
+NETWORK = {
+    "type": "correlation",
+    "levels": [
+        {"features": 8, "radius": [2], "hidden": 16, "dilations": [1, 2]},
+        {"features": 12, "radius": [3], "hidden": 16, "dilations": [1, 2]},
+    ],
+}
+PHASE = {
+    "lr": 3e-3,
+    "num_epochs": 4,
+    "num_samples": 32,
+    "smoothness": 0,
+    "crop_size": 64,
+    "batch_size": 4,
+    "lr_schedule": "cosine",
+    "warmup_steps": 4,
+    "max_grad_norm": 1.0,
+    "loss_spec": {"type": "known_warp"},
+    "augmentations": [
+        {"type": "random_flip"},
+        {"type": "known_warp", "peak_px": 4, "shift_px": 4, "tear": 0, "same": 0.5},
+        {"type": "photometric"},
+    ],
+}
+
+
+@pytest.fixture
+def run(tmp_path):
+    """A pyramid of two stages whose pairs lie 3 mip-0 pixels apart."""
+    write_pairs(tmp_path / "data", mips=(2, 1), num_pairs=6, shape=(192, 256))
+    for path in init_pyramid(tmp_path / "pyramid", [2, 1], "correlation"):
+        write_spec(path / "model", NETWORK)
+    (tmp_path / "schedule.json").write_text(json.dumps({"1": [PHASE]}))
+    return tmp_path
+
+
+def metrics(run):
+    lines = (run / "pyramid/.train/ck/metrics.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def test_networks_learn_from_sections_that_are_warped(run):
+    train.main(arguments(run))
+
+    for stage in (0, 1):
+        epes = [r["training"]["epe_px"] for r in metrics(run) if r["stage"] == stage]
+        assert len(epes) == 4 and epes[-1] < 0.8 * epes[0]
+    # What a loss does not know is null, which is JSON; NaN would not be.
+    assert metrics(run)[0]["training"]["similarity"] is None
+    assert metrics(run)[0]["validation"]["epe_px"] > 0
+    assert "(epe " in (run / "pyramid" / "ck.log").read_text()
+    assert FieldSet(run / "data" / "field_1_x0_y0_z1_MIP1_ck.h5").read(0).any()
+
+
+def test_a_run_that_was_stopped_ends_with_the_same_bytes(run):
+    other = twin_of(run)
+    train.main(arguments(other, "--max_epochs", "1"))
+
+    for _ in range(3):
+        train.main(arguments(run, "--max_epochs", "1", "--max_minutes", "0.005"))
+    train.main(arguments(run, "--max_epochs", "1"))
+
+    assert digest(run) == digest(other)
+
+
+@pytest.fixture
+def steps(monkeypatch):
+    """What each step is given: pairs, rate, stages before, and has it a prior."""
+    noted = []
+    step, with_prior = StageTrainer._step, StagesBefore.with_prior
+
+    def noting(self, phase, sample, generator):
+        done = step(self, phase, sample, generator)
+        rates = {group["lr"] for group in self.optimizer.param_groups}
+        noted[-1] = (len(sample.src), *rates, *noted[-1])
+        return done
+
+    def noting_prior(self, sample):
+        sample = with_prior(self, sample)
+        noted.append((len(self.aligners), sample.prior_field is not None))
+        return sample
+
+    monkeypatch.setattr(StageTrainer, "_step", noting)
+    monkeypatch.setattr(StagesBefore, "with_prior", noting_prior)
+    return noted
+
+
+def test_each_step_has_the_size_and_rate_of_the_schedule(run, steps):
+    phase = {**PHASE, "num_epochs": 2}
+    (run / "schedule.json").write_text(json.dumps({"1": [phase]}))
+    train.main(arguments(run, "--val_pairs", "0"))
+
+    (parsed,) = load_schedule("custom", run / "schedule.json").for_mip(1)
+    rates = [parsed.rate(step, 16) for step in range(16)]
+    assert [step[0] for step in steps] == [4] * 32
+    assert [step[1] for step in steps] == rates * 2  # of both stages
+    assert [step[2:] for step in steps] == [(0, False)] * 16 + [(1, True)] * 16
+
+
+def test_the_batch_size_of_the_command_goes_before_that_of_the_schedule(run, steps):
+    zero = ("--train_stages", "0", "--generate_field_stages", "0", "--max_epochs", "1")
+    train.main(arguments(run, *zero, "--val_pairs", "0", "--batch_size", "16"))
+    assert [step[0] for step in steps] == [16, 16]  # 32 samples
