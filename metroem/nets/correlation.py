@@ -322,6 +322,8 @@ class _LevelState(dict[str, Tensor]):
 
 
 def _pair(features: Tensor, tissue: Tensor, level: int) -> _Pair:
+    if features.requires_grad:
+        features.register_hook(_channels_last)
     unit = features.float()
     unit = unit * (unit.square().sum(1, keepdim=True) + 1e-6).rsqrt()
     src, tgt = unit.chunk(2)
@@ -338,3 +340,8 @@ def _convolution(
 
 def _activated(x: Tensor) -> Tensor:
     return F.leaky_relu(x, _SLOPE)
+
+
+def _channels_last(gradient: Tensor) -> Tensor:
+    """In the layout of what it is the gradient of: mixed layouts cost a CPU dear."""
+    return gradient.contiguous(memory_format=torch.channels_last)
