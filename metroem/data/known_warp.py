@@ -24,7 +24,7 @@ from metroem.specs.augmentations import KnownWarp
 
 # Fields are drawn and inverted at this level, since they are smooth; two steps at
 # full size then bring the inverse from 0.1 px to 0.01 px where they bend most.
-_LEVEL, _STEPS_AT_FULL_SIZE = 2, 2
+_LEVEL, _STEPS_AT_LEVEL, _STEPS_AT_FULL_SIZE = 2, 16, 2
 # The smooth part shrinks no place to less than this share. Its knots are at least
 # so many times as far apart as it moves them.
 _LEAST_DETERMINANT, _KNOTS_PER_PEAK = 0.3, 4.0
@@ -85,7 +85,8 @@ def known_warp(sample: Sample, options: KnownWarp, generator: Generator) -> Samp
         itself is made anew, from the truth.
     """
     src, defects, prior = sample.src, sample.src_defects, sample.prior_field
-    if happens(options.same, generator):
+    is_same = happens(options.same, generator)
+    if is_same:
         src, defects = sample.tgt, sample.tgt_defects
         prior = None if prior is None else torch.zeros_like(prior)
     warped = _unmoved(src)
@@ -100,8 +101,10 @@ def known_warp(sample: Sample, options: KnownWarp, generator: Generator) -> Samp
         truth=warped.field,
         truth_valid=warped.valid,
     )
-    if not options.aligned:
-        known = known._replace(unwarped_src=src, unwarped_prior=prior)
+    if not options.aligned and options.same < 1:
+        # Blank where the natural field is known to be 0.
+        before = torch.zeros_like(src) if is_same else src
+        known = known._replace(unwarped_src=before, unwarped_prior=prior)
     if prior is None:
         return known
     truth = warped.field if options.aligned else compose(prior, warped.field)
@@ -228,7 +231,7 @@ def _at_full_size(field: Tensor, shape: tuple[int, int]) -> Tensor:
 def _inverse(coarse: Tensor, full: Tensor) -> Tensor:
     """The inverse of a field given at `_LEVEL` and at full size, (1, 2, H, W)."""
     shape = (full.shape[-2], full.shape[-1])
-    inverse = invert(coarse / 2**_LEVEL) * 2**_LEVEL
+    inverse = invert(coarse / 2**_LEVEL, iterations=_STEPS_AT_LEVEL) * 2**_LEVEL
     inverse = _at_full_size(inverse, shape)
     for _ in range(_STEPS_AT_FULL_SIZE):
         inverse = -warp(full, inverse, padding="border")

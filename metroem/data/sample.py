@@ -21,7 +21,8 @@ class Sample(NamedTuple):
     tgt_defects: Tensor | None = None  # (B, 1, H, W) bool
     truth: Tensor | None = None  # (B, 2, H, W), pixels: of a known warp of src
     truth_valid: Tensor | None = None  # (B, 1, H, W) bool
-    # Where the truth is that of the warp alone: src before it, and its prior field.
+    # Where the truth is that of the warp alone: src before it, and its prior field;
+    # a blank src for samples whose natural field is 0.
     unwarped_src: Tensor | None = None  # (B, 1, H, W)
     unwarped_prior: Tensor | None = None  # (B, 2, H, W), pixels
 

@@ -37,8 +37,9 @@ def with_natural_field(sample: Sample, predict: Predict) -> Sample:
     """Complete the truth of samples whose pairs are not aligned as they came.
 
     What the network makes of the pair before the known warp is taken for its
-    natural field. Pairs that show one section twice hold the network to what
-    is exact.
+    natural field; 0 is, for samples that show one section twice. A network that
+    knows nothing yet would learn its own noise: it has to be trained on such
+    samples first.
 
     Args:
         sample: with `unwarped_src`, or left as it is.
@@ -50,6 +51,8 @@ def with_natural_field(sample: Sample, predict: Predict) -> Sample:
     before = sample._replace(src=sample.unwarped_src, prior_field=sample.unwarped_prior)
     with torch.no_grad():
         natural = predict(before, ()).field
+    is_unknown = tissue_mask(sample.unwarped_src).flatten(1).any(1)
+    natural = torch.where(is_unknown.view(-1, 1, 1, 1), natural, 0.0)
     return sample._replace(
         truth=compose(natural, sample.truth),
         truth_valid=warp(sample.truth_valid.float(), natural) > 0.999,

@@ -180,8 +180,16 @@ def test_one_section_twice_is_that_of_tgt():
     twice = known_warp(sample, KnownWarp(prob=1, same=1), seeded_generator(3))
     as_src = sample._replace(src=sample.tgt, src_defects=band)
     other = known_warp(as_src, KnownWarp(prob=1, same=0), seeded_generator(3))
-    for name in ("src", "tgt", "truth", "src_defects", "tgt_defects", "unwarped_src"):
+    for name in ("src", "tgt", "truth", "src_defects", "tgt_defects"):
         assert torch.equal(getattr(twice, name), getattr(other, name)), name
+    assert twice.unwarped_src is None
+
+
+def test_the_natural_field_of_one_section_twice_is_known():
+    prior = torch.ones(1, 2, ROWS, COLS)
+    sample = make_sample(prior_field=prior)
+    twice = known_warp(sample, KnownWarp(same=0.999), seeded_generator(3))
+    assert torch.equal(twice.unwarped_src, torch.zeros_like(sample.src))
     assert not twice.unwarped_prior.any()
 
 
