@@ -18,9 +18,10 @@ from torch import Tensor, nn
 
 from metroem.errors import PyramidError
 from metroem.field import compose, warp
-from metroem.finetuner import as_torchfields, finetune_field, plain_batch
-from metroem.loss import normalize_features
-from metroem.masks import PairMaps, find_defects, tissue_mask, weigh
+from metroem.field_search import Finetuned
+from metroem.finetuner import as_torchfields, plain_batch
+from metroem.finetuning import Defects, finetune, pair_maps
+from metroem.masks import tissue_mask
 from metroem.nets.building import build_net, stock_warnings_silenced
 from metroem.nets.checkpoint import checkpoint_path, load_weights, save_weights
 from metroem.nets.options import AlignerOptions
@@ -28,7 +29,6 @@ from metroem.normalize import normalize
 from metroem.unfold import unfold
 
 State = dict[str, dict[str, dict[str, Tensor]]]
-Defects = tuple[Tensor | None, Tensor | None]
 
 logger = logging.getLogger(__name__)
 
@@ -48,6 +48,13 @@ class Prediction(NamedTuple):
     # The whole field by level, (B, 2, >= H / 2**level, >= W / 2**level), pixels of
     # the level, of networks that leave it there; else empty.
     coarse: dict[int, Tensor] = {}
+
+
+class Alignment(NamedTuple):
+    """The field of a pair, and what the finetuner gained."""
+
+    field: Tensor  # (B, 2, H, W), pixels
+    finetuned: Finetuned | None  # before blank pairs get their prior back
 
 
 class Aligner(nn.Module):
@@ -137,6 +144,18 @@ class Aligner(nn.Module):
         options: AlignerOptions | None = None,
         defects: Defects = (None, None),
     ) -> Tensor:
+        """The field of `align_pair` alone."""
+        return self.align_pair(src, tgt, prior, options=options, defects=defects).field
+
+    def align_pair(
+        self,
+        src: Tensor,
+        tgt: Tensor,
+        prior: Tensor | None = None,
+        *,
+        options: AlignerOptions | None = None,
+        defects: Defects = (None, None),
+    ) -> Alignment:
         """Align src to tgt, finetuned if the options say so; no gradients.
 
         Args:
@@ -194,10 +213,10 @@ class Aligner(nn.Module):
             _boundary_mask(given.get("tgt_defects")),
         )
         with torch.set_grad_enabled(options.train and torch.is_grad_enabled()):
-            field, state = self._align(
+            alignment, state = self._align(
                 src, tgt, prior, options=options, defects=defects
             )
-        result = as_torchfields(field)
+        result = as_torchfields(alignment.field)
         return (result, state) if given.get("return_state") else result
 
     def get_embeddings(
@@ -316,21 +335,23 @@ class Aligner(nn.Module):
         *,
         options: AlignerOptions,
         defects: Defects,
-    ) -> tuple[Tensor, State]:
-        before = prior
+    ) -> tuple[Alignment, State]:
+        before, tuned = prior, None
         if before is None:
             before = src.new_zeros(src.shape[0], 2, *src.shape[-2:])
         alive = _has_tissue(src) & _has_tissue(tgt)
         if not bool(alive.any()):
-            return before.clone(), {}
-        levels = (0,) if options.finetune else ()
+            return Alignment(before.clone(), None), {}
+        level = options.finetune_level
+        levels = (level,) if options.finetune else ()
         (field, embeddings, _), state = self._predict(src, tgt, prior, levels)
         if options.finetune:
-            maps = _pair_maps(src, tgt, defects, options)
-            field = _finetuned(field, embeddings[0], maps, options)
+            maps = pair_maps(src, tgt, defects, options)
+            tuned = finetune(field, embeddings[level], maps, options)
+            field = tuned.field
         if self.operators == "corrected":  # stock modules keep their numbers
             field = unfold(field)
-        return torch.where(alive, field, before), state
+        return Alignment(torch.where(alive, field, before), tuned), state
 
 
 def _side_multiple(net: nn.Module, spec_path: Path) -> int:
@@ -368,33 +389,3 @@ def _boundary_image(image: Tensor, options: AlignerOptions) -> Tensor:
 
 def _boundary_mask(mask: Tensor | None) -> Tensor | None:
     return None if mask is None else plain_batch(mask) != 0
-
-
-def _pair_maps(
-    src: Tensor, tgt: Tensor, defects: Defects, options: AlignerOptions
-) -> PairMaps:
-    src_defects, tgt_defects = (
-        find_defects(
-            image,
-            min_thickness=options.min_defect_thickness,
-            min_px=options.min_defect_px,
-        )
-        if given is None
-        else given
-        for image, given in zip((src, tgt), defects, strict=True)
-    )
-    return PairMaps(src, tgt, src_defects, tgt_defects)
-
-
-def _finetuned(
-    field: Tensor, embedding: Embedding, maps: PairMaps, options: AlignerOptions
-) -> Tensor:
-    """The field finetuned on the embeddings, without their image channel."""
-    return finetune_field(
-        normalize_features(embedding.src[:, 1:].float(), tissue_mask(maps.src)),
-        normalize_features(embedding.tgt[:, 1:].float(), tissue_mask(maps.tgt)),
-        field,
-        weigh(options.similarity_rules, maps),
-        weigh(options.smoothness_rules, maps),
-        options.tuning,
-    ).field

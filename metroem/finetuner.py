@@ -10,14 +10,14 @@ rates are kept.
 
 import json
 import logging
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from metroem.errors import FieldError, UsageError
 from metroem.field import check_field, downsample_field, upsample_field
-from metroem.field_search import FieldLoss, FinetuneOptions, Search
+from metroem.field_search import FieldLoss, Finetuned, FinetuneOptions, Search
 from metroem.loss import normalize_features
 from metroem.masks import MaskRules, PairMaps, PairWeight, weigh
 from metroem.specs.schedule import parse_mask_rules
@@ -27,15 +27,6 @@ logger = logging.getLogger(__name__)
 # How many steps pass between looks at whether all samples are done: a look
 # makes the host wait for a GPU.
 _LOOK_EVERY = 25
-
-
-class Finetuned(NamedTuple):
-    """A finetuned field and what it gained."""
-
-    field: Tensor  # (B, 2, H, W), pixels
-    loss_before: Tensor  # (B,), of the field it started from
-    loss_after: Tensor  # (B,), of the field returned; never above loss_before
-    iterations: int  # steps made
 
 
 def finetune_field(

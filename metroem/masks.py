@@ -145,20 +145,18 @@ def _no_data(side: str, mask_value: float = 0.0) -> MaskRule:
     )
 
 
+def _defects(side: str) -> MaskRule:
+    return MaskRule(f"{side}_defects", strategy="eq", rings=((1, 0.0),))
+
+
 # The finetuner's rules in the original (`aligner.py`), also those of the stock
-# schedules: no similarity at "no data" and defects, free tearing at both.
+# schedules: no similarity at "no data" and defects, free tearing at both. It leaves
+# the defects of tgt out, as if a fold of tgt had something to be aligned to.
 SIMILARITY_RULES = MaskRules(
-    src=(
-        _no_data("src"),
-        MaskRule("src_defects", strategy="eq", rings=((1, 0.0),)),
-    ),
-    tgt=(_no_data("tgt"),),
+    src=(_no_data("src"), _defects("src")), tgt=(_no_data("tgt"), _defects("tgt"))
 )
 SMOOTHNESS_RULES = MaskRules(
-    src=(
-        _no_data("src", 1e-5),
-        MaskRule("src_defects", strategy="eq", rings=((1, 0.0),)),
-    ),
+    src=(_no_data("src", 1e-5), _defects("src")), tgt=(_defects("tgt"),)
 )
 
 

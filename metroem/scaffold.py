@@ -51,8 +51,8 @@ def init_pyramid(
         )
     names = [f"{stage}_mip{mip}in_{template}" for stage, mip in enumerate(mips)]
     with _built_beside(path) as folder:
-        for name in names:
-            _write_module(folder / name, template)
+        for name, mip in zip(names, mips, strict=True):
+            _write_module(folder / name, mip, template)
     logger.info("made %s with %s", path, ", ".join(names))
     return [path / name for name in names]
 
@@ -98,13 +98,12 @@ def _check_mips(mips: Sequence[int]) -> None:
         )
 
 
-def _write_module(folder: Path, template: str) -> None:
+def _write_module(folder: Path, mip: int, template: str) -> None:
     (folder / "model").mkdir(parents=True)
-    for source, target in (
-        ("create.py", "create.py"),
-        (f"{template}.json", "model/model_spec.json"),
-    ):
-        (folder / target).write_bytes((_TEMPLATES / source).read_bytes())
+    create = (_TEMPLATES / "create.py").read_text()
+    (folder / "create.py").write_text(create.replace("MIP = 0", f"MIP = {mip}", 1))
+    spec = (_TEMPLATES / f"{template}.json").read_bytes()
+    (folder / "model" / "model_spec.json").write_bytes(spec)
 
 
 @contextmanager

@@ -1,6 +1,7 @@
 """The aligner: any size, any form of call, the whole field back."""
 
 import logging
+from dataclasses import replace
 
 import pytest
 import torch
@@ -268,6 +269,17 @@ class TestBoundary:
         assert torch.equal(as_is, plain)
         assert not torch.equal(tuned.as_subclass(torch.Tensor), plain)
 
+    def test_what_the_finetuner_gained_comes_with_the_field(self, aligner):
+        pair = texture(40, 56), texture(40, 56, shift=(1.0, 0.0))
+        options = replace(aligner.options, finetune=True, finetune_iter=5)
+
+        field, finetuned = aligner.align_pair(*pair, options=options)
+
+        assert torch.equal(field, aligner.align(*pair, options=options))
+        assert (finetuned.loss_after < finetuned.loss_before).all()
+        assert finetuned.iterations == 5
+        assert aligner.align_pair(*pair).finetuned is None
+
     def test_the_final_stage_is_ten_times_as_stiff(self, aligner, monkeypatch):
         seen = []
 
@@ -275,7 +287,7 @@ class TestBoundary:
             seen.append(options.smoothness)
             return type("Tuned", (), {"field": field})
 
-        monkeypatch.setattr("metroem.aligner.finetune_field", spy)
+        monkeypatch.setattr("metroem.finetuning.finetune_field", spy)
         pair = texture(24, 40), texture(24, 40)
 
         aligner(*pair, finetune=True)

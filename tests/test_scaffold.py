@@ -68,7 +68,7 @@ class TestInit:
             init_pyramid(tmp_path / "pyramid", [2], template="unet")
 
     def test_a_failure_leaves_nothing(self, tmp_path, monkeypatch):
-        def fail(folder, template):
+        def fail(folder, mip, template):
             folder.mkdir()
             raise OSError("disk full")
 

@@ -3,6 +3,8 @@
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
+from metroem.coarse_to_fine import RefineOptions
+from metroem.errors import UsageError
 from metroem.finetuner import FinetuneOptions
 from metroem.masks import SIMILARITY_RULES, SMOOTHNESS_RULES, MaskRule, MaskRules
 
@@ -18,6 +20,11 @@ class AlignerOptions:
         finetune_sm: smoothness of the finetuned field.
         finetune_coarseness: the change to a field is found so many levels
             coarser; not in the original, which has 0.
+        finetune_knots: distances, px, of the knots that the change to a field is
+            given at, coarse first: finetune by `metroem.coarse_to_fine`, of
+            which `finetune_sm` is the smoothness. () finetunes as the original.
+        finetune_level: level of the embeddings that are compared; the original's
+            finetuner takes 0 alone.
         sm_defect_coarsening: (pixels, weight) in turn: rings around defects
             and their weight in the smoothness.
         mse_defect_coarsening: likewise in the similarity.
@@ -36,6 +43,8 @@ class AlignerOptions:
     finetune_lr: float = 0.1
     finetune_sm: float = 30.0
     finetune_coarseness: int = 0
+    finetune_knots: tuple[int, ...] = ()
+    finetune_level: int = 0
     sm_defect_coarsening: tuple[tuple[int, float], ...] = ((1, 0.0),)
     mse_defect_coarsening: tuple[tuple[int, float], ...] = ((1, 0.0),)
     sm_mask_value: float = 1e-5
@@ -56,11 +65,32 @@ class AlignerOptions:
             coarseness=self.finetune_coarseness,
         )
 
+    def __post_init__(self) -> None:
+        if self.finetune_level and not self.finetune_knots:
+            raise UsageError(
+                f"finetune_level {self.finetune_level} without finetune_knots: the "
+                "original's finetuner compares embeddings of level 0; give "
+                "finetune_knots too, for example (64, 32, 16)"
+            )
+
+    @property
+    def refining(self) -> RefineOptions:
+        """How a field is finetuned where there are `finetune_knots`."""
+        return RefineOptions(
+            knots_px=tuple(self.finetune_knots),
+            smoothness=self.finetune_sm,
+            num_iter=self.finetune_iter,
+            border=self.crop,
+        )
+
     @property
     def similarity_rules(self) -> MaskRules:
         """Where the finetuner compares the embeddings."""
         rings = tuple((int(px), float(w)) for px, w in self.mse_defect_coarsening)
-        return MaskRules(_with_rings(SIMILARITY_RULES.src, rings), SIMILARITY_RULES.tgt)
+        return MaskRules(
+            _with_rings(SIMILARITY_RULES.src, rings),
+            _with_rings(SIMILARITY_RULES.tgt, rings),
+        )
 
     @property
     def smoothness_rules(self) -> MaskRules:
@@ -72,7 +102,9 @@ class AlignerOptions:
             else rule
             for rule in SMOOTHNESS_RULES.src
         )
-        return MaskRules(_with_rings(src, rings), SMOOTHNESS_RULES.tgt)
+        return MaskRules(
+            _with_rings(src, rings), _with_rings(SMOOTHNESS_RULES.tgt, rings)
+        )
 
     def updated(self, given: dict[str, Any]) -> "AlignerOptions":
         """These options with those of `given` that are known and not None."""

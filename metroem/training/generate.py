@@ -15,6 +15,7 @@ from metroem.aligner import Aligner
 from metroem.data.dataset import PairRef, image_sets_at, open_prior, read_sample
 from metroem.errors import CheckpointError, DatasetError
 from metroem.field import move_field
+from metroem.field_search import Finetuned, summary
 from metroem.io.h5 import (
     FieldSet,
     FieldSetMeta,
@@ -193,14 +194,18 @@ def _generate_set(
     path = _field_path(job, target)
     parts = _open_parts(path, request)
     mine = range(distributed.rank(), images.num_pairs, distributed.world_size())
-    code = 0
+    code, gains = 0, []
     what = f"fields of stage {job.module.stage} for {images.path.name}, pairs"
     for index in progress(mine, what, total=len(mine)):
         if not parts.has(str(index)):
-            parts.put(str(index), _field_of(job, aligner, sources, index))
+            field, finetuned = _field_of(job, aligner, sources, index)
+            parts.put(str(index), field)
+            gains += [finetuned] if finetuned else []
         code = stop.code
         if code:
             break
+    if gains:
+        logger.info("%s: %s", path.name, summary(gains))
     (code,) = distributed.largest(torch.tensor([code], device=job.device)).tolist()
     if code:
         raise Stopped(code)
@@ -228,11 +233,11 @@ def _open_parts(path: Path, request: dict[str, Any]) -> PartStore:
 
 def _field_of(
     job: FieldJob, aligner: Aligner, sources: _Sources, index: int
-) -> np.ndarray:
-    """The field of one pair, (2, H, W) on the target's grid."""
+) -> tuple[np.ndarray, Finetuned | None]:
+    """The field of one pair, (2, H, W) on the target's grid, and what it gained."""
     ref = PairRef(sources.images, sources.prior, index)
     sample = read_sample(ref, ref.grid).to(job.device)
-    field = aligner.align(
+    field, finetuned = aligner.align_pair(
         sample.src,
         sample.tgt,
         sample.prior_field,
@@ -243,7 +248,8 @@ def _field_of(
         field = sample.prior_field
         if field is None:
             field = torch.zeros_like(sample.src).repeat(1, 2, 1, 1)
-    return move_field(field, ref.grid, sources.target.grid(index))[0].cpu().numpy()
+    field = move_field(field, ref.grid, sources.target.grid(index))
+    return field[0].cpu().numpy(), finetuned
 
 
 def _in_order(parts: PartStore, num_pairs: int) -> Iterator[np.ndarray]:

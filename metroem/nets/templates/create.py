@@ -7,9 +7,16 @@ from torch import Tensor, nn
 
 from metroem.aligner import Aligner
 
-# So that a finetuned field follows the tissue and not its noise: with 3 held-out
-# pairs were 1.55 mip-0 px off, with 0 1.84 (FIB-SEM of 10 nm, mip 2, 2026-11).
-OPTIONS: dict[str, Any] = {"finetune_coarseness": 3}
+MIP = 0  # of the images; `metroem init` writes it here
+# How a field is finetuned: knots of 64, 32 and 16 px, and a smoothness that was
+# measured, of sections of about 10 nm at mip 0 (FIB-SEM, 2026-11); beyond mip 2
+# nothing was.
+_FINER = min(MIP, 2)
+OPTIONS: dict[str, Any] = {
+    "finetune_knots": tuple(px >> _FINER for px in (64, 32, 16)),
+    "finetune_sm": 8.0 / 4**_FINER,
+    "finetune_level": 1,
+}
 
 
 class Module(nn.Module):

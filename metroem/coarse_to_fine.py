@@ -1,0 +1,340 @@
+"""A field refined on the features of its pair, from coarse knots to fine ones.
+
+Minimises log(dissimilarity) + smoothness * bending by Gauss-Newton, each sample
+of a batch for itself. The logarithm makes the field follow features as closely as
+they agree: sections that are alike in detail are aligned in detail, between
+sections whose tissue differs the field stays smooth. Bending leaves affine maps
+alone, where the rigidity of the original pulls the field to a shift.
+
+Source: Gauss-Newton with robust weights as in Brox et al. 2004
+(doi:10.1007/978-3-540-24673-2_3); thin plates as in Bookstein 1989
+(doi:10.1109/34.24792).
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from metroem.errors import FieldError
+from metroem.field import check_field, downsample_field, upsample_field, warp
+from metroem.field_search import Finetuned, inside_border
+from metroem.knots import Bending, Knots
+from metroem.masks import PairWeight
+
+# Squared difference, of features of variance 1, at which a pixel counts half.
+_OUTLIER = 1.0
+# Below this dissimilarity nothing is gained: images that are equal stay finite.
+_ALIKE = 1e-3
+# What bending counts where a mask says nothing: without any, a tear of the field
+# is not held by anything and drifts (2.3 px more error near stains, 2026-11).
+_LEAST_STIFFNESS = 0.05
+# Features are averaged down until so many of their pixels lie between knots.
+_PIXELS_PER_KNOT = 16
+_FINEST_LEVEL = 1
+_NO_POWER = 1e-6
+# Gauss-Newton takes the loss for more curved than it is, so that twice its step
+# is tried first; half of it up to so often.
+_FIRST_STEP = 2.0
+_TRIALS = 4
+_SOLVER_STEPS = 20
+_SOLVED = 1e-2  # of the residual
+_DAMPING = 1e-3  # of the mean curvature
+
+
+@dataclass(frozen=True)
+class RefineOptions:
+    """How a field is refined.
+
+    Attributes:
+        knots_px: distance of the knots that what is added to the field is given
+            at, coarse first, powers of 2, pixels.
+        smoothness: factor of bending.
+        num_iter: at most so many steps, for all distances together.
+        min_gain: a distance ends when a step lowers the loss by less.
+        border: px left out of the loss on each side.
+    """
+
+    knots_px: tuple[int, ...] = (64, 32, 16)
+    smoothness: float = 8.0
+    num_iter: int = 30
+    min_gain: float = 2e-3
+    border: int = 1
+
+
+def refine_field(
+    features: tuple[Tensor, Tensor],
+    field: Tensor,
+    weights: tuple[PairWeight, PairWeight],
+    options: RefineOptions,
+    *,
+    level: int = 0,
+) -> Finetuned:
+    """Improve a field on the features of its pair.
+
+    Args:
+        features: of src and tgt, (B, C, H / 2**level, W / 2**level) rounded up,
+            each of mean 0 and variance 1.
+        field: (B, 2, H, W), pixels; where to start. Not written into.
+        weights: of similarity and of smoothness, at the size of the field.
+        options: see `RefineOptions`.
+        level: of the features.
+
+    Returns:
+        The best field seen, detached.
+
+    Raises:
+        FieldError: `field` is no field of the size of the features and weights.
+    """
+    _check(features, field, weights, level)
+    with torch.no_grad():
+        start = found = field.detach().float()
+        steps, problem = 0, None
+        for spacing in options.knots_px:
+            problem = _Problem(features, found, weights, options, (level, spacing))
+            change, made = _search(problem, options.num_iter - steps)
+            steps += made
+            found = found + problem.at_full_size(change)
+        assert problem is not None
+        before, after = problem.loss_of(start), problem.loss_of(found)
+        found = torch.where(_over(after > before), start, found)
+        return Finetuned(found, before, torch.minimum(before, after), steps)
+
+
+def _check(
+    features: tuple[Tensor, Tensor],
+    field: Tensor,
+    weights: tuple[PairWeight, PairWeight],
+    level: int,
+) -> None:
+    check_field(field)
+    rows, cols = (-(-size // 2**level) for size in field.shape[-2:])
+    sizes = {tuple(f.shape[-2:]) for f in features}
+    weighed = {tuple(w.shape[-2:]) for pair in weights for w in pair}
+    if sizes != {(rows, cols)} or weighed != {tuple(field.shape[-2:])}:
+        raise FieldError(
+            f"a field of {tuple(field.shape)} with features of {sorted(sizes)} px at "
+            f"level {level} and weights of {sorted(weighed)} px: expected features of "
+            f"({rows}, {cols}) px and weights of the size of the field"
+        )
+
+
+class _State(NamedTuple):
+    """The loss of a change and how it goes on from there."""
+
+    loss: Tensor  # (B,)
+    gradient: Tensor  # (B, 2, h, w), by the values at the knots
+    curvature: Tensor  # (B, 3, H, W), of the loss by each displacement: cc, rr, cr
+
+
+class _Problem:
+    """The loss of what is added to a field at knots of one spacing."""
+
+    def __init__(
+        self,
+        features: tuple[Tensor, Tensor],
+        field: Tensor,
+        weights: tuple[PairWeight, PairWeight],
+        options: RefineOptions,
+        where: tuple[int, int],
+    ) -> None:
+        """Bring everything to the scale that fits the knots.
+
+        Args:
+            features: of src and tgt.
+            field: what is added to, (B, 2, H, W), pixels.
+            weights: of similarity and of smoothness.
+            options: see `RefineOptions`.
+            where: level of the features, and distance of the knots, px.
+        """
+        level, spacing = where
+        per_knot = int(math.log2(spacing / _PIXELS_PER_KNOT))
+        self.scale = max(level, _FINEST_LEVEL, per_knot)
+        self._size = field.shape[-2:]
+        self._field = downsample_field(field, self.scale)
+        self._src, self._tgt = (_mean(f, self.scale - level) for f in features)
+        similarity, smoothness = weights
+        self._src_weight = _least(similarity.src, self.scale)
+        self._tgt_weight = _least(
+            inside_border(similarity.tgt, options.border), self.scale
+        )
+        self._knots = Knots(
+            (self._field.shape[-2], self._field.shape[-1]),
+            spacing >> self.scale,
+            like=field,
+        )
+        stiffness = self._knots.least(_least(smoothness.along(field), self.scale))
+        self._bending = Bending(stiffness.clamp(min=_LEAST_STIFFNESS), spacing)
+        # Bending is of pixels, and a field's are 2**scale of them here.
+        self._smoothness = options.smoothness * 4**self.scale
+        self.min_gain = options.min_gain
+
+    def nothing(self) -> Tensor:
+        """The change that changes nothing, (B, 2, h, w)."""
+        return torch.zeros_like(self._knots.mean(self._field))
+
+    def at_full_size(self, change: Tensor) -> Tensor:
+        """A change as it is added to the field, (B, 2, H, W), pixels."""
+        rows, cols = self._size
+        full = upsample_field(self._knots.expand(change), self.scale)
+        return full[..., :rows, :cols]
+
+    def loss_of(self, field: Tensor) -> Tensor:
+        """The loss, (B,), of a field of full size instead, (B, 2, H, W)."""
+        return self._state(downsample_field(field, self.scale), self.nothing()).loss
+
+    def state(self, change: Tensor) -> _State:
+        """Loss of a change, (B, 2, h, w), and how it goes on from there."""
+        return self._state(self._field, change)
+
+    def _state(self, start: Tensor, change: Tensor) -> _State:
+        field = start + self._knots.expand(change)
+        share = warp(self._src_weight, field) * self._tgt_weight
+        total = share.sum((1, 2, 3), keepdim=True)
+        share = share / torch.where(total > 0, total, 1.0)
+        with torch.enable_grad():
+            leaf = field.detach().requires_grad_()
+            warped = warp(self._src, leaf)
+            like = (
+                warped
+                * (self._power(self._tgt, share) / self._power(warped, share)).sqrt()
+            )
+            squares = (like - self._tgt).square().mean(1, keepdim=True)
+            unlike = (share * squares / (squares + _OUTLIER)).sum((1, 2, 3))
+            data = torch.log(unlike + _ALIKE)
+            (slope,) = torch.autograd.grad(data.sum(), leaf)
+        bent = self._knots.mean(start) + change
+        bending = self._smoothness * self._bending.value(bent)
+        gradient = self._knots.gather(slope) + 2 * self.bend(bent)
+        weight = 2 * share * _OUTLIER / (squares.detach() + _OUTLIER).square()
+        weight = weight / _over(unlike.detach() + _ALIKE)
+        return _State(
+            data.detach() + bending, gradient, _curvature(warped.detach(), weight)
+        )
+
+    def _power(self, features: Tensor, share: Tensor) -> Tensor:
+        """Mean square of each feature, (B, C, 1, 1).
+
+        That of src is made that of tgt: sampling between pixels averages noise
+        away, and fields of half pixels would look alike for that alone.
+        """
+        return (share * features.square()).sum((2, 3), keepdim=True) + _NO_POWER
+
+    def bend(self, values: Tensor) -> Tensor:
+        """Half the gradient of what bending costs, (B, 2, h, w)."""
+        return self._smoothness * self._bending.half_gradient(values)
+
+    def solve(self, state: _State) -> Tensor:
+        """The Gauss-Newton step from a state, (B, 2, h, w): conjugate gradients."""
+        cc, rr, cr = state.curvature.split(1, 1)
+        damping = _DAMPING * (cc + rr).mean((1, 2, 3), keepdim=True)
+        cc, rr = cc + damping, rr + damping
+        diagonal = self._knots.gather_squares(torch.cat((cc, rr), 1))
+        diagonal += 2 * self._smoothness * self._bending.diagonal()
+
+        def multiply(values: Tensor) -> Tensor:
+            d_cols, d_rows = self._knots.expand(values).split(1, 1)
+            pulled = torch.cat(
+                (cc * d_cols + cr * d_rows, cr * d_cols + rr * d_rows), 1
+            )
+            return self._knots.gather(pulled) + 2 * self.bend(values)
+
+        return _conjugate_gradients(multiply, -state.gradient, diagonal)
+
+
+def _search(problem: _Problem, max_steps: int) -> tuple[Tensor, int]:
+    """The change at the knots that lowers the loss, and the steps it took."""
+    change = problem.nothing()
+    state, made = problem.state(change), 0
+    while made < max_steps:
+        made += 1
+        step, before = problem.solve(state), state.loss
+        change, state = _line_search(problem, change, state, step)
+        if bool((before - state.loss < problem.min_gain).all()):
+            break
+    return change, made
+
+
+def _line_search(
+    problem: _Problem, change: Tensor, state: _State, step: Tensor
+) -> tuple[Tensor, _State]:
+    """As much of a step, each sample for itself, as lowers the loss."""
+    factor = torch.full_like(state.loss, _FIRST_STEP)
+    waiting = torch.ones_like(state.loss, dtype=torch.bool)
+    for _ in range(_TRIALS):
+        trial = change + _over(factor) * step
+        there = problem.state(trial)
+        better = waiting & (there.loss < state.loss)
+        change = torch.where(_over(better), trial, change)
+        state = _State(
+            *(
+                torch.where(_over(better).view(-1, *(1,) * (a.ndim - 1)), b, a)
+                for a, b in zip(state, there, strict=True)
+            )
+        )
+        waiting = waiting & ~better
+        factor = factor / 2
+        if not bool(waiting.any()):
+            break
+    return change, state
+
+
+def _conjugate_gradients(
+    multiply: Callable[[Tensor], Tensor], right: Tensor, diagonal: Tensor
+) -> Tensor:
+    """About the x with multiply(x) = right, each sample for itself."""
+    x, residual = torch.zeros_like(right), right
+    scaled = residual / diagonal
+    direction, size = scaled, _dot(residual, scaled)
+    first = size
+    for _ in range(_SOLVER_STEPS):
+        product = multiply(direction)
+        length = size / _dot(direction, product).clamp(min=1e-30)
+        x = x + length * direction
+        residual = residual - length * product
+        scaled = residual / diagonal
+        size, before = _dot(residual, scaled), size
+        if bool((size <= _SOLVED**2 * first).all()):
+            break
+        direction = scaled + size / before.clamp(min=1e-30) * direction
+    return x
+
+
+def _curvature(warped: Tensor, weight: Tensor) -> Tensor:
+    """Second derivatives of the loss by displacements, to first order, (B, 3, h, w).
+
+    Args:
+        warped: src as it lies, (B, C, h, w).
+        weight: of each pixel, (B, 1, h, w).
+    """
+    padded = F.pad(warped, (1, 1, 1, 1), mode="replicate")
+    d_cols = (padded[..., 1:-1, 2:] - padded[..., 1:-1, :-2]) / 2
+    d_rows = (padded[..., 2:, 1:-1] - padded[..., :-2, 1:-1]) / 2
+    products = (d_cols * d_cols, d_rows * d_rows, d_cols * d_rows)
+    return weight * torch.cat([p.mean(1, keepdim=True) for p in products], 1)
+
+
+def _mean(values: Tensor, levels: int) -> Tensor:
+    """(B, C, H, W) averaged down by 2**levels."""
+    if levels == 0:
+        return values
+    return F.avg_pool2d(values, 2**levels, ceil_mode=True, count_include_pad=False)
+
+
+def _least(values: Tensor, levels: int) -> Tensor:
+    """(B, C, H, W) brought down by 2**levels, to the least in each block."""
+    return -F.max_pool2d(-values, 2**levels, ceil_mode=True)
+
+
+def _dot(a: Tensor, b: Tensor) -> Tensor:
+    """(B, 2, h, w) twice -> (B, 1, 1, 1)."""
+    return (a * b).sum((1, 2, 3), keepdim=True)
+
+
+def _over(values: Tensor) -> Tensor:
+    """(B,) -> (B, 1, 1, 1)."""
+    return values.view(-1, 1, 1, 1)

@@ -1,0 +1,73 @@
+"""How an aligner's field is finetuned on the embeddings that its network made."""
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from metroem.coarse_to_fine import refine_field
+from metroem.field_search import Finetuned
+from metroem.finetuner import finetune_field
+from metroem.loss import normalize_features
+from metroem.masks import PairMaps, find_defects, find_gaps, tissue_mask, weigh
+from metroem.nets.options import AlignerOptions
+
+Defects = tuple[Tensor | None, Tensor | None]
+
+
+def pair_maps(
+    src: Tensor, tgt: Tensor, defects: Defects, options: AlignerOptions
+) -> PairMaps:
+    """The images and the defects of a pair; those that are not given are found.
+
+    Args:
+        src: (B, 1, H, W), normalised, 0 = no data.
+        tgt: (B, 1, H, W).
+        defects: masks of src and tgt, (B, 1, H, W) bool, or None.
+        options: modules that are finetuned as in the original find what it
+            found, gaps of the tissue.
+    """
+    find = find_defects if options.finetune_knots else find_gaps
+    src_defects, tgt_defects = (
+        find(
+            image,
+            min_thickness=options.min_defect_thickness,
+            min_px=options.min_defect_px,
+        )
+        if given is None
+        else given
+        for image, given in zip((src, tgt), defects, strict=True)
+    )
+    return PairMaps(src, tgt, src_defects, tgt_defects)
+
+
+def finetune(
+    field: Tensor,
+    embedding: tuple[Tensor, Tensor],
+    maps: PairMaps,
+    options: AlignerOptions,
+) -> Finetuned:
+    """Finetune a field on the embeddings, without their image channel.
+
+    Args:
+        field: (B, 2, H, W), pixels.
+        embedding: of src and tgt at `options.finetune_level`.
+        maps: of the pair.
+        options: of the aligner.
+    """
+    level = options.finetune_level
+    src, tgt = (
+        normalize_features(side[:, 1:].float(), _tissue_at(image, level))
+        for side, image in zip(embedding, (maps.src, maps.tgt), strict=True)
+    )
+    weights = (
+        weigh(options.similarity_rules, maps),
+        weigh(options.smoothness_rules, maps),
+    )
+    if options.finetune_knots:
+        return refine_field((src, tgt), field, weights, options.refining, level=level)
+    return finetune_field(src, tgt, field, *weights, options.tuning)
+
+
+def _tissue_at(image: Tensor, level: int) -> Tensor:
+    """Where a pixel of a level is tissue all over."""
+    blank = (~tissue_mask(image)).float()
+    return F.max_pool2d(blank, 2**level, ceil_mode=True) == 0

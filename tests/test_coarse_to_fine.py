@@ -1,0 +1,223 @@
+"""Fields refined at knots: what is found, what is left, and when it ends."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from metroem.coarse_to_fine import RefineOptions, refine_field
+from metroem.errors import FieldError
+from metroem.field import warp
+from metroem.masks import PairWeight
+
+ROWS, COLS = 88, 120
+OPTIONS = RefineOptions(knots_px=(32, 16))
+
+
+def positions():
+    row, col = torch.meshgrid(
+        torch.arange(float(ROWS)), torch.arange(float(COLS)), indexing="ij"
+    )
+    return row, col
+
+
+def texture(row, col):
+    """(1, 2, H, W) features by formula, of mean 0 and variance 1 about."""
+    first = torch.sin(row / 3) + torch.cos(col / 4)
+    second = 1.4 * torch.sin((row + col) / 5) * torch.cos((row - 2 * col) / 9)
+    return torch.stack([first, second])[None]
+
+
+def seen_through(field):
+    """The texture at p + field(p): what src gives when it is warped exactly."""
+    row, col = positions()
+    return texture(row + field[0, 1], col + field[0, 0])
+
+
+def shift(cols, rows):
+    return torch.tensor([cols, rows]).view(1, 2, 1, 1).expand(1, 2, ROWS, COLS)
+
+
+def ones(batch=1):
+    return PairWeight(*(torch.ones(batch, 1, ROWS, COLS) for _ in range(2)))
+
+
+def refine(tgt, *, start=None, src=None, weights=None, options=OPTIONS, level=0):
+    src = texture(*positions()) if src is None else src
+    start = torch.zeros(len(tgt), 2, ROWS, COLS) if start is None else start
+    weights = weights or (ones(len(tgt)), ones(len(tgt)))
+    return refine_field((src, tgt), start, weights, options, level=level)
+
+
+def error(field, truth):
+    """Mean distance, px, off the border."""
+    return float((field - truth).norm(dim=1)[..., 8:-8, 8:-8].mean())
+
+
+def smooth_field():
+    row, col = positions()
+    return torch.stack([2 * torch.sin(row / 40), 1.5 * torch.cos(col / 35)])[None]
+
+
+@pytest.mark.parametrize("truth", [shift(1.5, -1.0), smooth_field()])
+def test_the_field_between_two_images_is_found(truth):
+    refined = refine(seen_through(truth))
+
+    assert error(refined.field, truth) < 0.1
+    assert (refined.loss_after < refined.loss_before - 1).all()
+
+
+def test_features_of_a_level_are_enough():
+    truth = smooth_field()
+    src, tgt = (
+        F.avg_pool2d(texture(*positions()), 2),
+        F.avg_pool2d(seen_through(truth), 2),
+    )
+
+    assert error(refine(tgt, src=src, level=1).field, truth) < 0.2
+
+
+def test_an_affine_map_is_found_however_smooth_the_field_must_be():
+    row, col = positions()
+    truth = torch.stack([0.03 * (col - 60) - 0.02 * row, 0.02 * (row - 40)])[None]
+    stiff = replace(OPTIONS, smoothness=1e4)
+
+    assert error(refine(seen_through(truth), options=stiff).field, truth) < 0.1
+
+
+def test_more_smoothness_bends_less():
+    tgt = seen_through(smooth_field())
+    soft, stiff = (
+        refine(tgt, options=replace(OPTIONS, smoothness=s)).field for s in (1.0, 1000.0)
+    )
+
+    def curvature(field):
+        return float(field[..., ::8, ::8].diff(n=2, dim=-2).square().mean())
+
+    assert curvature(stiff) < 0.4 * curvature(soft)
+
+
+def test_noise_is_not_followed():
+    generator = torch.Generator().manual_seed(0)
+    src, tgt = (torch.randn(1, 4, ROWS, COLS, generator=generator) for _ in range(2))
+
+    refined = refine(tgt, src=src)
+
+    # Sampling half way between pixels averages noise, which must not pay.
+    assert refined.field.norm(dim=1).mean() < 1.0
+    assert (refined.loss_before - refined.loss_after < 0.05).all()
+
+
+def test_equal_images_keep_the_zero_field():
+    refined = refine(texture(*positions()))
+
+    assert refined.field.abs().max() < 1e-3
+    assert torch.isfinite(refined.loss_after).all()
+
+
+def test_the_result_is_never_worse_by_its_own_loss():
+    generator = torch.Generator().manual_seed(1)
+    start = 3 * torch.randn(2, 2, ROWS, COLS, generator=generator)
+    tgt = seen_through(shift(9.0, 7.0)).expand(2, -1, -1, -1)
+
+    refined = refine(tgt, start=start, src=texture(*positions()).expand(2, -1, -1, -1))
+
+    assert (refined.loss_after <= refined.loss_before).all()
+
+
+def test_without_steps_the_field_is_returned_as_it_came():
+    start = smooth_field()
+    refined = refine(
+        texture(*positions()), start=start, options=replace(OPTIONS, num_iter=0)
+    )
+
+    assert torch.equal(refined.field, start) and refined.iterations == 0
+    assert torch.equal(refined.loss_before, refined.loss_after)
+
+
+def test_a_better_start_takes_fewer_steps():
+    truth = smooth_field()
+    tgt = seen_through(truth)
+
+    from_zero, from_truth = refine(tgt), refine(tgt, start=truth)
+
+    # One step at each distance shows that there is nothing to gain.
+    assert from_truth.iterations <= 3 < from_zero.iterations < OPTIONS.num_iter
+
+
+def test_detail_of_the_field_stays():
+    generator = torch.Generator().manual_seed(0)
+    detail = 0.2 * torch.randn(1, 2, ROWS, COLS, generator=generator)
+
+    change = refine(seen_through(shift(1.5, -1.0)), start=detail).field - detail
+
+    # Bilinear between knots 16 px apart: hardly any step from pixel to pixel.
+    assert change.diff(dim=-1).abs().max() < 0.2
+    assert error(change, shift(1.5, -1.0)) < 0.3
+
+
+def test_samples_of_a_batch_are_refined_each_for_itself():
+    src = texture(*positions()).expand(2, -1, -1, -1)
+    tgt = torch.cat([seen_through(shift(1.0, 0.0)), seen_through(shift(0.0, -2.0))])
+    enough = replace(OPTIONS, min_gain=0.0, num_iter=8)
+
+    together = refine(tgt, src=src, options=enough)
+
+    for i in range(2):
+        alone = refine(tgt[i : i + 1], options=enough)
+        torch.testing.assert_close(together.field[i], alone.field[0], atol=0.02, rtol=0)
+
+
+def test_what_weighs_nothing_is_not_aligned():
+    tgt = seen_through(shift(1.5, 0.0))
+    tgt[..., :44, :] = seen_through(shift(-1.5, 0.0))[..., :44, :]
+    weight = ones()
+    weight.tgt[..., :44, :] = 0
+
+    field = refine(tgt, weights=(weight, ones())).field
+
+    # The weightless half goes on as the other half begins.
+    assert (field[:, 0, :, 8:-8] > 1.2).all()
+
+
+def test_the_field_tears_where_smoothness_is_relaxed():
+    truth = shift(2.0, 0.0) * torch.where(positions()[1] < 60, -1.0, 1.0)
+    tgt, band = seen_through(truth), ones()
+    # 24 px: some knots 16 px apart lie in it.
+    band.tgt[..., 48:72] = 0
+    away = (..., slice(8, -8), [*range(8, 40), *range(80, 112)])
+
+    stiff = replace(OPTIONS, smoothness=1000.0)
+    torn, whole = (
+        refine(tgt, weights=(band, smoothness), options=stiff).field
+        for smoothness in (band, ones())
+    )
+
+    misses = [float((f - truth)[away].norm(dim=1).mean()) for f in (torn, whole)]
+    assert misses[0] < 0.5 * misses[1]
+
+
+def test_src_warped_by_the_refined_field_is_tgt():
+    src, truth = texture(*positions()), smooth_field()
+    tgt = seen_through(truth)
+
+    warped = warp(src, refine(tgt).field)
+
+    difference = (warped - tgt)[..., 8:-8, 8:-8]
+    assert difference.square().mean() < 0.02 * tgt.square().mean()
+
+
+def test_the_field_given_is_left_alone_and_no_gradient_comes_back():
+    start = torch.zeros(1, 2, ROWS, COLS, requires_grad=True)
+
+    field = refine(seen_through(shift(1.0, 0.0)), start=start).field
+
+    assert not start.any() and not field.requires_grad
+
+
+@pytest.mark.parametrize("level", [1, 0])
+def test_features_of_another_size_are_refused(level):
+    src = tgt = torch.zeros(1, 2, ROWS // 2 + level, COLS // 2)
+    with pytest.raises(FieldError, match=f"level {level}"):
+        refine(tgt, src=src, level=level)
