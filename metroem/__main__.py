@@ -34,7 +34,9 @@ def build_parser() -> argparse.ArgumentParser:
         required=True,
         help="mip of each stage, coarse first",
     )
-    init.add_argument("--template", default="correlation", help="network of the modules")
+    init.add_argument(
+        "--template", default="correlation", help="network of the modules"
+    )
 
     fetch = _command(commands, "fetch", "copy a pyramid or module", _fetch)
     fetch.add_argument("source", help="gs://, s3://, https:// or local path")

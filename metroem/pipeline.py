@@ -16,12 +16,8 @@ from metroem.specs.schedule import Schedule, load_schedule
 from metroem.training import distributed
 from metroem.training.checkpoint import RunFolder
 from metroem.training.generate import FieldJob, generate_fields, target_sets
-from metroem.training.stage import (
-    StageJob,
-    TrainingSettings,
-    discard_training,
-    train_stage,
-)
+from metroem.training.job import StageJob, TrainingSettings
+from metroem.training.stage import discard_training, train_stage
 from metroem.training.stopping import TIME_UP, Stopped, StopRequest
 
 logger = logging.getLogger(__name__)

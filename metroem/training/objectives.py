@@ -1,6 +1,7 @@
 """What the losses of a phase say of a batch."""
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 
@@ -8,6 +9,7 @@ from metroem.aligner import Prediction
 from metroem.data.augment import random_field
 from metroem.data.sample import Sample
 from metroem.field import compose, warp
+from metroem.finetuning import finetune, pair_maps
 from metroem.loss import (
     LossTerms,
     PairLoss,
@@ -20,6 +22,7 @@ from metroem.loss import (
     weighted_mean,
 )
 from metroem.masks import PairMaps, tissue_mask, weigh
+from metroem.nets.options import AlignerOptions
 from metroem.specs.augmentations import RandomWarp
 from metroem.specs.losses import LossSpec
 from metroem.specs.schedule import Phase
@@ -61,11 +64,25 @@ def with_natural_field(sample: Sample, predict: Predict) -> Sample:
     )
 
 
+def levels_wanted(phase: Phase, options: AlignerOptions) -> tuple[int, ...]:
+    """Levels whose embeddings the losses of a phase look at.
+
+    Args:
+        phase: has the losses.
+        options: of the module; say which level is finetuned on.
+    """
+    finetuned = {
+        options.finetune_level for loss in phase.losses if loss.type == "distil"
+    }
+    return tuple(sorted({*phase.embedding_levels, *finetuned}))
+
+
 def phase_loss(
     phase: Phase,
     sample: Sample,
     prediction: Prediction,
     generator: torch.Generator,
+    options: AlignerOptions | None = None,
 ) -> LossTerms:
     """The loss that a phase minimises: the sum of its losses.
 
@@ -74,8 +91,16 @@ def phase_loss(
         sample: the batch, its truth complete.
         prediction: field and embeddings of it.
         generator: chance for `pure_emb`.
+        options: how the module is finetuned, for "distil"; the defaults if None.
     """
-    terms = [_loss(spec, phase, sample, prediction, generator) for spec in phase.losses]
+    terms = []
+    for spec in phase.losses:
+        if spec.type == "distil":
+            how = replace(options or AlignerOptions(), finetune_iter=spec.iterations)
+            wanted = _finetuned(sample, prediction, how)
+            terms.append(_endpoint(phase, prediction, wanted))
+        else:
+            terms.append(_loss(spec, phase, sample, prediction, generator))
     return added(terms, [spec.weight for spec in phase.losses])
 
 
@@ -87,11 +112,7 @@ def _loss(
     generator: torch.Generator,
 ) -> LossTerms:
     if spec.type == "known_warp":
-        return _with_rigidity(
-            endpoint_loss(prediction.field, prediction.coarse, _truth(sample)),
-            phase,
-            prediction,
-        )
+        return _endpoint(phase, prediction, _truth(sample))
     maps = PairMaps(sample.src, sample.tgt, sample.src_defects, sample.tgt_defects)
     pair = PairLoss(
         prediction.field,
@@ -121,8 +142,24 @@ def _truth(sample: Sample) -> Wanted:
     return Wanted(sample.truth, weight)
 
 
-def _with_rigidity(terms: LossTerms, phase: Phase, prediction: Prediction) -> LossTerms:
-    """The terms and smoothness times the rigidity of the field, if there is any."""
+def _finetuned(
+    sample: Sample, prediction: Prediction, options: AlignerOptions
+) -> Wanted:
+    """What the finetuner makes of a prediction, where both images show tissue."""
+    field = prediction.field.detach()
+    embedding = prediction.embeddings[options.finetune_level]
+    with torch.no_grad():
+        maps = pair_maps(
+            sample.src, sample.tgt, (sample.src_defects, sample.tgt_defects), options
+        )
+        found = finetune(field, embedding, maps, options).field
+        shown = warp(tissue_mask(sample.src).float(), found) > 0.999
+    return Wanted(found, (shown & tissue_mask(sample.tgt)).float())
+
+
+def _endpoint(phase: Phase, prediction: Prediction, wanted: Wanted) -> LossTerms:
+    """Distance from the field wanted, and smoothness times rigidity if asked for."""
+    terms = endpoint_loss(prediction.field, prediction.coarse, wanted)
     if not phase.smoothness:
         return terms
     strain = weighted_mean(rigidity_map(prediction.field))

@@ -3,18 +3,15 @@
 import logging
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from metroem.aligner import Aligner
-from metroem.data.dataset import Split
 from metroem.data.epoch import EpochKey, TrainingEpoch, ValidationPairs, num_steps
 from metroem.data.sample import Sample, stack_samples
-from metroem.errors import DatasetError, UsageError
+from metroem.errors import DatasetError
 from metroem.nets.checkpoint import checkpoint_path, save_weights
 from metroem.nets.loading import load_module
 from metroem.progress import progress
@@ -30,7 +27,8 @@ from metroem.training.checkpoint import (
     replace_file,
     save_state,
 )
-from metroem.training.objectives import phase_loss, with_natural_field
+from metroem.training.job import StageJob
+from metroem.training.objectives import levels_wanted, phase_loss, with_natural_field
 from metroem.training.priors import StagesBefore
 from metroem.training.step import Scores, Step, TrainingModel, train_step, validate
 from metroem.training.stopping import Stopped, StopRequest
@@ -43,72 +41,6 @@ SAVE_EVERY_STEPS = 200
 BAD_STEPS_LOOKED_AT, BAD_STEPS_ALLOWED = 50, 0.2
 # Below this mean change of the prior field a network does nothing, px.
 COLLAPSED_PX = 0.01
-
-
-@dataclass(frozen=True)
-class TrainingSettings:
-    """How a run trains, whatever the stage.
-
-    Attributes:
-        checkpoint_name: of the weights.
-        device: of this rank.
-        seed: what all chance is drawn from.
-        batch_size: pairs of a step, over all ranks; None leaves it to the phase.
-        num_workers: processes that read samples, per rank.
-        precision: "fp32" or "bf16" inside the network.
-    """
-
-    checkpoint_name: str
-    device: torch.device
-    seed: int
-    batch_size: int | None
-    num_workers: int
-    precision: str
-
-    def batch_of(self, phase: Phase) -> int:
-        """Pairs of a step of a phase, over all ranks: at least one each.
-
-        Raises:
-            UsageError: the ranks cannot share them evenly.
-        """
-        ranks = distributed.world_size()
-        size = self.batch_size or phase.batch_size or ranks
-        if size % ranks:
-            raise UsageError(
-                f"batch size {size} (--batch_size, or batch_size of the schedule): the "
-                f"pairs of a step are shared by {ranks} ranks; expected a multiple of "
-                f"{ranks}"
-            )
-        return size
-
-
-@dataclass(frozen=True)
-class StageJob:
-    """What is to be trained, and on what.
-
-    Attributes:
-        module: what is trained.
-        phases: of its schedule, in turn.
-        split: its pairs.
-        settings: of the run.
-        before: the stages before it.
-    """
-
-    module: ModuleSpec
-    phases: tuple[Phase, ...]
-    split: Split
-    settings: TrainingSettings
-    before: tuple[ModuleSpec, ...] = ()
-
-    def fingerprint(self) -> dict[str, Any]:
-        """What must be equal for a run to go on from a saved state."""
-        return {
-            "the phases of the schedule": [repr(phase) for phase in self.phases],
-            "the pairs to train on": [ref.name for ref in self.split.training],
-            "--seed": self.settings.seed,
-            "--batch_size": self.settings.batch_size,
-            "--precision": self.settings.precision,
-        }
 
 
 def train_stage(job: StageJob, run: RunFolder, stop: StopRequest) -> None:
@@ -237,8 +169,10 @@ class StageTrainer:
         inner = getattr(self.model, "module", self.model)
         sample = with_natural_field(self.before.with_prior(sample), inner)
         return train_step(
-            lambda: self.model(sample, phase.embedding_levels),
-            lambda prediction: phase_loss(phase, sample, prediction, generator),
+            lambda: self.model(sample, levels_wanted(phase, self.aligner.options)),
+            lambda prediction: phase_loss(
+                phase, sample, prediction, generator, self.aligner.options
+            ),
             self.optimizer,
             prior=sample.prior_field,
             stop=self.stop.code,

@@ -11,7 +11,7 @@ from metroem.data.epoch import ValidationPairs
 from metroem.data.sample import Sample, seeded_generator
 from metroem.loss import LossTerms
 from metroem.training.distributed import largest, rank, total, world_size
-from metroem.training.objectives import phase_loss, with_natural_field
+from metroem.training.objectives import levels_wanted, phase_loss, with_natural_field
 from metroem.training.priors import StagesBefore
 
 # A loss above this is taken for a failure, as in the original.
@@ -60,6 +60,7 @@ class TrainingModel(nn.Module):
     def __init__(self, aligner: Aligner, precision: str) -> None:
         super().__init__()
         self.net = aligner.net
+        self.options = aligner.options
         self._predict = aligner.predict
         self._is_bf16 = precision == "bf16"
 
@@ -159,16 +160,16 @@ def validate(
     if not len(samples):
         return None
     phase = samples.phase
-    inner = getattr(model, "module", model)
+    inner: TrainingModel = getattr(model, "module", model)  # type: ignore
     inner.eval()
     sums = torch.zeros(len(Scores._fields), device=device)
     for index in range(rank(), len(samples), world_size()):
         with torch.no_grad():
             sample = before.with_prior(samples[index].to(device))
             sample = with_natural_field(sample, inner)
-            prediction = inner(sample, phase.embedding_levels)
+            prediction = inner(sample, levels_wanted(phase, inner.options))
             chance = seeded_generator(seed, index)
-            terms = phase_loss(phase, sample, prediction, chance)
+            terms = phase_loss(phase, sample, prediction, chance, inner.options)
         sums += scores_of(prediction, terms, sample.prior_field)
     inner.train()
     return Scores(*(total(sums) / len(samples)).tolist())

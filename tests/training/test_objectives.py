@@ -11,10 +11,15 @@ from metroem.data.sample import Sample, seeded_generator, stack_samples
 from metroem.field import compose, warp
 from metroem.loss import PairLoss, plain_loss, rigidity_map
 from metroem.masks import PairMaps, grow, weigh
+from metroem.nets.options import AlignerOptions
 from metroem.specs.augmentations import KnownWarp
 from metroem.specs.losses import LossSpec
 from metroem.specs.schedule import Phase
-from metroem.training.objectives import phase_loss, with_natural_field
+from metroem.training.objectives import (
+    levels_wanted,
+    phase_loss,
+    with_natural_field,
+)
 
 ROWS, COLS = 48, 72
 KNOWN, PLAIN = LossSpec("known_warp"), LossSpec("plain")
@@ -249,3 +254,16 @@ def test_a_plain_loss_masks_as_the_rules_of_its_phase_say(sample):
     )
     found = loss_of(phase, sample, Prediction(sample.truth, {}))
     assert found.total == plain_loss(sample.src, sample.tgt, pair).total
+
+
+def test_distil_asks_for_what_the_finetuner_finds(sample):
+    """The embeddings are sharp images, so the finetuner finds the truth (2, -1)."""
+    options = AlignerOptions(finetune_knots=(16,), finetune_sm=0.01, finetune_level=0)
+    image = torch.cat((sample.src, sample.src), 1), torch.cat((sample.tgt,) * 2, 1)
+    start = constant(1.2, -0.4)
+    prediction = Prediction(start, {0: Embedding(*image)})
+    phase = phase_of(LossSpec("distil", iterations=30))
+    assert levels_wanted(phase, options) == (0,)
+    terms = phase_loss(phase, sample, prediction, seeded_generator(3), options)
+    # 1 px from the truth at the start; what the finetuner is off adds to it.
+    assert float(terms.epe) == pytest.approx(1.0, abs=0.25)

@@ -9,6 +9,7 @@ from metroem.aligner import Prediction
 from metroem.data.epoch import ValidationPairs
 from metroem.data.sample import Sample, seeded_generator
 from metroem.loss import LossTerms
+from metroem.nets.options import AlignerOptions
 from metroem.specs.augmentations import KnownWarp
 from metroem.specs.losses import LossSpec
 from metroem.specs.schedule import Phase
@@ -137,6 +138,8 @@ def test_what_is_not_known_is_left_out_of_the_text_and_null_in_json():
 
 class OffBy(nn.Module):
     """A network that knows the truth and misses it by 5 px; by 1 in training."""
+
+    options = AlignerOptions()
 
     def forward(self, sample, levels):
         assert not torch.is_grad_enabled()

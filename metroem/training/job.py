@@ -1,0 +1,78 @@
+"""What the training of one stage is asked to do."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from metroem.data.dataset import Split
+from metroem.errors import UsageError
+from metroem.specs.pyramid import ModuleSpec
+from metroem.specs.schedule import Phase
+from metroem.training import distributed
+
+
+@dataclass(frozen=True)
+class TrainingSettings:
+    """How a run trains, whatever the stage.
+
+    Attributes:
+        checkpoint_name: of the weights.
+        device: of this rank.
+        seed: what all chance is drawn from.
+        batch_size: pairs of a step, over all ranks; None leaves it to the phase.
+        num_workers: processes that read samples, per rank.
+        precision: "fp32" or "bf16" inside the network.
+    """
+
+    checkpoint_name: str
+    device: torch.device
+    seed: int
+    batch_size: int | None
+    num_workers: int
+    precision: str
+
+    def batch_of(self, phase: Phase) -> int:
+        """Pairs of a step of a phase, over all ranks: at least one each.
+
+        Raises:
+            UsageError: the ranks cannot share them evenly.
+        """
+        ranks = distributed.world_size()
+        size = self.batch_size or phase.batch_size or ranks
+        if size % ranks:
+            raise UsageError(
+                f"batch size {size} (--batch_size, or batch_size of the schedule): the "
+                f"pairs of a step are shared by {ranks} ranks; expected a multiple of "
+                f"{ranks}"
+            )
+        return size
+
+
+@dataclass(frozen=True)
+class StageJob:
+    """What is to be trained, and on what.
+
+    Attributes:
+        module: what is trained.
+        phases: of its schedule, in turn.
+        split: its pairs.
+        settings: of the run.
+        before: the stages before it.
+    """
+
+    module: ModuleSpec
+    phases: tuple[Phase, ...]
+    split: Split
+    settings: TrainingSettings
+    before: tuple[ModuleSpec, ...] = ()
+
+    def fingerprint(self) -> dict[str, Any]:
+        """What must be equal for a run to go on from a saved state."""
+        return {
+            "the phases of the schedule": [repr(phase) for phase in self.phases],
+            "the pairs to train on": [ref.name for ref in self.split.training],
+            "--seed": self.settings.seed,
+            "--batch_size": self.settings.batch_size,
+            "--precision": self.settings.precision,
+        }
