@@ -90,7 +90,8 @@ def test_the_demo_runs_twice_and_ends_with_its_figures(tmp_path):
         "batch_size": 4,
         "smoothness": 0,
         "loss_spec": {"type": "known_warp"},
-        "augmentations": [{"type": "known_warp", "peak_px": 6, "shift_px": 3}],
+        # One section twice, since there is no time to learn what pairs are.
+        "augmentations": [{"type": "known_warp", "peak_px": 6, "same": 1}],
     }
     schedule.write_text(json.dumps({"2": [phase], "0": [phase]}))
     code = (
