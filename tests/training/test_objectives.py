@@ -239,6 +239,18 @@ def test_each_pair_of_a_batch_gets_its_own_truth():
         torch.testing.assert_close(done.truth[i : i + 1], alone.truth)
 
 
+def test_a_pair_of_one_section_has_no_natural_field():
+    pair, twice = unaligned(0), unaligned(1)
+    twice = twice._replace(unwarped_src=torch.zeros_like(twice.src))
+    network = Knows(constant(*NATURAL, 2 * ROWS, 2 * COLS))
+    done = with_natural_field(stack_samples([pair, twice]), network)
+    # Sampled in place: positions are rounded by 1e-5 px.
+    torch.testing.assert_close(done.truth[1:], twice.truth, atol=1e-3, rtol=0)
+    assert torch.equal(done.truth_valid[1:], twice.truth_valid)
+    alone = with_natural_field(pair, network)
+    torch.testing.assert_close(done.truth[:1], alone.truth)
+
+
 def test_an_aligned_pair_is_left_as_it_is(sample):
     assert with_natural_field(sample, Knows(sample.truth)) is sample
 
