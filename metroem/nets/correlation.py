@@ -30,6 +30,9 @@ State = dict[str, dict[str, dict[str, Tensor]]]
 _SLOPE = 0.1  # of the leaky ReLUs
 # Sides of the neighbourhoods that votes are pooled over, px of the level.
 _POOLS = (2, 4, 8, 16)
+# Share of "no change", before the soft-max: fresh steps keep to what was found
+# before them, for example by the stage before (no slower to train, 2026-11).
+_FIRST_RESTRAINT = 3.0
 _FIRST_SCALE = 8.0  # of a correlation of unit vectors, before the soft arg-max
 
 
@@ -241,6 +244,8 @@ class Step(nn.Module):
         for layer in (self.to_window, self.to_change):
             nn.init.zeros_(layer.weight)
             nn.init.zeros_(layer.bias)  # type: ignore[arg-type]
+        with torch.no_grad():
+            self.to_pools.bias[-1] = _FIRST_RESTRAINT  # type: ignore[index]
 
     def forward(
         self, pair: _Pair, field: Tensor | None, hidden: Tensor | None
