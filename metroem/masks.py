@@ -310,10 +310,13 @@ def _large_areas(deviation: np.ndarray, tissue: np.ndarray) -> np.ndarray:
         deviation: from the median, in spreads (standard deviations of tissue).
         tissue: bool.
     """
-    likely = ndimage.binary_opening(tissue & (deviation > _LIKELY), np.ones((3, 3)))
+    likely = np.asarray(
+        ndimage.binary_opening(tissue & (deviation > _LIKELY), np.ones((3, 3))), bool
+    )
     sure = likely & (deviation > _SURE)
-    labels, count = ndimage.label(likely)  # type: ignore[misc]
-    area = np.bincount(labels.ravel(), minlength=count + 1)
+    labels = _labels(likely)
+    area = np.bincount(labels.ravel())
+    count = len(area) - 1
     num_sure = np.bincount(labels[sure], minlength=count + 1)
     extreme = num_sure > np.maximum(_SURE_SHARE * area, _MIN_BLOB_PX / 4)
     extreme[0] = False
@@ -323,7 +326,8 @@ def _large_areas(deviation: np.ndarray, tissue: np.ndarray) -> np.ndarray:
         needed = max(_MIN_LENGTH * min(tissue.shape), _MIN_LENGTH_PX / 2)
         long[label] = length >= needed and area[label] < length * _MAX_WIDTH_PX / 2
     # What touches an extreme area is tissue again, some pixels away from it.
-    beside = ndimage.maximum_filter(sure, 2 * (_REACH_PX // 2) + 1)
+    reach = 2 * (_REACH_PX // 2) + 1
+    beside = np.asarray(ndimage.maximum_filter(sure, reach), bool)
     return (long & ~extreme)[labels] | (extreme[labels] & beside)
 
 
@@ -332,7 +336,12 @@ def _gaps(tissue: np.ndarray, radius: int, min_px: int) -> np.ndarray:
     padded = np.pad(tissue, radius, mode="edge")
     closed = ndimage.binary_closing(padded, iterations=max(radius, 1))
     inside = closed[radius:, radius:][: tissue.shape[0], : tissue.shape[1]]
-    labels = np.asarray(ndimage.label(inside & ~tissue)[0], dtype=np.int64)  # type: ignore[index]
+    labels = _labels(inside & ~tissue)
     large = np.bincount(labels.ravel()) > min_px
     large[0] = False
     return large[labels]
+
+
+def _labels(mask: np.ndarray) -> np.ndarray:
+    """(H, W) int64: number of the connected component of each pixel, 0 for none."""
+    return np.asarray(ndimage.label(mask)[0], dtype=np.int64)  # type: ignore[index]
