@@ -29,7 +29,7 @@ from metroem.masks import PairWeight
 # Squared difference, of features of variance 1, at which a pixel counts half.
 _OUTLIER = 1.0
 # Below this dissimilarity nothing is gained: images that are equal stay finite.
-_ALIKE = 1e-3
+_ALIKE = 1e-2
 # What bending counts where a mask says nothing: without any, a tear of the field
 # is not held by anything and drifts (2.3 px more error near stains, 2026-11).
 _LEAST_STIFFNESS = 0.05
@@ -56,7 +56,8 @@ class RefineOptions:
 
     Attributes:
         knots_px: distance of the knots that what is added to the field is given
-            at, coarse first, powers of 2, pixels.
+            at, coarse first, powers of 2, pixels. Detail of the field that is
+            finer than the last is given up: it is noise of the network.
         smoothness: factor of bending, times the square of how unlike the
             sections are, 0 to 1 (about 0.2 for noise alone, 0.5 for neighbours
             40 nm apart).
@@ -98,7 +99,8 @@ def refine_field(
     """
     _check(features, field, weights, level)
     with torch.no_grad():
-        start = found = field.detach().float()
+        start = field.detach().float()
+        found = _without_detail(start, min(options.knots_px))
         steps, problem = 0, None
         for spacing in options.knots_px:
             problem = _Problem(features, found, weights, options, (level, spacing))
@@ -109,6 +111,12 @@ def refine_field(
         before, after = problem.loss_of(start), problem.loss_of(found)
         found = torch.where(_over(after > before), start, found)
         return Finetuned(found, before, torch.minimum(before, after), steps)
+
+
+def _without_detail(field: Tensor, spacing: int) -> Tensor:
+    """The field as knots `spacing` px apart can have it."""
+    knots = Knots((field.shape[-2], field.shape[-1]), spacing, like=field)
+    return knots.expand(knots.mean(field))
 
 
 def _check(

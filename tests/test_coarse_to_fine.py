@@ -89,7 +89,7 @@ def test_an_affine_map_is_found_however_smooth_the_field_must_be():
 def test_more_smoothness_bends_less():
     tgt = seen_through(smooth_field())
     soft, stiff = (
-        refine(tgt, options=replace(OPTIONS, smoothness=s)).field for s in (1.0, 1000.0)
+        refine(tgt, options=replace(OPTIONS, smoothness=s)).field for s in (10.0, 1e6)
     )
 
     def curvature(field):
@@ -126,14 +126,16 @@ def test_the_result_is_never_worse_by_its_own_loss():
     assert (refined.loss_after <= refined.loss_before).all()
 
 
-def test_without_steps_the_field_is_returned_as_it_came():
-    start = smooth_field()
+def test_without_steps_nothing_gets_worse():
     refined = refine(
-        texture(*positions()), start=start, options=replace(OPTIONS, num_iter=0)
+        seen_through(smooth_field()),
+        start=smooth_field(),
+        options=replace(OPTIONS, num_iter=0),
     )
 
-    assert torch.equal(refined.field, start) and refined.iterations == 0
-    assert torch.equal(refined.loss_before, refined.loss_after)
+    assert refined.iterations == 0
+    assert (refined.loss_after <= refined.loss_before).all()
+    assert error(refined.field, smooth_field()) < 0.1
 
 
 def test_a_better_start_takes_fewer_steps():
@@ -142,19 +144,19 @@ def test_a_better_start_takes_fewer_steps():
 
     from_zero, from_truth = refine(tgt), refine(tgt, start=truth)
 
-    # One step at each distance shows that there is nothing to gain.
-    assert from_truth.iterations <= 3 < from_zero.iterations < OPTIONS.num_iter
+    # A step or two at each of 3 distances show that there is nothing to gain.
+    assert from_truth.iterations <= 6 < from_zero.iterations < OPTIONS.num_iter
 
 
-def test_detail_of_the_field_stays():
+def test_detail_finer_than_the_knots_is_given_up():
     generator = torch.Generator().manual_seed(0)
-    detail = 0.2 * torch.randn(1, 2, ROWS, COLS, generator=generator)
+    noise = 0.5 * torch.randn(1, 2, ROWS, COLS, generator=generator)
 
-    change = refine(seen_through(shift(1.5, -1.0)), start=detail).field - detail
+    field = refine(seen_through(smooth_field()), start=smooth_field() + noise).field
 
+    assert error(field, smooth_field()) < 0.2
     # Bilinear between knots 16 px apart: hardly any step from pixel to pixel.
-    assert change.diff(dim=-1).abs().max() < 0.2
-    assert error(change, shift(1.5, -1.0)) < 0.3
+    assert field.diff(dim=-1).abs().max() < 0.3
 
 
 def test_samples_of_a_batch_are_refined_each_for_itself():
@@ -188,7 +190,7 @@ def test_the_field_tears_where_smoothness_is_relaxed():
     band.tgt[..., 48:72] = 0
     away = (..., slice(8, -8), [*range(8, 40), *range(80, 112)])
 
-    stiff = replace(OPTIONS, smoothness=1000.0)
+    stiff = replace(OPTIONS, smoothness=1e6)
     torn, whole = (
         refine(tgt, weights=(band, smoothness), options=stiff).field
         for smoothness in (band, ones())

@@ -66,7 +66,7 @@ def test_what_is_masked_as_a_defect_pulls_at_nothing(pair):
     tgt[..., 30:60] = src[..., 30:60]  # as if it had not moved there
     mask = torch.zeros_like(tgt, dtype=torch.bool)
     mask[..., 26:64] = True
-    options = AlignerOptions(finetune_knots=(32, 16), finetune_sm=8.0)
+    options = AlignerOptions(finetune_knots=(32, 16), finetune_sm=1e5)
 
     def found(defects):
         maps = pair_maps(src, tgt, defects, options)
