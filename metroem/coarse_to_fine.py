@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from metroem.errors import FieldError
+from metroem.errors import FieldError, UsageError
 from metroem.field import check_field, downsample_field, upsample_field, warp
 from metroem.field_search import Finetuned, inside_border
 from metroem.knots import Bending, Knots
@@ -45,7 +45,7 @@ _NO_POWER = 1e-6
 # is tried first; half of it up to so often.
 _FIRST_STEP = 2.0
 _TRIALS = 4
-_SOLVER_STEPS = 20
+_SOLVER_STEPS = 50
 _SOLVED = 1e-2  # of the residual
 _DAMPING = 1e-3  # of the mean curvature
 
@@ -64,6 +64,9 @@ class RefineOptions:
         num_iter: at most so many steps, for all distances together.
         min_gain: a distance ends when a step lowers the loss by less.
         border: px left out of the loss on each side.
+
+    Raises:
+        UsageError: no knots, or distances that are no powers of 2 from 4 on.
     """
 
     knots_px: tuple[int, ...] = (64, 32, 16)
@@ -71,6 +74,14 @@ class RefineOptions:
     num_iter: int = 30
     min_gain: float = 2e-3
     border: int = 1
+
+    def __post_init__(self) -> None:
+        powers = all(px >= 4 and px & (px - 1) == 0 for px in self.knots_px)
+        if not self.knots_px or not powers:
+            raise UsageError(
+                f"knots {self.knots_px} px apart: expected powers of 2 from 4 on, "
+                "coarse first, for example (64, 32, 16)"
+            )
 
 
 def refine_field(
@@ -96,15 +107,24 @@ def refine_field(
 
     Raises:
         FieldError: `field` is no field of the size of the features and weights.
+        UsageError: features of a level that is coarser than the knots.
     """
     _check(features, field, weights, level)
+    if min(options.knots_px) < 2**level:
+        raise UsageError(
+            f"knots {min(options.knots_px)} px apart on features of level {level}, "
+            f"{2**level} px a pixel: give knots of {2**level} px or more"
+        )
     with torch.no_grad():
         start = field.detach().float()
         found = _without_detail(start, min(options.knots_px))
         steps, problem = 0, None
-        for spacing in options.knots_px:
+        for done, spacing in enumerate(options.knots_px):
+            # A share of the steps for each distance, if there are few.
+            left = len(options.knots_px) - done
+            most = -(-(options.num_iter - steps) // left)
             problem = _Problem(features, found, weights, options, (level, spacing))
-            change, made = _search(problem, options.num_iter - steps)
+            change, made = _search(problem, most)
             steps += made
             found = found + problem.at_full_size(change)
         assert problem is not None

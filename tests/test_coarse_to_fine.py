@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from metroem.coarse_to_fine import RefineOptions, refine_field
-from metroem.errors import FieldError
+from metroem.errors import FieldError, UsageError
 from metroem.field import warp
 from metroem.masks import PairWeight
 
@@ -223,3 +223,25 @@ def test_features_of_another_size_are_refused(level):
     src = tgt = torch.zeros(1, 2, ROWS // 2 + level, COLS // 2)
     with pytest.raises(FieldError, match=f"level {level}"):
         refine(tgt, src=src, level=level)
+
+
+def test_few_steps_are_shared_by_all_distances():
+    truth = smooth_field()
+    options = RefineOptions(knots_px=(32, 16, 8), num_iter=3)
+
+    refined = refine(seen_through(truth), options=options)
+
+    assert refined.iterations == 3
+    assert error(refined.field, truth) < 0.5 * error(torch.zeros_like(truth), truth)
+
+
+@pytest.mark.parametrize("knots", [(), (24,), (16, 2), (0,)])
+def test_knots_are_powers_of_two(knots):
+    with pytest.raises(UsageError, match="powers of 2"):
+        RefineOptions(knots_px=knots)
+
+
+def test_knots_finer_than_the_features_are_refused():
+    tgt = torch.zeros(1, 2, ROWS // 8, COLS // 8)
+    with pytest.raises(UsageError, match="4 px apart on features of level 3"):
+        refine(tgt, src=tgt, level=3, options=replace(OPTIONS, knots_px=(16, 4)))
