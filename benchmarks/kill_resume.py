@@ -37,8 +37,8 @@ WARP = [{"type": "warp", "min_disp": -3, "max_disp": 3}, {"type": "random_transp
 METRIC = {"type": "metric", "params": {"pre_align_sample": 8}}
 SCHEDULE = {
     "0": [
-        {**PHASE, "num_epochs": 40, "augmentations": WARP},
-        {**PHASE, "num_epochs": 20, "loss_spec": METRIC},
+        {**PHASE, "num_epochs": 16, "augmentations": WARP},
+        {**PHASE, "num_epochs": 8, "loss_spec": METRIC},
     ]
 }
 
