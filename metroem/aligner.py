@@ -194,8 +194,9 @@ class Aligner(nn.Module):
                 `finetune`, `finetune_iter`, `finetune_lr`, `finetune_sm`,
                 `train`, `normalize` instead of the module's own;
                 `final_stage` makes the field 10 times as stiff where
-                `finetune_sm` is not given; `return_state`. Others are
-                ignored: callers pass every layer they have.
+                `finetune_sm` is not given and modules are finetuned as the
+                original's; `return_state`. Others are ignored: callers pass
+                every layer they have.
 
         Returns:
             The whole field, prior included, as a torchfields `Field`,
@@ -203,7 +204,8 @@ class Aligner(nn.Module):
             network's state, {} for blank pairs.
         """
         options = self.options.updated(given)
-        if given.get("final_stage") and given.get("finetune_sm") is None:
+        is_default = given.get("finetune_sm") is None and not options.finetune_knots
+        if given.get("final_stage") and is_default:
             options = replace(options, finetune_sm=10 * options.finetune_sm)
         self.to(src_img.device)
         src, tgt = (_boundary_image(i, options) for i in (src_img, tgt_img))

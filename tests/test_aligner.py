@@ -296,6 +296,23 @@ class TestBoundary:
 
         assert seen == [30, 300, 7]
 
+    def test_the_final_stage_is_no_stiffer_where_there_are_knots(
+        self, aligner, monkeypatch
+    ):
+        seen = []
+
+        def spy(features, field, weights, options, *, level):
+            seen.append(options.smoothness)
+            return type("Tuned", (), {"field": field})
+
+        monkeypatch.setattr("metroem.finetuning.refine_field", spy)
+        pair = texture(24, 40), texture(24, 40)
+
+        aligner(*pair, finetune=True, finetune_knots=(16,))
+        aligner(*pair, finetune=True, finetune_knots=(16,), final_stage=True)
+
+        assert seen == [30, 30]
+
 
 class TestEmbeddings:
     def test_features_come_without_the_image(self, aligner):
