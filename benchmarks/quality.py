@@ -111,7 +111,7 @@ def train_command(request: QualityRequest, run: Run) -> list[str]:
     """train.py as a user calls it."""
     command = [script("train.py"), "--pyramid_path", str(run.pyramid)]
     command += ["--dataset_path", str(run.folder / "dataset")]
-    command += ["--train_mode", request.train_mode, "--precision", "bf16"]
+    command += ["--train_mode", request.train_mode]
     command += ["--seed", str(request.seed)]
     if request.train_params_path is not None:
         command += ["--train_params_path", str(request.train_params_path)]

@@ -17,6 +17,7 @@ from metroem.training import distributed
 from metroem.training.checkpoint import RunFolder
 from metroem.training.generate import FieldJob, generate_fields, target_sets
 from metroem.training.job import StageJob, TrainingSettings
+from metroem.training.memory import keep_freed_memory
 from metroem.training.stage import discard_training, train_stage
 from metroem.training.stopping import TIME_UP, Stopped, StopRequest
 
@@ -100,6 +101,8 @@ def train_pyramid(request: TrainRequest) -> None:
     _check_images(request, modules)
     device = distributed.choose_device(request.device, request.gpus)
     settings = _settings(request, device)
+    if device.type == "cpu":
+        keep_freed_memory()
     with distributed.process_group(device), StopRequest(request.max_minutes) as stop:
         try:
             _run_stages(request, modules, schedule, settings, stop)

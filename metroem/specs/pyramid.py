@@ -44,6 +44,11 @@ class ModuleSpec:
         """Where the module keeps its network spec and its checkpoints."""
         return self.path / "model"
 
+    def spec(self) -> str | None:
+        """The text of the module's network spec; None if it has none."""
+        path = self.weights_folder / "model_spec.json"
+        return path.read_text() if path.is_file() else None
+
 
 def find_modules(pyramid: Path) -> list[ModuleSpec]:
     """The modules of a pyramid in processing order.

