@@ -48,6 +48,9 @@ class Prediction(NamedTuple):
     # The whole field by level, (B, 2, >= H / 2**level, >= W / 2**level), pixels of
     # the level, of networks that leave it there; else empty.
     coarse: dict[int, Tensor] = {}
+    # What a pixel of tgt is worth in a comparison, (B, 1, H, W), 0 to 1, of networks
+    # that have learned it.
+    trust: Tensor | None = None
 
 
 class Alignment(NamedTuple):
@@ -295,11 +298,15 @@ class Aligner(nn.Module):
             level: _embedding(state["up"][str(level)]["output"], rows, cols, level)
             for level in levels
         }
-        coarse = {}
+        coarse, trust = {}, None
         if getattr(self.net, "gives_whole_fields", False) and self.pass_field:
             coarse = {int(k): v["output"] for k, v in state["down"].items()}
+            finest = min(coarse)
+            trust = state["down"][str(finest)]["trust"]
+            trust = F.interpolate(trust, scale_factor=2**finest, mode="nearest")
+            trust = trust[..., :rows, :cols]
         field = field[..., :rows, :cols].float()
-        return Prediction(field, embeddings, coarse), state
+        return Prediction(field, embeddings, coarse, trust), state
 
     def _run(
         self, src: Tensor, tgt: Tensor, prior: Tensor | None
@@ -346,10 +353,12 @@ class Aligner(nn.Module):
             return Alignment(before.clone(), None), {}
         level = options.finetune_level
         levels = (level,) if options.finetune else ()
-        (field, embeddings, _), state = self._predict(src, tgt, prior, levels)
+        found, state = self._predict(src, tgt, prior, levels)
+        field = found.field
         if options.finetune:
             maps = pair_maps(src, tgt, defects, options)
-            tuned = finetune(field, embeddings[level], maps, options)
+            embedding = found.embeddings[level]
+            tuned = finetune(field, embedding, maps, options, trust=found.trust)
             field = tuned.field
         if self.operators == "corrected":  # stock modules keep their numbers
             field = unfold(field)

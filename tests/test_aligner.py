@@ -50,7 +50,7 @@ def test_any_size_goes_in_and_comes_out(tmp_path, operators, rows, cols):
     aligner = make_aligner(tmp_path, operators=operators)
     prior = torch.rand(2, 2, rows, cols)
 
-    field, embeddings, _ = aligner.predict(
+    field, embeddings, *_ = aligner.predict(
         torch.rand(2, 1, rows, cols), torch.rand(2, 1, rows, cols), prior, levels=(0, 2)
     )
 

@@ -60,7 +60,8 @@ def test_defects_that_are_not_given_are_found():
     assert ours.tgt_defects is given
 
 
-def test_what_is_masked_as_a_defect_pulls_at_nothing(pair):
+@pytest.mark.parametrize("by_trust", [False, True])
+def test_what_is_masked_or_not_trusted_pulls_at_nothing(pair, by_trust):
     src, tgt = pair
     tgt = tgt.clone()
     tgt[..., 30:60] = src[..., 30:60]  # as if it had not moved there
@@ -68,14 +69,16 @@ def test_what_is_masked_as_a_defect_pulls_at_nothing(pair):
     mask[..., 26:64] = True
     options = AlignerOptions(finetune_knots=(32, 16), finetune_sm=1e5)
 
-    def found(defects):
+    def found(defects, trust=None):
         maps = pair_maps(src, tgt, defects, options)
         start = torch.zeros(1, 2, ROWS, COLS)
-        tuned = finetune(start, embedding((src, tgt), 0), maps, options)
+        features = embedding((src, tgt), 0)
+        tuned = finetune(start, features, maps, options, trust=trust)
         return float(tuned.field[:, 0, 12:-12, 16:22].mean())
 
     none = torch.zeros_like(mask)
-    assert abs(found((none, mask)) - 1.5) < 0.5 * abs(found((none, none)) - 1.5)
+    without = found((none, none), (~mask).float()) if by_trust else found((none, mask))
+    assert abs(without - 1.5) < 0.5 * abs(found((none, none)) - 1.5)
 
 
 def test_levels_belong_to_knots():

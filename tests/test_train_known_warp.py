@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import torch
 
 import train
 from metroem.io.h5 import FieldSet
@@ -66,15 +67,48 @@ def metrics(run):
 def test_networks_learn_from_sections_that_are_warped(run):
     train.main(arguments(run))
 
-    for stage in (0, 1):
-        lines = [line for line in metrics(run) if line["stage"] == stage]
-        epes = [line["validation"]["epe_px"] for line in lines]
-        assert len(epes) == 9 and epes[7] < 0.8 * epes[0]
+    first, second = (
+        [m["validation"]["epe_px"] for m in metrics(run) if m["stage"] == stage]
+        for stage in (0, 1)
+    )
+    assert len(first) == len(second) == 9
+    assert first[7] < 0.8 * first[0]
+    # The second starts from what the first has learned, at twice the size.
+    assert second[7] < second[0] < 2 * first[0]
     # What a loss does not know is null, which is JSON; NaN would not be.
     assert metrics(run)[0]["training"]["similarity"] is None
     assert metrics(run)[0]["validation"]["epe_px"] > 0
     assert "(epe " in (run / "pyramid" / "ck.log").read_text()
     assert FieldSet(run / "data" / "field_1_x0_y0_z1_MIP1_ck.h5").read(0).any()
+
+
+def first_weights(run):
+    """What stage 1 had before its first step, and what stage 0 has."""
+    train.main(arguments(run, "--train_stages", "0"))
+    trainers = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(StageTrainer, "train", lambda self: trainers.append(self))
+        train.main(
+            arguments(run, "--train_stages", "1", "--generate_field_stages", "0")
+        )
+    weights = run / "pyramid/0_mip2in_correlation/model/ck.state.pth.tar"
+    return trainers[0].aligner.net.state_dict(), torch.load(weights, weights_only=True)
+
+
+def test_a_stage_without_weights_starts_from_the_stage_before(run, caplog):
+    (run / "schedule.json").write_text(json.dumps({"1": [PAIRS]}))
+    found, before = first_weights(run)
+    assert all(torch.equal(found[name], before[name]) for name in before)
+    assert "stage 1: no weights yet; it starts from those of stage 0" in caplog.text
+
+
+def test_a_stage_with_another_network_starts_afresh(run, caplog):
+    (run / "schedule.json").write_text(json.dumps({"1": [PAIRS]}))
+    levels = [*NETWORK["levels"], NETWORK["levels"][1]]
+    module = run / "pyramid" / "1_mip1in_correlation" / "model"
+    write_spec(module, {**NETWORK, "levels": levels})
+    found, before = first_weights(run)
+    assert found.keys() > before.keys() and "starts from those" not in caplog.text
 
 
 def test_a_run_that_was_stopped_ends_with_the_same_bytes(run):

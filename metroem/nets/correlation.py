@@ -119,7 +119,9 @@ class CorrelationNet(nn.Module):
         level_downmodules: steps of each level that has any.
         state: of the last call: "up" has each level's features, src half and
             tgt half, channel 0 the image; "down" the field that each level
-            ends with. Level 0 has the features of level 1, upsampled.
+            ends with, and its trust: (B, 1, h, w), what places of tgt are worth
+            in a comparison, 0 to 1. Level 0 has the features of level 1,
+            upsampled.
     """
 
     gives_whole_fields = True  # in state["down"], the prior included
@@ -166,8 +168,9 @@ class CorrelationNet(nn.Module):
             elif in_field is not None:
                 field = downsample_field(in_field.float(), level)
             for step in steps:  # type: ignore[union-attr]
-                field, hidden = step(pair, field, hidden)
-            state["down"][key] = {"output": field}  # type: ignore[dict-item]
+                field, hidden, trust = step(pair, field, hidden)
+            found = {"output": field, "trust": trust}
+            state["down"][key] = found  # type: ignore[assignment]
         self.state = state
         return upsample_field(field, level)  # type: ignore[arg-type]
 
@@ -257,8 +260,8 @@ class Step(nn.Module):
 
     def forward(
         self, pair: _Pair, field: Tensor | None, hidden: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        """The field after this step, and what the next step may want to know.
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The field after this step, what the next may want to know, and trust.
 
         Args:
             pair: of the level.
@@ -283,10 +286,10 @@ class Step(nn.Module):
         reach = float(self.radius)
         votes = votes + reach * torch.tanh(self.to_change(x).float() / reach)
         trust, shares = self.to_pools(x).float().split((1, 2 + len(_POOLS)), 1)
-        precision = trust.sigmoid() * precision
-        change = _pooled(votes, precision, shares.softmax(1), self.tolerance)
+        trust = trust.sigmoid()
+        change = _pooled(votes, trust * precision, shares.softmax(1), self.tolerance)
         change = change.contiguous()
-        return (change if field is None else compose(change, field)), x
+        return (change if field is None else compose(change, field)), x, trust
 
 
 def _votes(weights: Tensor, radius: int) -> tuple[Tensor, Tensor]:

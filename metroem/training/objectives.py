@@ -152,7 +152,8 @@ def _finetuned(
         maps = pair_maps(
             sample.src, sample.tgt, (sample.src_defects, sample.tgt_defects), options
         )
-        found = finetune(field, embedding, maps, options).field
+        trust = prediction.trust
+        found = finetune(field, embedding, maps, options, trust=trust).field
         shown = warp(tissue_mask(sample.src).float(), found) > 0.999
     return Wanted(found, (shown & tissue_mask(sample.tgt)).float())
 

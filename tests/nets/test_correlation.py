@@ -13,7 +13,7 @@ from metroem.errors import PyramidError
 from metroem.field import upsample_field
 from metroem.loss import Wanted, endpoint_loss
 from metroem.nets.building import build_net
-from metroem.nets.correlation import CorrelationNet
+from metroem.nets.correlation import CorrelationNet, _pooled, _votes
 from metroem.nets.loading import load_module
 from metroem.scaffold import init_pyramid
 from tests.nets.specs import write_spec
@@ -89,6 +89,8 @@ def test_the_template_takes_any_size(tmp_path, rows, cols):
     for level, pair in found.embeddings.items():
         size = (-(-rows // 2**level), -(-cols // 2**level))
         assert pair.src.shape[-2:] == pair.tgt.shape[-2:] == size
+    assert found.trust.shape == (2, 1, rows, cols)
+    assert 0 <= found.trust.min() and found.trust.max() <= 1
     for level, field in found.coarse.items():
         assert field.shape[-2] * 2**level >= rows
         assert field.shape[-1] * 2**level >= cols
@@ -166,6 +168,68 @@ def test_what_the_prior_says_already_is_kept(aligner, d_rows, d_cols):
     inner = (..., slice(36, -36), slice(36, -36))
     torch.testing.assert_close(field[inner], prior[inner], atol=1e-2, rtol=0)
     assert (without[inner] - prior[inner]).norm(dim=1).mean() > COARSEST_PX
+
+
+def test_no_step_goes_further_than_it_sees(aligner):
+    # By its soft arg-max and its correction, each at most the radius.
+    with torch.no_grad():
+        for parameter in aligner.net.parameters():
+            parameter.mul_(100)
+        coarse = aligner.predict(*images(2, 1, 1, 64, 96), levels=()).coarse
+    levels = enumerate(SMALL["levels"], start=1)
+    largest = sum(2 * sum(spec["radius"]) * 2**level for level, spec in levels)
+    assert 2 * coarse[1].abs().max() <= largest
+
+
+def test_a_vote_is_surer_across_a_line_than_along_it():
+    # Weights of a window of radius 1 spread along cols alone: variance 2/3 px^2 there.
+    weights = torch.zeros(1, 1, 1, 9)
+    weights[..., 3:6] = 1 / 3
+    votes, precision = _votes(weights, 1)
+    assert votes.abs().max() < 1e-6
+    expected = [1 / (2 / 3 + 0.05), 1 / 0.05, 0.0]
+    torch.testing.assert_close(precision.flatten(), torch.tensor(expected))
+
+
+def test_a_vote_in_a_corner_has_its_place_and_correlated_axes():
+    # Half at (row -1, col -1), half at (0, 0): mean -1/2, variances and covariance 1/4.
+    weights = torch.zeros(1, 1, 1, 9)
+    weights[..., 0] = weights[..., 4] = 1 / 2
+    votes, precision = _votes(weights, 1)
+    torch.testing.assert_close(votes.flatten(), torch.tensor([-0.5, -0.5]))
+    covariance = torch.tensor([[0.30, 0.25], [0.25, 0.30]])
+    (cc, cr), (_, rr) = torch.linalg.inv(covariance)
+    torch.testing.assert_close(precision.flatten(), torch.stack([cc, rr, cr]))
+
+
+def pooled(votes, precision):
+    """The mean over neighbourhoods of 2 px blocks alone."""
+    shares = torch.zeros(1, 6, *votes.shape[-2:])
+    shares[:, 1] = 1
+    return _pooled(votes, precision, shares, torch.tensor(1.0))
+
+
+def test_neighbours_complete_what_a_vote_does_not_know():
+    # Rows of votes that know d_cols = 1 alone, and d_rows = -2 alone, in turn.
+    votes = torch.zeros(1, 2, 16, 20)
+    precision = torch.zeros(1, 3, 16, 20)
+    votes[:, 0, ::2], precision[:, 0, ::2] = 1.0, 100.0
+    votes[:, 1, 1::2], precision[:, 1, 1::2] = -2.0, 100.0
+    # Where a vote knows nothing it says 0: off the mean, and so of less weight, but
+    # the same for all of a kind, so the means stay.
+    found = pooled(votes, precision)
+    expected = torch.tensor([1.0, -2.0]).view(1, 2, 1, 1).expand_as(votes)
+    torch.testing.assert_close(found, expected, atol=1e-3, rtol=0)
+
+
+def test_votes_far_off_their_neighbours_count_little():
+    votes = torch.zeros(1, 2, 16, 20)
+    votes[..., 8, 10] = 20.0  # 1 of the 36 votes of a neighbourhood
+    precision = torch.ones(1, 3, 16, 20)
+    precision[:, 2] = 0
+    # The plain mean would be 20 / 36 px; the outlier is 19.4 px off in both axes,
+    # which leaves 1 / (1 + 2 * 19.4**2) of its weight.
+    assert pooled(votes, precision).abs().max() < 0.01
 
 
 def test_bfloat16_inside_gives_about_the_same_field(aligner):
