@@ -125,6 +125,9 @@ class CorrelationNet(nn.Module):
     """
 
     gives_whole_fields = True  # in state["down"], the prior included
+    # It looks for what the prior leaves over, so weights of another stage serve too:
+    # conv blocks would add the displacement that they have learned once more.
+    fits_any_stage = True
 
     def __init__(self, levels: Sequence[LevelSpec]) -> None:
         """Fresh weights for levels 1, 2, ... in this order."""

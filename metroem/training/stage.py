@@ -343,7 +343,8 @@ class StageTrainer:
                 module.path, checkpoint_name=name, finetune=False, pass_field=True
             )
         aligner: Aligner = loaded.aligner.to(self.settings.device)  # type: ignore
-        if is_fresh and not initial.is_file():
+        fits = getattr(aligner.net, "fits_any_stage", False)
+        if is_fresh and fits and not initial.is_file():
             self._take_weights_before(aligner)
         return aligner
 
