@@ -173,8 +173,10 @@ def test_what_the_prior_says_already_is_kept(aligner, d_rows, d_cols):
 def test_no_step_goes_further_than_it_sees(aligner):
     # By its soft arg-max and its correction, each at most the radius.
     with torch.no_grad():
-        for parameter in aligner.net.parameters():
-            parameter.mul_(100)
+        for steps in aligner.net.level_downmodules.values():
+            for step in steps:
+                step.to_change.bias.fill_(1e4)
+                step.to_pools.bias[-1] = -100.0  # "no change" would hide it
         coarse = aligner.predict(*images(2, 1, 1, 64, 96), levels=()).coarse
     levels = enumerate(SMALL["levels"], start=1)
     largest = sum(2 * sum(spec["radius"]) * 2**level for level, spec in levels)
