@@ -352,11 +352,14 @@ def test_two_ranks_train_on_the_samples_of_one_process(run):
 
     # Of the first stage: the second starts from finetuned fields, which 300 steps
     # of Adam carry further apart. Eight steps at a rate of 1e-3 move a weight by up
-    # to 8e-3; rounding, where a gradient is near 0, by about 1% of it.
+    # to 8e-3. Rounding alone turns Adam's step where a gradient is near 0, which
+    # moves a few of 700,000 weights by up to 1e-3 (others on another CPU) and the
+    # rest by 1e-8; other samples would move them all.
     name = "pyramid/0_mip2in_scalenet/model/ck.state.pth.tar"
     a, b = (torch.load(f / name, weights_only=True) for f in (run, other))
-    for key in a:
-        torch.testing.assert_close(a[key], b[key], atol=1e-4, rtol=0)
+    apart = torch.cat([(a[key] - b[key]).abs().flatten() for key in a])
+    assert apart.median() < 1e-6
+    assert apart.quantile(0.99) < 1e-4
 
 
 @pytest.mark.slow
