@@ -16,8 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from metroem.both_ways import agree
 from metroem.errors import PyramidError
-from metroem.field import compose, warp
+from metroem.field import compose, invert, warp
 from metroem.field_search import Finetuned
 from metroem.finetuner import as_torchfields, plain_batch
 from metroem.finetuning import Defects, finetune, pair_maps
@@ -345,24 +346,41 @@ class Aligner(nn.Module):
         options: AlignerOptions,
         defects: Defects,
     ) -> tuple[Alignment, State]:
-        before, tuned = prior, None
+        before = prior
         if before is None:
             before = src.new_zeros(src.shape[0], 2, *src.shape[-2:])
         alive = _has_tissue(src) & _has_tissue(tgt)
         if not bool(alive.any()):
             return Alignment(before.clone(), None), {}
-        level = options.finetune_level
-        levels = (level,) if options.finetune else ()
-        found, state = self._predict(src, tgt, prior, levels)
-        field = found.field
-        if options.finetune:
-            maps = pair_maps(src, tgt, defects, options)
-            embedding = found.embeddings[level]
-            tuned = finetune(field, embedding, maps, options, trust=found.trust)
-            field = tuned.field
+        if options.finetune:  # found once, for both ways
+            defects = pair_maps(src, tgt, defects, options)[2:]
+        field, tuned, state = self._directed(src, tgt, prior, options, defects)
+        if options.finetune and options.finetune_both_ways:
+            back = None if prior is None else invert(prior)
+            backward = self._directed(tgt, src, back, options, defects[::-1])[0]
+            field = agree(field, backward)
         if self.operators == "corrected":  # stock modules keep their numbers
             field = unfold(field)
         return Alignment(torch.where(alive, field, before), tuned), state
+
+    def _directed(
+        self,
+        src: Tensor,
+        tgt: Tensor,
+        prior: Tensor | None,
+        options: AlignerOptions,
+        defects: Defects,
+    ) -> tuple[Tensor, Finetuned | None, State]:
+        """The field from src to tgt alone, finetuned if the options say so."""
+        level = options.finetune_level
+        levels = (level,) if options.finetune else ()
+        found, state = self._predict(src, tgt, prior, levels)
+        if not options.finetune:
+            return found.field, None, state
+        maps = pair_maps(src, tgt, defects, options)
+        embedding = found.embeddings[level]
+        tuned = finetune(found.field, embedding, maps, options, trust=found.trust)
+        return tuned.field, tuned, state
 
 
 def _side_multiple(net: nn.Module, spec_path: Path) -> int:

@@ -9,7 +9,7 @@ from torch import nn
 
 from metroem.aligner import Aligner
 from metroem.errors import CheckpointError, PyramidError
-from metroem.field import compose, warp
+from metroem.field import compose, invert, warp
 from metroem.nets.options import AlignerOptions
 from metroem.scaffold import init_pyramid
 from tests.nets.specs import scalenet, write_spec
@@ -279,6 +279,25 @@ class TestBoundary:
         assert (finetuned.loss_after < finetuned.loss_before).all()
         assert finetuned.iterations == 5
         assert aligner.align_pair(*pair).finetuned is None
+
+    def test_finetuned_both_ways_a_swap_inverts_the_field(self, tmp_path):
+        aligner = make_aligner(
+            tmp_path,
+            operators="corrected",
+            finetune=True,
+            finetune_knots=(16, 8),
+            finetune_sm=1.0,
+        )
+        pair = texture(40, 56), texture(40, 56, shift=(1.0, 0.5))
+        prior = torch.full((1, 2, 40, 56), 0.3)
+
+        def cycle(both_ways):
+            options = replace(aligner.options, finetune_both_ways=both_ways)
+            forward = aligner.align(*pair, prior, options=options)
+            backward = aligner.align(*pair[::-1], invert(prior), options=options)
+            return compose(forward, backward)[..., 4:-4, 4:-4].norm(dim=1).mean()
+
+        assert cycle(True) < 0.1 * cycle(False)
 
     def test_the_final_stage_is_ten_times_as_stiff(self, aligner, monkeypatch):
         seen = []

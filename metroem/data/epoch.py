@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from metroem.data.augment import augment
+from metroem.data.augment import augment, flip
 from metroem.data.dataset import PairRef, read_sample, window_of
 from metroem.data.draw import happens
 from metroem.data.known_warp import known_warp
@@ -185,7 +185,9 @@ class ValidationPairs(torch.utils.data.Dataset[Sample]):
     """The held-out pairs, centred crops, not augmented.
 
     A phase that knows the truth of its warps knows it here too: each pair comes
-    `NUM_KNOWN_WARPS` times, warped by fields that are the same in every epoch.
+    `NUM_KNOWN_WARPS` times, warped by fields that are the same in every epoch, and
+    mirrored along neither axis, each and both: else a network that errs the same way
+    everywhere looks good on pairs whose tissue happens to move that way.
     """
 
     def __init__(self, pairs: Sequence[PairRef], phase: Phase, seed: int) -> None:
@@ -197,12 +199,15 @@ class ValidationPairs(torch.utils.data.Dataset[Sample]):
         return len(self.pairs) * (NUM_KNOWN_WARPS if self.phase.known_warp else 1)
 
     def __getitem__(self, position: int) -> Sample:
-        ref = self.pairs[position % len(self.pairs)]
+        which, index = divmod(position, len(self.pairs))
+        ref = self.pairs[index]
         size = (VALIDATION_CROP_PX, VALIDATION_CROP_PX)
         sample = read_sample(ref, centred_crop(ref.grid, size))
         if uses_defects(self.phase):
             sample = with_defects(sample)
         if (warp := self.phase.known_warp) is not None:
+            for bit, dim in enumerate((-1, -2)):
+                sample = flip(sample, dim) if which >> bit & 1 else sample
             generator = seeded_generator(self.seed, position)
             # As the pair is, not one section twice: that is the easier half.
             sample = known_warp(sample, replace(warp, same=0.0), generator)

@@ -25,6 +25,8 @@ class AlignerOptions:
             which `finetune_sm` is the smoothness. () finetunes as the original.
         finetune_level: level of the embeddings that are compared; the original's
             finetuner takes 0 alone.
+        finetune_both_ways: finetune the swapped pair, too, and make the two fields
+            agree (`metroem.both_ways`); not in the original.
         sm_defect_coarsening: (pixels, weight) in turn: rings around defects
             and their weight in the smoothness.
         mse_defect_coarsening: likewise in the similarity.
@@ -45,6 +47,7 @@ class AlignerOptions:
     finetune_coarseness: int = 0
     finetune_knots: tuple[int, ...] = ()
     finetune_level: int = 0
+    finetune_both_ways: bool = False
     sm_defect_coarsening: tuple[tuple[int, float], ...] = ((1, 0.0),)
     mse_defect_coarsening: tuple[tuple[int, float], ...] = ((1, 0.0),)
     sm_mask_value: float = 1e-5

@@ -105,14 +105,16 @@ def test_validation_warps_each_pair_some_times_by_fields_that_stay(tmp_path):
     assert not torch.equal(other_seed[0].truth, truths[0])
 
 
-def test_validation_shows_two_sections_and_greys_as_they_are(tmp_path):
+def test_validation_shows_two_sections_mirrored_each_way(tmp_path):
     write_images(tmp_path, "x0_y0_z1_MIP1.h5", num_pairs=3)
     pairs = pairs_of(tmp_path)
-    sample = ValidationPairs(pairs, KNOWN_PHASE, 5)[4]
+    samples = ValidationPairs(pairs, KNOWN_PHASE, 5)
     plain = read_sample(pairs[1], pairs[1].grid)
     # `same` would have taken tgt for src, and `photometric` changed both.
-    assert torch.equal(sample.unwarped_src, plain.src)
-    assert torch.equal(sample.tgt, plain.tgt)
+    for which, dims in enumerate(([], [-1], [-2], [-1, -2])):
+        sample = samples[1 + 3 * which]
+        assert torch.equal(sample.unwarped_src, plain.src.flip(dims))
+        assert torch.equal(sample.tgt, plain.tgt.flip(dims))
 
 
 NO_RULES = {"similarity_rules": MaskRules(), "smoothness_rules": MaskRules()}

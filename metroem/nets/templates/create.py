@@ -16,6 +16,7 @@ OPTIONS: dict[str, Any] = {
     "finetune_knots": tuple(px >> _FINER for px in (64, 32, 16)),
     "finetune_sm": 60.0 / 4**_FINER,
     "finetune_level": 1,
+    "finetune_both_ways": True,
 }
 
 
