@@ -353,11 +353,13 @@ class Aligner(nn.Module):
         if not bool(alive.any()):
             return Alignment(before.clone(), None), {}
         if options.finetune:  # found once, for both ways
-            defects = pair_maps(src, tgt, defects, options)[2:]
+            maps = pair_maps(src, tgt, defects, options)
+            defects = maps.src_defects, maps.tgt_defects
         field, tuned, state = self._directed(src, tgt, prior, options, defects)
         if options.finetune and options.finetune_both_ways:
             back = None if prior is None else invert(prior)
-            backward = self._directed(tgt, src, back, options, defects[::-1])[0]
+            swapped = defects[1], defects[0]
+            backward = self._directed(tgt, src, back, options, swapped)[0]
             field = agree(field, backward)
         if self.operators == "corrected":  # stock modules keep their numbers
             field = unfold(field)

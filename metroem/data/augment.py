@@ -50,7 +50,8 @@ def augment(
 ) -> Sample:
     """Apply augmentations in turn, each with its probability.
 
-    Sections are skipped when a sample is read, so `SkipSection` is done by then.
+    Sections are skipped and crops are turned when a sample is read, so `SkipSection`
+    and `RandomTurn` are done by then.
 
     Args:
         sample: of any batch size.

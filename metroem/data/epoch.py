@@ -10,10 +10,11 @@ from metroem.data.dataset import PairRef, read_sample, window_of
 from metroem.data.draw import happens
 from metroem.data.known_warp import known_warp
 from metroem.data.sample import Sample, seeded_generator, with_defects
+from metroem.data.turn import Turn, draw_turn, turned
 from metroem.errors import DatasetError
 from metroem.field import compose
 from metroem.grid import Grid
-from metroem.specs.augmentations import SkipSection
+from metroem.specs.augmentations import RandomTurn, SkipSection
 from metroem.specs.schedule import Phase
 
 VALIDATION_CROP_PX = 2048
@@ -140,6 +141,7 @@ class TrainingEpoch(torch.utils.data.Dataset[Sample]):
             min(phase.crop_size, *(ref.grid.cols for ref in pairs)),
         )
         self.skips = [a for a in phase.augmentations if isinstance(a, SkipSection)]
+        self.turns = [a for a in phase.augmentations if isinstance(a, RandomTurn)]
         self.following = following_pairs(pairs) if self.skips else {}
         if self.skips and not self.following:
             raise DatasetError(
@@ -163,12 +165,12 @@ class TrainingEpoch(torch.utils.data.Dataset[Sample]):
         ref = self.pairs[self.order[position]]
         generator = self.key.generator(position)
         further = self._pair_to_skip_to(ref, generator)
-        crop = random_crop(ref.grid, self.crop_size, generator)
-        sample = (
-            read_sample(ref, crop)
-            if further is None
-            else read_skipping(ref, further, crop)
-        )
+        turn = self._turn_of(ref, generator)
+        if turn is not None:
+            sample = turned(_read(ref, further, turn.window), turn)
+        else:
+            crop = random_crop(ref.grid, self.crop_size, generator)
+            sample = _read(ref, further, crop)
         if uses_defects(self.phase):
             sample = with_defects(sample)
         return augment(sample, self.phase.augmentations, generator)
@@ -179,6 +181,20 @@ class TrainingEpoch(torch.utils.data.Dataset[Sample]):
         """The pair whose src is to be taken, if this sample skips a section."""
         chances = [happens(skip.prob, generator) for skip in self.skips]
         return self.following.get(ref.name) if any(chances) else None
+
+    def _turn_of(self, ref: PairRef, generator: torch.Generator) -> Turn | None:
+        """How this sample's crop lies, if it is not along rows and cols."""
+        for turn in self.turns:
+            if happens(turn.prob, generator):
+                return draw_turn(ref.grid, self.crop_size, turn, generator)
+        return None
+
+
+def _read(ref: PairRef, further: PairRef | None, crop: Grid) -> Sample:
+    """Read a pair, or src of the one that follows with its tgt."""
+    if further is None:
+        return read_sample(ref, crop)
+    return read_skipping(ref, further, crop)
 
 
 class ValidationPairs(torch.utils.data.Dataset[Sample]):

@@ -14,6 +14,8 @@ from metroem.specs.checks import check_keys, check_object
 
 # More of a sample may not be made "no data".
 _LARGEST_SHARE = 0.5
+# A sample as a network would see it two mips away, or less.
+_LARGEST_ZOOM = 4.0
 
 
 @dataclass(frozen=True)
@@ -28,6 +30,19 @@ class RandomFlip:
     """Mirror the pair along rows, and along cols, each with probability `prob`."""
 
     prob: float = 0.5
+
+
+@dataclass(frozen=True)
+class RandomTurn:
+    """Take a crop that lies at any angle in its patch, with probability `prob`.
+
+    Attributes:
+        prob: probability; else rows stay rows.
+        zoom: the scale changes by up to this factor, or by its inverse.
+    """
+
+    prob: float = 1.0
+    zoom: float = 1.25
 
 
 @dataclass(frozen=True)
@@ -199,6 +214,7 @@ class KnownWarp:
 
 Augmentation = (
     RandomTranspose
+    | RandomTurn
     | RandomFlip
     | RandomSrcTgtSwap
     | RandomWarp
@@ -213,6 +229,7 @@ Augmentation = (
 )
 _TYPES: dict[str, type[Augmentation]] = {
     "random_transpose": RandomTranspose,
+    "random_turn": RandomTurn,
     "random_flip": RandomFlip,
     "random_src_tgt_swap": RandomSrcTgtSwap,
     "warp": RandomWarp,
@@ -276,6 +293,8 @@ def _range(key: str) -> tuple[float, float, str]:
         return 0.0, 1.0, "a probability, 0 to 1"
     if key == "share":
         return least, _LARGEST_SHARE, f"a share above 0 and up to {_LARGEST_SHARE}"
+    if key == "zoom":
+        return 1.0, _LARGEST_ZOOM, f"a factor from 1 to {_LARGEST_ZOOM:g}"
     if key.endswith("_px"):
         return least, math.inf, "a number of pixels above 0"
     if key.endswith("_disp"):

@@ -52,7 +52,7 @@ def test_a_fresh_module_loads(tmp_path):
     assert module.aligner.operators == "corrected"
     assert module.aligner.checkpoint_name == "first"
     assert module.aligner.options.finetune_knots == (32, 16, 8)
-    assert module.aligner.options.finetune_sm == 15.0
+    assert module.aligner.options.finetune_sm == 8.0
     assert not module.training
     field = module(src_img=torch.rand(40, 56), tgt_img=torch.rand(40, 56))
     assert field.shape == (1, 2, 40, 56)

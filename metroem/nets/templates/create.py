@@ -14,7 +14,7 @@ MIP = 0  # of the images; `metroem init` writes it here
 _FINER = min(MIP, 2)
 OPTIONS: dict[str, Any] = {
     "finetune_knots": tuple(px >> _FINER for px in (64, 32, 16)),
-    "finetune_sm": 60.0 / 4**_FINER,
+    "finetune_sm": 16.0 / 2**_FINER,
     "finetune_level": 1,
     "finetune_both_ways": True,
 }
