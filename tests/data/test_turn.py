@@ -39,8 +39,8 @@ def sample_in(turn, image, **more):
     grid = turn.window
     row, col = (grid.x - GRID.x) >> 1, (grid.y - GRID.y) >> 1
     cut = slice(row, row + grid.rows), slice(col, col + grid.cols)
-    whole = Sample(image, -image, None, ("one",), **more)
-    return whole.window(*cut)
+    whole = Sample(image, -image, None, ("one",))
+    return whole._replace(**more).window(*cut)
 
 
 def in_patch(turn):
