@@ -130,7 +130,9 @@ def test_missing_credentials_are_said(monkeypatch):
         raise DefaultCredentialsError("no default credentials")
 
     monkeypatch.setattr("metroem.io.volume.CloudVolume", refuse)
-    with pytest.raises(DatasetError, match="gs://em.*DefaultCred.*your credentials"):
+    with pytest.raises(
+        DatasetError, match="gs://em.*DefaultCred.*there are no credentials: put"
+    ):
         Volume("gs://em")
 
 
@@ -165,8 +167,8 @@ def test_chunks_that_may_not_be_read_look_blank(tmp_path, path):
 def test_an_error_of_ours_keeps_its_traceback(path, monkeypatch):
     volume = Volume(path)
     monkeypatch.setattr(volume, "_at", lambda mip: 1 / 0)
-    with pytest.raises(ZeroDivisionError), volume._explained():
-        volume._at(0)
+    with pytest.raises(ZeroDivisionError):
+        volume.read(Grid(0, 64, -32, 5, 6), range(10, 11))
 
 
 def test_sections_of_one_layer_of_chunks_are_read_together(path):
