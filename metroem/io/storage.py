@@ -62,15 +62,17 @@ def cloud_path(path: str) -> str:
     return f"file://{Path(path).expanduser().resolve()}"
 
 
-@functools.cache
-def limit_patience() -> None:
-    """Make storage fail at once where it is final, else after `PATIENCE_S`.
-
-    Done once a process, when the first volume is opened.
-    """
+def prepare_storage() -> None:
+    """Call before a volume is opened: patience is limited, plain AWS keys will do."""
     if "AWS_ACCESS_KEY_ID" in os.environ:
         # cloud-files looks it up, though long-lived keys come without one.
         os.environ.setdefault("AWS_SESSION_TOKEN", "")
+    _limit_patience()
+
+
+@functools.cache
+def _limit_patience() -> None:
+    """Make storage fail at once where it is final, else after `PATIENCE_S`."""
     session = botocore.session.get_session()
     session.set_default_client_config(
         Config(

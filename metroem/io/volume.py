@@ -15,7 +15,7 @@ from cloudvolume import Bbox, CloudVolume
 
 from metroem.errors import DatasetError
 from metroem.grid import Grid
-from metroem.io.storage import cloud_path, explained, limit_patience
+from metroem.io.storage import cloud_path, explained, prepare_storage
 from metroem.progress import progress
 
 WHAT_TO_CHECK = (
@@ -43,7 +43,7 @@ class Volume:
         self.path = cloud_path(path)
         self.flag = flag
         self._local = threading.local()
-        limit_patience()
+        prepare_storage()
         with explained(flag, self.path):
             volume: Any = CloudVolume(self.path, **_OPTIONS)
             self._info = volume.info
@@ -236,7 +236,10 @@ class Volume:
         """cloud-volume's object, one a thread and mip; the info is fetched once."""
         opened = self._local.__dict__.setdefault("volumes", {})
         if mip not in opened:
-            opened[mip] = CloudVolume(self.path, mip=mip, info=self._info, **_OPTIONS)
+            with explained(self.flag, self.path):
+                opened[mip] = CloudVolume(
+                    self.path, mip=mip, info=self._info, **_OPTIONS
+                )
         return opened[mip]
 
     def _bounds(self, mip: int) -> tuple[tuple[int, int], ...]:
@@ -247,8 +250,10 @@ class Volume:
         )
 
 
-# parallel=1: with more, cloud-volume starts processes anew for every read.
-_OPTIONS = {
+# parallel=1: with more, cloud-volume starts processes anew for every read. It would
+# fetch the provenance, which nothing here reads, for every object made.
+_OPTIONS: dict[str, Any] = {
+    "provenance": {"sources": [], "owners": [], "processing": [], "description": ""},
     "fill_missing": True,
     "bounded": True,
     "progress": False,

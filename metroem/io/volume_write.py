@@ -23,7 +23,7 @@ from cloudvolume import CloudVolume
 from metroem.errors import DatasetError
 from metroem.grid import Grid
 from metroem.io.parts import differences
-from metroem.io.storage import cloud_path, explained, limit_patience
+from metroem.io.storage import cloud_path, explained, prepare_storage
 from metroem.io.volume import Volume, cut
 from metroem.normalize import coarsen_image
 
@@ -179,7 +179,7 @@ class SectionWriter:
     def __init__(
         self, path: str, wanted: NewVolume, *, flag: str, overwrite: bool = False
     ) -> None:
-        limit_patience()
+        prepare_storage()
         self.path, self.flag = cloud_path(path), flag
         self._overwrite, self._mip = overwrite, wanted.mip
         self._folder: Path | None = None

@@ -38,7 +38,8 @@ def make_sets(
 
     Args:
         folder: for the files.
-        x: corner, mip-0 pixels; likewise y.
+        x: corner, mip-0 pixels.
+        y: likewise.
         z: src section of the first pair.
         num_pairs: how many.
         downloaded: with a field for tgt as well; a section's is the same on both
