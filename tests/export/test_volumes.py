@@ -383,3 +383,10 @@ def test_images_with_other_pairs_are_refused(data, volume):
     with pytest.raises(DatasetError, match="3 pairs, its images .* have 2"):
         export(data, volume)
     assert fields.num_pairs == 3
+
+
+def test_a_download_without_a_suffix_may_be_exported(data, volume):
+    named = make_sets(data, downloaded=True).path
+    named.rename(named.with_name(named.name.replace("_checkpoint", "")))
+    export(data, volume, "--checkpoint_name", "")
+    assert read(volume).any()
