@@ -31,9 +31,10 @@ from tenacity import retry_if_exception, stop_before_delay
 
 from metroem.errors import DatasetError
 
-# Seconds until storage that does not answer, or hangs up, is given up.
-PATIENCE_S = 15.0
-_CONNECT_S = 5.0
+# Seconds until storage that does not answer, or hangs up, is given up. Threads of
+# cloud-files may begin another chunk before they learn of it: twice that at most.
+PATIENCE_S = 12.0
+_CONNECT_S = 4.0
 _ENDPOINT = re.compile(r"(?:precomputed://)?s3://(https?://[^/]+)/?(.*)")
 _COLOURS = re.compile(r"\x1b\[[0-9;]*m")
 _NO_CREDENTIALS = (

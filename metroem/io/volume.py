@@ -287,8 +287,20 @@ def read_sections(
         return
     mip = next(iter(windows.values())).mip
     slabs = volume.slabs(mip, sorted(windows))
+    # Cancelling comes too late for a layer that a thread begins after it failed, and
+    # each may take `PATIENCE_S` to fail.
+    failed = threading.Event()
 
     def read(slab: range) -> None:
+        if failed.is_set():
+            return
+        try:
+            read_slab(slab)
+        except BaseException:
+            failed.set()
+            raise
+
+    def read_slab(slab: range) -> None:
         wanted = {z: windows[z] for z in slab if z in windows}
         hull = covering(list(wanted.values()))
         layers = volume.read(hull, slab)

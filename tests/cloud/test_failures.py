@@ -28,7 +28,7 @@ if sys.argv[0] == "-m":
 else:
     runpy.run_path(sys.argv[0], run_name="__main__")
 """
-DOWNLOAD = ["download_image.py", "--mip", "0", "--patch_size", "32"]
+DOWNLOAD = ["download_image.py", "--mip", "0", "--patch_size", "48"]
 DOWNLOAD += ["--z_start", "1", "--z_end", "3", "--dst_folder", "data", "--cv_path"]
 
 
@@ -36,7 +36,8 @@ DOWNLOAD += ["--z_start", "1", "--z_end", "3", "--dst_folder", "data", "--cv_pat
 def bucket(tmp_path):
     """A folder that stands for all of a server; its one bucket holds a volume."""
     grey = np.random.default_rng(0).integers(1, 255, (4, 1, 64, 96), dtype=np.uint8)
-    make_volume(tmp_path / "server" / "embucket" / "em", [grey])
+    # More chunks in a patch than cloud-files has threads.
+    make_volume(tmp_path / "server" / "embucket" / "em", [grey], chunk=(8, 8, 1))
     return tmp_path / "server"
 
 

@@ -218,3 +218,17 @@ def test_a_cut_of_a_covering_grid_is_the_part_asked_for():
     array = np.arange(42).reshape(6, 7)
     np.testing.assert_array_equal(cut(array, hull, a), array[:3, 2:7])
     np.testing.assert_array_equal(cut(array, hull, b), array[2:, :4])
+
+
+def test_after_a_failure_no_other_layer_is_begun(path, monkeypatch):
+    begun = []
+
+    def fail(self, grid, sections):
+        begun.append(sections)
+        raise DatasetError("cannot be read")
+
+    monkeypatch.setattr(Volume, "read", fail)
+    windows = {z: Grid(0, 64, 0, 4, 5) for z in (10, 14)}
+    with pytest.raises(DatasetError):
+        read_sections(Volume(path), windows, print, parallel=1, what="read")
+    assert begun == [range(10, 11)]
