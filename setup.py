@@ -28,15 +28,19 @@ setup(
     entry_points={"console_scripts": ["metroem=metroem.__main__:entry_point"]},
     install_requires=[
         "artificery>=0.0.3.3",
+        "boto3",
         "cachetools",  # modelhouse imports it and does not declare it
         "cloud-files",  # likewise
         "cloud-volume>=12",
+        "google-auth",
         "h5py",
         "modelhouse>=0.1.4",
         "numpy",
         "pillow",
+        "requests",
         "scalenet>=0.1.0",
         "scipy",
+        "tenacity",
         "torch>=2.6",
         "torchfields>=0.1.2",
         "tqdm",
