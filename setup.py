@@ -41,4 +41,5 @@ setup(
         "torchfields>=0.1.2",
         "tqdm",
     ],
+    extras_require={"tensorboard": ["tensorboard"]},  # of train.py --tensorboard
 )
