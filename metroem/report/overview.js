@@ -228,7 +228,7 @@ function fillPairs(data, order, sorting, onSort, onOpen) {
     const row = make("tr", {}, make("td", {}, make("img", { src: pair.thumb, alt: "", loading: "lazy" })), make("td", {}, link));
     row.append(make("td", {}, `${pair.where.z_src} on ${pair.where.z_tgt}`));
     for (const { of, digits } of COLUMNS) row.append(make("td", { class: "number" }, shown(of(pair), digits)));
-    if (pair.score.made_worse) row.cells[1].append(" ", make("span", { class: "bad" }, "made worse"));
+    if (pair.score.made_worse) row.cells[1].append(make("span", { class: "bad" }, "made worse"));
     row.addEventListener("click", () => onOpen(id));
     body.append(row);
   }
