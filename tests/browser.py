@@ -10,13 +10,14 @@ import json
 import os
 import select
 import shutil
+import signal
 import subprocess
 import tempfile
 import time
 from pathlib import Path
 
 NAMES = ("chromium", "chromium-browser", "google-chrome")
-TIMEOUT_S = 60
+TIMEOUT_S = 120  # a machine may be busy
 # Events that say that something is wrong with the page.
 _COMPLAINTS = ("Runtime.exceptionThrown", "Log.entryAdded")
 
@@ -30,7 +31,9 @@ class Browser:
     """One page in a Chromium of its own; to be used in a `with`."""
 
     def __init__(self, width=1280, height=800, dark=False):
-        self._profile = tempfile.TemporaryDirectory(prefix="metroem-chromium-")
+        self._profile = tempfile.TemporaryDirectory(
+            prefix="metroem-chromium-", ignore_cleanup_errors=True
+        )
         flags = [
             *("--headless=new", "--no-sandbox", "--disable-gpu"),
             *("--disable-dev-shm-usage", "--no-first-run", "--hide-scrollbars"),
@@ -49,11 +52,19 @@ class Browser:
             ],
             pass_fds=(commands, answers),
             stderr=subprocess.DEVNULL,
+            start_new_session=True,
         )
         os.close(commands)
         os.close(answers)
         self._number, self._buffer, self._session = 0, b"", None
         self.console, self.requests, self._loaded = [], [], 0
+        try:
+            self._attach(width, height, dark)
+        except BaseException:
+            self.close()
+            raise
+
+    def _attach(self, width, height, dark):
         targets = self._send("Target.getTargets")["targetInfos"]
         (target,) = (t["targetId"] for t in targets if t["type"] == "page")
         attached = self._send("Target.attachToTarget", targetId=target, flatten=True)
@@ -72,7 +83,11 @@ class Browser:
         return self
 
     def __exit__(self, *_):
-        self._process.kill()
+        self.close()
+
+    def close(self):
+        """End Chromium and all processes that it started."""
+        os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait()
         os.close(self._to)
         os.close(self._from)

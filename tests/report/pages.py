@@ -1,4 +1,7 @@
-"""Small report pages that tests make."""
+"""Small report pages that tests make and read."""
+
+import json
+from html.parser import HTMLParser
 
 import torch
 
@@ -19,6 +22,8 @@ from tests.pairs import SHIFT_PX, shifted_pair, write_pairs
 
 ROWS, COLS = 96, 160
 NAN = float("nan")
+# What would run, or break the page, if it were not escaped.
+HOSTILE = "</script><script>alert(1)</script><img src=x onerror=alert(2)>&'\"<!--"
 ABOUT = {
     "pyramid_path": "pyramid",
     "dataset_path": "data",
@@ -33,6 +38,38 @@ ABOUT = {
         Curve(1, "EPE, px", (1.0,), (0,), {"training": (0.0,), "validation": (2.0,)}),
     ],
 }
+
+
+class Scripts(HTMLParser):
+    """The scripts of a page as a browser finds them, and all other tags."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.scripts, self.tags, self._open = [], [], None
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+        if tag == "script":
+            self._open = [dict(attrs), ""]
+            self.scripts.append(self._open)
+
+    def handle_data(self, data):
+        if self._open is not None:
+            self._open[1] += data
+
+    def handle_endtag(self, tag):
+        self._open = None
+
+
+def blocks(path):
+    """The blocks of data of a page, by id."""
+    scripts = Scripts(path.read_text()).scripts
+    return {
+        attributes["id"]: json.loads(text)
+        for attributes, text in scripts
+        if attributes.get("type") == "application/json"
+    }
 
 
 def make_page(path, *, shares=(0.0, 0.5, 1.0), source=None, about=ABOUT, suffix=""):

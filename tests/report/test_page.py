@@ -1,45 +1,9 @@
-import json
 import re
-from html.parser import HTMLParser
 
 import pytest
 
 from metroem.report.page import neuroglancer_source, report_page
-from tests.report.pages import ABOUT, make_page
-
-HOSTILE = "</script><script>alert(1)</script><img src=x onerror=alert(2)>&'\"<!--"
-
-
-class Scripts(HTMLParser):
-    """The scripts of a page as a browser finds them, and all other tags."""
-
-    def __init__(self, text):
-        super().__init__()
-        self.scripts, self.tags, self._open = [], [], None
-        self.feed(text)
-
-    def handle_starttag(self, tag, attrs):
-        self.tags.append((tag, dict(attrs)))
-        if tag == "script":
-            self._open = [dict(attrs), ""]
-            self.scripts.append(self._open)
-
-    def handle_data(self, data):
-        if self._open is not None:
-            self._open[1] += data
-
-    def handle_endtag(self, tag):
-        self._open = None
-
-
-def blocks(path):
-    """The blocks of data of a page, by id."""
-    scripts = Scripts(path.read_text()).scripts
-    return {
-        attributes["id"]: json.loads(text)
-        for attributes, text in scripts
-        if attributes.get("type") == "application/json"
-    }
+from tests.report.pages import ABOUT, HOSTILE, Scripts, blocks, make_page
 
 
 def test_each_pair_has_a_block_and_the_summary_names_them(tmp_path):

@@ -7,8 +7,7 @@ import pytest
 
 from metroem.scoring import CHUNK_PX
 from tests.browser import Browser, find_chromium
-from tests.report.pages import ABOUT, COLS, ROWS, make_page
-from tests.report.test_page import HOSTILE
+from tests.report.pages import ABOUT, COLS, HOSTILE, ROWS, make_page
 
 pytestmark = [
     pytest.mark.slow,
