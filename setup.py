@@ -22,6 +22,7 @@ setup(
     package_data={
         "metroem": ["params/*.json"],
         "metroem.nets": ["templates/*.json", "templates/*.py"],
+        "metroem.report": ["*.html", "*.css", "*.js"],
     },
     # The three scripts that people know by name, on the PATH beside `metroem`.
     scripts=["download_image.py", "download_field.py", "train.py"],
@@ -45,4 +46,5 @@ setup(
         "torchfields>=0.1.2",
         "tqdm",
     ],
+    extras_require={"tensorboard": ["tensorboard"]},  # of train.py --tensorboard
 )

@@ -57,6 +57,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--dataset_path", type=Path, required=True, help="folder of image sets")
     add("--checkpoint_name", default="checkpoint", help="which weights (checkpoint)")
     add("--json", type=Path, help="file for all figures, also those of each pair")
+    add("--report", type=Path, help="HTML file to look at all pairs in")
     add("--known_warps", action="store_true", help="warp sections by known fields too")
     add("--no_finetune", action="store_true", help="the networks alone")
 
