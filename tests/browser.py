@@ -45,9 +45,10 @@ class Browser:
         commands, self._to = os.pipe()
         self._from, answers = os.pipe()
         self._process = subprocess.Popen(
-            # The shell gives the pipes the numbers that Chromium expects.
+            # The shell gives the pipes the numbers that Chromium expects; bash,
+            # since sh knows no descriptor above 9.
             [
-                *("sh", "-c", f'exec "$0" "$@" 3<&{commands} 4>&{answers}'),
+                *("bash", "-c", f'exec "$0" "$@" 3<&{commands} 4>&{answers}'),
                 *(find_chromium(), *flags, "about:blank"),
             ],
             pass_fds=(commands, answers),
@@ -94,10 +95,14 @@ class Browser:
         self._profile.cleanup()
 
     def load(self, path: Path):
-        """Open a file and wait until it is loaded."""
-        before = self._loaded
-        self._send("Page.navigate", url=path.absolute().as_uri())
-        self._wait_for(lambda: self._loaded > before, "the page to load")
+        """Open a file anew and wait until it is loaded; forget what was before."""
+        # Another page first, else a file that is open already only loses its hash.
+        for url in ("about:blank", path.absolute().as_uri()):
+            self.console.clear()
+            self.requests.clear()
+            before = self._loaded
+            self._send("Page.navigate", url=url)
+            self._wait_for(lambda before=before: self._loaded > before, url)
 
     def run(self, expression):
         """The value of an expression in the page; an error there is raised here."""
