@@ -15,6 +15,7 @@ FLOORS = {
     "grid": 1,
     "knots": 1,
     "field": 1,
+    "both_ways": 1,
     "masks": 1,
     "normalize": 1,
     "metrics": 1,
