@@ -26,7 +26,7 @@ from metroem.masks import tissue_mask
 from metroem.nets.building import build_net, stock_warnings_silenced
 from metroem.nets.checkpoint import checkpoint_path, load_weights, save_weights
 from metroem.nets.options import AlignerOptions
-from metroem.normalize import normalize
+from metroem.normalize import normalize_given
 from metroem.unfold import unfold
 
 State = dict[str, dict[str, dict[str, Tensor]]]
@@ -212,7 +212,9 @@ class Aligner(nn.Module):
         if given.get("final_stage") and is_default:
             options = replace(options, finetune_sm=10 * options.finetune_sm)
         self.to(src_img.device)
-        src, tgt = (_boundary_image(i, options) for i in (src_img, tgt_img))
+        src, tgt = normalize_given(
+            [plain_batch(image) for image in (src_img, tgt_img)], options.normalize
+        )
         prior = None if src_agg_field is None else plain_batch(src_agg_field).float()
         defects = (
             _boundary_mask(given.get("src_defects")),
@@ -407,13 +409,6 @@ def _embedding(features: Tensor, rows: int, cols: int, level: int) -> Embedding:
 def _has_tissue(image: Tensor) -> Tensor:
     """(B, 1, H, W) -> (B, 1, 1, 1) bool."""
     return tissue_mask(image).flatten(1).any(1).view(-1, 1, 1, 1)
-
-
-def _boundary_image(image: Tensor, options: AlignerOptions) -> Tensor:
-    image = plain_batch(image)
-    if options.normalize:
-        return torch.stack([normalize(sample) for sample in image])
-    return image.float()
 
 
 def _boundary_mask(mask: Tensor | None) -> Tensor | None:
