@@ -251,7 +251,8 @@ class Volume:
     def _explained(self) -> Iterator[None]:
         """Turn what storage raises into a message that says what to do."""
         try:
-            yield
+            with storage_errors(f"{self.flag} {self.path}", "read"):
+                yield
         except InfoUnavailableError as error:
             raise DatasetError(
                 f"{self.flag} {self.path}: no volume there (its info file cannot be "
@@ -260,13 +261,6 @@ class Volume:
         except json.JSONDecodeError as error:
             raise DatasetError(
                 f"{self.flag} {self.path}: its info file is broken: {error}"
-            ) from error
-        except Exception as error:
-            if not _is_storage_trouble(error):
-                raise
-            raise DatasetError(
-                f"{self.flag} {self.path}: cannot be read: {type(error).__name__}: "
-                f"{error}; check the path, the network and your credentials"
             ) from error
 
 
@@ -277,6 +271,31 @@ _OPTIONS = {
     "progress": False,
     "parallel": 1,
 }
+
+
+@contextmanager
+def storage_errors(where: str, doing: str) -> Iterator[None]:
+    """Turn what storage raises into a message that says what to do.
+
+    Args:
+        where: flag and path.
+        doing: "read" or "written", what could not be done.
+
+    Raises:
+        DatasetError: in the place of errors of storage, network or credentials,
+            but for a missing info file and JSON that is none.
+    """
+    try:
+        yield
+    except (InfoUnavailableError, json.JSONDecodeError):
+        raise
+    except Exception as error:
+        if not _is_storage_trouble(error):
+            raise
+        raise DatasetError(
+            f"{where}: cannot be {doing}: {type(error).__name__}: {error}; check the "
+            "path, the network and your credentials"
+        ) from error
 
 
 def cloud_path(path: str) -> str:

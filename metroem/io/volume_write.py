@@ -1,4 +1,4 @@
-"""Writing sections as a CloudVolume, for the demo, benchmarks and tests."""
+"""Writing sections as a CloudVolume."""
 
 from pathlib import Path
 from typing import Any
@@ -8,6 +8,7 @@ import torch
 from cloudvolume import CloudVolume
 
 from metroem.errors import DatasetError
+from metroem.grid import Grid
 from metroem.normalize import coarsen_image
 
 
@@ -52,7 +53,7 @@ def write_volume(
         chunk_size=(chunk_px, chunk_px, 1),
         volume_size=(*sections.shape[1:], len(sections)),
     )
-    cloud_path = _create(path, info, mips)
+    cloud_path = _create(path.resolve().as_uri(), info, mips)
     for mip in range(mips):
         _write_mip(cloud_path, mip, sections)
 
@@ -89,15 +90,71 @@ def write_field_volume(
         chunk_size=(128, 128, 1),
         volume_size=(*shape, len(fields)),
     )
-    volume: Any = CloudVolume(_create(path, info, mip + 1), mip=mip, progress=False)
+    cloud_path = _create(path.resolve().as_uri(), info, mip + 1)
+    volume: Any = CloudVolume(cloud_path, mip=mip, progress=False)
     volume[:, :, :] = fields.transpose(2, 3, 0, 1).astype(np.float32)
 
 
-def _create(path: Path, info: dict[str, Any], mips: int) -> str:
-    volume: Any = CloudVolume(path.resolve().as_uri(), info=info, progress=False)
+class SectionVolume:
+    """A float32 volume at any cloud path, written section by section.
+
+    A section is one chunk, and its bytes depend on its values alone. It begins
+    at x 0, y 0, z 0.
+
+    Attributes:
+        path: as cloud-volume opens it.
+        mip: the only one that is written.
+    """
+
+    def __init__(
+        self,
+        path: str,
+        grid: Grid,
+        *,
+        num_sections: int,
+        num_channels: int,
+        resolution: tuple[float, float, float],
+    ) -> None:
+        """Write the volume's info.
+
+        Args:
+            path: with a scheme, for example file:///data/pairs/image.
+            grid: its mip and shape are those of all sections.
+            num_sections: how many there will be.
+            num_channels: 1 for images, 2 for fields.
+            resolution: nm per mip-0 pixel along x, y, z.
+        """
+        self.path, self.mip = path, grid.mip
+        info = CloudVolume.create_new_info(
+            num_channels=num_channels,
+            layer_type="image",
+            data_type="float32",
+            encoding="raw",
+            resolution=resolution,
+            voxel_offset=(0, 0, 0),
+            chunk_size=(*grid.shape, 1),
+            volume_size=(*(size << grid.mip for size in grid.shape), num_sections),
+        )
+        _create(path, info, grid.mip + 1, chunk_size=(*grid.shape, 1))
+
+    def write(self, z: int, layers: np.ndarray) -> None:
+        """Write a section, (C, H, W); rows become the volume's x."""
+        volume: Any = CloudVolume(
+            self.path, mip=self.mip, progress=False, compress=False
+        )
+        volume[:, :, z : z + 1] = layers.transpose(1, 2, 0)[:, :, None]
+
+
+def _create(
+    cloud_path: str,
+    info: dict[str, Any],
+    mips: int,
+    chunk_size: tuple[int, int, int] | None = None,
+) -> str:
+    volume: Any = CloudVolume(cloud_path, info=info, progress=False)
     # Before any data: cloud-volume adds no scale to an info twice.
     for mip in range(1, mips):
-        volume.add_scale((2**mip, 2**mip, 1))
+        volume.add_scale((2**mip, 2**mip, 1), chunk_size=chunk_size)
     volume.commit_info()
     return volume.cloudpath
 
