@@ -3,6 +3,8 @@
 metroem init PYRAMID --mip 5 3      write untrained modules
 metroem fetch SOURCE PYRAMID        copy a pyramid or module from any cloud path
 metroem inspect DATASET             list and check image sets and field sets
+metroem create-spec --points_path CSV ...    pairs around points, for make-dataset
+metroem make-dataset --spec_path S --dst_path D    image and field sets of them
 metroem evaluate --pyramid_path P   how well it aligns a data set, and where worst
 metroem export-fields ...           fields as a CloudVolume, or for SOFIMA or ITK
 metroem demo                        the main job on sections that it makes itself
@@ -61,6 +63,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--known_warps", action="store_true", help="warp sections by known fields too")
     add("--no_finetune", action="store_true", help="the networks alone")
 
+    _add_points(commands)
     _add_export(commands)
 
     demo = _command(commands, "demo", "the main job on made sections", _demo)
@@ -98,6 +101,31 @@ def _add_export(commands) -> None:
     nm = {"type": float, "nargs": 3, "metavar": ("X", "Y", "Z")}
     add("--resolution", **nm, help="nm of a mip-0 voxel, if the sets do not say")
     add("--overwrite", action="store_true", help="replace what is there")
+
+
+def _add_points(commands) -> None:
+    """The two commands that make a data set from a list of points."""
+    spec = _command(commands, "create-spec", "a spec of pairs at points", _create_spec)
+    add = spec.add_argument
+    path = {"type": Path, "required": True}
+    add("--src_spec_path", **path, help="template: a spec (JSON), with pairs or none")
+    points = "CSV: neuroglancer's export of annotations, or columns x0, y0, z0"
+    add("--points_path", **path, help=points)
+    add("--dst_spec_path", **path, help="spec to write")
+    offsets = "a pair a point each: src at z, tgt at z + offset (-1)"
+    add("--offsets", type=int, nargs="+", default=[-1], help=offsets)
+    add("--overwrite", action="store_true", help="replace another file")
+
+    make = _command(commands, "make-dataset", "image sets from a spec", _make_dataset)
+    add = make.add_argument
+    add("--spec_path", **path, help="spec (JSON), from create-spec")
+    dst = "folder for h5 files; with a scheme (gs://, file://) CloudVolumes"
+    add("--dst_path", required=True, help=dst)
+    tag = "training whose stage 1 starts from the fields (precomputed)"
+    add("--checkpoint_name", default="precomputed", help=tag)
+    parallel = "batches of cut-outs at a time (1); 4 to 16 for cloud paths"
+    add("--parallel", type=int, default=1, help=parallel)
+    add("--overwrite", action="store_true", help="replace what another spec made")
 
 
 def _command(commands, name, help_text, run) -> argparse.ArgumentParser:
@@ -138,6 +166,18 @@ def _export(args: argparse.Namespace) -> None:
     from metroem.export.run import ExportRequest, export_fields
 
     export_fields(ExportRequest(**_flags(args)))
+
+
+def _create_spec(args: argparse.Namespace) -> None:
+    from metroem.create.points import SpecRequest, create_spec
+
+    create_spec(SpecRequest(**_flags(args)))
+
+
+def _make_dataset(args: argparse.Namespace) -> None:
+    from metroem.create.pairs import DatasetRequest, make_dataset
+
+    make_dataset(DatasetRequest(**_flags(args)))
 
 
 def _demo(args: argparse.Namespace) -> None:

@@ -71,3 +71,14 @@ class Grid:
             for size in self.shape
         )
         return Grid(mip, self.x, self.y, rows, cols)
+
+    def cover(self, mip: int, *, margin_px: int = 0) -> "Grid":
+        """The grid of another mip that covers this, on whole pixels of that mip.
+
+        Args:
+            mip: of the new grid.
+            margin_px: pixels of `mip` more on each side.
+        """
+        x, y = ((at >> mip) - margin_px for at in (self.x, self.y))
+        x_end, y_end = (-(-at >> mip) + margin_px for at in self.end)
+        return Grid(mip, x << mip, y << mip, x_end - x, y_end - y)

@@ -2,8 +2,10 @@
 
 import logging
 import sys
+import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from typing import TypeVar
 
 from tqdm import tqdm
@@ -42,3 +44,36 @@ def progress(
     if log:
         elapsed = time.monotonic() - started
         logger.info("%s: %d of %d, %.1f s", what, done, total, elapsed)
+
+
+def in_threads(
+    items: Sequence[T], work: Callable[[T], None], what: str, *, threads: int
+) -> None:
+    """Do `work` on each item, some at a time, showing how many are done.
+
+    Args:
+        items: what to go through.
+        work: called with each, from the threads; what it raises first is raised
+            here, after those at work have ended and without beginning others.
+        what: the work in words, with its unit.
+        threads: how many items at a time.
+    """
+    # Cancelling comes too late for an item that a thread begins after it failed.
+    failed = threading.Event()
+
+    def work_on(item: T) -> None:
+        if failed.is_set():
+            return
+        try:
+            work(item)
+        except BaseException:
+            failed.set()
+            raise
+
+    pool = ThreadPoolExecutor(threads)
+    try:
+        jobs = [pool.submit(work_on, item) for item in items]
+        for job in progress(as_completed(jobs), what, total=len(jobs)):
+            job.result()
+    finally:
+        pool.shutdown(cancel_futures=True)

@@ -75,9 +75,13 @@ def test_the_commands_of_the_readme_work_in_their_order(tmp_path, monkeypatch):
     by_mip = [np.zeros((9, 2, 512 >> m, 512 >> m), np.float32) for m in range(3)]
     for field in by_mip:
         field[:, 0] = 4.0
-    make_volume(tmp_path / "field", by_mip)
+    make_volume(tmp_path / "field", by_mip, resolution=(8, 8, 40))
     monkeypatch.chdir(tmp_path)
-    schedule = blocks("json")[0].replace('"num_samples": 400', '"num_samples": 12')
+    template, schedule = blocks("json")
+    template = template.replace("gs://my-bucket", str(tmp_path))
+    (tmp_path / "template.json").write_text(template)
+    (tmp_path / "points.csv").write_text("x0,y0,z0\n256,260,5\n200,300,7\n")
+    schedule = schedule.replace('"num_samples": 400', '"num_samples": 12')
     (tmp_path / "schedule.json").write_text(schedule)
 
     for words in commands():

@@ -5,7 +5,7 @@ import logging
 import shlex
 import sys
 from collections.abc import Mapping
-from pathlib import Path
+from pathlib import Path, PurePath
 
 import h5py
 import numpy as np
@@ -13,7 +13,7 @@ import numpy as np
 from metroem.errors import DatasetError, UsageError
 from metroem.grid import Grid
 from metroem.io.parts import PartStore, differences, parts_folder
-from metroem.io.volume import WHAT_TO_CHECK, Volume, read_sections
+from metroem.io.volume import WHAT_TO_CHECK, Volume, cut, read_sections
 
 logger = logging.getLogger(__name__)
 
@@ -72,12 +72,12 @@ def already_there(path: Path, wanted: Mapping, *, overwrite: bool) -> bool:
     if not isinstance(found, str):
         raise DatasetError(
             f"{path}: is there already and does not say how it was made; give "
-            "--overwrite to replace it, or another --dst_folder or --suffix"
+            "--overwrite to replace it, or write elsewhere"
         )
     if unlike := differences(json.loads(found), wanted):
         raise DatasetError(
             f"{path}: is there already, made with other arguments: {unlike}; give "
-            "--overwrite to replace it, or another --dst_folder or --suffix"
+            "--overwrite to replace it, or write elsewhere"
         )
     logger.info("%s: is there already, nothing to do", path)
     return True
@@ -143,13 +143,33 @@ class DefectMask:
         }
 
         def take(z: int, layers: np.ndarray) -> None:
-            rows, cols = windows[z].shape
             marked = layers[0] >= self.value
-            blocks = marked.reshape(rows, marked.shape[0] // rows, cols, -1)
-            store.put(f"{prefix}-{z}", blocks.any((1, 3)))
+            store.put(f"{prefix}-{z}", marks_on(windows[z], marked, missing[z]))
 
         what = f"{store.folder.name[1:-6]}: defect mask, layers of chunks"
         read_sections(self.volume, missing, take, parallel=parallel, what=what)
+
+
+def marks_on(window: Grid, marked: np.ndarray, source: Grid) -> np.ndarray:
+    """Bring a mask to the pixels of another mip.
+
+    Args:
+        window: area wanted.
+        marked: (H, W) bool on `source`.
+        source: covers `window` on whole pixels of its own mip.
+
+    Returns:
+        (window.rows, window.cols) bool: where any finer pixel is marked, or the
+        coarser one is.
+    """
+    levels = source.mip - window.mip
+    if levels <= 0:
+        rows, cols = window.shape
+        blocks = marked.reshape(rows, 1 << -levels, cols, 1 << -levels)
+        return np.asarray(blocks.any((1, 3)))
+    fine = marked.repeat(1 << levels, 0).repeat(1 << levels, 1)
+    grid = Grid(window.mip, source.x, source.y, fine.shape[0], fine.shape[1])
+    return cut(fine, grid, window)
 
 
 def report_masked(name: str, store: PartStore, prefix: str) -> None:
@@ -166,29 +186,31 @@ def report_masked(name: str, store: PartStore, prefix: str) -> None:
         )
 
 
-def report_blank(path: Path, source: str, shares: Mapping[int, float]) -> None:
+def report_blank(
+    path: PurePath, source: str, shares: Mapping[int, float], what: str = "sections"
+) -> None:
     """Log how much of the sections is blank, and name those that mostly are.
 
     Args:
         path: the file in the making.
         source: the volume that was read.
-        shares: by z, the share of pixels without data.
+        shares: by z (or what else is counted), the share of pixels without data.
+        what: is counted.
 
     Raises:
-        DatasetError: all of every section is blank.
+        DatasetError: all of every one is blank.
     """
     if min(shares.values()) == 1:
         raise DatasetError(
-            f"{path}: all {len(shares)} sections of {source} are blank here; "
+            f"{path}: all {len(shares)} {what} of {source} are blank here; "
             f"{WHAT_TO_CHECK}"
         )
     values = list(shares.values())
     logger.info(
-        "%s: %d sections, blank %.1f%% (%.1f%%...%.1f%%)",
-        path.name,
-        len(values),
+        "%s: %d %s, blank %.1f%% (%.1f%%...%.1f%%)",
+        *(path.name, len(values), what),
         *(100 * float(value) for value in (np.mean(values), min(values), max(values))),
     )
     if mostly := {z: share for z, share in shares.items() if share > _MUCH}:
         named = ", ".join(f"{z} ({share:.0%})" for z, share in sorted(mostly.items()))
-        logger.warning("%s: mostly blank: sections %s", path.name, named)
+        logger.warning("%s: mostly blank: %s %s", path.name, what, named)

@@ -6,14 +6,11 @@ is resampled to the mip of the images.
 """
 
 import logging
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import torch
-from scipy import ndimage
 
 from metroem.create.download import (
     DefectMask,
@@ -25,8 +22,13 @@ from metroem.create.download import (
     report_blank,
     report_masked,
 )
+from metroem.create.stored_field import (
+    FieldFormat,
+    StoredField,
+    mean_translation,
+    residual_field,
+)
 from metroem.errors import DatasetError, UsageError
-from metroem.field import move_field
 from metroem.grid import Grid
 from metroem.io.h5 import FieldSetMeta, PairFrame, write_field_set
 from metroem.io.parts import PartStore
@@ -34,13 +36,6 @@ from metroem.io.volume import Volume, cut, read_sections
 from metroem.specs.filenames import FieldSetName, ImageSetName, check_tag
 
 logger = logging.getLogger(__name__)
-
-CHANNEL_ORDERS = ("xy", "yx")
-FIELD_UNITS = ("mip0", "relative")
-# corgie and its kin keep quarter pixels in int16 volumes.
-_QUARTER = 0.25
-# Pixels around the patch that bilinear resampling reads.
-_MARGIN_PX = 1
 
 
 @dataclass(frozen=True)
@@ -104,12 +99,7 @@ class FieldRequest:
             raise UsageError(f"--patch_size {self.patch_size}: must be >= 1")
         check_offset("--x_offset", self.x_offset, self.dst_mip)
         check_offset("--y_offset", self.y_offset, self.dst_mip)
-        for flag, value, known in (
-            ("--channel_order", self.channel_order, CHANNEL_ORDERS),
-            ("--field_unit", self.field_unit, FIELD_UNITS),
-        ):
-            if value not in known:
-                raise UsageError(f"{flag} {value}: expected {' or '.join(known)}")
+        FieldFormat(self.channel_order, self.field_unit, self.int16_scale)
         if self.suffix is not None:
             check_tag("--suffix", self.suffix)
         if self.place is not None:
@@ -119,8 +109,6 @@ class FieldRequest:
                     f"--place {self.place}: expected x<X>_y<Y>_z{self.z_start}"
                     "[_<suffix>], as in the name of the image sets"
                 )
-        if self.int16_scale is not None and not self.int16_scale > 0:
-            raise UsageError(f"--int16_scale {self.int16_scale}: must be > 0")
 
     @property
     def sections(self) -> range:
@@ -177,12 +165,13 @@ class _FieldFile:
         self.volume.check_channels(2, "a field")
         self.volume.check_sections(request.sections)
         self.volume.check_mip("--src_mip", request.src_mip)
-        self.core = _around(request.grid, request.src_mip, 0)
+        form = FieldFormat(
+            request.channel_order, request.field_unit, request.int16_scale
+        )
+        self.stored = StoredField(self.volume, request.src_mip, form)
+        self.core = request.grid.cover(request.src_mip)
         self.volume.check_covers(self.core, "the patch")
-        margin = 0 if request.src_mip == request.dst_mip else _MARGIN_PX
-        wide = _around(request.grid, request.src_mip, margin)
-        self.source = self.volume.clip(wide) or self.core
-        self.scale = self._stored_scale()
+        self.source = self.stored.window(request.grid)
         self.mask: DefectMask | None = None
         if request.cv_path_defects is not None:
             self.mask = DefectMask(
@@ -263,63 +252,29 @@ class _FieldFile:
             }
             yield np.stack([made[z], made[z - 1]])
 
-    def _displacements(self, store: PartStore, z: int) -> np.ndarray:
-        """(2, H, W) float32, mip-0 pixels on `source`, channel 0 along cols."""
-        vectors = store.load(f"field-{z}").astype(np.float32) * np.float32(self.scale)
-        # cols run along the volume's y, so the displacement along y comes first.
-        return vectors if self.request.channel_order == "yx" else vectors[::-1]
-
     def _offset(self, store: PartStore, z: int) -> tuple[int, int]:
         """Mean displacement, x and y, rounded down to pixels of dst_mip."""
-        vectors = cut(self._displacements(store, z), self.source, self.core)
-        counts = np.isfinite(vectors).all(0)
+        vectors = self.stored.displacements(store.load(f"field-{z}"))
+        counts = np.ones(self.core.shape, bool)
         if self.mask is not None:
-            counts &= ~cut(store.load(f"mask-{z}"), self.source, self.core)
-        if not counts.any():
+            counts = ~cut(store.load(f"mask-{z}"), self.source, self.core)
+        found = mean_translation(
+            cut(vectors, self.source, self.core), counts, self.request.dst_mip
+        )
+        if found is None:
             logger.warning(
                 "%s: section %d has no vector to take a mean displacement from; 0",
                 self.request.path.name,
                 z,
             )
-            return 0, 0
-        along_y, along_x = vectors[:, counts].mean(1, dtype=np.float64)
-        step = 1 << self.request.dst_mip
-        return math.floor(along_x / step) * step, math.floor(along_y / step) * step
+        return found or (0, 0)
 
     def _resampled(
         self, store: PartStore, z: int, offset: tuple[int, int]
     ) -> np.ndarray:
         """(2, H, W) float32 on the patch, pixels of dst_mip, offset taken out."""
-        vectors = _filled(self._displacements(store, z))
-        x, y = offset
-        residual = vectors - np.array([y, x], np.float32)[:, None, None]
-        field = torch.from_numpy(residual)[None] / (1 << self.source.mip)
-        return move_field(field, self.source, self.request.grid)[0].numpy()
-
-    def _stored_scale(self) -> float:
-        """Mip-0 pixels that a stored 1 stands for."""
-        request, dtype = self.request, self.volume.dtype
-        if dtype.kind != "f" and dtype != np.int16:
-            raise DatasetError(
-                f"--cv_path {self.volume.path}: is {dtype}; fields are stored as "
-                "float32 or as int16"
-            )
-        if dtype.kind == "f" and request.int16_scale is not None:
-            raise UsageError(
-                f"--int16_scale {request.int16_scale}: the volume is {dtype}; leave "
-                "the flag out"
-            )
-        unit = 1 << request.src_mip if request.field_unit == "relative" else 1
-        if dtype.kind == "f":
-            return unit
-        scale = request.int16_scale or _QUARTER
-        logger.info(
-            "%s: int16, 1 is taken for %g px of %s; --int16_scale changes that",
-            self.volume.path,
-            scale,
-            "mip 0" if unit == 1 else f"mip {request.src_mip}",
-        )
-        return scale * unit
+        vectors = self.stored.displacements(store.load(f"field-{z}"))
+        return residual_field(vectors, self.source, self.request.grid, offset)
 
     def _wanted(self) -> dict:
         """All that the content of the file depends on."""
@@ -333,7 +288,7 @@ class _FieldFile:
             "z_start": request.z_start,
             "z_end": request.z_end,
             "channel_order": request.channel_order,
-            "mip0_px_per_stored_unit": self.scale,
+            "mip0_px_per_stored_unit": self.stored.scale,
             "cv_path_defects": mask.volume.path if mask else None,
             "mask_val": mask.value if mask else None,
         }
@@ -349,27 +304,3 @@ class _FieldFile:
             tag=self.request.suffix,
             num_sides=2,
         )
-
-
-def _around(patch: Grid, mip: int, margin_px: int) -> Grid:
-    """The grid of a coarser mip that covers a patch, and a margin of its pixels."""
-    x, y = ((at >> mip) - margin_px for at in (patch.x, patch.y))
-    x_end, y_end = (-(-at >> mip) + margin_px for at in patch.end)
-    return Grid(mip, x << mip, y << mip, x_end - x, y_end - y)
-
-
-def _filled(vectors: np.ndarray) -> np.ndarray:
-    """A (2, H, W) field whose NaN and infinite vectors are the nearest finite ones.
-
-    0 throughout when none is finite.
-    """
-    broken = ~np.isfinite(vectors).all(0)
-    if not broken.any():
-        return vectors
-    if broken.all():
-        return np.zeros_like(vectors)
-    nearest = ndimage.distance_transform_edt(
-        broken, return_distances=False, return_indices=True
-    )
-    rows, cols = np.asarray(nearest)
-    return vectors[:, rows, cols]

@@ -16,6 +16,7 @@ from metroem.create.download import (
     report_masked,
 )
 from metroem.create.image_request import ImageRequest
+from metroem.create.reference import Reference
 from metroem.errors import DatasetError
 from metroem.grid import Grid
 from metroem.io.h5 import FieldSet, ImageSetMeta, Pair, PairFrame, write_image_set
@@ -26,29 +27,6 @@ from metroem.normalize import GreyStatistics, normalize, tissue_statistics
 logger = logging.getLogger(__name__)
 
 _NOTHING = (float("nan"), float("nan"))
-
-
-class _Reference(NamedTuple):
-    """The area that a section is normalised by, if it is not the patch."""
-
-    volume: Volume
-    mip: int
-    size: int  # pixels of `mip`
-
-    def around(self, window: Grid) -> Grid:
-        """The area around the centre of a patch, as far as the volume goes."""
-        x, y = (
-            int(center - (self.size << self.mip) / 2) >> self.mip << self.mip
-            for center in window.center
-        )
-        grid = Grid(self.mip, x, y, self.size, self.size)
-        inner = self.volume.clip(grid)
-        if inner is None:
-            raise DatasetError(
-                f"--reference_path {self.volume.path}: holds nothing around x {x}, y "
-                f"{y} (mip-0 pixels)"
-            )
-        return inner
 
 
 class Sources(NamedTuple):
@@ -135,14 +113,15 @@ class ImageFile:
         store.remove()
         logger.info("%s: %d pairs", self.path, len(self.frames))
 
-    def _reference(self) -> _Reference | None:
+    def _reference(self) -> Reference | None:
         volume = self.sources.reference
         if volume is None:
             return None
         mip = self.request.reference_mip
         mip = self.grid.mip if mip is None else mip
         size = self.request.reference_size
-        return _Reference(volume, mip, size or self.grid.at_mip(mip).rows)
+        size = size or self.grid.at_mip(mip).rows
+        return Reference(volume, mip, size, size)
 
     def _fetch(self, store: PartStore) -> None:
         reference = self.reference
@@ -254,7 +233,7 @@ class ImageFile:
                 "area": "around the patch",
                 "path": self.reference.volume.path,
                 "mip": self.reference.mip,
-                "size_px": self.reference.size,
+                "size_px": self.reference.rows,
             }
         return {"kind": "tissue", "reference": reference}
 

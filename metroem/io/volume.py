@@ -6,8 +6,7 @@ So mips, bounds and z are checked here before anything is read.
 """
 
 import threading
-from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -16,7 +15,7 @@ from cloudvolume import Bbox, CloudVolume
 from metroem.errors import DatasetError
 from metroem.grid import Grid
 from metroem.io.storage import cloud_path, explained, prepare_storage
-from metroem.progress import progress
+from metroem.progress import in_threads
 
 WHAT_TO_CHECK = (
     "check the coordinates (mip-0 pixels), that this mip was written, and that your "
@@ -53,6 +52,11 @@ class Volume:
             x, y, z = (float(nm) for nm in volume.mip_resolution(0))
             self.resolution = x, y, z
 
+    @property
+    def sections(self) -> range:
+        """The z's that it holds."""
+        return range(*self._bounds(0)[2])
+
     def check_mip(self, flag: str, mip: int) -> None:
         """Refuse a mip that is not there or is not 2^mip times coarser.
 
@@ -78,12 +82,12 @@ class Volume:
         Raises:
             DatasetError: some are outside; the bounds are named.
         """
-        z0, z1 = self._bounds(0)[2]
-        if not (z0 <= sections.start and sections.stop <= z1):
+        here = self.sections
+        if not (here.start <= sections.start and sections.stop <= here.stop):
             raise DatasetError(
                 f"{self.flag} {self.path}: sections {sections.start}..."
                 f"{sections.stop - 1} are needed (the pair of z reads z and z - 1), it "
-                f"holds {z0}...{z1 - 1}; change --z_start or --z_end"
+                f"holds {here.start}...{here.stop - 1}; change --z_start or --z_end"
             )
 
     def check_covers(self, grid: Grid, what: str) -> None:
@@ -215,6 +219,36 @@ class Volume:
         whole[:, :, row : row + inner.rows, col : col + inner.cols] = array
         return whole
 
+    def read_layer(
+        self, windows: Mapping[int, Grid], slab: range
+    ) -> Iterator[tuple[int, np.ndarray]]:
+        """Read a window of each section of one of `slabs`, each chunk once.
+
+        Args:
+            windows: by z, the area wanted of that section; all of one mip.
+            slab: sections to read, those of `windows` among them.
+
+        Yields:
+            z and (C, H, W) as stored.
+
+        Raises:
+            DatasetError: the volume cannot be read.
+        """
+        wanted = {z: windows[z] for z in slab if z in windows}
+        hull = covering(list(wanted.values()))
+        layers = self.read(hull, slab)
+        for z, window in wanted.items():
+            yield z, cut(layers[z - slab.start], hull, window)
+
+    def read_windows(
+        self, windows: Mapping[int, Grid]
+    ) -> Iterator[tuple[int, np.ndarray]]:
+        """Read a window of each section, each stored chunk once; see `read_layer`."""
+        if windows:
+            mip = next(iter(windows.values())).mip
+            for slab in self.slabs(mip, sorted(windows)):
+                yield from self.read_layer(windows, slab)
+
     def slabs(self, mip: int, sections: list[int]) -> list[range]:
         """Group sections so that those of one layer of chunks come together.
 
@@ -287,33 +321,12 @@ def read_sections(
         return
     mip = next(iter(windows.values())).mip
     slabs = volume.slabs(mip, sorted(windows))
-    # Cancelling comes too late for a layer that a thread begins after it failed, and
-    # each may take `PATIENCE_S` to fail.
-    failed = threading.Event()
 
     def read(slab: range) -> None:
-        if failed.is_set():
-            return
-        try:
-            read_slab(slab)
-        except BaseException:
-            failed.set()
-            raise
+        for z, layers in volume.read_layer(windows, slab):
+            take(z, layers)
 
-    def read_slab(slab: range) -> None:
-        wanted = {z: windows[z] for z in slab if z in windows}
-        hull = covering(list(wanted.values()))
-        layers = volume.read(hull, slab)
-        for z, window in wanted.items():
-            take(z, cut(layers[z - slab.start], hull, window))
-
-    pool = ThreadPoolExecutor(parallel)
-    try:
-        jobs = [pool.submit(read, slab) for slab in slabs]
-        for job in progress(as_completed(jobs), what, total=len(jobs)):
-            job.result()
-    finally:
-        pool.shutdown(cancel_futures=True)
+    in_threads(slabs, read, what, threads=parallel)
 
 
 def covering(grids: list[Grid]) -> Grid:

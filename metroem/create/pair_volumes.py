@@ -1,0 +1,159 @@
+"""A data set from points as CloudVolumes.
+
+    <path>/image             float32, 1 channel, at dst_mip: section 2 * pair is src,
+                             2 * pair + 1 is tgt, each from x 0, y 0 on
+    <path>/field             likewise, 2 channels, where there are fields: channel 0
+                             along y, pixels of dst_mip, its translation taken out
+    <path>/sides/<z>.json    where section z was cut out: pair, side, centre, box and
+                             offset (mip-0 pixels), share of blank pixels
+    <path>/request.json      the spec, less its pairs
+
+Images and fields are those of the h5 files: normalised, moved by the translation,
+not warped. A section whose sides/<z>.json is there is whole.
+"""
+
+import logging
+import threading
+from pathlib import PurePosixPath
+
+import numpy as np
+
+from metroem.create.cutouts import Cutout, Cutter
+from metroem.create.download import report_blank
+from metroem.create.pair_files import normalization
+from metroem.create.spec import Center
+from metroem.errors import DatasetError
+from metroem.grid import Grid
+from metroem.io.notes import Notes
+from metroem.io.parts import differences
+from metroem.io.storage import explained
+from metroem.io.volume_write import NewVolume, SectionWriter
+
+logger = logging.getLogger(__name__)
+
+_REQUEST, _SIDES = "request.json", "sides/"
+
+
+class PairVolumes:
+    """The volumes of a spec in the making.
+
+    Attributes:
+        path: of their folder, with a scheme.
+        is_finished: whether all sections are there.
+    """
+
+    def __init__(self, cutter: Cutter, path: str, *, overwrite: bool) -> None:
+        """Go on with what is there.
+
+        Raises:
+            DatasetError: something else is there, made by another request and
+                `overwrite` is not given, or the path cannot be written to.
+        """
+        self._cutter, self.path = cutter, path.rstrip("/")
+        self._request = cutter.spec.as_request() | {
+            "normalization": normalization(cutter.spec)
+        }
+        self._sections: dict[Center, list[int]] = {}
+        for index, pair in enumerate(cutter.spec.pairs):
+            for side, center in enumerate(pair):
+                self._sections.setdefault(center, []).append(2 * index + side)
+        self._lock = threading.Lock()
+        with explained("--dst_path", path, doing="written"):
+            self._notes = Notes(self.path)
+            self._claim(overwrite)
+            names = [name for name in self._notes.names() if name.startswith(_SIDES)]
+            self._whole = self._notes.read(names)
+            self.is_finished = all(map(self.has, self._sections))
+            if self.is_finished:
+                logger.info("%s: is there already, nothing to do", self.path)
+                return
+            self._image = self._volume("image", 1)
+            self._field = self._volume("field", 2) if cutter.spec.field else None
+
+    def has(self, center: Center) -> bool:
+        """Whether a cut-out is in all its sections."""
+        return all(_name(z) in self._whole for z in self._sections[center])
+
+    def put(self, center: Center, cutout: Cutout) -> None:
+        """Write a cut-out to its sections."""
+        patch = self._cutter.spec.patch(center)
+        (x, y), (x_end, y_end) = (patch.x, patch.y), patch.end
+        dx, dy = cutout.translation
+        whole = Grid(patch.mip, 0, 0, *patch.shape)
+        with self._lock, explained("--dst_path", self.path, doing="written"):
+            for z in self._sections[center]:
+                self._image.put(cutout.image[None], whole, z)
+                if self._field is not None and cutout.field is not None:
+                    self._field.put(cutout.field, whole, z)
+                note = {
+                    "pair": z // 2,
+                    "side": ("src", "tgt")[z % 2],
+                    "center": list(center),
+                    "box": [x + dx, y + dy, center.z]
+                    + [x_end + dx, y_end + dy, center.z + 1],
+                    "offset": [dx, dy],
+                    "blank": float(np.mean(cutout.image == 0)),
+                }
+                self._notes.write(_name(z), note)
+                self._whole[_name(z)] = note
+
+    def finish(self) -> None:
+        """Report what is blank.
+
+        Raises:
+            DatasetError: every pair has a side that is all blank.
+        """
+        num_pairs = len(self._cutter.spec.pairs)
+        blank = [self._whole[_name(z)]["blank"] for z in range(2 * num_pairs)]
+        shares = {i: max(blank[2 * i : 2 * i + 2]) for i in range(num_pairs)}
+        try:
+            name = PurePosixPath(self.path)
+            report_blank(name, self._cutter.image.path, shares, "pairs")
+        except DatasetError:
+            # So that a second try, with credentials, reads again.
+            self._clear()
+            self._notes.delete(_REQUEST)
+            raise
+        logger.info("%s: %d pairs", self.path, num_pairs)
+
+    def _claim(self, overwrite: bool) -> None:
+        """Begin, or go on; another request's only to overwrite it."""
+        found = self._notes.read([_REQUEST]).get(_REQUEST)
+        if found is None and set(self._notes.names()) - {_REQUEST}:
+            raise DatasetError(
+                f"--dst_path {self.path}: holds something that is no data set of ours; "
+                "give another path"
+            )
+        unlike = "" if found is None else differences(found, self._request)
+        if unlike and not overwrite:
+            raise DatasetError(
+                f"--dst_path {self.path}: is there already, made with other arguments: "
+                f"{unlike}; give --overwrite to replace it, or another path"
+            )
+        if unlike:
+            self._clear()
+        if unlike or found is None:
+            self._notes.write(_REQUEST, self._request)
+
+    def _clear(self) -> None:
+        """Delete all but the request; first what says that sections are whole."""
+        for prefix in (_SIDES, "image/", "field/"):
+            self._notes.delete(prefix)
+
+    def _volume(self, name: str, num_channels: int) -> SectionWriter:
+        spec = self._cutter.spec
+        patch = spec.patch(spec.pairs[0][0])
+        wanted = NewVolume(
+            num_channels=num_channels,
+            dtype="float32",
+            mip=patch.mip,
+            area=Grid(patch.mip, 0, 0, *patch.shape).at_mip(0),
+            sections=range(2 * len(spec.pairs)),
+            resolution=self._cutter.image.resolution,
+        )
+        path = f"{self.path}/{name}"
+        return SectionWriter(path, wanted, flag="--dst_path", overwrite=True)
+
+
+def _name(z: int) -> str:
+    return f"{_SIDES}{z}.json"

@@ -1,0 +1,79 @@
+"""A data set from a spec: pairs at any places and distances."""
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+
+from metroem.create.cutouts import Cutter
+from metroem.create.pair_files import PairFiles
+from metroem.create.pair_volumes import PairVolumes
+from metroem.create.spec import Center, load_spec
+from metroem.errors import UsageError
+from metroem.progress import in_threads
+from metroem.specs.filenames import check_tag
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class DatasetRequest:
+    """What `metroem make-dataset` is asked for, one field a flag.
+
+    Attributes:
+        spec_path: JSON, see `metroem.create.spec`.
+        dst_path: a folder for h5 files; a path with a scheme (gs://, file://):
+            CloudVolumes.
+        checkpoint_name: of the training whose stage 1 starts from the fields.
+        parallel: batches of cut-outs made at a time.
+        overwrite: replace what another spec made.
+
+    Raises:
+        UsageError: flags that cannot work.
+    """
+
+    spec_path: Path
+    dst_path: str
+    checkpoint_name: str = "precomputed"
+    parallel: int = 1
+    overwrite: bool = False
+
+    def __post_init__(self) -> None:
+        check_tag("--checkpoint_name", self.checkpoint_name)
+        if self.parallel < 1:
+            raise UsageError(f"--parallel {self.parallel}: must be >= 1")
+        if not self.dst_path:
+            raise UsageError("--dst_path: expected a folder or a cloud path")
+
+
+def make_dataset(request: DatasetRequest) -> None:
+    """Make the data set of a spec, unless it is there.
+
+    Each cut-out is kept when it is made, so a run that was killed goes on where
+    it was, and ends with the same bytes.
+
+    Raises:
+        DatasetError: a volume does not hold what is asked for, all of it is blank,
+            or something is there that another spec made.
+        UsageError: the spec cannot be read.
+    """
+    cutter = Cutter(load_spec(request.spec_path))
+    # Everything is checked before anything is read.
+    cutter.check()
+    if "://" in request.dst_path:
+        made = PairVolumes(cutter, request.dst_path, overwrite=request.overwrite)
+    else:
+        folder = Path(request.dst_path).expanduser()
+        made = PairFiles(
+            cutter, folder, request.checkpoint_name, overwrite=request.overwrite
+        )
+    if made.is_finished:
+        return
+
+    def work(batch: list[Center]) -> None:
+        if missing := [center for center in batch if not made.has(center)]:
+            for center, cutout in cutter.make(missing):
+                made.put(center, cutout)
+
+    what = f"{request.dst_path}: batches of cut-outs"
+    in_threads(cutter.batches(), work, what, threads=request.parallel)
+    made.finish()

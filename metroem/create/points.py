@@ -1,0 +1,147 @@
+"""From a list of points to the spec of a data set: pairs around each of them."""
+
+import csv
+import json
+import logging
+import math
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from metroem.create.spec import Center, load_tree, parse_spec
+from metroem.errors import UsageError
+
+logger = logging.getLogger(__name__)
+
+# As neuroglancer exports an annotation layer, and as tables of points have it.
+_EXPORTED, _PLAIN = "Coordinate 1", ("x0", "y0", "z0")
+
+
+@dataclass(frozen=True)
+class SpecRequest:
+    """What `metroem create-spec` is asked for, one field a flag.
+
+    Attributes:
+        src_spec_path: the template, a spec; pairs that it has are kept.
+        points_path: CSV of points.
+        dst_spec_path: the spec to write.
+        offsets: one pair a point each: src at the point's z, tgt at z + offset.
+        overwrite: replace a file that holds something else.
+
+    Raises:
+        UsageError: flags that cannot work.
+    """
+
+    src_spec_path: Path
+    points_path: Path
+    dst_spec_path: Path
+    offsets: list[int]
+    overwrite: bool = False
+
+    def __post_init__(self) -> None:
+        if not self.offsets or 0 in self.offsets:
+            raise UsageError(
+                f"--offsets {' '.join(map(str, self.offsets))}: expected distances in "
+                "z other than 0, for example --offsets -1 -2: tgt is 1 and 2 sections "
+                "below src"
+            )
+
+
+def create_spec(request: SpecRequest) -> Path:
+    """Write the spec: the template with a pair for each point and offset.
+
+    Centres are rounded down to pixels of the template's max_mip, so that patches
+    of all mips lie on the same grid. Pairs that are there already are left out.
+
+    Returns:
+        The file.
+
+    Raises:
+        UsageError: a template or points that cannot be read, or another file is
+            there and `overwrite` is not given.
+    """
+    tree = load_tree("--src_spec_path", request.src_spec_path)
+    template = parse_spec(tree, f"--src_spec_path {request.src_spec_path}")
+    step = 1 << template.max_mip
+    points = read_points(request.points_path)
+    found = list(template.pairs)
+    for x, y, z in points:
+        x, y = x // step * step, y // step * step
+        found += [(Center(x, y, z), Center(x, y, z + dz)) for dz in request.offsets]
+    pairs = list(dict.fromkeys(found))
+    tree["pairs"] = [[side._asdict() for side in pair] for pair in pairs]
+    _write(request, json.dumps(tree, indent=1) + "\n")
+    logger.info(
+        "%s: %d points, %d pairs in all%s",
+        request.dst_spec_path,
+        len(points),
+        len(pairs),
+        f", {len(found) - len(pairs)} left out, there already"
+        if len(pairs) < len(found)
+        else "",
+    )
+    return request.dst_spec_path
+
+
+def read_points(path: Path) -> list[Center]:
+    """The points of a CSV, in its order, fractions rounded down.
+
+    Raises:
+        UsageError: no such file, no columns of points, no rows, or a row without
+            a point; its line is named.
+    """
+    if not path.is_file():
+        raise UsageError(f"--points_path {path}: no such file")
+    # Spreadsheets begin a CSV with a byte order mark.
+    with path.open(newline="", encoding="utf-8-sig") as file:
+        rows = csv.DictReader(file)
+        points = list(_points(rows, f"--points_path {path}"))
+    if not points:
+        raise UsageError(f"--points_path {path}: has no points")
+    return points
+
+
+def _points(rows: csv.DictReader, where: str) -> Iterator[Center]:
+    columns = rows.fieldnames or ()
+    if _EXPORTED not in columns and not set(_PLAIN) <= set(columns):
+        raise UsageError(
+            f"{where}: expected a column {_EXPORTED!r} (neuroglancer's export) or "
+            f"columns {', '.join(_PLAIN)}, got {list(columns)}"
+        )
+    num_others = 0
+    for row in rows:
+        if _EXPORTED in columns:
+            text = row[_EXPORTED] or ""
+            num_others += (row.get("Type") or "Point").lower() != "point"
+        else:
+            text = ",".join(row[key] or "" for key in _PLAIN)
+        yield _point(text, f"{where}, line {rows.line_num}")
+    if num_others:
+        logger.warning(
+            "%s: %d annotations are no points; their %s is taken",
+            *(where, num_others, _EXPORTED),
+        )
+
+
+def _point(text: str, where: str) -> Center:
+    """Read "(x, y, z)" or "x,y,z"."""
+    parts = re.fullmatch(r"\s*\(?([^()]*)\)?\s*", text)
+    try:
+        x, y, z = (math.floor(float(part)) for part in (parts or [""])[1].split(","))
+    except (ValueError, IndexError, OverflowError):
+        raise UsageError(
+            f"{where}: expected a point such as (1200, 340, 17), got {text!r}"
+        ) from None
+    return Center(x, y, z)
+
+
+def _write(request: SpecRequest, text: str) -> None:
+    path = request.dst_spec_path
+    if path.exists() and path.read_text() != text and not request.overwrite:
+        raise UsageError(
+            f"--dst_spec_path {path}: is there already, with another content; give "
+            "--overwrite to replace it"
+        )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
