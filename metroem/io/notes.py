@@ -1,6 +1,7 @@
 """Small JSON files beside volumes, at any cloud path."""
 
 import json
+from typing import Any
 
 from cloudfiles import CloudFiles
 
@@ -22,8 +23,9 @@ class Notes:
 
     def read(self, names: list[str]) -> dict[str, dict]:
         """The objects by name, less those that were not written to their end."""
+        files: Any = self._files.get(names)
         found = {}
-        for file in self._files.get(names):
+        for file in files:
             try:
                 found[file["path"]] = json.loads(file["content"] or b"")
             except ValueError:
