@@ -25,3 +25,11 @@ def test_a_grid_at_another_mip_covers_the_same_area():
 def test_a_grid_without_pixels_is_refused():
     with pytest.raises(DatasetError, match="rows=0"):
         Grid(0, 0, 0, 0, 4)
+
+
+def test_a_cover_lies_on_whole_pixels_of_its_mip():
+    # Mip-0 pixels -6...10 and 8...20 lie within -8...12 and 8...20 of mip 2.
+    grid = Grid(1, -6, 8, 8, 6)
+    assert grid.cover(2) == Grid(2, -8, 8, 5, 3)
+    assert grid.cover(2, margin_px=1) == Grid(2, -12, 4, 7, 5)
+    assert grid.cover(0) == Grid(0, -6, 8, 16, 12)
