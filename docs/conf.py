@@ -27,6 +27,7 @@ myst_heading_anchors = 3
 
 # Docstrings have code in single backticks.
 default_role = "literal"
+napoleon_use_rtype = False  # a shape before a colon is no type
 autodoc_member_order = "bysource"
 autodoc_typehints_format = "short"
 # Docstrings say shapes, units and defaults; types of others have no page here.
