@@ -1,6 +1,7 @@
 # make demo     the whole job on sections made for it, in demo/ (minutes)
 # make test     the tests
 # make lint     ruff and pyright
+# make docs     the pages of docs/, in docs/_build/html
 # make install  only the virtual environment
 # All of them make .venv first where it is not there or its requirements changed.
 
@@ -12,7 +13,7 @@ PYTEST_ARGS ?= -m "not slow"
 INSTALLED := $(VENV)/.installed
 TOOLS := $(VENV)/.tools
 
-.PHONY: demo test lint install clean
+.PHONY: demo test lint docs install clean
 
 demo: $(INSTALLED)
 	$(BIN)/python -m metroem demo --folder demo
@@ -24,6 +25,9 @@ lint: $(TOOLS)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
+
+docs: $(TOOLS)
+	$(BIN)/python -m sphinx -W -n -b html docs docs/_build/html
 
 install: $(INSTALLED)
 
@@ -38,4 +42,4 @@ $(TOOLS): requirements-dev.txt $(INSTALLED)
 	touch $@
 
 clean:
-	rm -rf $(VENV) demo build dist *.egg-info
+	rm -rf $(VENV) demo docs/_build build dist *.egg-info

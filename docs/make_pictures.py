@@ -53,7 +53,7 @@ class Canvas:
     def text(
         self, x: float, y: float, words: str, colour: str = INK, size: int = 19
     ) -> float:
-        """Words whose upper left corner is (x, y); gives the length of the last line."""
+        """Words from (x, y) on; gives the length of the last line."""
         font = ImageFont.load_default(size)
         self.draw.multiline_text((x, y), words, fill=colour, font=font, spacing=6)
         return font.getlength(words.splitlines()[-1])
@@ -169,7 +169,9 @@ def draw_algebra() -> None:
     _draw_path(canvas, panel, f, g)
     coarse = constant(2.5, 1.5, ROWS // 2, COLS // 2)
     fields = (coarse, upsample_field(coarse, 1))
-    for number, (name, field) in enumerate(zip(("mip 1", "mip 0"), fields, strict=True)):
+    for number, (name, field) in enumerate(
+        zip(("mip 1", "mip 0"), fields, strict=True)
+    ):
         d_cols, d_rows = (float(v) for v in field[0, :, 0, 0])
         rows, cols = field.shape[-2:]
         cell = CELL * ROWS // rows

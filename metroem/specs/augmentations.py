@@ -259,7 +259,9 @@ def parse_augmentation(spec: Any, where: str) -> Augmentation:
     name = spec.pop("type", None)
     kind = AUGMENTATIONS.get(name) if isinstance(name, str) else None
     if kind is None:
-        raise UsageError(f"{where}: type must be one of {list(AUGMENTATIONS)}, got {name!r}")
+        raise UsageError(
+            f"{where}: type must be one of {list(AUGMENTATIONS)}, got {name!r}"
+        )
     check_keys(spec, tuple(f.name for f in dataclasses.fields(kind)), where)
     for key, value in spec.items():
         if (wanted := _objection(kind, key, value)) is not None:
