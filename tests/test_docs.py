@@ -47,7 +47,8 @@ def smaller(words, folder):
     """A command on a volume in `folder`, with a smaller patch."""
     words = [w.replace("gs://my-bucket", str(folder)) for w in words]
     words = [{"112": "48"}.get(w, w) for w in words]
-    return [w.replace("448", "192") for w in words]
+    # corgie wants whole chunks of the volume, 128 px here.
+    return [w.replace("448", "192").replace("512", "256") for w in words]
 
 
 @pytest.fixture(scope="module")
