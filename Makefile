@@ -3,7 +3,9 @@
 # make lint     ruff and pyright
 # make docs     the pages of docs/, in docs/_build/html
 # make install  only the virtual environment
-# All of them make .venv first where it is not there or its requirements changed.
+# make clients  .venv-corgie, with corgie, which applies the modules
+# All of them make .venv first where it is not there or its requirements changed;
+# the last makes its own alone.
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -12,8 +14,10 @@ BIN := $(VENV)/bin
 PYTEST_ARGS ?= -m "not slow"
 INSTALLED := $(VENV)/.installed
 TOOLS := $(VENV)/.tools
+CLIENTS := $(VENV)-corgie
+CORGIE := $(CLIENTS)/.installed
 
-.PHONY: demo test lint docs install clean
+.PHONY: demo test lint docs install clients clean
 
 demo: $(INSTALLED)
 	$(BIN)/python -m metroem demo --folder demo
@@ -41,5 +45,17 @@ $(TOOLS): requirements-dev.txt $(INSTALLED)
 	$(BIN)/python -m pip install -r requirements-dev.txt
 	touch $@
 
+clients: $(CORGIE)
+
+# corgie has old pins of its own, so it gets an environment of its own. Version 0.1.1
+# takes --tgt_z_offset for text and then adds it to a number.
+$(CORGIE): requirements-clients.txt requirements.txt setup.py
+	test -x $(CLIENTS)/bin/python || $(PYTHON) -m venv $(CLIENTS)
+	$(CLIENTS)/bin/python -m pip install -r requirements-clients.txt
+	$(CLIENTS)/bin/python -m pip install --no-deps -e .
+	sed -i.orig '/"--tgt_z_offset"/s/type=str/type=int/' \
+	    $(CLIENTS)/lib/python3*/site-packages/corgie/cli/compute_field.py
+	touch $@
+
 clean:
-	rm -rf $(VENV) demo docs/_build build dist *.egg-info
+	rm -rf $(VENV) $(CLIENTS) demo docs/_build build dist *.egg-info

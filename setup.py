@@ -22,23 +22,29 @@ setup(
     package_data={
         "metroem": ["params/*.json"],
         "metroem.nets": ["templates/*.json", "templates/*.py"],
+        "metroem.report": ["*.html", "*.css", "*.js"],
     },
     # The three scripts that people know by name, on the PATH beside `metroem`.
     scripts=["download_image.py", "download_field.py", "train.py"],
     entry_points={"console_scripts": ["metroem=metroem.__main__:entry_point"]},
     install_requires=[
         "artificery>=0.0.3.3",
+        "boto3",
         "cachetools",  # modelhouse imports it and does not declare it
         "cloud-files",  # likewise
         "cloud-volume>=12",
+        "google-auth",
         "h5py",
         "modelhouse>=0.1.4",
         "numpy",
         "pillow",
+        "requests",
         "scalenet>=0.1.0",
         "scipy",
+        "tenacity",
         "torch>=2.6",
         "torchfields>=0.1.2",
         "tqdm",
     ],
+    extras_require={"tensorboard": ["tensorboard"]},  # of train.py --tensorboard
 )

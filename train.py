@@ -50,6 +50,8 @@ def _add_machine_flags(parser: argparse.ArgumentParser) -> None:
     add("--num_workers", type=int, help="processes that read, a rank (GPU 4, CPU 0)")
     precision = "inside the network (fp32)"
     add("--precision", choices=("fp32", "bf16"), default="fp32", help=precision)
+    board = "curves and pictures for TensorBoard in <pyramid>/.train"
+    add("--tensorboard", action="store_true", help=board)
     add(
         "--no_redirect_stdout",
         dest="redirect_stdout",

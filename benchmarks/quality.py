@@ -36,7 +36,7 @@ from quality_bars import (
 )
 from quality_cases import Cases, check, epe_by_share, picked
 from quality_page import Page, Pair, write_page
-from quality_pictures import read_curves, save_curves, save_pair
+from quality_pictures import save_curves, save_pair
 from quality_request import ROOT, QualityRequest, build_parser
 from quality_results import FULL, METHODS, NONE, Results
 
@@ -45,6 +45,7 @@ from metroem.demo import SCHEDULE, Run, environment, run_steps, script
 from metroem.errors import MetroEMError, UsageError
 from metroem.io.volume_write import write_volume
 from metroem.nets.checkpoint import checkpoint_path
+from metroem.report.curves import main_curves, read_curves
 from metroem.report.scores import print_json, write_json
 from metroem.specs.pyramid import find_modules
 
@@ -248,7 +249,7 @@ def draw_curves(request: QualityRequest) -> str | None:
         logger.warning("%s: not there, so there are no loss curves", metrics)
         return None
     path = request.pictures / "curves.png"
-    save_curves(path, read_curves(metrics))
+    save_curves(path, main_curves(read_curves(metrics)))
     return f"{path.parent.name}/{path.name}"
 
 

@@ -1,16 +1,15 @@
 """Pictures of the page: pairs with their fields and errors, and loss curves."""
 
-import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 from quality_cases import Solved
 
-from metroem.errors import DatasetError
+from metroem.report.curves import Curve
 from metroem.report.pictures import color_field, overlay
 
 PANEL_PX, GAP_PX, TITLE_PX = 236, 6, 18
@@ -20,15 +19,6 @@ _COLORS = 256  # of a picture; noise compresses badly
 _PLOT, _PLOT_MARGIN = (420, 260), (52, 34, 12, 22)  # left, bottom, right, top
 _LINES = {"training": (200, 90, 20), "validation": (20, 90, 180)}
 _TICKS = [digit * 10.0**power for power in range(-6, 4) for digit in (1, 2, 5)]
-
-
-class Curve(NamedTuple):
-    """How a figure fell over the training of one stage."""
-
-    stage: int
-    figure: str  # what is drawn
-    minutes: tuple[float, ...]
-    values: dict[str, tuple[float, ...]]  # training, and validation if there is any
 
 
 def save_pair(path: Path, solved: Solved) -> None:
@@ -56,19 +46,6 @@ def save_pair(path: Path, solved: Solved) -> None:
     _save(path, sheet)
 
 
-def read_curves(metrics: Path) -> list[Curve]:
-    """The curves of all stages, of the field's error where it was logged.
-
-    Raises:
-        DatasetError: no metrics there.
-    """
-    if not metrics.is_file():
-        raise DatasetError(f"{metrics}: no such file; train.py writes it")
-    lines = [json.loads(line) for line in metrics.read_text().splitlines()]
-    stages = sorted({line["stage"] for line in lines})
-    return [_curve([x for x in lines if x["stage"] == stage]) for stage in stages]
-
-
 def save_curves(path: Path, curves: Sequence[Curve]) -> None:
     """Save the curves side by side, on axes of minutes and of logarithms."""
     width, height = _PLOT
@@ -78,21 +55,6 @@ def save_curves(path: Path, curves: Sequence[Curve]) -> None:
         _plot(ImageDraw.Draw(plot), curve)
         sheet.paste(plot, (place * width, 0))
     _save(path, sheet)
-
-
-def _curve(lines: list[dict[str, Any]]) -> Curve:
-    sets = [name for name in _LINES if all(name in line for line in lines)]
-    has_epe = all(line[name]["epe_px"] is not None for line in lines for name in sets)
-    key = "epe_px" if has_epe else "loss"
-    minutes, before = [0.0], -1
-    for line in lines:
-        # A line is of the last epoch since the line before it.
-        epochs = line["epoch"] - before if line["epoch"] > before else line["epoch"] + 1
-        minutes.append(minutes[-1] + epochs * line["seconds"] / 60)
-        before = line["epoch"]
-    values = {name: tuple(line[name][key] for line in lines) for name in sets}
-    figure = "EPE, px" if has_epe else "loss"
-    return Curve(lines[0]["stage"], figure, tuple(minutes[1:]), values)
 
 
 def _plot(draw: ImageDraw.ImageDraw, curve: Curve) -> None:

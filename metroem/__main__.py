@@ -4,6 +4,7 @@ metroem init PYRAMID --mip 5 3      write untrained modules
 metroem fetch SOURCE PYRAMID        copy a pyramid or module from any cloud path
 metroem inspect DATASET             list and check image sets and field sets
 metroem evaluate --pyramid_path P   how well it aligns a data set, and where worst
+metroem export-fields ...           fields as a CloudVolume, or for SOFIMA or ITK
 metroem demo                        the main job on sections that it makes itself
 """
 
@@ -11,6 +12,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from metroem import __version__, cli
 
@@ -55,8 +57,11 @@ def build_parser() -> argparse.ArgumentParser:
     add("--dataset_path", type=Path, required=True, help="folder of image sets")
     add("--checkpoint_name", default="checkpoint", help="which weights (checkpoint)")
     add("--json", type=Path, help="file for all figures, also those of each pair")
+    add("--report", type=Path, help="HTML file to look at all pairs in")
     add("--known_warps", action="store_true", help="warp sections by known fields too")
     add("--no_finetune", action="store_true", help="the networks alone")
+
+    _add_export(commands)
 
     demo = _command(commands, "demo", "the main job on made sections", _demo)
     demo.add_argument(
@@ -66,6 +71,33 @@ def build_parser() -> argparse.ArgumentParser:
         help="where everything goes; what an earlier demo left there is removed",
     )
     return parser
+
+
+def _add_export(commands) -> None:
+    export = _command(commands, "export-fields", "fields out again", _export)
+    add = export.add_argument
+    add("--dataset_path", type=Path, required=True, help="folder of field sets")
+    dst = "the volume: gs://, s3:// or a local path; of other formats the folder"
+    add("--dst_path", required=True, help=dst)
+    tag = "whose fields: checkpoint, or --suffix of a download (checkpoint)"
+    add("--checkpoint_name", default="checkpoint", help=tag)
+    add("--stage", type=int, help="whose fields (the last stage that has any)")
+    add("--mip", type=int, help="of the fields, where there are several")
+    formats = ("cloudvolume", "sofima", "itk")
+    add("--format", choices=formats, default="cloudvolume", help="(cloudvolume)")
+    int16 = "of the volume; int16 holds quarter pixels (float32)"
+    add("--dtype", choices=("float32", "int16"), default="float32", help=int16)
+    order = "axes that channel 0 and 1 displace along (yx, as corgie has it)"
+    add("--channel_order", choices=("yx", "xy"), default="yx", help=order)
+    unit = "relative: pixels of the fields' mip, as corgie has it; or mip0 (relative)"
+    add("--field_unit", choices=("relative", "mip0"), default="relative", help=unit)
+    warped = "folder for two volumes more: the images before and after"
+    add("--warped", help=warped)
+    like = "volume whose bounds and resolution new ones get (those of what is written)"
+    add("--like", help=like)
+    nm = {"type": float, "nargs": 3, "metavar": ("X", "Y", "Z")}
+    add("--resolution", **nm, help="nm of a mip-0 voxel, if the sets do not say")
+    add("--overwrite", action="store_true", help="replace what is there")
 
 
 def _command(commands, name, help_text, run) -> argparse.ArgumentParser:
@@ -99,14 +131,24 @@ def _inspect(args: argparse.Namespace) -> None:
 def _evaluate(args: argparse.Namespace) -> None:
     from metroem.evaluate import EvaluateRequest, evaluate_dataset
 
-    flags = {k: v for k, v in vars(args).items() if k not in ("command", "run")}
-    evaluate_dataset(EvaluateRequest(**flags))
+    evaluate_dataset(EvaluateRequest(**_flags(args)))
+
+
+def _export(args: argparse.Namespace) -> None:
+    from metroem.export.run import ExportRequest, export_fields
+
+    export_fields(ExportRequest(**_flags(args)))
 
 
 def _demo(args: argparse.Namespace) -> None:
     from metroem.demo import DemoRequest, run_demo
 
     run_demo(DemoRequest(args.folder))
+
+
+def _flags(args: argparse.Namespace) -> dict[str, Any]:
+    """What a command was given."""
+    return {k: v for k, v in vars(args).items() if k not in ("command", "run")}
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -17,16 +17,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from metroem.both_ways import agree
-from metroem.errors import PyramidError
 from metroem.field import compose, invert, warp
 from metroem.field_search import Finetuned
 from metroem.finetuner import as_torchfields, plain_batch
 from metroem.finetuning import Defects, finetune, pair_maps
 from metroem.masks import tissue_mask
-from metroem.nets.building import build_net, stock_warnings_silenced
+from metroem.nets.building import build_net, side_multiple, stock_warnings_silenced
 from metroem.nets.checkpoint import checkpoint_path, load_weights, save_weights
 from metroem.nets.options import AlignerOptions
-from metroem.normalize import normalize
+from metroem.normalize import normalize_given
 from metroem.unfold import unfold
 
 State = dict[str, dict[str, dict[str, Tensor]]]
@@ -107,7 +106,7 @@ class Aligner(nn.Module):
         spec_path = self.model_folder / "model_spec.json"
         self.net: Any = build_net(spec_path, operators=operators)
         self.net.name = checkpoint_name
-        self._multiple = _side_multiple(self.net, spec_path)
+        self._multiple = side_multiple(self.net, spec_path)
         loaded = self.load_checkpoint(self.model_folder)
         logger.info(
             "%s operators, %s",
@@ -212,7 +211,9 @@ class Aligner(nn.Module):
         if given.get("final_stage") and is_default:
             options = replace(options, finetune_sm=10 * options.finetune_sm)
         self.to(src_img.device)
-        src, tgt = (_boundary_image(i, options) for i in (src_img, tgt_img))
+        src, tgt = normalize_given(
+            [plain_batch(image) for image in (src_img, tgt_img)], options.normalize
+        )
         prior = None if src_agg_field is None else plain_batch(src_agg_field).float()
         defects = (
             _boundary_mask(given.get("src_defects")),
@@ -385,21 +386,6 @@ class Aligner(nn.Module):
         return tuned.field, tuned, state
 
 
-def _side_multiple(net: nn.Module, spec_path: Path) -> int:
-    """How many pixels one pixel of the coarsest level spans."""
-    levels = [
-        int(level)
-        for part in ("level_upmodules", "level_downmodules")
-        for level in getattr(net, part, {})
-    ]
-    if not levels:
-        raise PyramidError(
-            f"{spec_path}: no levels; expected a net of type scalenet with "
-            "upmodules and downmodules"
-        )
-    return 2 ** max(levels)
-
-
 def _embedding(features: Tensor, rows: int, cols: int, level: int) -> Embedding:
     size = 2**level
     features = features[..., : -(-rows // size), : -(-cols // size)]
@@ -409,13 +395,6 @@ def _embedding(features: Tensor, rows: int, cols: int, level: int) -> Embedding:
 def _has_tissue(image: Tensor) -> Tensor:
     """(B, 1, H, W) -> (B, 1, 1, 1) bool."""
     return tissue_mask(image).flatten(1).any(1).view(-1, 1, 1, 1)
-
-
-def _boundary_image(image: Tensor, options: AlignerOptions) -> Tensor:
-    image = plain_batch(image)
-    if options.normalize:
-        return torch.stack([normalize(sample) for sample in image])
-    return image.float()
 
 
 def _boundary_mask(mask: Tensor | None) -> Tensor | None:

@@ -1,13 +1,16 @@
 """A pyramid over a data set: how well it aligns, and where worst."""
 
 import logging
+import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
+from metroem import __version__
 from metroem.align import Pyramid, StageInput
 from metroem.data.augment import swap_src_tgt
 from metroem.data.dataset import PairRef, find_pairs, read_sample
@@ -16,9 +19,12 @@ from metroem.data.photometric import image_anew
 from metroem.data.sample import seeded_generator
 from metroem.distort import Truth
 from metroem.errors import CheckpointError, DatasetError, UsageError
+from metroem.field import move_field
 from metroem.io.h5 import ImageSet, find_image_sets
 from metroem.nets.checkpoint import checkpoint_path
 from metroem.progress import progress
+from metroem.report.curves import Curve, read_curves
+from metroem.report.page import ReportPage, report_page
 from metroem.report.scores import print_evaluation, write_json
 from metroem.scoring import (
     BORDER_PX,
@@ -33,10 +39,12 @@ from metroem.scoring import (
     mean_score,
     score_aligned,
     score_known,
+    with_defects,
 )
 from metroem.specs.augmentations import KnownWarp, Photometric
 from metroem.specs.filenames import check_tag
 from metroem.specs.pyramid import ModuleSpec, find_modules
+from metroem.training.checkpoint import RunFolder
 from metroem.training.distributed import choose_device
 from metroem.training.generate import target_sets
 
@@ -55,26 +63,38 @@ class EvaluateRequest:
         dataset_path: folder of image sets, of every mip of the pyramid.
         checkpoint_name: which weights.
         json: file for all figures, also those of each pair.
+        report: HTML file to look at all pairs in.
         known_warps: add sections warped by known fields.
         no_finetune: leave the fields as the networks give them.
 
     Raises:
-        UsageError: a name that cannot be one, or a folder for `json`.
+        UsageError: a name that cannot be one, a folder for `json` or `report`, or
+            one file for both.
     """
 
     pyramid_path: Path
     dataset_path: Path
     checkpoint_name: str = "checkpoint"
     json: Path | None = None
+    report: Path | None = None
     known_warps: bool = False
     no_finetune: bool = False
 
     def __post_init__(self) -> None:
         check_tag("--checkpoint_name", self.checkpoint_name)
-        if self.json is not None and self.json.is_dir():
+        for flag, path, name in (
+            ("--json", self.json, "figures.json"),
+            ("--report", self.report, "report.html"),
+        ):
+            if path is not None and path.is_dir():
+                raise UsageError(
+                    f"{flag} {path}: is a folder; name a file, for example "
+                    f"{path / name}"
+                )
+        if self.json is not None and self.json == self.report:
             raise UsageError(
-                f"--json {self.json}: is a folder; name a file, for example "
-                f"{self.json / 'figures.json'}"
+                f"--report {self.report}: --json names the same file; name another, "
+                f"for example {self.json.with_name('report.html')}"
             )
 
 
@@ -88,6 +108,19 @@ class _Place(NamedTuple):
     def finest(self) -> ImageSet:
         """The set of the last stage, whose pixels all figures are in."""
         return self.sets[-1]
+
+
+class _Run(NamedTuple):
+    """What all places are evaluated with."""
+
+    pyramid: Pyramid
+    request: EvaluateRequest
+    page: ReportPage | None  # None where none was asked for
+
+    @property
+    def finetune(self) -> bool:
+        """Whether each stage improves its field on the pair itself."""
+        return not self.request.no_finetune
 
 
 def evaluate_dataset(request: EvaluateRequest) -> None:
@@ -104,14 +137,41 @@ def evaluate_dataset(request: EvaluateRequest) -> None:
     modules = find_modules(request.pyramid_path)
     _check_weights(modules, request.checkpoint_name)
     places = _find_places(request, modules)
+    settings = {"chunk_px": CHUNK_PX, "border_px": BORDER_PX, "ring_px": RING_PX}
+    about = vars(request) | settings
     device = choose_device("auto", ())
     pyramid = Pyramid.load(request.pyramid_path, request.checkpoint_name, device)
-    results = [_evaluate_place(request, pyramid, place) for place in places]
+    curves = [] if request.report is None else _curves(request)
+    with (
+        nullcontext() if request.report is None else report_page(request.report) as page
+    ):
+        run = _Run(pyramid, request, page)
+        results = [_evaluate_place(run, place) for place in places]
+        if page is not None:
+            page.finish(about | _about_page(modules, curves), results)
     print_evaluation(results)
     if request.json is not None:
-        settings = {"chunk_px": CHUNK_PX, "border_px": BORDER_PX, "ring_px": RING_PX}
-        write_json(request.json, vars(request) | settings | {"sets": results})
-        logger.info("wrote %s", request.json)
+        write_json(request.json, about | {"sets": results})
+    for path in (request.json, request.report):
+        if path is not None:
+            logger.info("wrote %s", path)
+
+
+def _curves(request: EvaluateRequest) -> list[Curve]:
+    """How the training went; nothing where the pyramid was trained elsewhere."""
+    metrics = RunFolder.of(request.pyramid_path, request.checkpoint_name).metrics
+    if not metrics.is_file():
+        logger.warning("%s: not there, so the page has no curves", metrics)
+        return []
+    return read_curves(metrics)
+
+
+def _about_page(
+    modules: Sequence[ModuleSpec], curves: Sequence[Curve]
+) -> dict[str, Any]:
+    stages = [f"stage {m.stage} (mip {m.in_mip})" for m in modules]
+    made = time.strftime("%Y-%m-%d %H:%M")
+    return {"stages": stages, "curves": curves, "made": made, "version": __version__}
 
 
 def _check_weights(modules: Sequence[ModuleSpec], name: str) -> None:
@@ -169,33 +229,29 @@ def _find_places(
     ]
 
 
-def _evaluate_place(
-    request: EvaluateRequest, pyramid: Pyramid, place: _Place
-) -> SetResult:
+def _evaluate_place(run: _Run, place: _Place) -> SetResult:
     """All pairs of one place."""
-    images, finetune = place.finest, not request.no_finetune
+    images = place.finest
     what = f"{images.path.name}, pairs aligned"
     pairs = tuple(
-        _evaluate_pair(pyramid, place, index, finetune)
+        _evaluate_pair(run, place, index)
         for index in progress(place.indices, what, total=len(place.indices))
     )
     mean = mean_score([pair.score for pair in pairs])
     result = SetResult(images.path.name, images.mip, *images.shape, mean, pairs)
-    if not request.known_warps:
+    if not run.request.known_warps:
         return result
     what = f"{images.path.name}, sections warped"
     known = tuple(
-        _evaluate_warped(pyramid, images, index, finetune)
+        _evaluate_warped(run, images, index)
         for index in progress(place.indices, what, total=len(place.indices))
     )
     mean_known = mean_score([section.score for section in known])
     return result._replace(mean_known=mean_known, known=known)
 
 
-def _evaluate_pair(
-    pyramid: Pyramid, place: _Place, index: int, finetune: bool
-) -> AlignedPair:
-    """A pair aligned both ways."""
+def _evaluate_pair(run: _Run, place: _Place, index: int) -> AlignedPair:
+    """A pair aligned both ways, and drawn if there is a page."""
     inputs = []
     for images in place.sets:
         grid = images.grid(index)
@@ -203,16 +259,22 @@ def _evaluate_pair(
         inputs.append(StageInput(sample, grid))
     swapped = [StageInput(swap_src_tgt(sample), grid) for sample, grid in inputs]
     forward, backward = (
-        pyramid.run(stages, finetune)[-1].cpu() for stages in (inputs, swapped)
+        run.pyramid.run(stages, run.finetune) for stages in (inputs, swapped)
     )
-    score, worst = score_aligned(inputs[-1].sample, forward, backward)
-    z_src, z_tgt = place.finest.sections(index)
-    return AlignedPair(_where(place.finest, index, (z_src, z_tgt), worst), score)
+    sample = with_defects(inputs[-1].sample)
+    score, worst = score_aligned(sample, forward[-1].cpu(), backward[-1].cpu())
+    where = _where(place.finest, index, place.finest.sections(index), worst)
+    pair = AlignedPair(where, score)
+    if run.page is not None:
+        fields = [
+            move_field(field.cpu(), stage.grid, inputs[-1].grid)
+            for field, stage in zip(forward, inputs, strict=True)
+        ]
+        run.page.add(place.finest, pair, sample, fields)
+    return pair
 
 
-def _evaluate_warped(
-    pyramid: Pyramid, images: ImageSet, index: int, finetune: bool
-) -> WarpedSection:
+def _evaluate_warped(run: _Run, images: ImageSet, index: int) -> WarpedSection:
     """The tgt section of a pair on itself: warped and imaged anew, and as it is.
 
     The coarser stages see it coarsened, not as the image sets of their mips have it.
@@ -225,7 +287,9 @@ def _evaluate_warped(
     tgt = image_anew(section, _IMAGING, generator)
     field, identity = (
         torch.from_numpy(
-            pyramid.fields(a[0, 0].numpy(), b[0, 0].numpy(), images.mip, finetune)[-1]
+            run.pyramid.fields(
+                a[0, 0].numpy(), b[0, 0].numpy(), images.mip, run.finetune
+            )[-1]
         )[None]
         for a, b in ((src, tgt), (section, section))
     )

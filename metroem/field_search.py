@@ -43,7 +43,7 @@ class FinetuneOptions:
         coarseness: what is added to the field is found so many levels coarser,
             so that it bends over 2**coarseness pixels; `rate_px` is then in
             those coarser pixels. Detail of the field itself stays.
-        weight_decay: of what is added, as torch.optim.Adam has it.
+        weight_decay: of the field, as torch.optim.Adam has it.
         momentum: None for Adam; a number for gradient descent with it.
     """
 
@@ -151,16 +151,22 @@ class FieldLoss:
 
 
 class Search:
-    """Adam (or gradient descent) on fields, each sample with a rate of its own."""
+    """Adam (or gradient descent) on fields, each sample with a rate of its own.
 
-    def __init__(self, field: Tensor, options: FinetuneOptions) -> None:
-        batch = field.new_zeros(field.shape[0])
+    Attributes:
+        field: what is added to `start` next, (B, 2, H, W), pixels.
+        best_field: what was added where the loss was lowest.
+    """
+
+    def __init__(self, start: Tensor, options: FinetuneOptions) -> None:
+        batch = start.new_zeros(start.shape[0])
         self.options = options
-        self.field = self.best_field = field
+        self.start = start
+        self.field = self.best_field = torch.zeros_like(start)
         self.best_loss = batch + float("inf")
         self.rate = batch + options.rate_px
         self.stale, self.halvings, self.age = batch, batch, batch
-        self.mean = self.variance = torch.zeros_like(field)
+        self.mean = self.variance = self.field
 
     @property
     def finished(self) -> Tensor:
@@ -187,7 +193,9 @@ class Search:
         self.variance = torch.where(_over(stuck), 0.0, self.variance)
         norm = gradient.flatten(1).norm(dim=1)
         scale = (self.options.max_grad_norm / (norm + 1e-6)).clamp(max=1.0)
-        gradient = gradient * _over(scale) + self.options.weight_decay * self.field
+        gradient = gradient * _over(scale)
+        if self.options.weight_decay:
+            gradient += self.options.weight_decay * (self.start + self.field)
         rate = torch.where(self.finished, 0.0, self.rate)
         self.field = self.field - _over(rate) * self._direction(gradient)
 

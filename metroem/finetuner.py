@@ -18,7 +18,6 @@ from torch import Tensor
 from metroem.errors import FieldError, UsageError
 from metroem.field import check_field, downsample_field, upsample_field
 from metroem.field_search import FieldLoss, Finetuned, FinetuneOptions, Search
-from metroem.loss import normalize_features
 from metroem.masks import MaskRules, PairMaps, PairWeight, weigh
 from metroem.specs.schedule import parse_mask_rules
 
@@ -67,9 +66,7 @@ def finetune_field(
     loss = FieldLoss(features, weights, options)
     start = field.detach().float()
     loss_before, _ = loss.with_gradient(start)
-    search = Search(
-        torch.zeros_like(downsample_field(start, options.coarseness)), options
-    )
+    search = Search(downsample_field(start, options.coarseness), options)
     steps = 0
     for steps in range(1, options.num_iter + 1):
         search.step(*_loss_and_gradient(loss, start, search.field))
@@ -129,7 +126,7 @@ def optimize_pre_post_ups(
         opt_res_coarsness: change the field so many levels coarser.
         wd: weight decay.
         l2: factor of the mean squared displacement.
-        normalize: bring each feature to mean 0 and std 1 first.
+        normalize: bring the features to mean 0 and, all together, std 1 first.
         sm_keys_to_apply: mask rules of rigidity, as in a schedule.
         mse_keys_to_apply: mask rules of similarity.
         verbose: log the losses.
@@ -166,8 +163,8 @@ def optimize_pre_post_ups(
     similarity_weight = weigh(_rules(mse_keys_to_apply, "mse_keys_to_apply"), maps)
     smoothness_weight = weigh(_rules(sm_keys_to_apply, "sm_keys_to_apply"), maps)
     if normalize:
-        src = normalize_features(src, ~no_data[0])
-        tgt = normalize_features(tgt, ~no_data[1])
+        src = normalize_jointly(src, ~no_data[0])
+        tgt = normalize_jointly(tgt, ~no_data[1])
     tuned = finetune_field(
         src, tgt, field, similarity_weight, smoothness_weight, options
     )
@@ -175,6 +172,30 @@ def optimize_pre_post_ups(
     before, after = tuned.loss_before.tolist(), tuned.loss_after.tolist()
     log("finetuned: loss %s -> %s in %d steps", before, after, tuned.iterations)
     return as_torchfields(tuned.field)
+
+
+def normalize_jointly(features: Tensor, mask: Tensor) -> Tensor:
+    """Shift each feature to mean 0 and scale all of them together to std 1.
+
+    A feature that varies little stays of little account, unlike with
+    `metroem.loss.normalize_features`.
+
+    Args:
+        features: (B, C, H, W).
+        mask: (B, 1, H, W) bool, valid pixels.
+
+    Returns:
+        (B, C, H, W), 0 where not valid.
+
+    Source: the original's `helpers.normalize` as its finetuner calls it.
+    """
+    weight = mask.to(features.dtype)
+    count = weight.sum((-2, -1), keepdim=True).clamp(min=1)
+    mean = (features * weight).sum((-2, -1), keepdim=True) / count
+    centred = (features - mean) * weight
+    degrees = (features.shape[1] * count - 1).clamp(min=1)
+    variance = (centred**2).sum((1, 2, 3), keepdim=True) / degrees
+    return centred / (variance + 1e-8).sqrt()
 
 
 def plain_batch(values: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from metroem.coarse_to_fine import refine_field
 from metroem.field_search import Finetuned
-from metroem.finetuner import finetune_field
+from metroem.finetuner import finetune_field, normalize_jointly
 from metroem.loss import normalize_features
 from metroem.masks import PairMaps, find_defects, find_gaps, tissue_mask, weigh
 from metroem.nets.options import AlignerOptions
@@ -61,8 +61,10 @@ def finetune(
             the original.
     """
     level = options.finetune_level
+    # Modules that are finetuned as the original's compare what it compared.
+    scale = normalize_features if options.finetune_knots else normalize_jointly
     src, tgt = (
-        normalize_features(side[:, 1:].float(), _tissue_at(image, level))
+        scale(side[:, 1:].float(), _tissue_at(image, level))
         for side, image in zip(embedding, (maps.src, maps.tgt), strict=True)
     )
     similarity = weigh(options.similarity_rules, maps)

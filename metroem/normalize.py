@@ -1,5 +1,6 @@
 """Grey levels as the networks want them: mean 0, std 1 over tissue, 0 no data."""
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -63,6 +64,33 @@ def normalize(image: Tensor, statistics: GreyStatistics | None = None) -> Tensor
     return keep_no_data(grey.clamp(min=DARKEST), image)
 
 
+def normalize_given(images: Sequence[Tensor], wanted: bool | str) -> list[Tensor]:
+    """Normalise images of one volume that somebody hands over, if it is wanted.
+
+    "raw" normalises what is not normalised yet. Integers never are. Floats are taken
+    for raw where none is below 0, or where they vary too much for tissue of std 1.
+    They are judged together: a small image of a normalised volume may be brighter
+    than the mean of its section all over, two sections seldom are.
+
+    Args:
+        images: (B, C, H, W) each, of any dtype, 0 = no data.
+        wanted: True (all of them), False (none), or "raw".
+
+    Returns:
+        float32 of the same shapes; each sample is normalised by itself.
+    """
+    floats = [image for image in images if image.is_floating_point()]
+    raw_floats = wanted == "raw" and _looks_raw(floats)
+    return [
+        torch.stack([normalize(sample) for sample in image])
+        if wanted is True
+        or raw_floats
+        or (wanted == "raw" and not image.is_floating_point())
+        else image.float()
+        for image in images
+    ]
+
+
 def keep_no_data(changed: Tensor, image: Tensor) -> Tensor:
     """A changed image, exactly 0 where it was before and nowhere else.
 
@@ -95,3 +123,14 @@ def coarsen_image(image: Tensor, levels: int) -> Tensor:
         )
         image = torch.where(share >= 0.5, image / share.clamp(min=0.5), 0.0)
     return image
+
+
+def _looks_raw(images: Sequence[Tensor]) -> bool:
+    """Whether floats of one volume are surely not normalised."""
+    if not images:
+        return False
+    grey = torch.cat([image.flatten() for image in images])
+    tissue = grey[(grey != 0) & torch.isfinite(grey)]
+    if tissue.numel() < 2:
+        return False
+    return bool(tissue.min() > 0 or tissue.float().std() >= _STD_RANGE[1])

@@ -1,7 +1,9 @@
 """Per stage: train it, then write its fields; the one home of that order."""
 
+import importlib.util
 import logging
 import sys
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,6 +12,7 @@ import torch
 from metroem import cli
 from metroem.data.dataset import Split, find_pairs, image_sets_at, split_pairs
 from metroem.errors import UsageError
+from metroem.report.board import Board
 from metroem.specs.filenames import check_tag
 from metroem.specs.pyramid import ModuleSpec, find_modules, select_stages
 from metroem.specs.schedule import Schedule, load_schedule
@@ -19,6 +22,7 @@ from metroem.training.generate import FieldJob, generate_fields, target_sets
 from metroem.training.job import StageJob, TrainingSettings
 from metroem.training.memory import keep_freed_memory
 from metroem.training.stage import discard_training, train_stage
+from metroem.training.step import Watch
 from metroem.training.stopping import TIME_UP, Stopped, StopRequest
 
 logger = logging.getLogger(__name__)
@@ -54,6 +58,7 @@ class TrainRequest:
     max_minutes: float | None = None
     val_pairs: int = 2
     restart: bool = False
+    tensorboard: bool = False
 
     def __post_init__(self) -> None:
         check_tag("--checkpoint_name", self.checkpoint_name)
@@ -69,6 +74,11 @@ class TrainRequest:
             raise UsageError(
                 f"--dataset_path {self.dataset_path}: no such folder; make one with "
                 "download_image.py --dst_folder"
+            )
+        if self.tensorboard and importlib.util.find_spec("tensorboard") is None:
+            raise UsageError(
+                "--tensorboard: the package tensorboard is not installed; get it with "
+                "pip install tensorboard, or leave the flag out"
             )
 
     @property
@@ -103,9 +113,13 @@ def train_pyramid(request: TrainRequest) -> None:
     settings = _settings(request, device)
     if device.type == "cpu":
         keep_freed_memory()
-    with distributed.process_group(device), StopRequest(request.max_minutes) as stop:
+    with (
+        distributed.process_group(device),
+        StopRequest(request.max_minutes) as stop,
+        _board(request) as watch,
+    ):
         try:
-            _run_stages(request, modules, schedule, settings, stop)
+            _run_stages(request, modules, schedule, settings, stop, watch)
         except Stopped as stopped:
             logger.info("stopped; the same command goes on from here")
             if stopped.code == cli.INTERRUPTED:
@@ -114,14 +128,24 @@ def train_pyramid(request: TrainRequest) -> None:
                 sys.exit(stopped.code)
 
 
+def _board(request: TrainRequest) -> AbstractContextManager[Watch | None]:
+    """Where --tensorboard writes, on the first rank."""
+    if not request.tensorboard or distributed.rank() > 0:
+        return nullcontext()
+    run = RunFolder.of(request.pyramid_path, request.checkpoint_name)
+    return Board(run.tensorboard)
+
+
 def _run_stages(
     request: TrainRequest,
     modules: list[ModuleSpec],
     schedule: Schedule,
     settings: TrainingSettings,
     stop: StopRequest,
+    watch: Watch | None,
 ) -> None:
     run = RunFolder.of(request.pyramid_path, request.checkpoint_name)
+    run.make()
     to_train = select_stages(modules, request.train_stages, "--train_stages")
     to_generate = select_stages(
         modules, request.generate_field_stages, "--generate_field_stages"
@@ -139,7 +163,8 @@ def _run_stages(
                 settings.batch_of(phase)  # refused before hours of work
             split = _split(request, module)
             before = tuple(m for m in modules if m.stage < module.stage)
-            train_stage(StageJob(module, phases, split, settings, before), run, stop)
+            stage = StageJob(module, phases, split, settings, before)
+            train_stage(stage, run, stop, watch)
             distributed.barrier()
         if module in to_generate:
             job = FieldJob(

@@ -183,7 +183,7 @@ def score_aligned(
     none = torch.zeros_like(forward)
     valid = comparable(sample, [none, forward])
     src_valid = comparable(swap_src_tgt(sample), [none, backward])
-    around = valid & ring(_defects_on_tgt(sample, forward), RING_PX)
+    around = valid & ring(defects_on_tgt(sample, forward), RING_PX)
     before, after = (mean_correlation(sample, f, valid) for f in (none, forward))
     determinant = jacobian(forward, _clear(sample.tgt, sample.tgt_defects))
     cycle = cycle_error(forward, backward, valid)
@@ -302,6 +302,20 @@ def with_defects(sample: Sample) -> Sample:
     return sample._replace(src_defects=src, tgt_defects=tgt)
 
 
+def defects_on_tgt(sample: Sample, field: Tensor) -> Tensor:
+    """Where tgt, or src warped by a field, has a defect.
+
+    Args:
+        sample: of batch size 1, its defects known.
+        field: (1, 2, H, W), px.
+
+    Returns:
+        (1, 1, H, W) bool.
+    """
+    assert sample.src_defects is not None and sample.tgt_defects is not None
+    return sample.tgt_defects | warp_mask(sample.src_defects, field)
+
+
 def _batch(image: np.ndarray) -> Tensor:
     """(H, W) of any real type -> (1, 1, H, W) float32."""
     return torch.from_numpy(np.asarray(image, np.float32))[None, None]
@@ -309,11 +323,6 @@ def _batch(image: np.ndarray) -> Tensor:
 
 def _mean_length(field: Tensor, valid: Tensor) -> float:
     return float(field.norm(dim=1, keepdim=True)[valid].mean())
-
-
-def _defects_on_tgt(sample: Sample, field: Tensor) -> Tensor:
-    assert sample.src_defects is not None and sample.tgt_defects is not None
-    return sample.tgt_defects | warp_mask(sample.src_defects, field)
 
 
 def _clear(image: Tensor, defects: Tensor | None) -> Tensor:

@@ -13,6 +13,7 @@ import train
 from metroem import __main__ as metroem_main
 
 ROOT = Path(__file__).parents[1]
+CORGIE = ".venv-corgie/bin/corgie"  # what make clients installs
 README = (ROOT / "README.md").read_text()
 SCRIPTS = {
     "download_image.py": download_image,

@@ -23,6 +23,7 @@ from metroem.specs.losses import PARAMS
 from metroem.specs.schedule import parse_mask_rules, parse_schedule
 from metroem.training.step import Scores
 from tests.commands import (
+    CORGIE,
     ROOT,
     blocks,
     check_spelling,
@@ -37,10 +38,9 @@ from tests.pairs import texture, write_pairs
 DOCS = ROOT / "docs"
 PAGES = {path.stem: path.read_text() for path in sorted(DOCS.glob("*.md"))}
 TUTORIAL = PAGES["tutorial"]
-CORGIE = ROOT / ".venv-corgie" / "bin" / "corgie"
 COMMANDS = [words for page in PAGES.values() for words in commands(page)]
 OURS = [words for words in COMMANDS if words[0] == "python"]
-OF_CORGIE = [words for words in COMMANDS if words[0].endswith("/corgie")]
+OF_CORGIE = [words for words in COMMANDS if words[0] == CORGIE]
 
 
 def smaller(words, folder):
@@ -85,13 +85,18 @@ def test_the_tutorial_ends_with_weights_a_report_fields_and_places(tutorial):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not CORGIE.is_file(), reason="no corgie: make clients installs it")
+@pytest.mark.skipif(
+    not (ROOT / CORGIE).is_file(), reason="no corgie: make clients installs it"
+)
 def test_corgie_runs_as_the_tutorial_has_it(tutorial):
     for words in commands(TUTORIAL):
-        if words[0].endswith("/corgie"):
+        if words[0] == CORGIE:
             arguments = smaller(words, f"file://{tutorial}")[1:]
             done = subprocess.run(
-                [str(CORGIE), *arguments], cwd=tutorial, capture_output=True, text=True
+                [str(ROOT / CORGIE), *arguments],
+                cwd=tutorial,
+                capture_output=True,
+                text=True,
             )
             assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
     for volume in ("field", "rendered/img/img_rendered", "aligned/img/img_block"):
@@ -120,7 +125,7 @@ def test_what_corgie_is_given_names_our_modules_and_options(words):
 
 def test_every_command_of_the_pages_is_one_that_is_checked():
     programs = {words[0] for words in COMMANDS}
-    assert programs <= {"python", "make", ".venv-corgie/bin/corgie"}
+    assert programs <= {"python", "make", CORGIE}
 
 
 def test_the_make_targets_exist():

@@ -12,6 +12,7 @@ from metroem.evaluate import EvaluateRequest, evaluate_dataset
 from metroem.io.h5 import find_image_sets
 from metroem.scaffold import init_pyramid
 from tests.pairs import write_pairs
+from tests.report.pages import blocks
 
 SHAPE = (96, 160)
 
@@ -60,6 +61,38 @@ def test_an_untrained_pyramid_is_evaluated_as_a_user_calls_it(run, capsys):
     # There are two chunks in a row: around row 32, cols 32 and 96.
     spots = [pair["where"]["worst"] for pair in found["pairs"]]
     assert all(spot["x"] == 32 and spot["y"] in (32, 96) for spot in spots)
+
+
+def test_a_report_shows_each_pair_and_how_the_training_went(run):
+    metrics = run / "pyramid" / ".train" / "checkpoint" / "metrics.jsonl"
+    metrics.parent.mkdir(parents=True)
+    scores = {"loss": 2.0}
+    line = {"stage": 1, "phase": 0, "epoch": 0, "training": scores, "seconds": 60}
+    metrics.write_text(json.dumps(line) + "\n")
+    page, figures = run / "new" / "report.html", run / "figures.json"
+
+    evaluate_dataset(request(run, report=page, json=figures, no_finetune=True))
+
+    data = blocks(page)
+    assert list(data) == ["pair-0", "pair-1", "summary"]
+    summary = data["summary"]
+    (found,) = json.loads(figures.read_text())["sets"]
+    for pair, row in zip(found["pairs"], summary["pairs"], strict=True):
+        assert {key: row[key] for key in pair} == pair
+        # The last stage's field is the pyramid's, but for the pixels compared.
+        assert row["stage_cpc"][-1] == pytest.approx(pair["score"]["cpc"], rel=1e-4)
+    assert summary["about"]["stages"] == ["stage 0 (mip 1)", "stage 1 (mip 0)"]
+    (curve,) = summary["about"]["curves"]
+    assert (curve["stage"], curve["minutes"]) == (1, [1.0])
+    assert curve["values"] == {"training": [2.0]}
+
+
+def test_a_report_of_a_pyramid_trained_elsewhere_has_no_curves(run, caplog):
+    page = run / "report.html"
+    evaluate_dataset(request(run, report=page, no_finetune=True))
+    assert blocks(page)["summary"]["about"]["curves"] == []
+    assert "metrics.jsonl: not there, so the page has no curves" in caplog.text
+    assert not (run / "pyramid" / ".train").exists()
 
 
 def test_sections_are_warped_alike_for_every_pyramid(run, capsys):
@@ -144,5 +177,9 @@ def test_images_too_small_for_a_chunk_are_refused(tmp_path):
 def test_arguments_that_cannot_work_are_refused(tmp_path):
     with pytest.raises(UsageError, match="--json .*: is a folder"):
         request(tmp_path, json=tmp_path)
+    with pytest.raises(UsageError, match="--report .*: is a folder.*report.html"):
+        request(tmp_path, report=tmp_path)
+    with pytest.raises(UsageError, match="--report .*: --json names the same file"):
+        request(tmp_path, json=tmp_path / "a", report=tmp_path / "a")
     with pytest.raises(UsageError, match="--checkpoint_name"):
         request(tmp_path, checkpoint_name="a/b")

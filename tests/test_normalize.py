@@ -1,3 +1,4 @@
+import pytest
 import torch
 
 from metroem.normalize import (
@@ -5,6 +6,7 @@ from metroem.normalize import (
     GreyStatistics,
     coarsen_image,
     normalize,
+    normalize_given,
     tissue_statistics,
 )
 
@@ -48,3 +50,65 @@ def test_uint8_is_taken_as_it_is():
 def test_coarsening_averages_tissue_alone():
     image = torch.tensor([[4.0, 8, 0, 0, 6], [0, 0, 0, 2, 6]])[None, None]
     assert coarsen_image(image, 1).tolist() == [[[[6.0, 0.0, 6.0]]]]
+
+
+def raw_pair(dtype):
+    rows, cols = torch.meshgrid(torch.arange(12.0), torch.arange(17.0), indexing="ij")
+    src = (100 + 40 * torch.sin(rows + cols))[None, None]
+    src[..., :3, :4] = 0
+    tgt = (90 + 30 * torch.cos(rows - cols))[None, None]
+    return src.to(dtype), tgt.to(dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.float32])
+def test_raw_images_are_normalised_once(dtype):
+    raw = raw_pair(dtype)
+    once = normalize_given(raw, "raw")
+    assert all(torch.equal(o, normalize(r)) for o, r in zip(once, raw, strict=True))
+    again = normalize_given(once, "raw")
+    assert all(torch.equal(a, o) for a, o in zip(again, once, strict=True))
+
+
+def test_floats_between_0_and_1_are_raw():
+    raw = [image / 255 for image in raw_pair(torch.float32)]
+    found = normalize_given(raw, "raw")
+    assert all(torch.equal(f, normalize(r)) for f, r in zip(found, raw, strict=True))
+
+
+def test_floats_with_the_range_of_grey_levels_are_raw_whatever_their_mean():
+    raw = [image - 100 for image in raw_pair(torch.float32)]
+    found = normalize_given(raw, "raw")
+    assert all(torch.equal(f, normalize(r)) for f, r in zip(found, raw, strict=True))
+
+
+def test_a_pale_image_of_a_normalised_pair_is_taken_as_it_is():
+    pale = 0.7 + 0.1 * normalize(raw_pair(torch.float32)[0])
+    tgt = normalize(raw_pair(torch.float32)[1])
+    assert torch.equal(normalize_given([pale, tgt], "raw")[0], pale)
+
+
+def test_integers_are_raw_beside_a_normalised_image():
+    src, tgt = raw_pair(torch.uint8)
+    found = normalize_given([src, normalize(tgt)], "raw")
+    assert torch.equal(found[0], normalize(src))
+    assert torch.equal(found[1], normalize(tgt))
+
+
+def test_what_is_wanted_outweighs_what_images_look_like():
+    raw = raw_pair(torch.uint8)
+    as_they_are = normalize_given(raw, False)
+    assert all(torch.equal(a, r.float()) for a, r in zip(as_they_are, raw, strict=True))
+    halved = [normalize(image) / 2 for image in raw]
+    found = normalize_given(halved, True)
+    assert all(torch.equal(f, normalize(h)) for f, h in zip(found, halved, strict=True))
+
+
+def test_each_sample_is_normalised_by_itself():
+    src, _ = raw_pair(torch.uint8)
+    batch = normalize_given([torch.cat([src, src // 2])], "raw")[0]
+    assert torch.equal(batch[:1], normalize(src))
+    assert torch.equal(batch[1:], normalize(src // 2))
+
+
+def test_blank_floats_stay_blank():
+    assert not normalize_given([torch.zeros(1, 1, 4, 6)], "raw")[0].any()

@@ -15,10 +15,11 @@ from quality_bars import (
 )
 from quality_cases import Solved, picked
 from quality_page import Page, Pair, write_page
-from quality_pictures import Curve, read_curves, save_curves, save_pair
+from quality_pictures import save_curves, save_pair
 from quality_results import FULL, METHODS, NETWORKS, NONE, STAGE0, Results
 
 from metroem.errors import DatasetError
+from metroem.report.curves import Curve
 from metroem.scaffold import init_pyramid
 from tests.pairs import texture
 
@@ -178,20 +179,9 @@ def test_a_picture_of_a_pair_is_small_even_if_the_sections_are_noise(tmp_path):
     assert (tmp_path / "p.png").stat().st_size < 300_000
 
 
-def test_curves_go_by_the_minutes_since_the_stage_began(tmp_path):
-    lines = []
-    for stage, phase, epoch, seconds in ((0, 0, 1, 30), (0, 1, 0, 60), (1, 0, 0, 6)):
-        scores = {"epe_px": 3.0 / (len(lines) + 1), "loss": 1.0}
-        place = {"stage": stage, "phase": phase, "epoch": epoch}
-        lines.append({**place, "training": scores, "seconds": seconds})
-    metrics = tmp_path / "metrics.jsonl"
-    metrics.write_text("".join(json.dumps(line) + "\n" for line in lines))
-
-    curves = read_curves(metrics)
-
-    # Two epochs of half a minute before the first line, then one of a minute.
-    assert curves[0] == Curve(0, "EPE, px", (1.0, 2.0), {"training": (3.0, 1.5)})
-    assert curves[1].minutes == (0.1,)
+def test_curves_are_drawn_side_by_side(tmp_path):
+    values = {"training": (3.0, 1.5), "validation": (2.0, 1.0)}
+    curves = [Curve(stage, "loss", (1.0, 2.0), (0, 1), values) for stage in (0, 1)]
     save_curves(tmp_path / "curves.png", curves)
     with Image.open(tmp_path / "curves.png") as picture:
         assert picture.width == 2 * 420

@@ -5,20 +5,17 @@ forbidden (HTTP 403), scales that were never written, mip -1 (it takes the last)
 So mips, bounds and z are checked here before anything is read.
 """
 
-import json
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from cloudvolume import Bbox, CloudVolume
-from cloudvolume.exceptions import InfoUnavailableError
 
 from metroem.errors import DatasetError
 from metroem.grid import Grid
+from metroem.io.storage import cloud_path, explained, prepare_storage
 from metroem.progress import progress
 
 WHAT_TO_CHECK = (
@@ -46,7 +43,8 @@ class Volume:
         self.path = cloud_path(path)
         self.flag = flag
         self._local = threading.local()
-        with self._explained():
+        prepare_storage()
+        with explained(flag, self.path):
             volume: Any = CloudVolume(self.path, **_OPTIONS)
             self._info = volume.info
             self.num_mips = len(volume.available_mips)
@@ -149,6 +147,41 @@ class Volume:
             return None
         return grid.crop(row, col, row_end - row, col_end - col)
 
+    def holds(self, z: int) -> bool:
+        """Whether a section lies inside the volume."""
+        z0, z1 = self._bounds(0)[2]
+        return z0 <= z < z1
+
+    def extent(self) -> tuple[Grid, range]:
+        """All that the volume holds: the area, at mip 0, and the sections."""
+        (x0, x1), (y0, y1), (z0, z1) = self._bounds(0)
+        return Grid(0, x0, y0, x1 - x0, y1 - y0), range(z0, z1)
+
+    @property
+    def info(self) -> dict[str, Any]:
+        """The info file."""
+        return self._info
+
+    def chunks_around(self, grid: Grid, z: int) -> tuple[Grid, range]:
+        """The area and the sections of the stored chunks that hold some of a grid.
+
+        Args:
+            grid: the area, inside the volume.
+            z: a section that the volume holds.
+        """
+        size = self._at(0).mip_chunk_size(grid.mip)
+        corner = grid.x >> grid.mip, grid.y >> grid.mip, z
+        shape = (*grid.shape, 1)
+        spans = []
+        for axis, (low, high) in enumerate(self._bounds(grid.mip)):
+            step, start = int(size[axis]), corner[axis]
+            first = low + (start - low) // step * step
+            last = low - (low - start - shape[axis]) // step * step
+            spans.append((first, min(last, high)))
+        (x, x_end), (y, y_end), (z_start, z_end) = spans
+        hull = Grid(grid.mip, x << grid.mip, y << grid.mip, x_end - x, y_end - y)
+        return hull, range(z_start, z_end)
+
     def read(self, grid: Grid, sections: range) -> np.ndarray:
         """Read one area of consecutive sections, each stored chunk once.
 
@@ -172,7 +205,7 @@ class Volume:
         box = Bbox(
             (x, y, sections.start), (x + inner.rows, y + inner.cols, sections.stop)
         )
-        with self._explained():
+        with explained(self.flag, self.path):
             cutout = self._at(grid.mip).download(box)
         array = np.asarray(cutout).transpose(2, 3, 0, 1)
         if inner == grid:
@@ -203,7 +236,10 @@ class Volume:
         """cloud-volume's object, one a thread and mip; the info is fetched once."""
         opened = self._local.__dict__.setdefault("volumes", {})
         if mip not in opened:
-            opened[mip] = CloudVolume(self.path, mip=mip, info=self._info, **_OPTIONS)
+            with explained(self.flag, self.path):
+                opened[mip] = CloudVolume(
+                    self.path, mip=mip, info=self._info, **_OPTIONS
+                )
         return opened[mip]
 
     def _bounds(self, mip: int) -> tuple[tuple[int, int], ...]:
@@ -213,44 +249,16 @@ class Volume:
             for low, high in zip(box.minpt, box.maxpt, strict=True)
         )
 
-    @contextmanager
-    def _explained(self) -> Iterator[None]:
-        """Turn what storage raises into a message that says what to do."""
-        try:
-            yield
-        except InfoUnavailableError as error:
-            raise DatasetError(
-                f"{self.flag} {self.path}: no volume there (its info file cannot be "
-                "read); check the path, and that your credentials may read it"
-            ) from error
-        except json.JSONDecodeError as error:
-            raise DatasetError(
-                f"{self.flag} {self.path}: its info file is broken: {error}"
-            ) from error
-        except Exception as error:
-            if not _is_storage_trouble(error):
-                raise
-            raise DatasetError(
-                f"{self.flag} {self.path}: cannot be read: {type(error).__name__}: "
-                f"{error}; check the path, the network and your credentials"
-            ) from error
 
-
-# parallel=1: with more, cloud-volume starts processes anew for every read.
-_OPTIONS = {
+# parallel=1: with more, cloud-volume starts processes anew for every read. It would
+# fetch the provenance, which nothing here reads, for every object made.
+_OPTIONS: dict[str, Any] = {
+    "provenance": {"sources": [], "owners": [], "processing": [], "description": ""},
     "fill_missing": True,
     "bounded": True,
     "progress": False,
     "parallel": 1,
 }
-
-
-def cloud_path(path: str) -> str:
-    """A path as cloud-volume opens it: without a scheme it is a local one."""
-    path = path.rstrip("/")
-    if "://" in path:
-        return path
-    return f"file://{Path(path).expanduser().resolve()}"
 
 
 def read_sections(
@@ -279,8 +287,20 @@ def read_sections(
         return
     mip = next(iter(windows.values())).mip
     slabs = volume.slabs(mip, sorted(windows))
+    # Cancelling comes too late for a layer that a thread begins after it failed, and
+    # each may take `PATIENCE_S` to fail.
+    failed = threading.Event()
 
     def read(slab: range) -> None:
+        if failed.is_set():
+            return
+        try:
+            read_slab(slab)
+        except BaseException:
+            failed.set()
+            raise
+
+    def read_slab(slab: range) -> None:
         wanted = {z: windows[z] for z in slab if z in windows}
         hull = covering(list(wanted.values()))
         layers = volume.read(hull, slab)
@@ -313,14 +333,3 @@ def cut(array: np.ndarray, grid: Grid, window: Grid) -> np.ndarray:
 def _overlap(start: int, size: int, bounds: tuple[int, int]) -> tuple[int, int]:
     """First and end index, within `size` pixels from `start`, inside bounds."""
     return max(bounds[0] - start, 0), min(bounds[1] - start, size)
-
-
-def _is_storage_trouble(error: Exception) -> bool:
-    """Whether an error comes from storage, network or credentials."""
-    makers = {"google", "botocore", "requests", "urllib3", "cloudfiles", "cloudvolume"}
-    return (
-        isinstance(error, OSError)
-        or type(error).__module__.split(".")[0] in makers
-        or (isinstance(error, KeyError) and "AWS_" in str(error))
-        or "cannot reshape" in str(error)
-    )

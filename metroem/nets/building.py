@@ -85,3 +85,26 @@ class _Builder(Artificery):
             return self.create_net(spec)
         finally:
             self._folder = outer
+
+
+def side_multiple(net: nn.Module, spec_path: Path) -> int:
+    """How many pixels one pixel of the coarsest level of a network spans.
+
+    Args:
+        net: as `build_net` makes it.
+        spec_path: of it, for the message.
+
+    Raises:
+        PyramidError: it has no levels.
+    """
+    levels = [
+        int(level)
+        for part in ("level_upmodules", "level_downmodules")
+        for level in getattr(net, part, {})
+    ]
+    if not levels:
+        raise PyramidError(
+            f"{spec_path}: no levels; expected a net of type scalenet with "
+            "upmodules and downmodules"
+        )
+    return 2 ** max(levels)

@@ -11,8 +11,7 @@ the field. What that is worth, after as many training steps: 2.6 px without pool
 2.0 with it; 4 % less by precision, 4 % more by leaving out outliers (2026-11).
 
 Source: cost volumes and warping as in PWC-Net (arXiv:1709.02371); the soft
-arg-max as in GC-Net (arXiv:1703.04309); robust means by reweighting as in Holland
-and Welsch 1977 (doi:10.1080/03610927708827533).
+arg-max as in GC-Net (arXiv:1703.04309).
 """
 
 from collections.abc import Sequence
@@ -26,21 +25,18 @@ from torch import Tensor, nn
 from metroem.errors import PyramidError
 from metroem.field import compose, downsample_field, upsample_field, warp
 from metroem.masks import tissue_mask
-from metroem.nets.local_correlation import local_correlation, window_offsets
+from metroem.nets.local_correlation import local_correlation
+from metroem.nets.votes import POOLS, pooled, votes_of
 
 State = dict[str, dict[str, dict[str, Tensor]]]
 
 _SLOPE = 0.1  # of the leaky ReLUs
-# Sides of the neighbourhoods that votes are pooled over, px of the level.
-_POOLS = (2, 4, 8, 16)
 # Shares of the vote itself, of each neighbourhood and of "no change", before the
 # soft-max: fresh steps keep to what was found before them, for example by the stage
 # before, and what they change is smooth.
 _FIRST_SHARES = (-2.0, -1.0, 0.0, 1.0, 1.0, 3.0)
 _FIRST_TOLERANCE = 1.0  # px that a vote is off its neighbours to count half
 _FIRST_SCALE = 8.0  # of a correlation of unit vectors, before the soft arg-max
-_LEAST_VARIANCE = 0.05  # px^2, of a vote: no match is surer than a part of a pixel
-_LEAST_PRECISION = 1e-3  # of a mean, 1 / px^2: where nothing is trusted, it is 0
 
 
 @dataclass(frozen=True)
@@ -253,7 +249,7 @@ class Step(nn.Module):
         self.from_hidden = _convolution(before, spec.hidden, size=1) if before else None
         self.blocks = nn.Sequential(*(Residual(spec.hidden, d) for d in spec.dilations))
         self.to_window = _convolution(spec.hidden, window, size=1)
-        self.to_pools = _convolution(spec.hidden, 3 + len(_POOLS))
+        self.to_pools = _convolution(spec.hidden, 3 + len(POOLS))
         self.to_change = _convolution(spec.hidden, 2)
         for layer in (self.to_window, self.to_change):
             nn.init.zeros_(layer.weight)
@@ -284,86 +280,15 @@ class Step(nn.Module):
             x = x + F.interpolate(known, size=x.shape[-2:], mode="nearest")
         x = self.blocks(_activated(x))
         weights = (alike + self.to_window(x)).permute(0, 2, 3, 1).float().softmax(-1)
-        votes, precision = _votes(weights, self.radius)
+        votes, precision = votes_of(weights, self.radius)
         # No step goes further than it can see, or bad weights lead ever further away.
         reach = float(self.radius)
         votes = votes + reach * torch.tanh(self.to_change(x).float() / reach)
-        trust, shares = self.to_pools(x).float().split((1, 2 + len(_POOLS)), 1)
+        trust, shares = self.to_pools(x).float().split((1, 2 + len(POOLS)), 1)
         trust = trust.sigmoid()
-        change = _pooled(votes, trust * precision, shares.softmax(1), self.tolerance)
+        change = pooled(votes, trust * precision, shares.softmax(1), self.tolerance)
         change = change.contiguous()
         return (change if field is None else compose(change, field)), x, trust
-
-
-def _votes(weights: Tensor, radius: int) -> tuple[Tensor, Tensor]:
-    """Where places went: mean and precision over the weights of their windows.
-
-    Args:
-        weights: (B, H, W, (2 * radius + 1)**2), which sum to 1.
-        radius: of the windows, px.
-
-    Returns:
-        The means, (B, 2, H, W) px, and the inverse of their covariances,
-        (B, 3, H, W) 1 / px^2: along cols, along rows, and of both.
-    """
-    offsets = window_offsets(radius, weights.device)
-    d_cols, d_rows = offsets.split(1, 1)
-    squares = torch.cat((d_cols * d_cols, d_rows * d_rows, d_cols * d_rows), 1)
-    moments = (weights @ torch.cat((offsets, squares), 1)).permute(0, 3, 1, 2)
-    d_cols, d_rows, cc, rr, cr = moments.split(1, 1)
-    cc = cc - d_cols * d_cols + _LEAST_VARIANCE
-    rr = rr - d_rows * d_rows + _LEAST_VARIANCE
-    cr = cr - d_cols * d_rows
-    precision = torch.cat((rr, cc, -cr), 1) / (cc * rr - cr * cr)
-    return torch.cat((d_cols, d_rows), 1), precision
-
-
-def _pooled(
-    votes: Tensor, precision: Tensor, shares: Tensor, tolerance: Tensor
-) -> Tensor:
-    """Robust means of votes over neighbourhoods, mixed by shares.
-
-    Args:
-        votes: (B, 2, H, W).
-        precision: (B, 3, H, W), as `_votes` has it: what each vote weighs.
-        shares: (B, 2 + len(_POOLS), H, W): of the votes themselves, of each
-            neighbourhood, and of no change at all; they sum to 1.
-        tolerance: how far a vote is off the mean to weigh half, px.
-    """
-    (d_cols, d_rows), (cc, rr, cr) = votes.split(1, 1), precision.split(1, 1)
-    weighted = torch.cat((cc * d_cols + cr * d_rows, cr * d_cols + rr * d_rows), 1)
-    weighted = torch.cat((weighted, precision), 1)
-    mixed = votes * shares[:, :1]
-    for index, size in enumerate(_POOLS, start=1):
-        mean = _pool(weighted, size)
-        off = (votes - mean).square().sum(1, keepdim=True)
-        mean = _pool(weighted / (1 + off / tolerance.square()), size)
-        mixed = mixed + mean * shares[:, index : index + 1]
-    return mixed
-
-
-def _pool(weighted: Tensor, size: int) -> Tensor:
-    """Means over neighbourhoods of about 3 * `size` px, (B, 2, H, W).
-
-    Args:
-        weighted: (B, 5, H, W), precision times vote, and precision.
-        size: of the blocks that they are summed over first, px.
-    """
-    rows, cols = weighted.shape[-2:]
-    coarse = F.avg_pool2d(weighted, size, ceil_mode=True, count_include_pad=False)
-    coarse = F.avg_pool2d(coarse, 3, 1, 1, count_include_pad=False)
-    mean = F.interpolate(
-        _weighted_mean(coarse), scale_factor=size, mode="bilinear", align_corners=False
-    )
-    return mean[..., :rows, :cols]
-
-
-def _weighted_mean(sums: Tensor) -> Tensor:
-    """(B, 5, H, W), sums of precision times vote and of precision -> (B, 2, H, W)."""
-    by_cols, by_rows, cc, rr, cr = sums.split(1, 1)
-    cc, rr = cc + _LEAST_PRECISION, rr + _LEAST_PRECISION
-    solved = torch.cat((rr * by_cols - cr * by_rows, cc * by_rows - cr * by_cols), 1)
-    return solved / (cc * rr - cr * cr)
 
 
 class _LevelState(dict[str, Tensor]):

@@ -36,8 +36,10 @@ class AlignerOptions:
         min_defect_px: smaller ones are not.
         train: record gradients in `forward` unless the call says otherwise.
         crop: border left out by the finetuner, px.
-        normalize: bring the images to mean 0 and std 1 over their tissue
-            first, for callers that hand over raw grey levels.
+        normalize: whether `forward` brings images to mean 0 and std 1 over their
+            tissue first: True, False, or "raw" for those that are not normalised
+            yet (`metroem.normalize.normalize_given`). Modules of ours have "raw";
+            the original never does.
     """
 
     finetune: bool = False
@@ -55,7 +57,7 @@ class AlignerOptions:
     min_defect_px: int = 400
     train: bool = False
     crop: int = 1
-    normalize: bool = False
+    normalize: bool | str = False
 
     @property
     def tuning(self) -> FinetuneOptions:
@@ -69,6 +71,10 @@ class AlignerOptions:
         )
 
     def __post_init__(self) -> None:
+        if self.normalize not in (True, False, "raw"):
+            raise UsageError(
+                f'normalize {self.normalize!r}: expected True, False or "raw"'
+            )
         if self.finetune_level and not self.finetune_knots:
             raise UsageError(
                 f"finetune_level {self.finetune_level} without finetune_knots: the "

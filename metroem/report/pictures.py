@@ -58,7 +58,7 @@ def save_pair_picture(
 
 def overlay(src: np.ndarray, tgt: np.ndarray) -> np.ndarray:
     """(H, W, 3) uint8: src in red over tgt in cyan, each stretched to its range."""
-    red, cyan = _stretched(src), _stretched(tgt)
+    red, cyan = stretched(src), stretched(tgt)
     return np.stack([red, cyan, cyan], axis=-1)
 
 
@@ -80,12 +80,22 @@ def color_field(field: np.ndarray, full_scale_px: float | None = None) -> np.nda
     return np.round(255 * color).astype(np.uint8)
 
 
-def _stretched(image: np.ndarray) -> np.ndarray:
-    """uint8: the tissue's 1st to 99th percentile over 1..255, 0 stays 0."""
+def stretched(image: np.ndarray, like: np.ndarray | None = None) -> np.ndarray:
+    """Grey levels for a screen: 1..255 for tissue, 0 stays 0.
+
+    Args:
+        image: (H, W), grey levels, 0 = no data.
+        like: image whose tissue sets the range, its 1st to 99th percentile, so that
+            two pictures can be compared; `image` itself if None.
+
+    Returns:
+        (H, W) uint8.
+    """
     image = np.asarray(image, np.float32)
-    tissue = image != 0
-    if not tissue.any():
+    model = image if like is None else np.asarray(like, np.float32)
+    tissue = model[model != 0]
+    if not tissue.size:
         return np.zeros(image.shape, np.uint8)
-    low, high = np.percentile(image[tissue], [1, 99])
+    low, high = np.percentile(tissue, [1, 99])
     grey = 1 + 254 * np.clip((image - low) / max(high - low, 1e-6), 0, 1)
-    return np.where(tissue, np.round(grey), 0).astype(np.uint8)
+    return np.where(image != 0, np.round(grey), 0).astype(np.uint8)

@@ -67,7 +67,7 @@ def print_evaluation(results: Sequence[SetResult]) -> None:
 
 def print_json(figures: Mapping[str, Any]) -> None:
     """Print figures as one line of JSON; what is not finite becomes null."""
-    print(json.dumps(_plain(figures)))
+    print(json.dumps(plain(figures)))
 
 
 def write_json(path: Path, figures: Mapping[str, Any]) -> None:
@@ -81,10 +81,25 @@ def write_json(path: Path, figures: Mapping[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        partial.write_text(json.dumps(_plain(figures), indent=1) + "\n")
+        partial.write_text(json.dumps(plain(figures), indent=1) + "\n")
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def plain(value: Any) -> Any:
+    """What JSON can hold of figures: as `write_json` writes them."""
+    if hasattr(value, "_asdict"):
+        value = value._asdict()
+    if isinstance(value, Mapping):
+        return {key: plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(item) for item in value]
+    if isinstance(value, Path):
+        return str(value)
+    if isinstance(value, float):
+        return float(f"{value:.{_SIGNIFICANT}g}") if math.isfinite(value) else None
+    return value
 
 
 def _print_pairs(mean: PairScore) -> None:
@@ -150,17 +165,3 @@ def _spot(where: Where, digits: str) -> str:
     if spot is None:
         return "; no chunk counts"
     return f"; worst {spot.figure:{digits}} at x {spot.x}, y {spot.y}"
-
-
-def _plain(value: Any) -> Any:
-    if hasattr(value, "_asdict"):
-        value = value._asdict()
-    if isinstance(value, Mapping):
-        return {key: _plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
-    if isinstance(value, Path):
-        return str(value)
-    if isinstance(value, float):
-        return float(f"{value:.{_SIGNIFICANT}g}") if math.isfinite(value) else None
-    return value

@@ -9,6 +9,7 @@ corgie copy a whole module directory on every load:
     stage_<s>_initial.state.pth.tar      the checkpoint that training began from
     metrics.jsonl                        one object an epoch
     quarantine.jsonl                     pairs whose loss went bad
+    tensorboard/stage_<s>/               the same and pictures, with --tensorboard
 """
 
 import dataclasses
@@ -35,10 +36,12 @@ class RunFolder:
 
     @classmethod
     def of(cls, pyramid: Path, checkpoint_name: str) -> "RunFolder":
-        """The folder of a run; made if missing."""
-        path = pyramid / ".train" / checkpoint_name
-        path.mkdir(parents=True, exist_ok=True)
-        return cls(path)
+        """The folder of a run; there is none before its training began."""
+        return cls(pyramid / ".train" / checkpoint_name)
+
+    def make(self) -> None:
+        """Make the folder if it is missing."""
+        self.path.mkdir(parents=True, exist_ok=True)
 
     def state(self, stage: int) -> Path:
         """State to resume a stage from."""
@@ -52,6 +55,11 @@ class RunFolder:
     def metrics(self) -> Path:
         """One JSON object an epoch."""
         return self.path / "metrics.jsonl"
+
+    @property
+    def tensorboard(self) -> Path:
+        """Folder of what TensorBoard reads, if it is asked for."""
+        return self.path / "tensorboard"
 
     @property
     def quarantine(self) -> Path:

@@ -30,7 +30,16 @@ from metroem.training.checkpoint import (
 from metroem.training.job import StageJob
 from metroem.training.objectives import levels_wanted, phase_loss, with_natural_field
 from metroem.training.priors import StagesBefore
-from metroem.training.step import Scores, Step, TrainingModel, train_step, validate
+from metroem.training.step import (
+    EpochReport,
+    Scores,
+    Step,
+    TrainingModel,
+    Watch,
+    first_held_out,
+    train_step,
+    validate,
+)
 from metroem.training.stopping import Stopped, StopRequest
 
 logger = logging.getLogger(__name__)
@@ -43,7 +52,9 @@ BAD_STEPS_LOOKED_AT, BAD_STEPS_ALLOWED = 50, 0.2
 COLLAPSED_PX = 0.01
 
 
-def train_stage(job: StageJob, run: RunFolder, stop: StopRequest) -> None:
+def train_stage(
+    job: StageJob, run: RunFolder, stop: StopRequest, watch: Watch | None = None
+) -> None:
     """Train one module, from where an earlier call stopped.
 
     The best weights of the last phase, by its validation loss, become the
@@ -53,6 +64,7 @@ def train_stage(job: StageJob, run: RunFolder, stop: StopRequest) -> None:
         job: module, phases and pairs.
         run: folder of the state.
         stop: looked at before each step.
+        watch: told, on the first rank, how the epochs went.
 
     Raises:
         Stopped: `stop` asked for it; the state is saved.
@@ -63,7 +75,7 @@ def train_stage(job: StageJob, run: RunFolder, stop: StopRequest) -> None:
     if state is not None and state.phase >= len(job.phases):
         logger.info("stage %d: trained already", job.module.stage)
         return
-    StageTrainer(job, run, stop, state).train()
+    StageTrainer(job, run, stop, state, watch).train()
 
 
 def discard_training(module: ModuleSpec, run: RunFolder, checkpoint_name: str) -> None:
@@ -96,8 +108,9 @@ class StageTrainer:
         run: RunFolder,
         stop: StopRequest,
         state: TrainingState | None,
+        watch: Watch | None = None,
     ) -> None:
-        self.job, self.run, self.stop = job, run, stop
+        self.job, self.run, self.stop, self.watch = job, run, stop, watch
         self.settings = job.settings
         self.is_first_rank = distributed.rank() == 0
         self.aligner = self._load_aligner(is_fresh=state is None)
@@ -255,12 +268,10 @@ class StageTrainer:
         *sums, count = state.sums or [float("nan")] * (len(Scores._fields) + 1)
         training = Scores(*(value / count for value in sums))
         state.sums = []
+        seed, device = self.settings.seed, self.settings.device
+        held_out = ValidationPairs(self.job.split.validation, phase, seed)
         validation = validate(
-            self.model,
-            ValidationPairs(self.job.split.validation, phase, self.settings.seed),
-            self.before,
-            seed=self.settings.seed,
-            device=self.settings.device,
+            self.model, held_out, self.before, seed=seed, device=device
         )
         # Without held-out pairs the last weights are the ones to keep.
         is_best = validation is None or state.best is None
@@ -269,6 +280,11 @@ class StageTrainer:
         if not self.is_first_rank:
             return
         self._report(phase, seconds, training, validation)
+        if self.watch is not None:
+            done = sum(p.num_epochs for p in self.job.phases[: state.phase])
+            pair = first_held_out(self.model, held_out, self.before, device=device)
+            epochs = done + state.epoch + 1
+            self.watch(EpochReport(module.stage, epochs, training, validation, pair))
         save_weights(self.aligner.net, self.run.weights(module.stage, "last"))
         if is_best:
             best = checkpoint_path(module.weights_folder, self.settings.checkpoint_name)

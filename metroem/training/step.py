@@ -54,6 +54,26 @@ class Step(NamedTuple):
     stop: int  # largest stop code of all ranks
 
 
+class HeldOut(NamedTuple):
+    """What a network makes of a held-out pair."""
+
+    sample: Sample
+    field: Tensor  # (B, 2, H, W), px of the sample's mip
+
+
+class EpochReport(NamedTuple):
+    """What is known at the end of some epochs."""
+
+    stage: int
+    epochs: int  # of the stage that are done, over all its phases
+    training: Scores
+    validation: Scores | None  # None without held-out pairs, as the next
+    held_out: HeldOut | None  # the first of them
+
+
+Watch = Callable[[EpochReport], None]
+
+
 class TrainingModel(nn.Module):
     """An aligner as DDP wants it: one forward that gives all a loss needs."""
 
@@ -165,11 +185,45 @@ def validate(
     sums = torch.zeros(len(Scores._fields), device=device)
     for index in range(rank(), len(samples), world_size()):
         with torch.no_grad():
-            sample = before.with_prior(samples[index].to(device))
-            sample = with_natural_field(sample, inner)
-            prediction = inner(sample, levels_wanted(phase, inner.options))
+            sample, prediction = _predict_held_out(
+                inner, samples, index, before, device
+            )
             chance = seeded_generator(seed, index)
             terms = phase_loss(phase, sample, prediction, chance, inner.options)
         sums += scores_of(prediction, terms, sample.prior_field)
     inner.train()
     return Scores(*(total(sums) / len(samples)).tolist())
+
+
+def first_held_out(
+    model: nn.Module,
+    samples: ValidationPairs,
+    before: StagesBefore,
+    *,
+    device: torch.device,
+) -> HeldOut | None:
+    """What the network makes of the first held-out pair; None without any.
+
+    For one rank alone: nothing is shared. Arguments as `validate`.
+    """
+    if not len(samples):
+        return None
+    inner: TrainingModel = getattr(model, "module", model)  # type: ignore
+    inner.eval()
+    with torch.no_grad():
+        sample, prediction = _predict_held_out(inner, samples, 0, before, device)
+    inner.train()
+    return HeldOut(sample, prediction.field)
+
+
+def _predict_held_out(
+    model: TrainingModel,
+    samples: ValidationPairs,
+    index: int,
+    before: StagesBefore,
+    device: torch.device,
+) -> tuple[Sample, Prediction]:
+    """A held-out sample, complete, and what the network makes of it."""
+    sample = before.with_prior(samples[index].to(device))
+    sample = with_natural_field(sample, model)
+    return sample, model(sample, levels_wanted(samples.phase, model.options))

@@ -13,8 +13,9 @@ from metroem.errors import PyramidError
 from metroem.field import upsample_field
 from metroem.loss import Wanted, endpoint_loss
 from metroem.nets.building import build_net
-from metroem.nets.correlation import CorrelationNet, _pooled, _votes
+from metroem.nets.correlation import CorrelationNet
 from metroem.nets.loading import load_module
+from metroem.nets.votes import pooled, votes_of
 from metroem.scaffold import init_pyramid
 from tests.nets.specs import write_spec
 
@@ -187,7 +188,7 @@ def test_a_vote_is_surer_across_a_line_than_along_it():
     # Weights of a window of radius 1 spread along cols alone: variance 2/3 px^2 there.
     weights = torch.zeros(1, 1, 1, 9)
     weights[..., 3:6] = 1 / 3
-    votes, precision = _votes(weights, 1)
+    votes, precision = votes_of(weights, 1)
     assert votes.abs().max() < 1e-6
     expected = [1 / (2 / 3 + 0.05), 1 / 0.05, 0.0]
     torch.testing.assert_close(precision.flatten(), torch.tensor(expected))
@@ -197,18 +198,18 @@ def test_a_vote_in_a_corner_has_its_place_and_correlated_axes():
     # Half at (row -1, col -1), half at (0, 0): mean -1/2, variances and covariance 1/4.
     weights = torch.zeros(1, 1, 1, 9)
     weights[..., 0] = weights[..., 4] = 1 / 2
-    votes, precision = _votes(weights, 1)
+    votes, precision = votes_of(weights, 1)
     torch.testing.assert_close(votes.flatten(), torch.tensor([-0.5, -0.5]))
     covariance = torch.tensor([[0.30, 0.25], [0.25, 0.30]])
     (cc, cr), (_, rr) = torch.linalg.inv(covariance)
     torch.testing.assert_close(precision.flatten(), torch.stack([cc, rr, cr]))
 
 
-def pooled(votes, precision):
+def pooled_by_2(votes, precision):
     """The mean over neighbourhoods of 2 px blocks alone."""
     shares = torch.zeros(1, 6, *votes.shape[-2:])
     shares[:, 1] = 1
-    return _pooled(votes, precision, shares, torch.tensor(1.0))
+    return pooled(votes, precision, shares, torch.tensor(1.0))
 
 
 def test_neighbours_complete_what_a_vote_does_not_know():
@@ -219,7 +220,7 @@ def test_neighbours_complete_what_a_vote_does_not_know():
     votes[:, 1, 1::2], precision[:, 1, 1::2] = -2.0, 100.0
     # Where a vote knows nothing it says 0: off the mean, and so of less weight, but
     # the same for all of a kind, so the means stay.
-    found = pooled(votes, precision)
+    found = pooled_by_2(votes, precision)
     expected = torch.tensor([1.0, -2.0]).view(1, 2, 1, 1).expand_as(votes)
     torch.testing.assert_close(found, expected, atol=1e-3, rtol=0)
 
@@ -231,7 +232,7 @@ def test_votes_far_off_their_neighbours_count_little():
     precision[:, 2] = 0
     # The plain mean would be 20 / 36 px; the outlier is 19.4 px off in both axes,
     # which leaves 1 / (1 + 2 * 19.4**2) of its weight.
-    assert pooled(votes, precision).abs().max() < 0.01
+    assert pooled_by_2(votes, precision).abs().max() < 0.01
 
 
 def test_bfloat16_inside_gives_about_the_same_field(aligner):

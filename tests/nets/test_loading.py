@@ -6,8 +6,9 @@ import sys
 import pytest
 import torch
 
-from metroem.errors import PyramidError
+from metroem.errors import PyramidError, UsageError
 from metroem.nets.loading import load_module
+from metroem.normalize import normalize
 from metroem.scaffold import init_pyramid
 from tests.nets.specs import scalenet, write_spec
 
@@ -66,6 +67,44 @@ def test_a_published_module_loads_with_stock_operators(tmp_path):
     assert module.aligner.operators == "stock"
     field = module(src_img=torch.rand(40, 56), tgt_img=torch.rand(40, 56))
     assert field.shape == (1, 2, 40, 56)
+
+
+def raw_pair(dtype):
+    """Grey levels 30..70 of two sections, (24, 40), 2 px apart."""
+    rows, cols = torch.meshgrid(torch.arange(24.0), torch.arange(40.0), indexing="ij")
+    src, tgt = (
+        50 + 10 * (torch.sin((rows + shift) / 3) + torch.cos(cols / 4))
+        for shift in (0, 2)
+    )
+    return {"src_img": src.to(dtype), "tgt_img": tgt.to(dtype)}
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float32])
+def test_a_module_of_ours_normalises_raw_images_once(tmp_path, dtype):
+    (path,) = init_pyramid(tmp_path / "pyramid", [3])
+    module, raw = load_module(path), raw_pair(dtype)
+
+    field = module(**raw)
+
+    normalised = {name: normalize(image) for name, image in raw.items()}
+    assert torch.equal(field, module(**normalised))
+    assert not torch.equal(field, module(**raw, normalize=False))
+
+
+def test_a_published_module_never_normalises(tmp_path):
+    module = load_module(write_module(tmp_path / "0_mip8in_old", OLD_CREATE))
+
+    field = module(**raw_pair(torch.uint8))
+
+    as_floats = {k: v.float() for k, v in raw_pair(torch.uint8).items()}
+    assert torch.equal(field, module(**as_floats))
+
+
+def test_an_unknown_way_to_normalise_is_refused(tmp_path):
+    (path,) = init_pyramid(tmp_path / "pyramid", [3])
+
+    with pytest.raises(UsageError, match="normalize 'always'"):
+        load_module(path, normalize="always")
 
 
 def test_weights_saved_are_those_loaded_next(tmp_path):

@@ -68,7 +68,9 @@ def test_a_broken_state_is_refused(tmp_path):
 
 
 def test_lines_at_and_after_a_position_are_dropped(tmp_path):
-    path = RunFolder.of(tmp_path, "ck").metrics
+    run = RunFolder.of(tmp_path, "ck")
+    run.make()
+    path = run.metrics
     places = [(0, 0, 0), (0, 1, 0), (1, 0, 0), (1, 0, 1), (1, 1, 0)]
     for stage, phase, epoch in places:
         append_json_line(path, {"stage": stage, "phase": phase, "epoch": epoch})

@@ -17,6 +17,9 @@ OPTIONS: dict[str, Any] = {
     "finetune_sm": 16.0 / 2**_FINER,
     "finetune_level": 1,
     "finetune_both_ways": True,
+    # Raw images, as corgie hands them over, are normalised as those of the training
+    # were; normalised ones are taken as they are.
+    "normalize": "raw",
 }
 
 

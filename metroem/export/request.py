@@ -1,0 +1,105 @@
+"""What export-fields is asked for."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from metroem.errors import UsageError
+from metroem.specs.filenames import check_tag
+
+FORMATS = ("cloudvolume", "sofima", "itk")
+DTYPES = ("float32", "int16")
+# What 1 of an int16 volume stands for, as corgie and download_field.py take it.
+QUARTER = 0.25
+
+
+@dataclass(frozen=True)
+class ExportRequest:
+    """What export-fields is asked for, one field a flag.
+
+    Attributes:
+        dataset_path: folder of the field sets.
+        dst_path: the volume; of other formats the folder.
+        checkpoint_name: tag of the field sets: checkpoint, or suffix of a download;
+            "" for downloads without one.
+        stage: whose fields; None: the last stage that has any.
+        mip: of the fields; None: the one there is.
+        format: "cloudvolume", "sofima" or "itk".
+        dtype: of the volume; int16 holds quarter pixels.
+        channel_order: axes of the volume that channel 0 and 1 displace along.
+        field_unit: "relative": pixels of the fields' mip; "mip0": mip-0 pixels.
+        warped: folder for two volumes, the images before and after; None: none.
+        like: volume whose bounds and resolution the new ones get; None: the bounds
+            of what is written.
+        resolution: nm of a mip-0 voxel along x, y, z; None: as the sets say.
+        overwrite: replace what is there.
+
+    Raises:
+        UsageError: flags that cannot work.
+    """
+
+    dataset_path: Path
+    dst_path: str
+    checkpoint_name: str = "checkpoint"
+    stage: int | None = None
+    mip: int | None = None
+    format: str = "cloudvolume"
+    dtype: str = "float32"
+    channel_order: str = "yx"
+    field_unit: str = "relative"
+    warped: str | None = None
+    like: str | None = None
+    resolution: list[float] | None = None
+    overwrite: bool = False
+
+    def __post_init__(self) -> None:
+        if self.checkpoint_name:
+            check_tag("--checkpoint_name", self.checkpoint_name)
+        for flag, value, known in (
+            ("--format", self.format, FORMATS),
+            ("--dtype", self.dtype, DTYPES),
+            ("--channel_order", self.channel_order, ("yx", "xy")),
+            ("--field_unit", self.field_unit, ("relative", "mip0")),
+        ):
+            if value not in known:
+                raise UsageError(f"{flag} {value}: expected one of {', '.join(known)}")
+        chosen = (self.dtype, self.channel_order, self.field_unit)
+        if self.format != "cloudvolume":
+            if chosen != ("float32", "yx", "relative"):
+                raise UsageError(
+                    f"--format {self.format}: says itself what its values are; leave "
+                    "out --dtype, --channel_order and --field_unit"
+                )
+            if "://" in self.dst_path:
+                raise UsageError(
+                    f"--dst_path {self.dst_path}: --format {self.format} writes "
+                    "files; give a local folder"
+                )
+            if self.warped is not None:
+                raise UsageError(
+                    f"--warped {self.warped}: goes with --format cloudvolume alone"
+                )
+        if self.resolution is not None and not min(self.resolution) > 0:
+            raise UsageError(f"--resolution {self.resolution}: must be > 0, in nm")
+        self._check_written("--dst_path", self.dst_path)
+        if self.warped is not None:
+            self._check_written("--warped", self.warped)
+
+    @staticmethod
+    def _check_written(flag: str, path: str) -> None:
+        if path.removeprefix("precomputed://").startswith(("http://", "https://")):
+            raise UsageError(
+                f"{flag} {path}: web servers take no files; give a local path, gs:// "
+                "or s3://"
+            )
+
+    @property
+    def notes(self) -> dict[str, Any]:
+        """What the values of the field volume are, in words of download_field.py."""
+        notes = {
+            "kind": "fields",
+            "direction": "pull",
+            "channel_order": self.channel_order,
+            "field_unit": self.field_unit,
+        }
+        return notes | ({"int16_scale": QUARTER} if self.dtype == "int16" else {})

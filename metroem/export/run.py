@@ -1,0 +1,26 @@
+"""Field sets out again: as volumes for corgie and neuroglancer, or as files."""
+
+from metroem.create.download import command_line
+from metroem.export.files import write_files
+from metroem.export.request import ExportRequest
+from metroem.export.sections import find_exported
+from metroem.export.volumes import write_volumes
+
+__all__ = ["ExportRequest", "export_fields"]
+
+
+def export_fields(request: ExportRequest) -> None:
+    """Write the field sets of a data set in the format asked for.
+
+    Displacements are whole: what a download took out of them is put back. An
+    export that was killed goes on where it was, and one that is there is left.
+
+    Raises:
+        DatasetError: there are no such fields, or what is to be written to holds
+            something else.
+    """
+    sets = find_exported(request)
+    if request.format == "cloudvolume":
+        write_volumes(request, sets, command_line())
+    else:
+        write_files(request, sets)

@@ -1,0 +1,73 @@
+"""How a training goes, as TensorBoard reads it.
+
+Each stage is a run of its own, so that TensorBoard lays their curves over each other.
+The step is the number of the stage's epochs that are done.
+"""
+
+from pathlib import Path
+from typing import Any
+
+from metroem.field import warp
+from metroem.report.pictures import color_field, overlay
+from metroem.training.step import EpochReport, HeldOut
+
+
+class Board:
+    """A `metroem.training.step.Watch` that writes what it is told.
+
+    Args:
+        folder: of the runs, stage_0, stage_1 and so on.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._writers: dict[int, Any] = {}
+
+    def __enter__(self) -> "Board":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for writer in self._writers.values():
+            writer.close()
+
+    def __call__(self, report: EpochReport) -> None:
+        """Write the scores, and a held-out pair before and after."""
+        writer = self._writer(report)
+        for name, scores in (
+            ("training", report.training),
+            ("validation", report.validation),
+        ):
+            for key, value in scores.as_json().items() if scores else ():
+                if value is not None:
+                    writer.add_scalar(f"{key}/{name}", value, report.epochs)
+        if report.held_out is not None:
+            for name, picture in _pictures(report.held_out).items():
+                tag = f"held out/{name}"
+                writer.add_image(tag, picture, report.epochs, dataformats="HWC")
+        writer.flush()
+
+    def _writer(self, report: EpochReport) -> Any:
+        """The stage's writer; a run that resumes takes back what it will repeat."""
+        if report.stage not in self._writers:
+            # An extra: what does without it must not import it.
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._writers[report.stage] = SummaryWriter(
+                str(self._folder / f"stage_{report.stage}"), purge_step=report.epochs
+            )
+        return self._writers[report.stage]
+
+
+def _pictures(held_out: HeldOut) -> dict[str, Any]:
+    """(H, W, 3) uint8 each, upright: src red, tgt cyan; and the field's colours."""
+    sample, field = held_out
+    src, tgt, warped = (
+        image[0, 0].float().cpu().numpy()
+        for image in (sample.src, sample.tgt, warp(sample.src, field))
+    )
+    colors = {
+        "before": overlay(src, tgt),
+        "after": overlay(warped, tgt),
+        "field": color_field(field[0].float().cpu().numpy()),
+    }
+    return {name: picture.swapaxes(0, 1) for name, picture in colors.items()}

@@ -1,0 +1,164 @@
+"""Storage that fails: one clear line, exit code 1, and not for ever."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.cloud.servers import KEYS, s3_client, s3_server, serving
+from tests.export.sets import make_sets
+from tests.volumes import make_volume
+
+ROOT = Path(__file__).parents[2]
+LONGEST_S = 30
+# Runs a command as its script does, and says how long it took, less the imports.
+TIMED = """
+import atexit, runpy, sys, time
+import metroem.create.image, metroem.export.run
+sys.argv = sys.argv[1:]
+started = time.monotonic()
+atexit.register(lambda: print("seconds", time.monotonic() - started))
+if sys.argv[0] == "-m":
+    sys.argv = sys.argv[1:]
+    runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
+else:
+    runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+DOWNLOAD = ["download_image.py", "--mip", "0", "--patch_size", "48"]
+DOWNLOAD += ["--z_start", "1", "--z_end", "3", "--dst_folder", "data", "--cv_path"]
+
+
+@pytest.fixture
+def bucket(tmp_path):
+    """A folder that stands for all of a server; its one bucket holds a volume."""
+    grey = np.random.default_rng(0).integers(1, 255, (4, 1, 64, 96), dtype=np.uint8)
+    # More chunks in a patch than cloud-files has threads.
+    make_volume(tmp_path / "server" / "embucket" / "em", [grey], chunk=(8, 8, 1))
+    return tmp_path / "server"
+
+
+@pytest.fixture
+def fails(tmp_path):
+    """Runs a command with a HOME of its own; returns the one line it ends with."""
+
+    def run(*words, **environment):
+        home = tmp_path / "home"
+        home.mkdir(exist_ok=True)
+        kept = {k: v for k, v in os.environ.items() if not k.startswith("AWS_")}
+        kept |= {"HOME": str(home), "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+        # Nobody answers there, so no cloud is asked who we are.
+        kept |= {"AWS_EC2_METADATA_DISABLED": "true", "NO_GCE_CHECK": "true"}
+        words = [str(ROOT / words[0]) if words[0] != "-m" else "-m", *words[1:]]
+        done = subprocess.run(
+            [sys.executable, "-c", TIMED, *map(str, words)],
+            cwd=tmp_path,
+            env=kept | environment,
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 1, done.stderr
+        assert float(done.stdout.split("seconds")[-1]) < LONGEST_S
+        (line,) = done.stderr.splitlines()
+        assert line.startswith("error: ")
+        return line
+
+    return run
+
+
+def test_missing_s3_credentials(fails, bucket):
+    with serving(bucket) as server:
+        line = fails(*DOWNLOAD, "s3://embucket/em", AWS_ENDPOINT_URL_S3=server.url)
+    assert "s3://embucket/em" in line and "NoCredentialsError" in line
+    assert "there are no credentials: put them into ~/.cloudvolume/secrets" in line
+
+
+def test_missing_google_credentials(fails):
+    line = fails(*DOWNLOAD, "gs://embucket/em")
+    assert "DefaultCredentialsError" in line
+    assert "there are no credentials: put them into ~/.cloudvolume/secrets" in line
+
+
+def test_a_wrong_bucket(fails):
+    with s3_server() as url:
+        keys = KEYS | {"AWS_ENDPOINT_URL_S3": url}
+        assert "there is no such bucket" in fails(*DOWNLOAD, "s3://nobucket/em", **keys)
+
+
+def test_a_path_without_a_volume(fails, bucket):
+    with s3_server() as url, serving(bucket) as server:
+        s3_client(url).create_bucket(Bucket="embucket")
+        keys = KEYS | {"AWS_ENDPOINT_URL_S3": url}
+        on_s3 = fails(*DOWNLOAD, "s3://embucket/nothing", **keys)
+        on_web = fails(*DOWNLOAD, f"precomputed://{server.url}/nothing/there")
+    assert "no volume there" in on_s3 and "no volume there" in on_web
+
+
+def paths(url):
+    """What stands for one volume on both kinds of server, with keys for it."""
+    keys = KEYS | {"AWS_ENDPOINT_URL_S3": url}
+    return {
+        "s3": ("s3://embucket/em", keys),
+        "http": (f"precomputed://{url}/embucket/em", {}),
+    }
+
+
+@pytest.mark.parametrize("kind", ["s3", "http"])
+@pytest.mark.parametrize("bad_for", ["info", "4_4_40"])
+def test_a_403(fails, bucket, kind, bad_for):
+    with serving(bucket, "403", bad_for) as server:
+        path, keys = paths(server.url)[kind]
+        line = fails(*DOWNLOAD, path, **keys)
+    assert path in line and "your credentials" in line
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["s3", "http"])
+@pytest.mark.parametrize("bad_for", ["info", "4_4_40"])
+@pytest.mark.parametrize("bad", ["drop", "hang"])
+def test_a_connection_that_is_dropped_or_hangs(fails, bucket, kind, bad_for, bad):
+    with serving(bucket, bad, bad_for) as server:
+        path, keys = paths(server.url)[kind]
+        line = fails(*DOWNLOAD, path, **keys)
+    assert path in line and "check the path, the network and" in line
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["s3", "http"])
+def test_a_server_that_is_not_there(fails, kind):
+    with serving(Path(__file__).parent) as server:
+        url = server.url
+    path, keys = paths(url)[kind]
+    assert "check the path, the network and" in fails(*DOWNLOAD, path, **keys)
+
+
+def test_an_export_that_may_not_be_written(fails, tmp_path, bucket):
+    make_sets(tmp_path / "sets")
+    command = ["-m", "metroem", "export-fields", "--dataset_path", "sets"]
+    with serving(bucket, "403") as server:
+        path, keys = paths(server.url)["s3"]
+        line = fails(*command, "--dst_path", path, **keys)
+    assert "--dst_path s3://embucket/em: cannot be written" in line
+    assert "check that your credentials are right and allow it" in line
+
+
+def test_keys_come_from_the_environment_or_from_the_secrets(fails, tmp_path, bucket):
+    secrets = tmp_path / "home" / ".cloudvolume" / "secrets"
+    with serving(bucket, "403") as server:
+        path, keys = paths(server.url)["s3"]
+        fails(*DOWNLOAD, path, **keys)
+        assert server.keys == {"a-key"}
+        secrets.mkdir(parents=True)
+        mine = {"AWS_ACCESS_KEY_ID": "my-key", "AWS_SECRET_ACCESS_KEY": "b"}
+        (secrets / "aws-secret.json").write_text(json.dumps(mine))
+        server.keys.clear()
+        fails(*DOWNLOAD, path, AWS_ENDPOINT_URL_S3=server.url)
+        assert server.keys == {"my-key"}
+
+
+def test_a_server_in_the_path_of_a_bucket_is_refused_with_what_works(fails):
+    line = fails(*DOWNLOAD, "s3://http://127.0.0.1:9000/embucket/em")
+    assert "set AWS_ENDPOINT_URL_S3=http://127.0.0.1:9000 and give s3://embuck" in line

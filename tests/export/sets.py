@@ -1,0 +1,95 @@
+"""Field sets and their images that tests export."""
+
+import numpy as np
+
+from metroem.__main__ import main
+from metroem.grid import Grid
+from metroem.io.h5 import (
+    FieldSet,
+    FieldSetMeta,
+    ImageSetMeta,
+    Pair,
+    PairFrame,
+    write_field_set,
+    write_image_set,
+)
+
+# x and y differ, so that swapped axes cannot pass.
+RESOLUTION = (4, 6, 40)
+ROWS, COLS = 40, 56
+MIP = 1
+
+
+def make_sets(
+    folder,
+    *,
+    x=64,
+    y=-32,
+    z=5,
+    num_pairs=3,
+    downloaded=False,
+    offsets=None,
+    resolution=RESOLUTION,
+    tag="checkpoint",
+    mip=MIP,
+    vectors=None,
+):
+    """An image set and its field set at a place; the field set is returned.
+
+    Args:
+        folder: for the files.
+        x: corner, mip-0 pixels.
+        y: likewise.
+        z: src section of the first pair.
+        num_pairs: how many.
+        downloaded: with a field for tgt as well; a section's is the same on both
+            sides.
+        offsets: by z, (x, y) that its images were moved by.
+        resolution: that the files state, or None.
+        tag: checkpoint or suffix.
+        mip: of both.
+        vectors: the field by z; None: those of `random_vectors`.
+    """
+    vectors = vectors or random_vectors
+    grid = Grid(mip, x, y, ROWS, COLS)
+    moved = offsets or dict.fromkeys(range(z - 1, z + num_pairs), (0, 0))
+    pairs = [(at, at - 1) for at in range(z, z + num_pairs)]
+    frames = [PairFrame(grid, (a, b), (moved[a], moved[b])) for a, b in pairs]
+    name = f"x{x}_y{y}_z{z}"
+    write_image_set(
+        folder / f"{name}_MIP{mip}.h5",
+        [Pair(image(a), image(b)) for a, b in pairs],
+        ImageSetMeta(frames, "test", "", {}, resolution),
+    )
+    if downloaded:
+        fields = [np.stack([vectors(a), vectors(b)]) for a, b in pairs]
+    else:
+        fields = [vectors(a) for a, _ in pairs]
+        frames = [PairFrame(grid, pair) for pair in pairs]
+    path = folder / f"field_0_{name}_MIP{mip}_{tag}.h5"
+    sides = 2 if downloaded else 1
+    # Fields that training writes do not say their resolution.
+    stated = resolution if downloaded else None
+    meta = FieldSetMeta(frames, "test", "", {}, stated, tag=tag, num_sides=sides)
+    write_field_set(path, fields, meta)
+    return FieldSet(path)
+
+
+def image(z):
+    """(ROWS, COLS) of a section, nowhere 0."""
+    random = np.random.default_rng(1000 + z)
+    return random.uniform(0.5, 2, (ROWS, COLS)).astype(np.float32)
+
+
+def random_vectors(z):
+    """(2, ROWS, COLS) of a section, pixels; of two sizes along cols and rows."""
+    random = np.random.default_rng(z)
+    sizes = np.array([3, 7])[:, None, None]
+    return (random.uniform(-1, 1, (2, ROWS, COLS)) * sizes).astype(np.float32)
+
+
+def export(folder, dst, *flags):
+    main(
+        ["export-fields", "--dataset_path", str(folder), "--dst_path", str(dst)]
+        + [str(flag) for flag in flags]
+    )
