@@ -1,6 +1,7 @@
 # make demo     the whole job on sections made for it, in demo/ (minutes)
 # make test     the tests
 # make lint     ruff and pyright
+# make docs     the pages of docs/, in docs/_build/html
 # make install  only the virtual environment
 # make clients  .venv-corgie, with corgie, which applies the modules
 # All of them make .venv first where it is not there or its requirements changed;
@@ -16,7 +17,7 @@ TOOLS := $(VENV)/.tools
 CLIENTS := $(VENV)-corgie
 CORGIE := $(CLIENTS)/.installed
 
-.PHONY: demo test lint install clients clean
+.PHONY: demo test lint docs install clients clean
 
 demo: $(INSTALLED)
 	$(BIN)/python -m metroem demo --folder demo
@@ -28,6 +29,9 @@ lint: $(TOOLS)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
+
+docs: $(TOOLS)
+	$(BIN)/python -m sphinx -W -n -b html docs docs/_build/html
 
 install: $(INSTALLED)
 
@@ -54,4 +58,4 @@ $(CORGIE): requirements-clients.txt requirements.txt setup.py
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(CLIENTS) demo build dist *.egg-info
+	rm -rf $(VENV) $(CLIENTS) demo docs/_build build dist *.egg-info

@@ -227,7 +227,7 @@ Augmentation = (
     | Missing
     | Stain
 )
-_TYPES: dict[str, type[Augmentation]] = {
+AUGMENTATIONS: dict[str, type[Augmentation]] = {
     "random_transpose": RandomTranspose,
     "random_turn": RandomTurn,
     "random_flip": RandomFlip,
@@ -257,9 +257,11 @@ def parse_augmentation(spec: Any, where: str) -> Augmentation:
     """
     spec = dict(check_object(spec, where))
     name = spec.pop("type", None)
-    kind = _TYPES.get(name) if isinstance(name, str) else None
+    kind = AUGMENTATIONS.get(name) if isinstance(name, str) else None
     if kind is None:
-        raise UsageError(f"{where}: type must be one of {list(_TYPES)}, got {name!r}")
+        raise UsageError(
+            f"{where}: type must be one of {list(AUGMENTATIONS)}, got {name!r}"
+        )
     check_keys(spec, tuple(f.name for f in dataclasses.fields(kind)), where)
     for key, value in spec.items():
         if (wanted := _objection(kind, key, value)) is not None:

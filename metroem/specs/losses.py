@@ -14,7 +14,7 @@ from metroem.errors import UsageError
 from metroem.specs.checks import check_keys, check_object
 
 # Each type of loss and the params that it takes.
-_PARAMS: dict[str, tuple[str, ...]] = {
+PARAMS: dict[str, tuple[str, ...]] = {
     "plain": (),
     "metric": (
         "levels",
@@ -93,12 +93,12 @@ def _parse_loss(spec: Any, where: str) -> LossSpec:
     spec = check_object(spec, where)
     check_keys(spec, ("type", "weight", "params"), where)
     kind, weight = spec.get("type"), spec.get("weight", 1.0)
-    if not isinstance(kind, str) or kind not in _PARAMS:
-        raise UsageError(f"{where}: type {kind!r}: expected one of {list(_PARAMS)}")
+    if not isinstance(kind, str) or kind not in PARAMS:
+        raise UsageError(f"{where}: type {kind!r}: expected one of {list(PARAMS)}")
     if not _is_number(weight) or weight == 0:
         raise UsageError(f"{where}: weight {weight!r}: expected a number above 0")
     params = dict(check_object(spec.get("params", {}), where))
-    check_keys(params, _PARAMS[kind], f"{where}: params of {kind}")
+    check_keys(params, PARAMS[kind], f"{where}: params of {kind}")
     for key, value in params.items():
         if (wanted := _objection(key, value)) is not None:
             raise UsageError(f"{where}: {key} is {value!r}: expected {wanted}")

@@ -1,0 +1,34 @@
+"""How Sphinx builds these pages: `make docs`, offline, any warning an error."""
+
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "docs")]
+
+import metroem  # noqa: E402  # the one of this checkout
+
+project = "MetroEM"
+author = copyright = "The MetroEM developers"
+version = release = metroem.__version__
+
+extensions = [
+    "myst_parser",
+    "sphinx.ext.autodoc",
+    "sphinx.ext.napoleon",
+    "key_tables",
+]
+exclude_patterns = ["_build"]
+html_theme = "furo"
+html_title = f"MetroEM {release}"
+html_copy_source = False
+
+myst_heading_anchors = 3
+
+# Docstrings have code in single backticks.
+default_role = "literal"
+napoleon_use_rtype = False  # a shape before a colon is no type
+autodoc_member_order = "bysource"
+autodoc_typehints_format = "short"
+# Docstrings say shapes, units and defaults; types of others have no page here.
+nitpick_ignore_regex = [("py:.*", r"(torch|np|numpy|pathlib|Path|collections)\b.*")]

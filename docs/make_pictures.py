@@ -1,0 +1,209 @@
+"""Draw the pictures of docs/fields.md: `python docs/make_pictures.py`.
+
+What the grids show is computed with `metroem.field`, not drawn by hand.
+"""
+
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+from metroem.field import compose, upsample_field, warp
+
+FOLDER = Path(__file__).parent
+CELL = 44  # px of the picture, of a pixel of the finest grid
+ROWS, COLS = 8, 10
+INK, GREY, LINE = "#1c2733", "#5f6f80", "#c9d2dc"
+BLUE, ORANGE, GREEN = "#1f6fb4", "#f0963c", "#2f8f5b"
+P = (1, 2)  # row and col of the pixel that is explained
+D_COLS, D_ROWS = 5.0, 3.0
+
+
+class Panel(NamedTuple):
+    """A grid of pixels somewhere in a picture."""
+
+    left: int
+    top: int
+    rows: int = ROWS
+    cols: int = COLS
+    cell: int = CELL
+
+    def centre(self, row: float, col: float) -> tuple[float, float]:
+        """Where the centre of a pixel lies in the picture."""
+        return (
+            self.left + (col + 0.5) * self.cell,
+            self.top + (row + 0.5) * self.cell,
+        )
+
+    def box(self, row: int, col: int) -> tuple[int, int, int, int]:
+        """The square of a pixel in the picture."""
+        x, y = self.left + col * self.cell, self.top + row * self.cell
+        return x, y, x + self.cell, y + self.cell
+
+
+class Canvas:
+    """A picture in the making."""
+
+    def __init__(self, width: int, height: int) -> None:
+        self.image = Image.new("RGB", (width, height), "white")
+        self.draw = ImageDraw.Draw(self.image)
+
+    def text(
+        self, x: float, y: float, words: str, colour: str = INK, size: int = 19
+    ) -> float:
+        """Words from (x, y) on; gives the length of the last line."""
+        font = ImageFont.load_default(size)
+        self.draw.multiline_text((x, y), words, fill=colour, font=font, spacing=6)
+        return font.getlength(words.splitlines()[-1])
+
+    def grid(self, panel: Panel, title: str, axes: tuple[str, str]) -> None:
+        """An empty grid, its title, and the names of its axes: down and right."""
+        for row in range(panel.rows):
+            for col in range(panel.cols):
+                self.draw.rectangle(panel.box(row, col), outline=LINE)
+        self.text(panel.left, panel.top - 78, title, size=21)
+        down, right = axes
+        length = self.text(panel.left, panel.top - 36, right, GREY)
+        start = panel.left + length + 10, panel.top - 24
+        self.arrow(start, (start[0] + 40, start[1]), GREY, width=2)
+        length = self._text_down(panel.left - 38, panel.top, down)
+        start = panel.left - 26, panel.top + length + 10
+        self.arrow(start, (start[0], start[1] + 40), GREY, width=2)
+
+    def _text_down(self, x: int, y: int, words: str) -> float:
+        """Words that read downwards, in grey; gives their length."""
+        length = round(ImageFont.load_default(19).getlength(words))
+        label = Canvas(length, 26)
+        label.text(0, 0, words, GREY)
+        self.image.paste(label.image.rotate(270, expand=True), (x, y))
+        return length
+
+    def image_on(self, panel: Panel, image: Tensor) -> None:
+        """Colour the pixels of an (rows, cols) image that are not 0."""
+        for row, col in image.round().nonzero().tolist():
+            self.draw.rectangle(panel.box(row, col), fill=ORANGE, outline=LINE)
+
+    def outline(self, panel: Panel, row: int, col: int) -> None:
+        """Mark a pixel."""
+        self.draw.rectangle(panel.box(row, col), outline=BLUE, width=4)
+
+    def arrow(
+        self,
+        start: tuple[float, float],
+        end: tuple[float, float],
+        colour: str = BLUE,
+        width: int = 4,
+    ) -> None:
+        """A line with a head at its end."""
+        self.draw.line((*start, *end), fill=colour, width=width)
+        tip = torch.tensor(end, dtype=torch.float32)
+        along = tip - torch.tensor(start, dtype=torch.float32)
+        along = along / along.norm() * (8 + 2 * width)
+        across = torch.stack((-along[1], along[0])) * 0.45
+        corners = [tip, tip - along + across, tip - along - across]
+        self.draw.polygon([tuple(c.tolist()) for c in corners], fill=colour)
+
+    def save(self, name: str) -> None:
+        """Write the picture beside this script."""
+        self.image.save(FOLDER / name, optimize=True)
+
+
+def constant(d_cols: float, d_rows: float, rows: int, cols: int) -> Tensor:
+    """A field, (1, 2, rows, cols), of one vector everywhere."""
+    return torch.tensor([d_cols, d_rows]).view(1, 2, 1, 1).repeat(1, 1, rows, cols)
+
+
+def draw_field() -> None:
+    """What a field says of one pixel, as arrays and as neuroglancer have it."""
+    src = torch.zeros(1, 1, ROWS, COLS)
+    target = P[0] + int(D_ROWS), P[1] + int(D_COLS)
+    src[0, 0, target[0], target[1]] = 1.0
+    field = constant(D_COLS, D_ROWS, ROWS, COLS)
+    warped = warp(src, field)
+
+    step = COLS * CELL + 90
+    canvas = Canvas(3 * step - 80, 580)
+    left, middle = Panel(60, 96), Panel(60 + step, 96)
+    right = Panel(60 + 2 * step, 96, COLS, ROWS)
+    axes = ("rows = x", "cols = y")
+    canvas.grid(left, "src, as files and networks have it", axes)
+    canvas.grid(middle, "warped[p] = src[p + field[p]]", axes)
+    canvas.grid(right, "src, as neuroglancer shows it", ("y", "x"))
+    canvas.image_on(left, src[0, 0])
+    canvas.image_on(middle, warped[0, 0])
+    canvas.image_on(right, src[0, 0].T)
+    for panel, start, end in (
+        (left, P, target),
+        (right, P[::-1], target[::-1]),
+    ):
+        canvas.outline(panel, *start)
+        canvas.arrow(panel.centre(*start), panel.centre(*end))
+    canvas.outline(middle, *P)
+    _draw_legs(canvas, left, target)
+    canvas.text(60, 470, f"p = (row {P[0]}, col {P[1]}); field[:, 1, 2] = (5, 3)")
+    canvas.text(60, 502, "blue: the arrow starts at p and ends where src is read", GREY)
+    canvas.text(60 + step, 470, f"warped[{P[0]}, {P[1]}] = src[1 + 3, 2 + 5]")
+    canvas.save("field.png")
+
+
+def _draw_legs(canvas: Canvas, panel: Panel, target: tuple[int, int]) -> None:
+    """The two channels of the vector, as the legs of a triangle."""
+    start, end = panel.centre(*P), panel.centre(*target)
+    corner = end[0], start[1]
+    canvas.draw.line((*start, *corner), fill=GREEN, width=2)
+    canvas.draw.line((*corner, *end), fill=GREEN, width=2)
+    canvas.text(corner[0] - 190, corner[1] - 34, "channel 0: 5 cols", GREEN, 18)
+    canvas.text(corner[0] + 8, corner[1] + 40, "channel 1:\n3 rows", GREEN, 18)
+
+
+def draw_algebra() -> None:
+    """Two fields composed, and one field at two mips."""
+    f, g = constant(3.0, 1.0, ROWS, COLS), constant(2.0, 4.0, ROWS, COLS)
+    step = COLS * CELL + 90
+    canvas = Canvas(3 * step, 540)
+    axes = ("rows", "cols")
+    panel = Panel(60, 96)
+    canvas.grid(panel, "compose(f, g) = f(p) + g(p + f(p))", axes)
+    _draw_path(canvas, panel, f, g)
+    coarse = constant(2.5, 1.5, ROWS // 2, COLS // 2)
+    fields = (coarse, upsample_field(coarse, 1))
+    for number, (name, field) in enumerate(
+        zip(("mip 1", "mip 0"), fields, strict=True)
+    ):
+        d_cols, d_rows = (float(v) for v in field[0, :, 0, 0])
+        rows, cols = field.shape[-2:]
+        cell = CELL * ROWS // rows
+        grid = Panel(60 + (number + 1) * step, 96, rows, cols, cell)
+        canvas.grid(grid, f"at {name}: ({d_cols:g}, {d_rows:g}) px", axes)
+        start = (1.0, 1.0) if number == 0 else (2.5, 2.5)
+        end = start[0] + d_rows, start[1] + d_cols
+        canvas.arrow(grid.centre(*start), grid.centre(*end))
+    canvas.text(60 + step, 470, "one place, one displacement in nm: a mip finer, twice")
+    canvas.text(60 + step, 500, "as many rows and cols, and twice the values")
+    canvas.save("algebra.png")
+
+
+def _draw_path(canvas: Canvas, panel: Panel, f: Tensor, g: Tensor) -> None:
+    """From p along f, then along g, and both at once."""
+    places = [P]
+    for field in (f, g):
+        row, col = places[-1]
+        d_cols, d_rows = (int(v) for v in field[0, :, row, col])
+        places.append((row + d_rows, col + d_cols))
+    whole = compose(f, g)[0, :, P[0], P[1]]
+    end = P[0] + int(whole[1]), P[1] + int(whole[0])
+    canvas.outline(panel, *P)
+    middle = panel.centre(*places[1])
+    canvas.arrow(panel.centre(*P), middle, GREEN)
+    canvas.arrow(middle, panel.centre(*places[2]), ORANGE)
+    canvas.arrow(panel.centre(*P), panel.centre(*end))
+    canvas.text(middle[0] - 60, middle[1] - 50, "f(p)", GREEN)
+    canvas.text(middle[0] + 58, middle[1] + 60, "g(p + f(p))", "#b46a17")
+    canvas.text(panel.left, 470, "invert(f) is the field h with compose(h, f) = 0")
+
+
+if __name__ == "__main__":
+    draw_field()
+    draw_algebra()

@@ -1,0 +1,88 @@
+"""The commands and examples of pages for people, as tests run them."""
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import download_field
+import download_image
+import train
+from metroem import __main__ as metroem_main
+
+ROOT = Path(__file__).parents[1]
+CORGIE = ".venv-corgie/bin/corgie"  # what make clients installs
+README = (ROOT / "README.md").read_text()
+SCRIPTS = {
+    "download_image.py": download_image,
+    "download_field.py": download_field,
+    "train.py": train,
+}
+
+
+def blocks(page, language):
+    """The fenced blocks of one language in the text of a page."""
+    return re.findall(rf"^```{language}\n(.*?)^```", page, re.S | re.M)
+
+
+def commands(page):
+    """All commands of a page, in order, each as a list of words."""
+    lines = [b.replace("\\\n", " ").splitlines() for b in blocks(page, "sh")]
+    return [shlex.split(line) for block in lines for line in block if line.strip()]
+
+
+def make_targets(page):
+    """The targets that a page tells people to make."""
+    return {words[1] for words in commands(page) if words[0] == "make"}
+
+
+def short_schedule():
+    """The schedule of the README with few samples, for `shortened`."""
+    (schedule,) = (b for b in blocks(README, "json") if '"num_samples"' in b)
+    return schedule.replace('"num_samples": 400', '"num_samples": 12')
+
+
+def shortened(arguments):
+    """Flags that make a training short: half an hour on a page, seconds here.
+
+    They expect `short_schedule` in schedule.json.
+    """
+    extra = ["--max_epochs", "1"]
+    if "custom" not in arguments:
+        extra += ["--train_mode", "custom", "--train_params_path", "schedule.json"]
+    return extra
+
+
+def run(words):
+    """Run one command; several ranks in processes of their own."""
+    match words:
+        case ["torchrun", *arguments] | ["python", *arguments] if (
+            words[0] == "torchrun" or "--gpu" in words
+        ):
+            launcher = ["-m", "torch.distributed.run"] if words[0] == "torchrun" else []
+            command = [sys.executable, *launcher, *arguments, *shortened(arguments)]
+            script = command.index("train.py")
+            command[script] = str(ROOT / "train.py")
+            environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+            subprocess.run(command, env=environment, check=True)
+        case ["python", "-m", "metroem", *arguments]:
+            metroem_main.main(arguments)
+        case ["python", script, *arguments]:
+            extra = shortened(arguments) if script == "train.py" else []
+            SCRIPTS[script].main([*arguments, *extra])
+        case _:
+            raise AssertionError(f"no test runs {words}")
+
+
+def check_spelling(words):
+    """Parse one command by its parser, without running it."""
+    match words:
+        case ["python", "-m", "metroem", *arguments]:
+            metroem_main.build_parser().parse_args(arguments)
+        case ["torchrun", _, _, script, *arguments] | ["python", script, *arguments]:
+            if script != "-m":
+                SCRIPTS[script].build_parser().parse_args(arguments)
+        case ["make" | "bash", *_]:
+            assert (ROOT / words[1]).exists() or words[0] == "make"
