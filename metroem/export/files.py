@@ -2,7 +2,6 @@
 
 import json
 import logging
-import os
 from collections.abc import Iterator, Sequence
 from io import BytesIO
 from pathlib import Path
@@ -15,6 +14,7 @@ from metroem.export.place import Place, Resolution
 from metroem.export.request import ExportRequest
 from metroem.export.sections import ExportedSet
 from metroem.grid import Grid
+from metroem.io.replace import replace_file
 
 logger = logging.getLogger(__name__)
 
@@ -162,12 +162,4 @@ def _keep(path: Path, content: bytes, request: ExportRequest) -> None:
                 "replace it, or another --dst_path"
             )
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.tmp-{os.getpid()}")
-    try:
-        with partial.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    replace_file(path, content)

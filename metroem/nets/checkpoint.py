@@ -1,13 +1,13 @@
 """Weights of one module: `<name>.state.pth.tar`, a bare state_dict."""
 
 import io
-import os
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from metroem.errors import CheckpointError
+from metroem.io.replace import replace_file
 
 
 def checkpoint_path(folder: Path, name: str) -> Path:
@@ -23,15 +23,7 @@ def save_weights(net: nn.Module, path: Path) -> None:
     # torch writes the name of its target into the file; a buffer has none.
     buffer = io.BytesIO()
     torch.save(net.state_dict(), buffer)
-    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
-    try:
-        with temporary.open("wb") as file:
-            file.write(buffer.getbuffer())
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    replace_file(path, buffer.getbuffer())
 
 
 def load_weights(net: nn.Module, path: Path, *, device: str = "cpu") -> None:

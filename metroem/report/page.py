@@ -10,7 +10,6 @@ at.
 import base64
 import hashlib
 import json
-import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -22,6 +21,7 @@ from torch import Tensor
 
 from metroem.data.sample import Sample
 from metroem.io.h5 import ImageSet
+from metroem.io.replace import replacing
 from metroem.report.drawing import MASKS, draw_pair, draw_wheel
 from metroem.report.scores import plain
 from metroem.scoring import AlignedPair, SetResult
@@ -106,13 +106,8 @@ def report_page(path: Path) -> Iterator[ReportPage]:
         path: of the page; its folder is made.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with partial.open("w", encoding="utf-8") as file:
-            yield ReportPage(file)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    with replacing(path) as partial, partial.open("w", encoding="utf-8") as file:
+        yield ReportPage(file)
 
 
 def neuroglancer_source(source_path: str) -> str | None:

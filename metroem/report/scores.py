@@ -2,11 +2,11 @@
 
 import json
 import math
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from metroem.io.replace import replace_file
 from metroem.scoring import (
     CHUNK_PX,
     RING_PX,
@@ -79,12 +79,7 @@ def write_json(path: Path, figures: Mapping[str, Any]) -> None:
             not finite becomes null.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        partial.write_text(json.dumps(plain(figures), indent=1) + "\n")
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    replace_file(path, (json.dumps(plain(figures), indent=1) + "\n").encode())
 
 
 def plain(value: Any) -> Any:

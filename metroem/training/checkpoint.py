@@ -15,7 +15,6 @@ corgie copy a whole module directory on every load:
 import dataclasses
 import io
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,6 +23,7 @@ from typing import Any
 import torch
 
 from metroem.errors import CheckpointError
+from metroem.io.replace import replace_file
 
 STATE_VERSION = 1
 
@@ -152,19 +152,6 @@ def _change(key: str, before: Any, now: Any) -> str:
     if isinstance(before, list):
         return f"{key} are not the same"
     return f"{key} was {before!r}, is {now!r}"
-
-
-def replace_file(path: Path, content: bytes) -> None:
-    """Write a file under a temporary name, sync it and rename it."""
-    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
-    try:
-        with temporary.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def append_json_line(path: Path, record: Mapping[str, Any]) -> None:

@@ -12,6 +12,7 @@ from metroem.aligner import Aligner
 from metroem.data.epoch import EpochKey, TrainingEpoch, ValidationPairs, num_steps
 from metroem.data.sample import Sample, stack_samples
 from metroem.errors import DatasetError
+from metroem.io.replace import replace_file
 from metroem.nets.checkpoint import checkpoint_path, load_weights, save_weights
 from metroem.nets.loading import load_module
 from metroem.progress import progress
@@ -24,7 +25,6 @@ from metroem.training.checkpoint import (
     append_json_line,
     keep_json_lines,
     load_state,
-    replace_file,
     save_state,
 )
 from metroem.training.job import StageJob
