@@ -1,9 +1,11 @@
 """Storage that fails: one clear line, exit code 1, and not for ever."""
 
+import itertools
 import json
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -116,23 +118,29 @@ def test_a_403(fails, bucket, kind, bad_for):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["s3", "http"])
-@pytest.mark.parametrize("bad_for", ["info", "4_4_40"])
-@pytest.mark.parametrize("bad", ["drop", "hang"])
-def test_a_connection_that_is_dropped_or_hangs(fails, bucket, kind, bad_for, bad):
-    with serving(bucket, bad, bad_for) as server:
-        path, keys = paths(server.url)[kind]
-        line = fails(*DOWNLOAD, path, **keys)
-    assert path in line and "check the path, the network and" in line
+def test_connections_that_are_dropped_or_hang_or_never_come(fails, bucket):
+    def served(bad, bad_for, kind):
+        with serving(bucket, bad, bad_for) as server:
+            path, keys = paths(server.url)[kind]
+            folder = f"{bad}_{bad_for}_{kind}"  # one each: they run side by side
+            return path, fails(*DOWNLOAD, path, "--dst_folder", folder, **keys)
 
+    def nobody(kind):
+        with serving(Path(__file__).parent) as server:
+            url = server.url
+        path, keys = paths(url)[kind]
+        return path, fails(*DOWNLOAD, path, "--dst_folder", kind, **keys)
 
-@pytest.mark.slow
-@pytest.mark.parametrize("kind", ["s3", "http"])
-def test_a_server_that_is_not_there(fails, kind):
-    with serving(Path(__file__).parent) as server:
-        url = server.url
-    path, keys = paths(url)[kind]
-    assert "check the path, the network and" in fails(*DOWNLOAD, path, **keys)
+    cases = [
+        *itertools.product(["drop", "hang"], ["info", "4_4_40"], ["s3", "http"]),
+        ("s3",),
+        ("http",),
+    ]
+    # Each of them waits for its 12 s or twice that.
+    with ThreadPoolExecutor(5) as pool:
+        jobs = [pool.submit(served if len(c) > 1 else nobody, *c) for c in cases]
+        for path, line in (job.result() for job in jobs):
+            assert path in line and "check the path, the network and" in line
 
 
 def test_an_export_that_may_not_be_written(fails, tmp_path, bucket):
