@@ -8,18 +8,14 @@ from torch import Tensor, nn
 from metroem.aligner import Aligner
 
 MIP = 0  # of the images; `metroem init` writes it here
-# How a field is finetuned: knots of 64, 32 and 16 px, and a smoothness that was
-# measured, of sections of about 10 nm at mip 0 (FIB-SEM, 2026-11); beyond mip 2
-# nothing was.
+# How fields are finetuned: measured up to mip 2, at about 10 nm (FIB-SEM, 2026-11).
 _FINER = min(MIP, 2)
 OPTIONS: dict[str, Any] = {
     "finetune_knots": tuple(px >> _FINER for px in (64, 32, 16)),
     "finetune_sm": 16.0 / 2**_FINER,
     "finetune_level": 1,
     "finetune_both_ways": True,
-    # Raw images, as corgie hands them over, are normalised as those of the training
-    # were; normalised ones are taken as they are.
-    "normalize": "raw",
+    "normalize": "raw",  # what is not normalised yet, as corgie hands it over
 }
 
 
