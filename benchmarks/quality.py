@@ -13,7 +13,7 @@ The peers' results come from the bench, in an environment that has them:
 
 Example:
     python benchmarks/quality.py --stack fib25_a.npy --bench ../shared/bench \
-        --peers_json peers.json --out /tmp/quality
+        --peers_json peers.json --out quality
 """
 
 import json

@@ -12,7 +12,7 @@ Other stacks have a misalignment of their own beside the known one: read the
 correlation (CPC) there. --natural adds no distortion and scores CPC alone.
 
 Example:
-    python benchmarks/real_sections.py --stack fib25_a.npy --out /tmp/fib25
+    python benchmarks/real_sections.py --stack fib25_a.npy --out fib25
 """
 
 import argparse

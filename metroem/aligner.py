@@ -54,10 +54,10 @@ class Prediction(NamedTuple):
 
 
 class Alignment(NamedTuple):
-    """The field of a pair, and what the finetuner gained."""
+    """The field of a pair, and what the finetuner gained from src to tgt alone."""
 
     field: Tensor  # (B, 2, H, W), pixels
-    finetuned: Finetuned | None  # before blank pairs get their prior back
+    finetuned: Finetuned | None  # before both ways agree and blank pairs are restored
 
 
 class Aligner(nn.Module):
@@ -347,9 +347,8 @@ class Aligner(nn.Module):
         options: AlignerOptions,
         defects: Defects,
     ) -> tuple[Alignment, State]:
-        before = prior
-        if before is None:
-            before = src.new_zeros(src.shape[0], 2, *src.shape[-2:])
+        zeros = src.new_zeros(src.shape[0], 2, *src.shape[-2:])
+        before = zeros if prior is None else prior
         alive = _has_tissue(src) & _has_tissue(tgt)
         if not bool(alive.any()):
             return Alignment(before.clone(), None), {}

@@ -236,11 +236,8 @@ class _Problem:
         with torch.enable_grad():
             leaf = field.detach().requires_grad_()
             warped = warp(self._src, leaf)
-            like = (
-                warped
-                * (self._power(self._tgt, share) / self._power(warped, share)).sqrt()
-            )
-            squares = (like - self._tgt).square().mean(1, keepdim=True)
+            gain = (self._power(self._tgt, share) / self._power(warped, share)).sqrt()
+            squares = (gain * warped - self._tgt).square().mean(1, keepdim=True)
             unlike = (share * squares / (squares + _OUTLIER)).sum((1, 2, 3))
             data = torch.log(unlike + _ALIKE)
             (slope,) = torch.autograd.grad(data.sum(), leaf)

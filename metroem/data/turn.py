@@ -2,7 +2,7 @@
 
 Both sections and the prior field are resampled alike, so that the pair stays as
 aligned as it was. A network sees less often what it has seen before: trained on 37
-sections it erred by 2 % less on others after 30 passes, and more passes gain more.
+sections it erred by 2 % less on others after 30 passes (2026-11).
 """
 
 import math
