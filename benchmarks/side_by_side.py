@@ -1,0 +1,66 @@
+"""Several ways of doing one thing, timed in turn within one run.
+
+What a machine does beside a benchmark then slows all of them alike, and their ratios
+stay. The last line that a benchmark prints is one JSON object.
+"""
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable, Mapping
+
+import torch
+
+from metroem import cli
+from metroem.errors import UsageError
+
+Contender = Callable[[], object]
+
+LEAST_ROUNDS = 7
+
+
+def parser(description: str | None) -> argparse.ArgumentParser:
+    """A parser with the flags that all benchmarks have: --rounds, --threads."""
+    made = cli.parser(description)
+    made.add_argument("--rounds", type=int, default=9, help="at least 7 (9)")
+    made.add_argument("--threads", type=int, default=1, help="of torch (1)")
+    return made
+
+
+def median_seconds(
+    contenders: Mapping[str, Contender], rounds: int
+) -> dict[str, float]:
+    """Time each contender once a round, after one round that does not count.
+
+    Args:
+        contenders: by name; called without arguments.
+        rounds: how often.
+
+    Returns:
+        Median wall time of each, seconds.
+
+    Raises:
+        UsageError: fewer than 7 rounds.
+    """
+    if rounds < LEAST_ROUNDS:
+        raise UsageError(f"--rounds {rounds}: expected at least {LEAST_ROUNDS}")
+    taken: dict[str, list[float]] = {name: [] for name in contenders}
+    for _ in range(rounds + 1):
+        for name, contender in contenders.items():
+            start = time.perf_counter()
+            contender()
+            taken[name].append(time.perf_counter() - start)
+    return {name: statistics.median(times[1:]) for name, times in taken.items()}
+
+
+def report(seconds: Mapping[str, float], figures: Mapping[str, object]) -> None:
+    """Print a line a contender, then all as one line of JSON.
+
+    Args:
+        seconds: by contender.
+        figures: what the benchmark is for, by name: ratios, losses.
+    """
+    for name, value in seconds.items():
+        print(f"{name:>40}: {1000 * value:10.2f} ms")
+    print(json.dumps({"torch": torch.__version__, "seconds": seconds, **figures}))
