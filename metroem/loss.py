@@ -12,17 +12,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from metroem.field import check_field, downsample_field, upsample_field, warp
+from metroem.field import downsample_field, upsample_field, warp
 from metroem.masks import PairWeight
 from metroem.specs.losses import LossSpec
+from metroem.springs import rigidity_map
 
 BORDER_PX = 32
 # Weight of the field of a level against that of the next finer one.
 COARSER = 0.3
 # Below this an endpoint error is minimised as its square, px of the finest level.
 _SOFT_PX = 0.01
-# Changes of (col, row) from a pixel to the four neighbours after it.
-_SPRINGS = ((0, 1), (1, 0), (1, 1), (1, -1))
 
 
 class LossTerms(NamedTuple):
@@ -142,41 +141,6 @@ def similarity(
         Scalar, 0 where the images agree.
     """
     return weighted_mean((tgt - warped_src) ** 2, weight, border=border)
-
-
-def rigidity_map(
-    field: Tensor, *, power: float = 2, diagonal_mult: float = 1.0
-) -> Tensor:
-    """Change of length of the springs from each pixel to its 8 neighbours.
-
-    Args:
-        field: (B, 2, H, W), pixels; H and W >= 5.
-        power: exponent of the change of length.
-        diagonal_mult: weight of a diagonal spring, whose rest length is
-            sqrt(2), against that of a straight one.
-
-    Returns:
-        (B, 1, H, W): mean over the springs of |length - rest length|^power,
-        px^power; a border of 2 px is 0.
-
-    Source: the original's `loss.py`, whose values are kept.
-    """
-    check_field(field)
-    rows, cols = field.shape[-2:]
-    total = field.new_zeros(field.shape[0], 1, rows - 4, cols - 4)
-    for d_cols, d_rows in _SPRINGS:
-        rest = float(d_cols**2 + d_rows**2) ** 0.5
-        mult = diagonal_mult if d_rows and d_cols else 1.0
-        # Springs from p to p + d, for p in the inner area and one step before.
-        ahead = field[..., 1 + d_rows : rows - 1 + d_rows, 1 + d_cols :]
-        ahead = ahead[..., : rows - 2, : cols - 2]
-        change = ahead - field[..., 1 : rows - 1, 1 : cols - 1]
-        rest_vector = change.new_tensor([d_cols, d_rows]).view(1, 2, 1, 1)
-        length = ((change + rest_vector) ** 2).sum(1, keepdim=True).clamp(min=1e-12)
-        strain = (length.sqrt() - rest).abs() ** power * mult
-        behind = strain[..., 1 - d_rows :, 1 - d_cols :][..., : rows - 4, : cols - 4]
-        total = total + strain[..., 1:-1, 1:-1] + behind
-    return F.pad(total / (4 + 4 * diagonal_mult), (2, 2, 2, 2))
 
 
 def rigidity(field: Tensor, power: float = 2, diagonal_mult: float = 1.0) -> Tensor:

@@ -273,13 +273,16 @@ class Step(nn.Module):
         dtype = pair.features.dtype
         alike = local_correlation(pair.tgt.to(dtype), src.to(dtype), self.radius)
         alike = alike * self.scale.to(dtype)
-        x = self.from_correlation(alike) + self.from_features(pair.features)
-        x = x + self.from_tissue(tissue.to(dtype))
+        x = self.from_correlation(alike)
+        x += self.from_features(pair.features)
+        x += self.from_tissue(tissue.to(dtype))
         if self.from_hidden is not None and hidden is not None:
             known = self.from_hidden(hidden)
-            x = x + F.interpolate(known, size=x.shape[-2:], mode="nearest")
+            x += F.interpolate(known, size=x.shape[-2:], mode="nearest")
         x = self.blocks(_activated(x))
-        weights = (alike + self.to_window(x)).permute(0, 2, 3, 1).float().softmax(-1)
+        window = self.to_window(x)
+        window += alike
+        weights = window.permute(0, 2, 3, 1).float().softmax(-1)
         votes, precision = votes_of(weights, self.radius)
         # No step goes further than it can see, or bad weights lead ever further away.
         reach = float(self.radius)
@@ -334,7 +337,8 @@ def _convolution(
 
 
 def _activated(x: Tensor) -> Tensor:
-    return F.leaky_relu(x, _SLOPE)
+    """The leaky ReLU of `x`, in its own memory: no convolution keeps its result."""
+    return F.leaky_relu_(x, _SLOPE)
 
 
 def _channels_last(gradient: Tensor) -> Tensor:

@@ -18,7 +18,6 @@ from metroem.loss import (
     endpoint_loss,
     metric_loss,
     plain_loss,
-    rigidity_map,
     weighted_mean,
 )
 from metroem.masks import PairMaps, tissue_mask, weigh
@@ -26,6 +25,7 @@ from metroem.nets.options import AlignerOptions
 from metroem.specs.augmentations import RandomWarp
 from metroem.specs.losses import LossSpec
 from metroem.specs.schedule import Phase
+from metroem.springs import rigidity_map
 
 Predict = Callable[[Sample, tuple[int, ...]], Prediction]
 
@@ -48,19 +48,23 @@ def with_natural_field(sample: Sample, predict: Predict) -> Sample:
         sample: with `unwarped_src`, or left as it is.
         predict: the network; its gradients are not recorded.
     """
-    if sample.unwarped_src is None:
+    src, prior = sample.unwarped_src, sample.unwarped_prior
+    if src is None:
         return sample
     assert sample.truth is not None and sample.truth_valid is not None
-    before = sample._replace(src=sample.unwarped_src, prior_field=sample.unwarped_prior)
+    sample = sample._replace(unwarped_src=None, unwarped_prior=None)
+    unknown = tissue_mask(src).flatten(1).any(1).nonzero()[:, 0]
+    if not len(unknown):
+        return sample
+    natural = torch.zeros_like(sample.truth)
+    if prior is not None:
+        prior = prior[unknown]
+    before = Sample(src[unknown], sample.tgt[unknown], prior, sample.pair)
     with torch.no_grad():
-        natural = predict(before, ()).field
-    is_unknown = tissue_mask(sample.unwarped_src).flatten(1).any(1)
-    natural = torch.where(is_unknown.view(-1, 1, 1, 1), natural, 0.0)
+        natural[unknown] = predict(before, ()).field
     return sample._replace(
         truth=compose(natural, sample.truth),
         truth_valid=warp(sample.truth_valid.float(), natural) > 0.999,
-        unwarped_src=None,
-        unwarped_prior=None,
     )
 
 

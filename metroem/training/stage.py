@@ -396,4 +396,4 @@ class StageTrainer:
         )
 
     def _new_optimizer(self, phase: Phase) -> torch.optim.Optimizer:
-        return torch.optim.Adam(self.aligner.net.parameters(), lr=phase.lr)
+        return torch.optim.Adam(self.aligner.net.parameters(), lr=phase.lr, fused=True)

@@ -154,9 +154,14 @@ def train_step(
 def scores_of(prediction: Prediction, terms: LossTerms, prior: Tensor | None) -> Tensor:
     """The `Scores` of a batch, (7,), without gradients."""
     field = prediction.field.detach()
-    change = field if prior is None else field - prior
-    lengths = [f.norm(dim=1).mean() for f in (field, change)]
-    return torch.stack([*(term.detach() for term in terms), *lengths])
+    length = _mean_length(field)
+    change = length if prior is None else _mean_length(field - prior)
+    return torch.stack([*(term.detach() for term in terms), length, change])
+
+
+def _mean_length(field: Tensor) -> Tensor:
+    # hypot, since a norm over 2 channels takes 80 times as long.
+    return torch.hypot(field[:, 0], field[:, 1]).mean()
 
 
 def validate(
