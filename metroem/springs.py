@@ -47,8 +47,8 @@ def rigidity_map(
 class _Spring(NamedTuple):
     """All springs of one direction."""
 
-    near: tuple[slice, slice]  # rows and cols of the pixels that they begin at
-    far: tuple[slice, slice]  # and end at
+    near: tuple[Any, ...]  # index of the pixels that they begin at
+    far: tuple[Any, ...]  # and of those that they end at
     vector: Tensor  # (B, 2, h, w) px, from one to the other
     length: Tensor  # (B, 1, h, w) px
     stretch: Tensor  # (B, 1, h, w) px, beyond the length at rest
@@ -63,8 +63,8 @@ class _Rigidity(torch.autograd.Function):
         total = torch.zeros_like(field[:, :1])
         for spring in _springs(field, diagonal_mult):
             strain = _powered(spring.stretch, power).mul_(spring.share)
-            total[..., *spring.near] += strain
-            total[..., *spring.far] += strain
+            total[spring.near] += strain
+            total[spring.far] += strain
         return _without_border(total)
 
     @staticmethod
@@ -73,12 +73,12 @@ class _Rigidity(torch.autograd.Function):
         weight = _without_border(gradients[0])
         total = torch.zeros_like(field)
         for spring in _springs(field, ctx.diagonal_mult):
-            pull = weight[..., *spring.near] + weight[..., *spring.far]
+            pull = weight[spring.near] + weight[spring.far]
             slope = _powered(spring.stretch, ctx.power - 1)
             pull *= slope.copysign_(spring.stretch).mul_(ctx.power * spring.share)
             vector = spring.vector.mul_(pull.div_(spring.length))
-            total[..., *spring.far] += vector
-            total[..., *spring.near] -= vector
+            total[spring.far] += vector
+            total[spring.near] -= vector
         return total, None, None
 
 
@@ -86,9 +86,9 @@ def _springs(field: Tensor, diagonal_mult: float) -> Iterator[_Spring]:
     rows, cols = field.shape[-2:]
     for d_cols, d_rows in _SPRINGS:
         low, high = max(0, -d_rows), rows - max(0, d_rows)
-        near = slice(low, high), slice(0, cols - d_cols)
-        far = slice(low + d_rows, high + d_rows), slice(d_cols, cols)
-        vector = field[..., *far] - field[..., *near]
+        near = (..., slice(low, high), slice(0, cols - d_cols))
+        far = (..., slice(low + d_rows, high + d_rows), slice(d_cols, cols))
+        vector = field[far] - field[near]
         vector[:, 0] += d_cols
         vector[:, 1] += d_rows
         # hypot, since vector_norm over 2 channels took 80 times as long.

@@ -1,0 +1,62 @@
+"""The benchmarks of training run, on little, and say what they measured."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+pytestmark = pytest.mark.slow
+needs_original = pytest.mark.skipif(
+    not (ROOT / ".venv-original" / "bin" / "python").is_file(),
+    reason="no environment of the original; make it with: make original",
+)
+
+
+def figures(script, *arguments):
+    """The JSON of a benchmark's last line."""
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "benchmarks" / script), *arguments],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_train_step_compares_each_kind_with_the_bare_network():
+    found = figures(
+        "train_step.py",
+        *("--size", "96", "--rounds", "7", "--template", "correlation"),
+    )
+    of_bare = found["correlation"]["of_bare"]
+    assert of_bare["bare"] == 1 and len(of_bare) == 4
+
+
+@needs_original
+def test_a_step_of_ours_minimises_what_the_original_does():
+    found = figures(
+        "train_step_against_original.py",
+        *("--size", "128", "--rounds", "7", "--loss", "metric"),
+    )
+    losses = found["losses"]
+    # The operators differ, and so do the samplers at the borders.
+    original = losses["metric: original"]
+    assert losses["metric: ours"] == pytest.approx(original, rel=0.02)
+    assert found["metric: original / ours"] > 0
+
+
+@needs_original
+def test_time_to_quality_follows_both():
+    found = figures(
+        "time_to_quality.py",
+        *("--size", "96", "--sections", "10", "--original_seconds", "1"),
+        *("--train_flags", "--max_epochs", "1", "--batch_size", "25"),
+    )
+    assert found["epe_none"] > 1
+    assert found["ours"]["curve"] and found["original"]["curve"]
