@@ -92,6 +92,14 @@ def test_an_unknown_map_or_strategy_is_refused():
         MaskRule("src", strategy="above")
 
 
+def test_growing_reaches_the_border_and_stops_there():
+    mask = torch.zeros(2, 1, 4, 7, dtype=torch.bool)
+    mask[0, 0, 1, 5] = True
+    grown = grow(mask, 2)
+    assert grown[0, 0, :, 3:].all() and grown.sum() == 16
+    assert mask.sum() == 1 and grow(mask, 9)[0].all()
+
+
 def test_growing_goes_in_all_directions():
     mask = torch.zeros(1, 1, 5, 7, dtype=torch.bool)
     mask[..., 2, 3] = True

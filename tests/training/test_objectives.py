@@ -244,11 +244,19 @@ def test_a_pair_of_one_section_has_no_natural_field():
     twice = twice._replace(unwarped_src=torch.zeros_like(twice.src))
     network = Knows(constant(*NATURAL, 2 * ROWS, 2 * COLS))
     done = with_natural_field(stack_samples([pair, twice]), network)
+    # Nor does the network spend time on it.
+    assert [len(shown.src) for shown in network.shown] == [1]
+    assert torch.equal(network.shown[0].src, pair.unwarped_src)
     # Sampled in place: positions are rounded by 1e-5 px.
     torch.testing.assert_close(done.truth[1:], twice.truth, atol=1e-3, rtol=0)
     assert torch.equal(done.truth_valid[1:], twice.truth_valid)
     alone = with_natural_field(pair, network)
     torch.testing.assert_close(done.truth[:1], alone.truth)
+
+    network.shown.clear()
+    done = with_natural_field(twice, network)
+    assert not network.shown and torch.equal(done.truth, twice.truth)
+    assert done.unwarped_src is None and done.unwarped_prior is None
 
 
 def test_an_aligned_pair_is_left_as_it_is(sample):
