@@ -318,9 +318,7 @@ def _large_areas(deviation: np.ndarray, tissue: np.ndarray) -> np.ndarray:
         deviation: from the median, in spreads (standard deviations of tissue).
         tissue: bool.
     """
-    likely = np.asarray(
-        ndimage.binary_opening(tissue & (deviation > _LIKELY), np.ones((3, 3))), bool
-    )
+    likely = _opened(tissue & (deviation > _LIKELY))
     sure = likely & (deviation > _SURE)
     labels = _labels(likely)
     area = np.bincount(labels.ravel())
@@ -333,10 +331,24 @@ def _large_areas(deviation: np.ndarray, tissue: np.ndarray) -> np.ndarray:
         length = np.hypot(rows.stop - rows.start, cols.stop - cols.start)
         needed = max(_MIN_LENGTH * min(tissue.shape), _MIN_LENGTH_PX / 2)
         long[label] = length >= needed and area[label] < length * _MAX_WIDTH_PX / 2
+    if not extreme.any():
+        return long[labels]
     # What touches an extreme area is tissue again, some pixels away from it.
     reach = 2 * (_REACH_PX // 2) + 1
     beside = np.asarray(ndimage.maximum_filter(sure, reach), bool)
     return (long & ~extreme)[labels] | (extreme[labels] & beside)
+
+
+def _opened(mask: np.ndarray) -> np.ndarray:
+    """What of a mask, (H, W), squares of 3 x 3 px fit into.
+
+    Row by row and column by column: scipy takes ten times as long.
+    """
+    for combine in (np.logical_and, np.logical_or):
+        padded = np.pad(mask, 1)
+        rows = combine(combine(padded[:-2], padded[1:-1]), padded[2:])
+        mask = combine(combine(rows[:, :-2], rows[:, 1:-1]), rows[:, 2:])
+    return mask
 
 
 def _gaps(tissue: np.ndarray, radius: int, min_px: int) -> np.ndarray:
