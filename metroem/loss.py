@@ -72,7 +72,9 @@ def endpoint_loss(
     truth = downsample_field(wanted.field, finest)
     rows, cols = truth.shape[-2:]
     # A coarse pixel counts as much as the least of its pixels.
-    weight = -F.max_pool2d(-wanted.weight, 2**finest, ceil_mode=True)
+    weight = wanted.weight
+    if finest:
+        weight = -F.max_pool2d(-weight, 2**finest, ceil_mode=True)
     errors = {}
     for level, found in levels.items():
         at_finest = upsample_field(found, level - finest)[..., :rows, :cols]

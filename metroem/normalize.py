@@ -38,7 +38,10 @@ def tissue_statistics(image: Tensor) -> GreyStatistics | None:
     Returns:
         The statistics, or None where there is no tissue or no contrast.
     """
-    tissue = image[(image != 0) & torch.isfinite(image)].double()
+    is_tissue = (image != 0) & torch.isfinite(image)
+    # Picking pixels takes longer than all the rest: mostly there is nothing to pick.
+    tissue = image.flatten() if bool(is_tissue.all()) else image[is_tissue]
+    tissue = tissue.double()
     if tissue.numel() < 2 or not (std := float(tissue.std(correction=0))) > 0:
         return None
     return GreyStatistics(float(tissue.mean()), std)
