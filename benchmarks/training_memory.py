@@ -99,7 +99,6 @@ def in_process(
 
 def measured(request: MemoryRequest, template: str) -> dict[str, float]:
     """Measure one part in this process."""
-    torch.set_num_threads(1)
     keep_freed_memory()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
