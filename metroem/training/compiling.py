@@ -60,6 +60,7 @@ def compile_network(aligner: Aligner) -> None:
     """
     if _PARSERS not in sys.modules:
         sys.modules[_PARSERS] = types.ModuleType(_PARSERS)
-    # Sizes as symbols from the start: crops, held-out pairs and the last columns of
-    # patches all differ, and each would be compiled anew.
-    aligner.net.compile(dynamic=True)
+    # Each size by itself: with sizes as symbols torch 2.13 fails on the network
+    # `correlation` ("Exponent must be non-negative"). After 8 kinds of calls torch
+    # compiles no further ones and runs them as they are, so mixed sizes end there.
+    aligner.net.compile(dynamic=False)
