@@ -50,6 +50,13 @@ def _add_machine_flags(parser: argparse.ArgumentParser) -> None:
     add("--num_workers", type=int, help="processes that read, a rank (GPU 4, CPU 0)")
     precision = "inside the network (fp32)"
     add("--precision", choices=("fp32", "bf16"), default="fp32", help=precision)
+    average = (
+        "decay of a moving average of the weights, kept in their place, all phases"
+    )
+    add("--ema", type=float, metavar="DECAY", help=average)
+    add("--compile", action="store_true", help="torch.compile the network")
+    again = "compute activations again instead of keeping them: less memory, more time"
+    add("--checkpoint_activations", action="store_true", help=again)
     board = "curves and pictures for TensorBoard in <pyramid>/.train"
     add("--tensorboard", action="store_true", help=board)
     add(

@@ -4,7 +4,7 @@ import importlib.util
 import logging
 import sys
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -12,12 +12,14 @@ import torch
 from metroem import cli
 from metroem.data.dataset import Split, find_pairs, image_sets_at, split_pairs
 from metroem.errors import UsageError
+from metroem.nets.loading import load_module
 from metroem.report.board import Board
 from metroem.specs.filenames import check_tag
 from metroem.specs.pyramid import ModuleSpec, find_modules, select_stages
-from metroem.specs.schedule import Schedule, load_schedule
+from metroem.specs.schedule import Phase, Schedule, check_decay, load_schedule
 from metroem.training import distributed
 from metroem.training.checkpoint import RunFolder
+from metroem.training.compiling import check_compiler, check_compiles
 from metroem.training.generate import FieldJob, generate_fields, target_sets
 from metroem.training.job import StageJob, TrainingSettings
 from metroem.training.memory import keep_freed_memory
@@ -59,6 +61,9 @@ class TrainRequest:
     val_pairs: int = 2
     restart: bool = False
     tensorboard: bool = False
+    ema: float | None = None
+    compile: bool = False
+    checkpoint_activations: bool = False
 
     def __post_init__(self) -> None:
         check_tag("--checkpoint_name", self.checkpoint_name)
@@ -70,6 +75,8 @@ class TrainRequest:
                 raise UsageError(f"--{flag} {value}: expected at least {least}")
         if self.max_minutes is not None and not self.max_minutes > 0:
             raise UsageError(f"--max_minutes {self.max_minutes}: expected more than 0")
+        if self.ema is not None:
+            check_decay(self.ema, "--ema")
         if not self.dataset_path.is_dir():
             raise UsageError(
                 f"--dataset_path {self.dataset_path}: no such folder; make one with "
@@ -155,10 +162,12 @@ def _run_stages(
             for module in to_train:
                 discard_training(module, run, request.checkpoint_name)
         distributed.barrier()
+    if request.compile:
+        _check_compile(to_train, settings.device)
     following = dict(zip(modules, [*modules[1:], None], strict=True))
     for module in modules:
         if module in to_train:
-            phases = schedule.for_mip(module.in_mip, max_epochs=request.max_epochs)
+            phases = _phases(request, schedule, module)
             for phase in phases:
                 settings.batch_of(phase)  # refused before hours of work
             split = _split(request, module)
@@ -179,6 +188,23 @@ def _run_stages(
                 continue
             generate_fields(job, stop)
     logger.info("done: %s", request.pyramid_path)
+
+
+def _phases(
+    request: TrainRequest, schedule: Schedule, module: ModuleSpec
+) -> tuple[Phase, ...]:
+    """The phases of a module, as the flags change them."""
+    phases = schedule.for_mip(module.in_mip, max_epochs=request.max_epochs)
+    if request.ema is None:
+        return phases
+    return tuple(replace(phase, ema=request.ema) for phase in phases)
+
+
+def _check_compile(modules: list[ModuleSpec], device: torch.device) -> None:
+    """Refuse --compile, before hours of work, where it cannot work."""
+    check_compiler(device)
+    for module in modules:
+        check_compiles(load_module(module.path).aligner, module.path)
 
 
 def _split(request: TrainRequest, module: ModuleSpec) -> Split:
@@ -223,4 +249,6 @@ def _settings(request: TrainRequest, device: torch.device) -> TrainingSettings:
         batch_size=request.batch_size,
         num_workers=workers,
         precision=request.precision,
+        compiles=request.compile,
+        checkpoints_activations=request.checkpoint_activations,
     )

@@ -17,12 +17,21 @@ ROWS, COLS = 40, 56
 
 
 def write_images(
-    folder, name, *, num_pairs=8, z=1, x=0, mip=1, change=None, defects=None
+    folder,
+    name,
+    *,
+    num_pairs=8,
+    z=1,
+    x=0,
+    mip=1,
+    change=None,
+    defects=None,
+    shape=(ROWS, COLS),
 ):
     """Pixel (i, j) of section z is about z + i / 100 + j / 10000, normalised."""
 
     def section(number):
-        rows, cols = np.meshgrid(np.arange(ROWS), np.arange(COLS), indexing="ij")
+        rows, cols = np.meshgrid(*map(np.arange, shape), indexing="ij")
         image = (rows / ROWS + cols / 100 + number / 1000 - 0.7).astype(np.float32)
         return image * 3
 
@@ -30,8 +39,7 @@ def write_images(
     if change:
         pairs = [change(i, pair) for i, pair in enumerate(pairs)]
     frames = [
-        PairFrame(Grid(mip, x, 0, ROWS, COLS), (z + i, z + i - 1))
-        for i in range(num_pairs)
+        PairFrame(Grid(mip, x, 0, *shape), (z + i, z + i - 1)) for i in range(num_pairs)
     ]
     meta = ImageSetMeta(frames, "test", "", {}, normalization={"kind": "tissue"})
     write_image_set(folder / name, pairs, meta, defects=defects)

@@ -1,6 +1,7 @@
 """train.py on sections that it warps itself, whose truth is known."""
 
 import json
+from itertools import islice
 
 import pytest
 import torch
@@ -128,9 +129,10 @@ def steps(monkeypatch):
     noted = []
     step, with_prior = StageTrainer._step, StagesBefore.with_prior
 
-    def noting(self, phase, sample, generator):
-        done = step(self, phase, sample, generator)
-        rates = {group["lr"] for group in self.optimizer.param_groups}
+    def noting(self, optimizer, samples, key):
+        (sample,) = seen = list(islice(samples, optimizer.phase.accumulate))
+        done = step(self, optimizer, iter(seen), key)
+        rates = {group["lr"] for group in optimizer.adam.param_groups}
         noted[-1] = (len(sample.src), *rates, *noted[-1])
         return done
 

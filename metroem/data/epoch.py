@@ -14,7 +14,7 @@ from metroem.data.turn import Turn, draw_turn, turned
 from metroem.errors import DatasetError
 from metroem.field import compose
 from metroem.grid import Grid
-from metroem.specs.augmentations import RandomTurn, SkipSection
+from metroem.specs.augmentations import RandomTranspose, RandomTurn, SkipSection
 from metroem.specs.schedule import Phase
 
 VALIDATION_CROP_PX = 2048
@@ -118,7 +118,13 @@ class TrainingEpoch(torch.utils.data.Dataset[Sample]):
 
     Sample i is a function of the pairs, the phase and (key, i) alone, whoever
     reads it. Pairs come in a random order, each as often as any other; the last
-    batch is full, so that every rank has the same number of steps.
+    batch is full, so that every rank has the same number of steps. The samples of a
+    batch have one size: pairs whose patches allow the same one come together, and
+    the few batches that have others too take the size of their smallest.
+
+    Attributes:
+        order: index of the pair of each sample.
+        crop_sizes: (rows, cols) of the samples of each batch.
 
     Raises:
         DatasetError: the phase skips sections, and no pairs follow one another.
@@ -135,11 +141,7 @@ class TrainingEpoch(torch.utils.data.Dataset[Sample]):
         self.pairs = pairs
         self.phase = phase
         self.key = key
-        # One size for all, so that samples of different sets make a batch.
-        self.crop_size = (
-            min(phase.crop_size, *(ref.grid.rows for ref in pairs)),
-            min(phase.crop_size, *(ref.grid.cols for ref in pairs)),
-        )
+        self.batch_size = batch_size
         self.skips = [a for a in phase.augmentations if isinstance(a, SkipSection)]
         self.turns = [a for a in phase.augmentations if isinstance(a, RandomTurn)]
         self.following = following_pairs(pairs) if self.skips else {}
@@ -157,19 +159,49 @@ class TrainingEpoch(torch.utils.data.Dataset[Sample]):
         while len(self.order) < length:
             self.order += torch.randperm(len(pairs), generator=chance).tolist()
         del self.order[length:]
+        self._join_by_size(chance)
+        self.crop_sizes = [
+            self._crop_size([pairs[index] for index in batch])
+            for batch in self._batches()
+        ]
+
+    def _batches(self) -> list[list[int]]:
+        """The order, cut into batches."""
+        starts = range(0, len(self.order), self.batch_size)
+        return [self.order[start : start + self.batch_size] for start in starts]
+
+    def _join_by_size(self, chance: torch.Generator) -> None:
+        """Bring pairs of one size into the same batches, which keep a random order."""
+        sizes = [self._crop_size([ref]) for ref in self.pairs]
+        if self.batch_size == 1 or len(set(sizes)) == 1:
+            return
+        self.order.sort(key=lambda index: sizes[index])
+        batches = self._batches()
+        shuffled = torch.randperm(len(batches), generator=chance).tolist()
+        self.order = [index for place in shuffled for index in batches[place]]
+
+    def _crop_size(self, refs: Sequence[PairRef]) -> tuple[int, int]:
+        """The largest crop, up to that of the phase, that each of some pairs has."""
+        rows = min(self.phase.crop_size, *(ref.grid.rows for ref in refs))
+        cols = min(self.phase.crop_size, *(ref.grid.cols for ref in refs))
+        turns = any(isinstance(a, RandomTranspose) for a in self.phase.augmentations)
+        if turns and self.batch_size > 1:  # some are transposed, others are not
+            rows = cols = min(rows, cols)
+        return rows, cols
 
     def __len__(self) -> int:
         return len(self.order)
 
     def __getitem__(self, position: int) -> Sample:
         ref = self.pairs[self.order[position]]
+        size = self.crop_sizes[position // self.batch_size]
         generator = self.key.generator(position)
         further = self._pair_to_skip_to(ref, generator)
-        turn = self._turn_of(ref, generator)
+        turn = self._turn_of(ref, size, generator)
         if turn is not None:
             sample = turned(_read(ref, further, turn.window), turn)
         else:
-            crop = random_crop(ref.grid, self.crop_size, generator)
+            crop = random_crop(ref.grid, size, generator)
             sample = _read(ref, further, crop)
         if uses_defects(self.phase):
             sample = with_defects(sample)
@@ -182,11 +214,13 @@ class TrainingEpoch(torch.utils.data.Dataset[Sample]):
         chances = [happens(skip.prob, generator) for skip in self.skips]
         return self.following.get(ref.name) if any(chances) else None
 
-    def _turn_of(self, ref: PairRef, generator: torch.Generator) -> Turn | None:
+    def _turn_of(
+        self, ref: PairRef, size: tuple[int, int], generator: torch.Generator
+    ) -> Turn | None:
         """How this sample's crop lies, if it is not along rows and cols."""
         for turn in self.turns:
             if happens(turn.prob, generator):
-                return draw_turn(ref.grid, self.crop_size, turn, generator)
+                return draw_turn(ref.grid, size, turn, generator)
         return None
 
 

@@ -6,7 +6,8 @@ A schedule maps a mip to the phases that are run in turn:
             "loss_spec": {"type": "plain"}}, ...], ...}
 
 Keys and meanings are the original's; an unknown key is refused. Keys of ours:
-`crop_size`, `batch_size`, `lr_schedule`, `warmup_steps`, `max_grad_norm`.
+`crop_size`, `batch_size`, `accumulate`, `lr_schedule`, `warmup_steps`,
+`max_grad_norm`, `ema`.
 """
 
 import dataclasses
@@ -46,7 +47,14 @@ MODES = (
 LR_SCHEDULES = ("constant", "cosine")
 DEFAULT_CROP_PX = 1024
 _LAST_SHARE = 0.01  # of the learning rate, at the end of a cosine
-_COUNTS = ("num_epochs", "num_samples", "print_every", "crop_size", "batch_size")
+_COUNTS = (
+    "num_epochs",
+    "num_samples",
+    "print_every",
+    "crop_size",
+    "batch_size",
+    "accumulate",
+)
 _MOVES_IMAGES = (RandomTranspose, RandomFlip, RandomSrcTgtSwap, RandomWarp, KnownWarp)
 
 
@@ -63,11 +71,17 @@ class Phase:
         print_every: epochs from one log line and validation to the next.
         crop_size: side of a training sample, px of the module's mip; less
             where the patches are smaller.
-        batch_size: pairs of a step over all ranks; None leaves it to
+        batch_size: pairs of a batch over all ranks; None leaves it to
             --batch_size, which goes before it.
+        accumulate: batches of an update: their gradients are averaged, as if they
+            were one batch.
         lr_schedule: "constant", or "cosine": falling to 1 % over the phase.
-        warmup_steps: over which the rate rises from 0 first.
+        warmup_steps: over which the rate rises from 0 first; a step is an update of
+            the weights, however many batches it is made of.
         max_grad_norm: gradients are clipped to this norm; None leaves them.
+        ema: decay of a moving average of the weights, below 1, for example 0.999:
+            the average is what is validated, kept, and handed to the next phase.
+            None leaves the weights as they are; --ema goes before it.
         losses: what is minimised: their sum.
         similarity_rules: where similarity counts.
         smoothness_rules: where rigidity counts.
@@ -81,9 +95,11 @@ class Phase:
     print_every: int = 1
     crop_size: int = DEFAULT_CROP_PX
     batch_size: int | None = None
+    accumulate: int = 1
     lr_schedule: str = "constant"
     warmup_steps: int = 0
     max_grad_norm: float | None = None
+    ema: float | None = None
     losses: tuple[LossSpec, ...] = (LossSpec(),)
     similarity_rules: MaskRules = SIMILARITY_RULES
     smoothness_rules: MaskRules = SMOOTHNESS_RULES
@@ -207,7 +223,7 @@ def _phase(entry: Any, where: str) -> Phase:
         for number, spec in enumerate(check_list(entry.pop("augmentations", []), where))
     )
     plain = ("lr", "num_epochs", "smoothness", *_COUNTS[1:])
-    plain += ("lr_schedule", "warmup_steps", "max_grad_norm")
+    plain += ("lr_schedule", "warmup_steps", "max_grad_norm", "ema")
     also = ("loss_spec", "mse_keys_to_apply", "sm_keys_to_apply", "augmentations")
     check_keys(entry, plain, where, also=also)
     missing = [key for key in plain[:3] if key not in entry]
@@ -237,11 +253,20 @@ def _check_numbers(phase: Phase, where: str) -> None:
             raise UsageError(
                 f"{where}: {key} is {value!r}: expected a whole number >= {least}"
             )
+    if phase.ema is not None:
+        check_decay(phase.ema, f"{where}: ema is")
     if phase.lr_schedule not in LR_SCHEDULES:
         raise UsageError(
             f"{where}: lr_schedule is {phase.lr_schedule!r}: expected one of "
             f"{LR_SCHEDULES}"
         )
+
+
+def check_decay(decay: Any, what: str) -> None:
+    """Refuse a decay of averaged weights that is none; `what` names it (UsageError)."""
+    is_number = isinstance(decay, int | float) and not isinstance(decay, bool)
+    if not is_number or not 0 <= decay < 1:
+        raise UsageError(f"{what} {decay!r}: expected 0 <= decay < 1, such as 0.999")
 
 
 def _check_truth(phase: Phase, where: str) -> None:

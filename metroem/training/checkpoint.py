@@ -26,6 +26,8 @@ from metroem.errors import CheckpointError
 from metroem.io.replace import replace_file
 
 STATE_VERSION = 1
+# Keys that states of earlier programs do not have.
+_ADDED = {"averages"}
 
 
 @dataclass(frozen=True)
@@ -80,9 +82,10 @@ class TrainingState:
         sums: running sums of the epoch, see `stage.py`.
         recent_bad: 1 for each bad one of the last steps, 0 for each good one.
         quarantine: names of pairs whose loss went bad.
-        net: weights.
+        net: weights, as they are without averaging.
         optimizer: state of the optimizer; None at the start of a phase.
         rng: torch's global random state, for networks that draw chance.
+        averages: see `averages.Averages`; None where weights are not averaged.
     """
 
     settings: dict[str, Any]
@@ -96,6 +99,7 @@ class TrainingState:
     net: dict[str, torch.Tensor] = field(default_factory=dict)
     optimizer: dict[str, Any] | None = None
     rng: torch.Tensor | None = None
+    averages: dict[str, Any] | None = None
 
 
 def save_state(path: Path, state: TrainingState) -> None:
@@ -125,8 +129,8 @@ def load_state(path: Path, settings: Mapping[str, Any]) -> TrainingState | None:
         raise CheckpointError(
             f"{path}: cannot be read ({error}); start anew with --restart"
         ) from error
-    names = {f.name for f in dataclasses.fields(TrainingState)}
-    if not isinstance(tree, dict) or set(tree) != names | {"version"}:
+    names = {f.name for f in dataclasses.fields(TrainingState)} | {"version"}
+    if not isinstance(tree, dict) or not names - _ADDED <= set(tree) <= names:
         raise CheckpointError(f"{path}: not a training state; give --restart")
     if tree.pop("version") != STATE_VERSION:
         raise CheckpointError(

@@ -1,6 +1,6 @@
 """What the training of one stage is asked to do."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -10,6 +10,8 @@ from metroem.errors import UsageError
 from metroem.specs.pyramid import ModuleSpec
 from metroem.specs.schedule import Phase
 from metroem.training import distributed
+
+_ADDED = ("accumulate", "ema")  # keys that phases have had since 1.0
 
 
 @dataclass(frozen=True)
@@ -23,6 +25,8 @@ class TrainingSettings:
         batch_size: pairs of a step, over all ranks; None leaves it to the phase.
         num_workers: processes that read samples, per rank.
         precision: "fp32" or "bf16" inside the network.
+        compiles: whether the network is compiled.
+        checkpoints_activations: whether they are computed again, not kept.
     """
 
     checkpoint_name: str
@@ -31,9 +35,11 @@ class TrainingSettings:
     batch_size: int | None
     num_workers: int
     precision: str
+    compiles: bool = False
+    checkpoints_activations: bool = False
 
     def batch_of(self, phase: Phase) -> int:
-        """Pairs of a step of a phase, over all ranks: at least one each.
+        """Pairs of a batch of a phase, over all ranks: at least one each.
 
         Raises:
             UsageError: the ranks cannot share them evenly.
@@ -47,6 +53,10 @@ class TrainingSettings:
                 f"{ranks}"
             )
         return size
+
+    def pairs_of_update(self, phase: Phase) -> int:
+        """Pairs of one update of the weights: those of all its batches."""
+        return self.batch_of(phase) * phase.accumulate
 
 
 @dataclass(frozen=True)
@@ -70,9 +80,22 @@ class StageJob:
     def fingerprint(self) -> dict[str, Any]:
         """What must be equal for a run to go on from a saved state."""
         return {
-            "the phases of the schedule": [repr(phase) for phase in self.phases],
+            "the phases of the schedule": [_described(phase) for phase in self.phases],
             "the pairs to train on": [ref.name for ref in self.split.training],
             "--seed": self.settings.seed,
             "--batch_size": self.settings.batch_size,
             "--precision": self.settings.precision,
         }
+
+
+def _described(phase: Phase) -> str:
+    """A phase in words, as states of earlier versions have it.
+
+    Keys that came later are named only where they are used.
+    """
+    shown = {
+        field.name: getattr(phase, field.name)
+        for field in fields(phase)
+        if field.name not in _ADDED or getattr(phase, field.name) != field.default
+    }
+    return f"Phase({', '.join(f'{name}={value!r}' for name, value in shown.items())})"

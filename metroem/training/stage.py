@@ -2,19 +2,20 @@
 
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
+from functools import partial
+from itertools import compress, islice
 
 import torch
-from torch import nn
-from torch.nn.parallel import DistributedDataParallel
+from torch import Tensor
 
-from metroem.aligner import Aligner
 from metroem.data.epoch import EpochKey, TrainingEpoch, ValidationPairs, num_steps
 from metroem.data.sample import Sample, stack_samples
 from metroem.errors import DatasetError
 from metroem.io.replace import replace_file
-from metroem.nets.checkpoint import checkpoint_path, load_weights, save_weights
-from metroem.nets.loading import load_module
+from metroem.loss import LossTerms
+from metroem.nets.checkpoint import checkpoint_path, save_weights
 from metroem.progress import progress
 from metroem.specs.pyramid import ModuleSpec
 from metroem.specs.schedule import Phase
@@ -28,15 +29,17 @@ from metroem.training.checkpoint import (
     save_state,
 )
 from metroem.training.job import StageJob
+from metroem.training.model import inner_model, load_aligner, prepared_model
 from metroem.training.objectives import levels_wanted, phase_loss, with_natural_field
+from metroem.training.optimising import PhaseOptimizer
 from metroem.training.priors import StagesBefore
 from metroem.training.step import (
     EpochReport,
     Scores,
     Step,
-    TrainingModel,
     Watch,
     first_held_out,
+    scores_of,
     train_step,
     validate,
 )
@@ -113,7 +116,7 @@ class StageTrainer:
         self.job, self.run, self.stop, self.watch = job, run, stop, watch
         self.settings = job.settings
         self.is_first_rank = distributed.rank() == 0
-        self.aligner = self._load_aligner(is_fresh=state is None)
+        self.aligner = load_aligner(job, run, is_fresh=state is None)
         self.before = StagesBefore(
             job.module.in_mip,
             job.before,
@@ -125,8 +128,8 @@ class StageTrainer:
             self.state.net = self.aligner.net.state_dict()
         else:
             self._restore(state)
-        self.model = self._wrapped()
-        self.optimizer: torch.optim.Optimizer | None = None
+        self.model = prepared_model(self.aligner, self.settings)
+        self.optimizer: PhaseOptimizer | None = None
 
     def train(self) -> None:
         """Run the phases that are left, then mark the stage as done."""
@@ -138,19 +141,25 @@ class StageTrainer:
             self._save()
 
     def _train_phase(self, phase: Phase) -> None:
-        self.optimizer = self._new_optimizer(phase)
-        if self.state.optimizer is not None:
-            self.optimizer.load_state_dict(self.state.optimizer)
-        while self.state.epoch < phase.num_epochs:
+        num_updates = phase.num_epochs * self._updates_of_epoch(phase)
+        net, state = self.aligner.net, self.state
+        self.optimizer = PhaseOptimizer(net, phase, num_updates, state)
+        while state.epoch < phase.num_epochs:
             started = time.monotonic()
-            self._train_epoch(phase)
-            epoch = self.state.epoch + 1
+            self._train_epoch(phase, self.optimizer)
+            epoch = state.epoch + 1
             if epoch % phase.print_every == 0 or epoch == phase.num_epochs:
-                self._finish_epochs(phase, time.monotonic() - started)
-            self.state.epoch, self.state.step = epoch, 0
+                with self.optimizer.best_weights():
+                    self._finish_epochs(phase, time.monotonic() - started)
+            state.epoch, state.step = epoch, 0
             self._save()
+        self.optimizer.finish()
 
-    def _train_epoch(self, phase: Phase) -> None:
+    def _updates_of_epoch(self, phase: Phase) -> int:
+        pairs = self.job.split.training
+        return num_steps(phase, len(pairs), self.settings.pairs_of_update(phase))
+
+    def _train_epoch(self, phase: Phase, optimizer: PhaseOptimizer) -> None:
         state = self.state
         key = EpochKey(
             self.settings.seed, self.job.module.stage, state.phase, state.epoch
@@ -159,54 +168,62 @@ class StageTrainer:
             self.job.split.training,
             phase,
             key,
-            batch_size=self.settings.batch_of(phase),
+            batch_size=self.settings.pairs_of_update(phase),
         )
         self.model.train()
-        size = self.settings.batch_of(phase)
-        for sample in progress(
-            self._samples(epoch, size),
+        updates = self._updates_of_epoch(phase)
+        samples = self._samples(epoch, phase)
+        for _ in progress(
+            range(state.step, updates),
             f"stage {self.job.module.stage}, epoch {state.epoch + 1}, steps",
-            total=len(epoch) // size - state.step,
+            total=updates - state.step,
             log=False,
         ):
-            # Chance within a step is a function of its place, as its sample is.
-            generator = key.generator(-1 - state.step)
-            step = self._step(phase, sample.to(self.settings.device), generator)
+            optimizer.set_rate(state.epoch * updates + state.step)
+            step, suspects = self._step(optimizer, samples, key)
             state.step += 1
-            self._note(step, sample)
+            self._note(step, suspects)
 
-    def _step(self, phase: Phase, sample: Sample, generator: torch.Generator) -> Step:
-        assert self.optimizer is not None
-        for group in self.optimizer.param_groups:
-            group["lr"] = self._rate(phase)
-        inner = getattr(self.model, "module", self.model)
-        sample = with_natural_field(self.before.with_prior(sample), inner)
-        return train_step(
-            lambda: self.model(sample, levels_wanted(phase, self.aligner.options)),
-            lambda prediction: phase_loss(
-                phase, sample, prediction, generator, self.aligner.options
-            ),
-            self.optimizer,
-            prior=sample.prior_field,
+    def _step(
+        self, optimizer: PhaseOptimizer, samples: Iterator[Sample], key: EpochKey
+    ) -> tuple[Step, list[str]]:
+        """One update, and the names of the pairs that may be why it was skipped."""
+        phase, inner = optimizer.phase, inner_model(self.model)
+        levels = levels_wanted(phase, inner.options)
+        pairs = []
+
+        def loss_of(sample: Sample) -> tuple[LossTerms, Tensor]:
+            pairs.append(sample.pair)
+            sample = self.before.with_prior(sample.to(self.settings.device))
+            sample = with_natural_field(sample, inner)
+            prediction = self.model(sample, levels)
+            # Chance within a step is a function of its place, as its samples are.
+            chance = key.generator(-1 - self.state.step)
+            terms = phase_loss(phase, sample, prediction, chance, inner.options)
+            return terms, scores_of(prediction, terms, sample.prior_field)
+
+        step = train_step(
+            (partial(loss_of, sample) for sample in islice(samples, phase.accumulate)),
+            optimizer.adam,
+            num_batches=phase.accumulate,
             stop=self.stop.code,
             max_grad_norm=phase.max_grad_norm,
+            unsynced=getattr(self.model, "no_sync", nullcontext),
         )
+        if step.taken:
+            optimizer.note_update()
+        suspects = compress(pairs, step.suspects)
+        return step, [name for pair in suspects for name in pair]
 
-    def _rate(self, phase: Phase) -> float:
-        """The learning rate of the step that comes next."""
-        pairs, size = self.job.split.training, self.settings.batch_of(phase)
-        steps = num_steps(phase, len(pairs), size)
-        done = self.state.epoch * steps + self.state.step
-        return phase.rate(done, phase.num_epochs * steps)
-
-    def _samples(self, epoch: TrainingEpoch, size: int) -> Iterator[Sample]:
-        """This rank's batches of `size` pairs in all, from the current step on."""
-        ranks = distributed.world_size()
-        share = size // ranks
+    def _samples(self, epoch: TrainingEpoch, phase: Phase) -> Iterator[Sample]:
+        """This rank's batches, from the current step on."""
+        size = self.settings.batch_of(phase)
+        share = size // distributed.world_size()
         first = distributed.rank() * share
+        done = self.state.step * self.settings.pairs_of_update(phase)
         batches = [
             list(range(start + first, start + first + share))
-            for start in range(self.state.step * size, len(epoch), size)
+            for start in range(done, len(epoch), size)
         ]
         yield from torch.utils.data.DataLoader(
             epoch,
@@ -217,7 +234,7 @@ class StageTrainer:
             generator=torch.Generator(),  # else the global one is drawn from
         )
 
-    def _note(self, step: Step, sample: Sample) -> None:
+    def _note(self, step: Step, suspects: Sequence[str]) -> None:
         """Count a step; end the run when it should."""
         state = self.state
         if step.taken:
@@ -225,7 +242,7 @@ class StageTrainer:
             sums = state.sums or [0.0] * len(values)
             state.sums = [a + b for a, b in zip(sums, values, strict=True)]
         else:
-            self._quarantine(sample if step.suspect else None)
+            self._quarantine(suspects)
         window = [*state.recent_bad, int(not step.taken)]
         state.recent_bad = window[-BAD_STEPS_LOOKED_AT:]
         if sum(state.recent_bad) > BAD_STEPS_ALLOWED * BAD_STEPS_LOOKED_AT:
@@ -236,9 +253,9 @@ class StageTrainer:
         if state.step % SAVE_EVERY_STEPS == 0:
             self._save()
 
-    def _quarantine(self, sample: Sample | None) -> None:
+    def _quarantine(self, suspects: Sequence[str]) -> None:
         """List the pairs of a bad step, those of all ranks."""
-        names = distributed.gather_names(sample.pair if sample else ())
+        names = distributed.gather_names(suspects)
         place = {"stage": self.job.module.stage, "phase": self.state.phase}
         for name in names:
             logger.warning("bad loss, step skipped: %s", name)
@@ -330,7 +347,9 @@ class StageTrainer:
     def _save(self) -> None:
         self._share_sums()
         self.state.net = self.aligner.net.state_dict()
-        self.state.optimizer = self.optimizer and self.optimizer.state_dict()
+        self.state.optimizer = self.state.averages = None
+        if self.optimizer is not None:
+            self.optimizer.note_state(self.state)
         self.state.rng = torch.get_rng_state()
         if self.is_first_rank:
             save_state(self.run.state(self.job.module.stage), self.state)
@@ -346,54 +365,3 @@ class StageTrainer:
             "stage %d: going on at phase %d, epoch %d, step %d",
             *(place[0], place[1] + 1, place[2] + 1, state.step),
         )
-
-    def _load_aligner(self, *, is_fresh: bool) -> Aligner:
-        module, name = self.job.module, self.settings.checkpoint_name
-        initial = checkpoint_path(module.weights_folder, name)
-        if is_fresh and self.is_first_rank and initial.is_file():
-            content = initial.read_bytes()
-            replace_file(self.run.weights(module.stage, "initial"), content)
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(self.settings.seed + module.stage)
-            loaded = load_module(
-                module.path, checkpoint_name=name, finetune=False, pass_field=True
-            )
-        aligner: Aligner = loaded.aligner.to(self.settings.device)  # type: ignore
-        fits = getattr(aligner.net, "fits_any_stage", False)
-        if is_fresh and fits and not initial.is_file():
-            self._take_weights_before(aligner)
-        return aligner
-
-    def _take_weights_before(self, aligner: Aligner) -> None:
-        """Start a fresh network from the stage before, if that has the same one.
-
-        Tissue looks alike at neighbouring mips: 100 steps then do what fresh
-        weights need 450 for (FIB-SEM, mips 1 and 0, 2026-11).
-        """
-        module = self.job.module
-        for before in self.job.before[-1:]:
-            weights = checkpoint_path(
-                before.weights_folder, self.settings.checkpoint_name
-            )
-            if weights.is_file() and before.spec() == module.spec():
-                load_weights(aligner.net, weights)
-                logger.info(
-                    "stage %d: no weights yet; it starts from those of stage %d",
-                    *(module.stage, before.stage),
-                )
-
-    def _wrapped(self) -> nn.Module:
-        """The model as it is called: by DDP where there are several ranks."""
-        model = TrainingModel(self.aligner, self.settings.precision)
-        if distributed.world_size() == 1:
-            return model
-        is_cuda = self.settings.device.type == "cuda"
-        return DistributedDataParallel(
-            model,
-            device_ids=[self.settings.device] if is_cuda else None,
-            # Networks from elsewhere have layers that a plain loss does not reach.
-            find_unused_parameters=True,
-        )
-
-    def _new_optimizer(self, phase: Phase) -> torch.optim.Optimizer:
-        return torch.optim.Adam(self.aligner.net.parameters(), lr=phase.lr, fused=True)

@@ -1,16 +1,18 @@
-"""One update from one batch, and what held-out pairs say of it."""
+"""One update from one or more batches, and what held-out pairs say of it."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from metroem.aligner import Aligner, Prediction
+from metroem.aligner import Prediction
 from metroem.data.epoch import ValidationPairs
 from metroem.data.sample import Sample, seeded_generator
 from metroem.loss import LossTerms
 from metroem.training.distributed import largest, rank, total, world_size
+from metroem.training.model import TrainingModel, inner_model
 from metroem.training.objectives import levels_wanted, phase_loss, with_natural_field
 from metroem.training.priors import StagesBefore
 
@@ -50,7 +52,7 @@ class Step(NamedTuple):
 
     scores: Tensor  # (7,) `Scores` of this rank's samples
     taken: bool  # False when a rank's loss or gradient was bad
-    suspect: bool  # this rank's samples may be why it was not
+    suspects: tuple[bool, ...]  # which batches of this rank may be why it was not
     stop: int  # largest stop code of all ranks
 
 
@@ -72,83 +74,59 @@ class EpochReport(NamedTuple):
 
 
 Watch = Callable[[EpochReport], None]
-
-
-class TrainingModel(nn.Module):
-    """An aligner as DDP wants it: one forward that gives all a loss needs."""
-
-    def __init__(self, aligner: Aligner, precision: str) -> None:
-        super().__init__()
-        self.net = aligner.net
-        self.options = aligner.options
-        self._predict = aligner.predict
-        self._is_bf16 = precision == "bf16"
-
-    def forward(self, sample: Sample, levels: tuple[int, ...]) -> Prediction:
-        """Field and embeddings of a batch; bf16 inside the network if asked."""
-        device = sample.src.device.type
-        with torch.autocast(device, torch.bfloat16, enabled=self._is_bf16):
-            prediction = self._predict(
-                sample.src, sample.tgt, sample.prior_field, levels=levels
-            )
-        embeddings = {
-            level: type(pair)(pair.src.float(), pair.tgt.float())
-            for level, pair in prediction.embeddings.items()
-        }
-        return prediction._replace(
-            field=prediction.field.float(), embeddings=embeddings
-        )
+# Runs the model on one batch: what is minimised, and the `Scores`, (7,).
+Batch = Callable[[], tuple[LossTerms, Tensor]]
 
 
 def train_step(
-    predict: Callable[[], Prediction],
-    loss_of: Callable[[Prediction], LossTerms],
+    batches: Iterable[Batch],
     optimizer: torch.optim.Optimizer,
     *,
-    prior: Tensor | None,
+    num_batches: int = 1,
     stop: int,
     max_grad_norm: float | None = None,
+    unsynced: Callable[[], AbstractContextManager[object]] = nullcontext,
 ) -> Step:
-    """One update from one batch; skipped on all ranks if any went bad.
+    """One update from the mean loss of batches; skipped on all ranks if any went bad.
 
-    Every rank always runs backward, since DDP waits there for the others. A
-    skipped step leaves parameters and optimizer as they were.
+    Every rank always runs every backward pass, since DDP waits there for the others.
+    A skipped step leaves parameters and optimizer as they were.
 
     Args:
-        predict: runs the model on the batch.
-        loss_of: the loss of its prediction.
+        batches: each runs the model when it is called.
         optimizer: of the model's parameters.
-        prior: prior field of the batch, for the scores.
+        num_batches: how many there are.
         stop: this rank's stop code; the largest of all ranks is returned.
         max_grad_norm: gradients are clipped to it.
+        unsynced: within it DDP leaves the gradients of each rank to themselves,
+            until the last batch averages them all.
     """
     optimizer.zero_grad(set_to_none=True)
-    prediction = predict()
-    terms = loss_of(prediction)
-    terms.total.backward()
+    bad, scores = [], []
+    for number, batch in enumerate(batches, start=1):
+        with unsynced() if number < num_batches else nullcontext():
+            terms, batch_scores = batch()
+            (terms.total / num_batches).backward()
+        bad.append(~(terms.total.detach().abs() <= BAD_LOSS))
+        scores.append(batch_scores)
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     norm = torch.nn.utils.get_total_norm(
         [p.grad for p in parameters if p.grad is not None]
     )
-    bad_loss = ~(terms.total.detach().abs() <= BAD_LOSS)
-    bad_gradient = ~torch.isfinite(norm)
-    flags = torch.stack([bad_loss, bad_gradient, bad_loss]).float()
-    flags[2] = stop
-    any_bad_loss, any_bad_gradient, stop_anywhere = largest(flags).tolist()
+    bad_losses = torch.stack(bad)
+    flags = [bad_losses.any(), ~torch.isfinite(norm), torch.full_like(norm, stop)]
+    verdict = largest(torch.stack([flag.float() for flag in flags])).tolist()
+    any_bad_loss, any_bad_gradient, stop_anywhere = verdict
     taken = not (any_bad_loss or any_bad_gradient)
-    scores = scores_of(prediction, terms, prior)
     if taken:
         if max_grad_norm is not None:
             torch.nn.utils.clip_grads_with_norm_(parameters, max_grad_norm, norm)
         optimizer.step()
-    return Step(
-        scores,
-        taken,
-        # DDP has averaged the gradients: with every loss good, whose pair it was
-        # cannot be told, and each rank names its own.
-        not taken and (bool(bad_loss) or not any_bad_loss),
-        int(stop_anywhere),
-    )
+    # DDP has averaged the gradients: with every loss good, whose pair it was cannot
+    # be told, and each rank names its own.
+    named = bad_losses if any_bad_loss else ~bad_losses
+    suspects = tuple(not taken and bool(is_bad) for is_bad in named)
+    return Step(torch.stack(scores).mean(0), taken, suspects, int(stop_anywhere))
 
 
 def scores_of(prediction: Prediction, terms: LossTerms, prior: Tensor | None) -> Tensor:
@@ -185,7 +163,7 @@ def validate(
     if not len(samples):
         return None
     phase = samples.phase
-    inner: TrainingModel = getattr(model, "module", model)  # type: ignore
+    inner = inner_model(model)
     inner.eval()
     sums = torch.zeros(len(Scores._fields), device=device)
     for index in range(rank(), len(samples), world_size()):
@@ -213,7 +191,7 @@ def first_held_out(
     """
     if not len(samples):
         return None
-    inner: TrainingModel = getattr(model, "module", model)  # type: ignore
+    inner = inner_model(model)
     inner.eval()
     with torch.no_grad():
         sample, prediction = _predict_held_out(inner, samples, 0, before, device)

@@ -11,12 +11,17 @@ from metroem.data.epoch import (
     num_steps,
     read_skipping,
 )
-from metroem.data.sample import with_defects
+from metroem.data.sample import stack_samples, with_defects
 from metroem.errors import DatasetError
 from metroem.field import compose
 from metroem.io.h5 import FieldSetMeta, Pair, write_field_set
 from metroem.masks import MaskRules
-from metroem.specs.augmentations import KnownWarp, Photometric, SkipSection
+from metroem.specs.augmentations import (
+    KnownWarp,
+    Photometric,
+    RandomTranspose,
+    SkipSection,
+)
 from metroem.specs.losses import LossSpec
 from metroem.specs.schedule import Phase
 from tests.image_sets import COLS, ROWS, one_mask, pairs_of, write_fields, write_images
@@ -45,6 +50,60 @@ def test_samples_are_crops_that_repeat_with_their_key(tmp_path):
     assert first.src.shape == (1, 1, 24, 24)
     assert torch.equal(first.src, again.src) and first.pair == again.pair
     assert not torch.equal(first.src, epoch_of(pairs, epoch=1)[3].src)
+
+
+SHAPES = {"x0_y0_z1_MIP1.h5": (40, 56), "x800_y0_z1_MIP1.h5": (20, 30)}
+
+
+@pytest.fixture
+def mixed(tmp_path):
+    """Ten pairs of one size, six of another; the second set has masks of defects."""
+    for x, (name, shape) in zip((0, 800), SHAPES.items(), strict=True):
+        count = 6 if x else 10
+        masks = [(np.ones(shape, bool),) * 2] * count if x else None
+        write_images(tmp_path, name, num_pairs=count, x=x, shape=shape, defects=masks)
+    return pairs_of(tmp_path)
+
+
+def batches_of(epoch, size):
+    return [range(start, start + size) for start in range(0, len(epoch), size)]
+
+
+@pytest.mark.parametrize("batch_size", [1, 4])
+def test_batches_of_sets_of_mixed_sizes_have_one_size_each(mixed, batch_size):
+    epoch = epoch_of(mixed, batch_size=batch_size, crop_size=24)
+    assert sorted(epoch.order) == list(range(16))  # each pair once, as ever
+    seen = []
+    for positions in batches_of(epoch, batch_size):
+        batch = stack_samples([epoch[position] for position in positions])
+        sets = {mixed[epoch.order[p]].images.path.name for p in positions}
+        small = "x800_y0_z1_MIP1.h5" in sets
+        assert batch.src.shape == (batch_size, 1, *((20, 24) if small else (24, 24)))
+        seen.append(tuple(sorted(sets)))
+    # 10 + 6 = 16 pairs in batches of 4: two batches of the first set alone, one of
+    # both, one of the second; and not in the order of sizes in every epoch.
+    assert sum(len(sets) == 2 for sets in seen) == (batch_size == 4)
+    others = [epoch_of(mixed, batch_size=batch_size, epoch=e).order for e in range(4)]
+    assert len({tuple(index < 10 for index in order) for order in others}) > 1
+    assert epoch.order == epoch_of(mixed, batch_size=batch_size, crop_size=24).order
+
+
+def test_where_some_sets_have_defects_and_others_none_a_batch_has_both(mixed):
+    epoch = epoch_of(mixed, batch_size=16, crop_size=24)
+    batch = stack_samples([epoch[position] for position in range(16)])
+    assert batch.src_defects is not None
+    masked = batch.src_defects.flatten(1).all(1)
+    assert [not bool(m) for m in masked] == [index < 10 for index in epoch.order]
+
+
+def test_a_batch_of_pairs_of_which_some_are_transposed_is_square(mixed):
+    turns = (RandomTranspose(prob=0.5),)
+    epoch = epoch_of(mixed[:10], batch_size=10, crop_size=48, augmentations=turns)
+    batch = stack_samples([epoch[position] for position in range(10)])
+    assert batch.src.shape == (10, 1, 40, 40)
+    alone = epoch_of(mixed[:10], crop_size=48, augmentations=turns)
+    shapes = {alone[position].src.shape[-2:] for position in range(10)}
+    assert shapes == {(40, 48), (48, 40)}
 
 
 @pytest.mark.parametrize(("num_samples", "batch_size"), [(20, 1), (20, 3), (3, 8)])

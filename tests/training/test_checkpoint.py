@@ -78,3 +78,17 @@ def test_lines_at_and_after_a_position_are_dropped(tmp_path):
     kept = [tuple(json.loads(line).values()) for line in path.read_text().splitlines()]
     assert kept == places[:3]
     assert path == tmp_path / ".train" / "ck" / "metrics.jsonl"
+
+
+def test_a_state_from_before_weights_were_averaged_is_read(tmp_path):
+    path = tmp_path / "s.pt"
+    save_state(path, TrainingState(SETTINGS, phase=1, net={"w": torch.arange(3.0)}))
+    tree = torch.load(path, weights_only=True)
+    del tree["averages"]
+    torch.save(tree, path)
+    found = load_state(path, SETTINGS)
+    assert found is not None and found.phase == 1 and found.averages is None
+    del tree["net"]
+    torch.save(tree, path)
+    with pytest.raises(CheckpointError, match="not a training state"):
+        load_state(path, SETTINGS)

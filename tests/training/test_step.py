@@ -1,5 +1,6 @@
 import json
 import math
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from metroem.specs.losses import LossSpec
 from metroem.specs.schedule import Phase
 from metroem.training.objectives import phase_loss
 from metroem.training.priors import StagesBefore
-from metroem.training.step import BAD_LOSS, Scores, train_step, validate
+from metroem.training.step import BAD_LOSS, Scores, scores_of, train_step, validate
 from tests.image_sets import pairs_of, write_images
 
 
@@ -30,18 +31,27 @@ class Line(nn.Module):
         return Prediction(self.weight.expand(1, 2, 3, 4), {})
 
 
+def batch_of(predict, loss_of):
+    def batch():
+        prediction = predict()
+        terms = loss_of(prediction)
+        return terms, scores_of(prediction, terms, None)
+
+    return batch
+
+
 def step(net, optimizer, factor, stop=0, **options):
     def loss_of(prediction):
         total = factor * prediction.field.mean()
         return LossTerms(total, total, 0 * total, 0 * total, math.nan * total)
 
-    return train_step(net, loss_of, optimizer, prior=None, stop=stop, **options)
+    return train_step([batch_of(net, loss_of)], optimizer, stop=stop, **options)
 
 
 def test_a_good_step_is_taken():
     net = Line()
     done = step(net, torch.optim.SGD(net.parameters(), lr=0.5), 1.0)
-    assert done.taken and not done.suspect and done.stop == 0
+    assert done.taken and done.suspects == (False,) and done.stop == 0
     assert net.weight.item() == 1.5
     scores = Scores(*done.scores.tolist())
     assert scores.loss == scores.similarity == 2 and math.isnan(scores.epe_px)
@@ -69,7 +79,8 @@ def test_the_norm_that_is_clipped_is_that_of_all_weights():
     def loss_of(prediction):
         return LossTerms(*[prediction.field.mean()] * 5)
 
-    train_step(predict, loss_of, optimizer, prior=None, stop=0, max_grad_norm=1.0)
+    batch = batch_of(predict, loss_of)
+    train_step([batch], optimizer, stop=0, max_grad_norm=1.0)
     # (3, 4) is 5 long.
     assert first.item() == pytest.approx(-0.6, rel=1e-4)
     assert second.item() == pytest.approx(-0.8, rel=1e-4)
@@ -89,11 +100,58 @@ def test_a_bad_step_leaves_the_weights_and_the_optimizer(factor):
     step(net, optimizer, 1.0)
     before = net.weight.item(), optimizer.state_dict()["state"][0]["step"].item()
     done = step(net, optimizer, factor)
-    assert not done.taken and done.suspect
+    assert not done.taken and done.suspects == (True,)
     assert before == (
         net.weight.item(),
         optimizer.state_dict()["state"][0]["step"].item(),
     )
+
+
+def times(net, factor):
+    """A batch whose loss is the weight, so many times."""
+
+    def loss_of(prediction):
+        return LossTerms(*[factor * prediction.field.mean()] * 5)
+
+    return batch_of(net, loss_of)
+
+
+def test_the_gradients_of_batches_are_averaged_into_one_update():
+    net = Line()
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.5)
+    batches = (times(net, factor) for factor in (1.0, 2.0, 6.0))
+    done = train_step(batches, optimizer, num_batches=3, stop=0)
+    assert net.weight.item() == pytest.approx(2 - 0.5 * 3)
+    assert done.taken and done.suspects == (False, False, False)
+    # Each batch saw the weight before the update.
+    assert Scores(*done.scores.tolist()).loss == pytest.approx(2 * 3)
+
+
+def test_only_the_last_batch_of_an_update_is_synchronised():
+    net, noted = Line(), []
+
+    @contextmanager
+    def unsynced():
+        noted.append("in")
+        yield
+        noted.append("out")
+
+    def batch():
+        noted.append("batch")
+        return times(net, 1.0)()
+
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.5)
+    train_step([batch] * 3, optimizer, num_batches=3, stop=0, unsynced=unsynced)
+    assert noted == ["in", "batch", "out"] * 2 + ["batch"]
+
+
+def test_a_bad_batch_skips_the_update_and_is_the_one_suspected():
+    net = Line()
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.5)
+    batches = [times(net, factor) for factor in (1.0, math.nan, 1.0)]
+    done = train_step(batches, optimizer, num_batches=3, stop=0)
+    assert not done.taken and net.weight.item() == 2.0
+    assert done.suspects == (False, True, False)
 
 
 def test_the_stop_code_is_handed_on():

@@ -1,0 +1,34 @@
+"""Activations that are computed again in the backward pass, not kept for it."""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+
+def checkpoint_activations(net: nn.Module) -> None:
+    """Let each block of a network keep what it is given, and nothing else.
+
+    Blocks are the encoder of each level and each of its steps, of which one at a time
+    is computed again. Values and gradients stay what they are, as do the names of the
+    weights.
+
+    Args:
+        net: with `level_upmodules` and `level_downmodules`.
+    """
+    for block in _blocks(net):
+        block.forward = _computed_again(block.forward)  # type: ignore[method-assign]
+
+
+def _blocks(net: nn.Module) -> Iterator[nn.Module]:
+    for part in (net.level_upmodules, net.level_downmodules):
+        for block in part.values():  # type: ignore[operator, union-attr]
+            yield from block if isinstance(block, nn.ModuleList) else (block,)
+
+
+def _computed_again(forward: Callable[..., Any]) -> Callable[..., Any]:
+    def computed(*given: Any) -> Any:
+        return checkpoint(forward, *given, use_reentrant=False)
+
+    return computed
