@@ -2,15 +2,18 @@
 
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
+from contextlib import closing
+from itertools import islice
 
 import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from metroem.aligner import Aligner
-from metroem.data.epoch import EpochKey, TrainingEpoch, ValidationPairs, num_steps
-from metroem.data.sample import Sample, stack_samples
+from metroem.data.epoch import EpochKey, ValidationPairs, num_steps
+from metroem.data.loading import PhaseSamples, read_ahead
+from metroem.data.sample import Sample
 from metroem.errors import DatasetError
 from metroem.io.replace import replace_file
 from metroem.nets.checkpoint import checkpoint_path, load_weights, save_weights
@@ -141,32 +144,29 @@ class StageTrainer:
         self.optimizer = self._new_optimizer(phase)
         if self.state.optimizer is not None:
             self.optimizer.load_state_dict(self.state.optimizer)
-        while self.state.epoch < phase.num_epochs:
-            started = time.monotonic()
-            self._train_epoch(phase)
-            epoch = self.state.epoch + 1
-            if epoch % phase.print_every == 0 or epoch == phase.num_epochs:
-                self._finish_epochs(phase, time.monotonic() - started)
-            self.state.epoch, self.state.step = epoch, 0
-            self._save()
+        with closing(self._samples(phase)) as samples:
+            while self.state.epoch < phase.num_epochs:
+                started = time.monotonic()
+                self._train_epoch(phase, samples)
+                epoch = self.state.epoch + 1
+                if epoch % phase.print_every == 0 or epoch == phase.num_epochs:
+                    self._finish_epochs(phase, time.monotonic() - started)
+                self.state.epoch, self.state.step = epoch, 0
+                self._save()
 
-    def _train_epoch(self, phase: Phase) -> None:
-        state = self.state
-        key = EpochKey(
-            self.settings.seed, self.job.module.stage, state.phase, state.epoch
-        )
-        epoch = TrainingEpoch(
-            self.job.split.training,
-            phase,
-            key,
-            batch_size=self.settings.batch_of(phase),
-        )
-        self.model.train()
+    def _key(self) -> EpochKey:
+        seed, stage = self.settings.seed, self.job.module.stage
+        return EpochKey(seed, stage, self.state.phase, self.state.epoch)
+
+    def _train_epoch(self, phase: Phase, samples: Iterator[Sample]) -> None:
+        state, key = self.state, self._key()
         size = self.settings.batch_of(phase)
+        left = num_steps(phase, len(self.job.split.training), size) - state.step
+        self.model.train()
         for sample in progress(
-            self._samples(epoch, size),
+            islice(samples, left),
             f"stage {self.job.module.stage}, epoch {state.epoch + 1}, steps",
-            total=len(epoch) // size - state.step,
+            total=left,
             log=False,
         ):
             # Chance within a step is a function of its place, as its sample is.
@@ -199,22 +199,20 @@ class StageTrainer:
         done = self.state.epoch * steps + self.state.step
         return phase.rate(done, phase.num_epochs * steps)
 
-    def _samples(self, epoch: TrainingEpoch, size: int) -> Iterator[Sample]:
-        """This rank's batches of `size` pairs in all, from the current step on."""
+    def _samples(self, phase: Phase) -> Generator[Sample, None, None]:
+        """This rank's share of the batches of a phase, from the current step on."""
+        samples = PhaseSamples(
+            self.job.split.training,
+            phase,
+            self._key(),
+            batch_size=self.settings.batch_of(phase),
+        )
         ranks = distributed.world_size()
-        share = size // ranks
-        first = distributed.rank() * share
-        batches = [
-            list(range(start + first, start + first + share))
-            for start in range(self.state.step * size, len(epoch), size)
-        ]
-        yield from torch.utils.data.DataLoader(
-            epoch,
-            batch_sampler=batches,
-            collate_fn=stack_samples,
+        return read_ahead(
+            samples,
+            samples.batches(self.state.step, rank=distributed.rank(), ranks=ranks),
             num_workers=self.settings.num_workers,
             pin_memory=self.settings.device.type == "cuda",
-            generator=torch.Generator(),  # else the global one is drawn from
         )
 
     def _note(self, step: Step, sample: Sample) -> None:
