@@ -27,7 +27,22 @@ def build_parser() -> argparse.ArgumentParser:
     parser = cli.parser(__doc__)
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(dest="command", required=True)
+    _add_pyramids(commands)
+    _add_looks(commands)
+    _add_points(commands)
+    _add_export(commands)
+    demo = _command(commands, "demo", "the main job on made sections", _demo)
+    demo.add_argument(
+        "--folder",
+        type=Path,
+        default=Path("demo"),
+        help="where everything goes; what an earlier demo left there is removed",
+    )
+    return parser
 
+
+def _add_pyramids(commands) -> None:
+    """The two commands that a pyramid comes from."""
     init = _command(commands, "init", "write untrained modules", _init)
     init.add_argument("pyramid", type=Path, help="directory to make")
     init.add_argument(
@@ -46,6 +61,9 @@ def build_parser() -> argparse.ArgumentParser:
     fetch.add_argument("source", help="gs://, s3://, https:// or local path")
     fetch.add_argument("pyramid", type=Path, help="directory to copy into")
 
+
+def _add_looks(commands) -> None:
+    """The two commands that say what is there and what it is worth."""
     inspect = _command(commands, "inspect", "list and check a data set", _inspect)
     inspect.add_argument("dataset", type=Path, help="folder of h5 files")
     inspect.add_argument("--pyramid_path", type=Path, help="check prior fields for it")
@@ -62,18 +80,6 @@ def build_parser() -> argparse.ArgumentParser:
     add("--report", type=Path, help="HTML file to look at all pairs in")
     add("--known_warps", action="store_true", help="warp sections by known fields too")
     add("--no_finetune", action="store_true", help="the networks alone")
-
-    _add_points(commands)
-    _add_export(commands)
-
-    demo = _command(commands, "demo", "the main job on made sections", _demo)
-    demo.add_argument(
-        "--folder",
-        type=Path,
-        default=Path("demo"),
-        help="where everything goes; what an earlier demo left there is removed",
-    )
-    return parser
 
 
 def _add_export(commands) -> None:

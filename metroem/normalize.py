@@ -38,6 +38,8 @@ def tissue_statistics(image: Tensor) -> GreyStatistics | None:
     Returns:
         The statistics, or None where there is no tissue or no contrast.
     """
+    if image.dtype == torch.uint8:
+        return _statistics_of_levels(image)
     is_tissue = (image != 0) & torch.isfinite(image)
     # Picking pixels takes longer than all the rest: mostly there is nothing to pick.
     tissue = image.flatten() if bool(is_tissue.all()) else image[is_tissue]
@@ -63,6 +65,11 @@ def normalize(image: Tensor, statistics: GreyStatistics | None = None) -> Tensor
     statistics = statistics or tissue_statistics(image)
     if statistics is None:
         return torch.zeros_like(image, dtype=torch.float32)
+    if image.dtype == torch.uint8:
+        # Each grey level once, not each pixel.
+        levels = torch.arange(256, dtype=torch.float32, device=image.device)
+        greys = normalize(levels, statistics)
+        return greys.index_select(0, image.flatten().int()).view(image.shape)
     grey = ((image.double() - statistics.mean) / statistics.std).float()
     return keep_no_data(grey.clamp(min=DARKEST), image)
 
@@ -126,6 +133,18 @@ def coarsen_image(image: Tensor, levels: int) -> Tensor:
         )
         image = torch.where(share >= 0.5, image / share.clamp(min=0.5), 0.0)
     return image
+
+
+def _statistics_of_levels(image: Tensor) -> GreyStatistics | None:
+    """`tissue_statistics` of uint8, by how often each grey level comes."""
+    counts = torch.bincount(image.flatten(), minlength=256).double()
+    counts[0] = 0  # no data
+    if (num_pixels := float(counts.sum())) < 2:
+        return None
+    levels = torch.arange(256, dtype=torch.float64, device=image.device)
+    mean = float((counts * levels).sum()) / num_pixels
+    variance = float((counts * (levels - mean) ** 2).sum()) / num_pixels
+    return GreyStatistics(mean, variance**0.5) if variance > 0 else None
 
 
 def _looks_raw(images: Sequence[Tensor]) -> bool:

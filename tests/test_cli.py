@@ -60,29 +60,57 @@ def test_the_log_goes_to_a_file_too(tmp_path, package_log):
     assert (tmp_path / "made" / "run.log").read_text().endswith(" epoch 1\n")
 
 
-@pytest.mark.parametrize(
-    "script", ["train.py", "download_image.py", "download_field.py", "-m metroem"]
-)
-def test_help_comes_without_torch(script):
-    program = (
-        "import runpy, sys; sys.argv = ['x', '--help']\n"
-        "try: RUN\nexcept SystemExit: pass\n"
-        "assert 'torch' not in sys.modules, 'torch was imported'"
-    )
-    run = (
-        "runpy.run_module('metroem', run_name='__main__')"
-        if script == "-m metroem"
-        else f"runpy.run_path({str(ROOT / script)!r}, run_name='__main__')"
+SCRIPTS = ["train.py", "download_image.py", "download_field.py"]
+COMMANDS = [*("init", "fetch", "inspect", "create-spec", "make-dataset", "evaluate")]
+COMMANDS += ["export-fields", "demo"]
+
+
+def loaded_by(program):
+    """Which of the slow packages a program loads, though it exits, and its output."""
+    check = (
+        "import atexit, runpy, sys\n"
+        "slow = ('torch', 'numpy', 'h5py', 'cloudvolume', 'scipy', 'boto3')\n"
+        "found = lambda: [name for name in slow if name in sys.modules]\n"
+        "atexit.register(lambda: print('loaded', found()))"
     )
     done = subprocess.run(
-        [sys.executable, "-c", program.replace("RUN", run)],
+        [sys.executable, "-c", f"{check}\n{program}"],
         capture_output=True,
         text=True,
         cwd=ROOT,
         env={**os.environ, "PYTHONPATH": str(ROOT)},
     )
-    assert done.returncode == 0, done.stderr
-    assert "usage:" in done.stdout
+    *output, loaded = done.stdout.splitlines()
+    return done.returncode, loaded, "\n".join(output) + done.stderr
+
+
+def running(words):
+    """A program that runs a command line: a script of ours, or `-m metroem ...`."""
+    run = f"runpy.run_path({words[0]!r}, run_name='__main__')"
+    if words[0] == "-m":
+        run = "runpy.run_module('metroem', run_name='__main__')"
+    return f"sys.argv = {['x', *words[2 if words[0] == '-m' else 1 :]]}\n{run}"
+
+
+def test_import_metroem_loads_nothing_slow():
+    assert loaded_by("import metroem")[:2] == (0, "loaded []")
+
+
+@pytest.mark.parametrize(
+    "words",
+    [[script] for script in SCRIPTS]
+    + [["-m", "metroem"], *(["-m", "metroem", command] for command in COMMANDS)],
+    ids=lambda words: words[-1],
+)
+def test_help_comes_without_anything_slow(words):
+    code, loaded, output = loaded_by(running([*words, "--help"]))
+    assert (code, loaded) == (0, "loaded []") and "usage:" in output
+
+
+@pytest.mark.parametrize("script", [*SCRIPTS, "-m"])
+def test_usage_errors_come_without_anything_slow(script):
+    code, loaded, output = loaded_by(running([script, "--no_such_flag"]))
+    assert (code, loaded) == (2, "loaded []") and "usage:" in output
 
 
 def test_the_version_is_printed(capsys):

@@ -47,6 +47,16 @@ def test_uint8_is_taken_as_it_is():
     assert normalize(image).tolist() == [[0.0, -1.0, 1.0]]
 
 
+def test_uint8_gives_what_the_same_floats_give():
+    chance = torch.Generator().manual_seed(0)
+    image = torch.randint(0, 256, (3, 17, 29), generator=chance, dtype=torch.uint8)
+    # A rounding of the standard deviation, 1e-15 of it, may turn a last bit.
+    torch.testing.assert_close(
+        normalize(image), normalize(image.float()), rtol=2e-7, atol=0
+    )
+    assert normalize(torch.full((4, 5), 9, dtype=torch.uint8)).count_nonzero() == 0
+
+
 def test_coarsening_averages_tissue_alone():
     image = torch.tensor([[4.0, 8, 0, 0, 6], [0, 0, 0, 2, 6]])[None, None]
     assert coarsen_image(image, 1).tolist() == [[[[6.0, 0.0, 6.0]]]]

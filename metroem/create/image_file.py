@@ -215,9 +215,10 @@ class ImageFile:
 
     def _image(self, store: PartStore, z: int, window: Grid) -> np.ndarray:
         raw = cut(store.load(f"image-{z}"), self.windows[z], window)
-        image = raw.astype(np.float32)
         if not self.request.normalize:
-            return image
+            return raw.astype(np.float32)
+        # A copy, since a part cannot be written to; as it is stored if 8 bit will do.
+        image = np.array(raw, np.uint8 if raw.dtype == np.uint8 else np.float32)
         statistics = None
         if self.reference is not None:
             mean, std = store.load(f"statistics-{z}").tolist()

@@ -5,6 +5,7 @@ the checksums, synced and renamed, so nobody ever finds half of one.
 """
 
 import glob
+import itertools
 import json
 import os
 import zlib
@@ -16,6 +17,7 @@ from typing import Any
 
 import h5py
 import numpy as np
+from numpy.typing import DTypeLike
 
 from metroem.errors import DatasetError, FieldError
 from metroem.grid import Grid
@@ -165,7 +167,8 @@ def write_image_set(
 
     Args:
         path: where; a file of this name is replaced when the new one is whole.
-        pairs: as many as `meta.frames`, each image (H, W) float32.
+        pairs: as many as `meta.frames`, each image (H, W) float32. One that the pair
+            before had too, the same array, is compressed once: leave it unchanged.
         meta: what the file says about itself.
         defects: masks of the pairs, as many, each (H, W) bool, True on
             defects; None: not known.
@@ -182,19 +185,53 @@ def write_image_set(
             compression="lzf",
         )
         blank = file.create_dataset("blank", (len(meta.frames), 2), np.float32)
+        checksums = np.zeros(len(meta.frames), np.uint32)
+        before: tuple[np.ndarray, ...] = ()
         for index, pair in _counted(path, pairs, len(meta.frames)):
             for side, image in enumerate(pair):
                 _check_shape(path, index, image.shape, meta.shape)
-                images[index, side] = image
-                blank[index, side] = np.mean(image == 0)
+                written = [i for i, other in enumerate(before) if other is image]
+                if written:
+                    _copy_chunks(images, (index - 1, written[0]), (index, side))
+                    blank[index, side] = blank[index - 1, written[0]]
+                else:
+                    images[index, side] = image
+                    zeros = image.size - np.count_nonzero(image)
+                    blank[index, side] = zeros / image.size
+                checksums[index] = _crc(image, np.float32, checksums[index])
+            before = pair
         if defects is not None:
-            _write_masks(file, path, defects, meta)
+            _write_masks(file, path, defects, meta, checksums)
+        file["checksum"] = checksums
         _describe(file, meta, moved=True)
 
 
-def _write_masks(
-    file: h5py.File, path: Path, defects: Iterable[Pair], meta: ImageSetMeta
+def _copy_chunks(
+    images: h5py.Dataset, source: tuple[int, int], target: tuple[int, int]
 ) -> None:
+    """Copy one side of a pair to another place, compressed as it is."""
+    rows, cols = (
+        range(0, size, step)
+        for size, step in zip(images.shape[-2:], images.chunks[-2:], strict=True)
+    )
+    for place in itertools.product(rows, cols):
+        mask, stored = images.id.read_direct_chunk((*source, *place))
+        images.id.write_direct_chunk((*target, *place), stored, mask)
+
+
+def _crc(array: np.ndarray, dtype: DTypeLike, before: int) -> int:
+    """CRC-32 of an array as it is stored, after what came before."""
+    return zlib.crc32(np.ascontiguousarray(array, dtype).data, int(before))
+
+
+def _write_masks(
+    file: h5py.File,
+    path: Path,
+    defects: Iterable[Pair],
+    meta: ImageSetMeta,
+    checksums: np.ndarray,
+) -> None:
+    """Write the masks, and go on with the checksums of the pairs."""
     masks = file.create_dataset(
         DEFECTS_KEY,
         (len(meta.frames), 2, *meta.shape),
@@ -206,6 +243,7 @@ def _write_masks(
         for side, mask in enumerate(pair):
             _check_shape(path, index, mask.shape, meta.shape)
             masks[index, side] = mask
+            checksums[index] = _crc(mask, np.uint8, checksums[index])
 
 
 def write_field_set(
@@ -272,7 +310,10 @@ def verify(path: Path) -> list[str]:
 
 @contextmanager
 def _replacing(path: Path) -> Iterator[h5py.File]:
-    """An h5 file to fill, which takes its name when all went well."""
+    """An h5 file to fill, which takes its name when all went well.
+
+    Checksums are added unless they are in it already.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.tmp-{os.getpid()}")
     try:
@@ -280,8 +321,10 @@ def _replacing(path: Path) -> Iterator[h5py.File]:
             yield file
         # After closing, since scaleoffset rounds when a chunk is written out.
         with h5py.File(partial, "r+") as file:
-            checksums = [_checksum(file, index) for index in range(len(_main(file)))]
-            file["checksum"] = np.array(checksums, np.uint32)
+            if "checksum" not in file:
+                pairs = range(len(_main(file)))
+                checksums = [_checksum(file, index) for index in pairs]
+                file["checksum"] = np.array(checksums, np.uint32)
         with partial.open("rb") as raw:
             os.fsync(raw.fileno())
         os.replace(partial, path)

@@ -2,16 +2,17 @@
 
 import logging
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import closing, nullcontext
 from functools import partial
 from itertools import compress, islice
 
 import torch
 from torch import Tensor
 
-from metroem.data.epoch import EpochKey, TrainingEpoch, ValidationPairs, num_steps
-from metroem.data.sample import Sample, stack_samples
+from metroem.data.epoch import EpochKey, ValidationPairs, num_steps
+from metroem.data.loading import PhaseSamples, read_ahead
+from metroem.data.sample import Sample
 from metroem.errors import DatasetError
 from metroem.io.replace import replace_file
 from metroem.loss import LossTerms
@@ -141,38 +142,36 @@ class StageTrainer:
             self._save()
 
     def _train_phase(self, phase: Phase) -> None:
-        num_updates = phase.num_epochs * self._updates_of_epoch(phase)
-        net, state = self.aligner.net, self.state
-        self.optimizer = PhaseOptimizer(net, phase, num_updates, state)
-        while state.epoch < phase.num_epochs:
-            started = time.monotonic()
-            self._train_epoch(phase, self.optimizer)
-            epoch = state.epoch + 1
-            if epoch % phase.print_every == 0 or epoch == phase.num_epochs:
-                with self.optimizer.best_weights():
-                    self._finish_epochs(phase, time.monotonic() - started)
-            state.epoch, state.step = epoch, 0
-            self._save()
+        state, num_updates = self.state, self._updates_of_epoch(phase)
+        self.optimizer = PhaseOptimizer(
+            self.aligner.net, phase, phase.num_epochs * num_updates, state
+        )
+        with closing(self._samples(phase)) as samples:
+            while state.epoch < phase.num_epochs:
+                started = time.monotonic()
+                self._train_epoch(self.optimizer, samples)
+                epoch = state.epoch + 1
+                if epoch % phase.print_every == 0 or epoch == phase.num_epochs:
+                    with self.optimizer.best_weights():
+                        self._finish_epochs(phase, time.monotonic() - started)
+                state.epoch, state.step = epoch, 0
+                self._save()
         self.optimizer.finish()
 
     def _updates_of_epoch(self, phase: Phase) -> int:
         pairs = self.job.split.training
         return num_steps(phase, len(pairs), self.settings.pairs_of_update(phase))
 
-    def _train_epoch(self, phase: Phase, optimizer: PhaseOptimizer) -> None:
-        state = self.state
-        key = EpochKey(
-            self.settings.seed, self.job.module.stage, state.phase, state.epoch
-        )
-        epoch = TrainingEpoch(
-            self.job.split.training,
-            phase,
-            key,
-            batch_size=self.settings.pairs_of_update(phase),
-        )
+    def _key(self) -> EpochKey:
+        seed, stage = self.settings.seed, self.job.module.stage
+        return EpochKey(seed, stage, self.state.phase, self.state.epoch)
+
+    def _train_epoch(
+        self, optimizer: PhaseOptimizer, samples: Iterator[Sample]
+    ) -> None:
+        state, key = self.state, self._key()
+        updates = self._updates_of_epoch(optimizer.phase)
         self.model.train()
-        updates = self._updates_of_epoch(phase)
-        samples = self._samples(epoch, phase)
         for _ in progress(
             range(state.step, updates),
             f"stage {self.job.module.stage}, epoch {state.epoch + 1}, steps",
@@ -215,23 +214,22 @@ class StageTrainer:
         suspects = compress(pairs, step.suspects)
         return step, [name for pair in suspects for name in pair]
 
-    def _samples(self, epoch: TrainingEpoch, phase: Phase) -> Iterator[Sample]:
-        """This rank's batches, from the current step on."""
-        size = self.settings.batch_of(phase)
-        share = size // distributed.world_size()
-        first = distributed.rank() * share
-        done = self.state.step * self.settings.pairs_of_update(phase)
-        batches = [
-            list(range(start + first, start + first + share))
-            for start in range(done, len(epoch), size)
-        ]
-        yield from torch.utils.data.DataLoader(
-            epoch,
-            batch_sampler=batches,
-            collate_fn=stack_samples,
+    def _samples(self, phase: Phase) -> Generator[Sample, None, None]:
+        """This rank's share of the batches of a phase, from the current step on."""
+        samples = PhaseSamples(
+            self.job.split.training,
+            phase,
+            self._key(),
+            update_size=self.settings.pairs_of_update(phase),
+        )
+        size, ranks = self.settings.batch_of(phase), distributed.world_size()
+        return read_ahead(
+            samples,
+            samples.batches(
+                self.state.step, size, rank=distributed.rank(), ranks=ranks
+            ),
             num_workers=self.settings.num_workers,
             pin_memory=self.settings.device.type == "cuda",
-            generator=torch.Generator(),  # else the global one is drawn from
         )
 
     def _note(self, step: Step, suspects: Sequence[str]) -> None:

@@ -213,6 +213,25 @@ def test_a_changed_byte_is_found(image_path):
     ]
 
 
+def test_a_section_that_two_pairs_share_is_in_both(tmp_path):
+    # More than a chunk of 512 px along one axis, less along the other.
+    rows, cols = 530, 37
+    sections = np.random.default_rng(0).normal(size=(4, rows, cols)).astype(np.float32)
+    sections[1, :, :9] = 0
+    one = sections[2]
+    pairs = [Pair(one, sections[1]), Pair(sections[3], one), Pair(one, one)]
+    grid = Grid(1, 0, 0, rows, cols)
+    meta = ImageSetMeta([PairFrame(grid, (i + 1, i)) for i in range(3)], "", "", {})
+    path = tmp_path / "x0_y0_z1_MIP1.h5"
+    write_image_set(path, pairs, meta)
+
+    assert verify(path) == []
+    with h5py.File(path) as file:
+        np.testing.assert_array_equal(file["img"], np.array(pairs))
+        blank = np.float32([[0, 9 / cols], [0, 0], [0, 0]])
+        np.testing.assert_array_equal(file["blank"], blank)
+
+
 def test_checksums_hold_for_rounded_fields(tmp_path):
     path = tmp_path / "field_0_x100_y-40_z7_MIP2_ck.h5"
     write_fields(path, sides=(2,))
