@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from metroem.field_search import FieldLoss, FinetuneOptions
+from metroem.field_loss import FieldLoss, FinetuneOptions
 from metroem.finetuner import normalize_jointly, optimize_pre_post_ups
 from metroem.masks import PairMaps, weigh
 from metroem.specs.schedule import parse_mask_rules
