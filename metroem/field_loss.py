@@ -26,6 +26,8 @@ _PAD = 2
 # Rows of 512 px and 9 maps at which a CPU is fastest: 16 and 64 take 1.1 times as
 # long, all rows at once 1.5 times (2026-11).
 _BLOCK_PX = 32 * 512
+# Rigidity needs fewer maps at a time.
+_RIGIDITY_BLOCK_PX = 4 * _BLOCK_PX
 
 
 @dataclass(frozen=True)
@@ -128,7 +130,7 @@ class FieldLoss:
         weights = self._tgt_weights
         if self._moving:
             weights = torch.empty_like(weights)
-        for block in _blocks(field):
+        for block in _blocks(field, _BLOCK_PX):
             samples, rows = block
             sampled, d_cols, d_rows = self._read(field, block)
             if self._moving:
@@ -239,13 +241,13 @@ def _places(like: Tensor) -> Tensor:
     return torch.stack([col, row])[None]
 
 
-def _blocks(field: Tensor) -> Iterator[tuple[slice, slice]]:
+def _blocks(field: Tensor, size_px: int) -> Iterator[tuple[slice, slice]]:
     """Samples and rows that are worked on at a time."""
     batch, _, rows, cols = field.shape
     if field.device.type != "cpu":
         yield slice(0, batch), slice(0, rows)
         return
-    height = max(_BLOCK_PX // cols, 1)
+    height = max(size_px // cols, 1)
     for sample in range(batch):
         for row in range(0, rows, height):
             yield slice(sample, sample + 1), slice(row, min(row + height, rows))
@@ -263,7 +265,7 @@ def _rigidity(field: Tensor, share: Tensor) -> tuple[Tensor, Tensor]:
     """
     value = field.new_zeros(field.shape[0])
     gradient = torch.zeros_like(field)
-    for samples, rows in _blocks(field):
+    for samples, rows in _blocks(field, _RIGIDITY_BLOCK_PX):
         for d_cols, d_rows in _SPRINGS:
             near, far = _ends(field.shape[-2:], rows, (d_cols, d_rows))
             near, far = (samples, *near), (samples, *far)
