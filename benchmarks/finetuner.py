@@ -65,7 +65,9 @@ def loss_of(pair: dict[str, Tensor], field: Tensor) -> float:
         PairWeight(
             *(
                 side.double()
-                for side in weigh(parse_mask_rules(finetuner_pair.RULES[key], key), maps)
+                for side in weigh(
+                    parse_mask_rules(finetuner_pair.RULES[key], key), maps
+                )
             )
         )
         for key in ("mse_keys_to_apply", "sm_keys_to_apply")
@@ -74,7 +76,7 @@ def loss_of(pair: dict[str, Tensor], field: Tensor) -> float:
         smoothness=finetuner_pair.CALL["sm"], border=finetuner_pair.CALL["crop"], l2=0.0
     )
     features = pair["src"].double(), pair["tgt"].double()
-    loss = FieldLoss(features, (similarity, smoothness), options)
+    loss = FieldLoss(features, weights, options)
     return float(loss.with_gradient(field.double())[0])
 
 

@@ -48,6 +48,9 @@ class FinetuneOptions:
             those coarser pixels. Detail of the field itself stays.
         weight_decay: of the field, as torch.optim.Adam has it.
         momentum: None for Adam; a number for gradient descent with it.
+        levels: the search begins so many levels coarser, with a share of the steps at
+            each level and a rate that falls to 0 (see `finetune_field`). 0 searches
+            at full size alone, as the original does.
     """
 
     smoothness: float = 30.0
@@ -61,6 +64,7 @@ class FinetuneOptions:
     coarseness: int = 0
     weight_decay: float = 0.0
     momentum: float | None = None
+    levels: int = 0
 
 
 class FieldLoss:
@@ -146,7 +150,7 @@ class FieldLoss:
             d_rows *= weighted
             gradient[samples, 0, rows] = d_cols.sum(0)
             gradient[samples, 1, rows] = d_rows.sum(0)
-            value[samples] += weighted.mul_(difference).sum((0, 2, 3))
+            value[samples] += _dot(weighted.transpose(0, 1), difference.transpose(0, 1))
         return value, gradient, weights
 
     def _read(
@@ -198,8 +202,9 @@ class FieldLoss:
         row -= top
         index = left.to(torch.int32).add_(top.to(torch.int32), alpha=width)
         if samples.start or samples.stop > 1:
-            sample = torch.arange(samples.start, samples.stop, dtype=torch.int32)
-            first = sample.to(field.device) * (height * width)
+            first = torch.arange(
+                samples.start, samples.stop, dtype=torch.int32, device=field.device
+            ).mul_(height * width)
             index += first[:, None, None]
         return index.flatten(), col, row
 
@@ -216,6 +221,11 @@ def inside_border(weight: Tensor, border: int) -> Tensor:
 def _over(values: Tensor) -> Tensor:
     """(B,) -> (B, 1, 1, 1)."""
     return values.view(-1, 1, 1, 1)
+
+
+def _dot(a: Tensor, b: Tensor) -> Tensor:
+    """(B, C, h, w) twice -> (B,)."""
+    return torch.linalg.vecdot(a.flatten(1), b.flatten(1))
 
 
 def _table(src: Tensor, weights: Tensor | None) -> Tensor:
@@ -275,12 +285,14 @@ def _rigidity(field: Tensor, share: Tensor) -> tuple[Tensor, Tensor]:
                 cols_part += d_cols
             if d_rows:
                 rows_part += d_rows
-            length = (cols_part * cols_part).addcmul_(rows_part, rows_part)
-            length = length.sqrt_().clamp_(min=1e-6)
-            stretch = length - (d_cols**2 + d_rows**2) ** 0.5
-            weighted = (share[near] + share[far]).mul_(stretch)
-            value[samples] += (weighted * stretch).sum((1, 2, 3))
-            spring *= weighted.div_(length)
+            square = (cols_part * cols_part).addcmul_(rows_part, rows_part)
+            square.clamp_(min=1e-12)
+            rest = (d_cols**2 + d_rows**2) ** 0.5
+            # Change of length, as a share of the length.
+            change = torch.rsub(square.rsqrt(), 1, alpha=rest)
+            weighted = (share[near] + share[far]).mul_(change)
+            spring *= weighted
+            value[samples] += _dot(weighted, square.mul_(change))
             gradient[far] += spring
             gradient[near] -= spring
     return value, gradient
