@@ -62,15 +62,12 @@ def loss_of(pair: dict[str, Tensor], field: Tensor) -> float:
         *(pair[f"{side}_defects"][None] != 0 for side in ("src", "tgt")),
     )
     similarity, smoothness = (
-        PairWeight(
-            *(
-                side.double()
-                for side in weigh(
-                    parse_mask_rules(finetuner_pair.RULES[key], key), maps
-                )
-            )
-        )
+        weigh(parse_mask_rules(finetuner_pair.RULES[key], key), maps)
         for key in ("mse_keys_to_apply", "sm_keys_to_apply")
+    )
+    weights = (
+        PairWeight(similarity.src.double(), similarity.tgt.double()),
+        PairWeight(smoothness.src.double(), smoothness.tgt.double()),
     )
     options = FinetuneOptions(
         smoothness=finetuner_pair.CALL["sm"], border=finetuner_pair.CALL["crop"], l2=0.0
