@@ -48,9 +48,6 @@ class FinetuneOptions:
             those coarser pixels. Detail of the field itself stays.
         weight_decay: of the field, as torch.optim.Adam has it.
         momentum: None for Adam; a number for gradient descent with it.
-        levels: the search begins so many levels coarser, with a share of the steps at
-            each level and a rate that falls to 0 (see `finetune_field`). 0 searches
-            at full size alone, as the original does.
     """
 
     smoothness: float = 30.0
@@ -64,7 +61,6 @@ class FinetuneOptions:
     coarseness: int = 0
     weight_decay: float = 0.0
     momentum: float | None = None
-    levels: int = 0
 
 
 class FieldLoss:

@@ -71,13 +71,12 @@ class Search:
         torch.where(_over(better), self.field, self.best_field, out=self.best_field)
         self.stale = torch.where(better, 0.0, self.stale + 1)
 
-    def step(self, loss: Tensor, gradient: Tensor, pace: float = 1.0) -> None:
+    def step(self, loss: Tensor, gradient: Tensor) -> None:
         """Judge the fields by their loss, (B,), and move them downhill.
 
         Args:
             loss: of `field`, (B,).
             gradient: of it, (B, 2, H, W); written over.
-            pace: factor of the rate of this step.
         """
         self.judge(loss)
         stuck = (self.stale > self.options.patience) & ~self.finished
@@ -92,7 +91,7 @@ class Search:
         gradient.mul_(_over(scale))
         if self.options.weight_decay:
             gradient += self.options.weight_decay * (self.start + self.field)
-        rate = torch.where(self.finished, 0.0, pace * self.rate)
+        rate = torch.where(self.finished, 0.0, self.rate)
         if self.options.momentum is not None:
             self._mean.mul_(self.options.momentum * kept).add_(gradient)
             self.field.sub_(torch.mul(self._mean, _over(rate), out=self._spare))

@@ -10,12 +10,9 @@ rates are kept.
 
 import json
 import logging
-import math
-from dataclasses import replace
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from metroem.errors import FieldError, UsageError
@@ -30,14 +27,6 @@ logger = logging.getLogger(__name__)
 # How many steps pass between looks at whether all samples are done: a look
 # makes the host wait for a GPU.
 _LOOK_EVERY = 25
-# Of the steps that a search may make, a search that begins coarser makes one in so many
-# at full size, and at each coarser level: 108 steps at full size cost as much as its
-# 75 + 3 * 100, and their loss is below that of 300 of them (2026-11).
-_FULL_SIZE_SHARE = 4
-_COARSE_SHARE = 3
-_LEVELS = 3
-# No level has fewer pixels along a side.
-_LEAST = 32
 
 
 def finetune_field(
@@ -49,9 +38,6 @@ def finetune_field(
     options: FinetuneOptions,
 ) -> Finetuned:
     """Improve a field on the features of its pair.
-
-    With `options.levels` the search begins coarser: long displacements are found where
-    steps cost little, and what is left for full size takes a quarter of the steps.
 
     Args:
         src: (B, C, H, W) features as they are compared (normalised, without
@@ -74,84 +60,27 @@ def finetune_field(
             f"features of {tuple(src.shape)} and {tuple(tgt.shape)} and a field of "
             f"{tuple(field.shape)}: sizes must be equal"
         )
-    features = src.detach(), tgt.detach()
-    weights = similarity_weight, smoothness_weight
+    features, weights = (
+        (src.detach(), tgt.detach()),
+        (similarity_weight, smoothness_weight),
+    )
     loss = FieldLoss(features, weights, options)
     start = field.detach().float()
     loss_before, _ = loss.with_gradient(start)
-    levels = _levels_for(start, options)
-    begin = start
-    for level in range(levels, 0, -1):
-        begin = _coarser(features, begin, weights, options, level)
-    num_iter = options.num_iter
-    if levels:
-        better = loss.with_gradient(begin)[0] < loss_before
-        begin = torch.where(better.view(-1, 1, 1, 1), begin, start)
-        num_iter = math.ceil(num_iter / _FULL_SIZE_SHARE)
-    search, steps = _search(loss, begin, num_iter, falling=levels > 0)
-    with torch.no_grad():
-        found = begin + _at_size_of(start, search.best_field, options)
-        better = search.best_loss < loss_before
-        found = torch.where(better.view(-1, 1, 1, 1), found, start)
-        loss_after = torch.where(better, search.best_loss, loss_before)
-    return Finetuned(found, loss_before, loss_after, steps)
-
-
-def _levels_for(field: Tensor, options: FinetuneOptions) -> int:
-    """How many levels coarser the search begins: none on images too small for it."""
-    smallest = min(field.shape[-2:])
-    return max(n for n in range(options.levels + 1) if not n or smallest >> n >= _LEAST)
-
-
-def _coarser(
-    features: tuple[Tensor, Tensor],
-    field: Tensor,
-    weights: tuple[PairWeight, PairWeight],
-    options: FinetuneOptions,
-    level: int,
-) -> Tensor:
-    """A field with the best change that is found at a level."""
-
-    def mean(values: Tensor) -> Tensor:
-        size = 2**level
-        return F.avg_pool2d(values, size, ceil_mode=True, count_include_pad=False)
-
-    # Rigidity is of stretches, which are equal at all levels, and so is its factor.
-    border = math.ceil(options.border / 2**level)
-    loss = FieldLoss(
-        (mean(features[0]), mean(features[1])),
-        tuple(PairWeight(mean(w.src), mean(w.tgt)) for w in weights),  # type: ignore
-        replace(options, border=border),
-    )
-    num_iter = math.ceil(options.num_iter / _COARSE_SHARE)
-    start = downsample_field(field, level)
-    search, _ = _search(loss, start, num_iter, falling=True)
-    rows, cols = field.shape[-2:]
-    return field + upsample_field(search.best_field, level)[..., :rows, :cols]
-
-
-def _search(
-    loss: FieldLoss, start: Tensor, num_iter: int, *, falling: bool
-) -> tuple[Search, int]:
-    """Search from a field, and how many steps that took.
-
-    Args:
-        loss: of a field at full size.
-        start: (B, 2, H, W), pixels.
-        num_iter: at most so many steps.
-        falling: whether the rate falls to 0 over the steps.
-    """
-    options = loss.options
     search = Search(downsample_field(start, options.coarseness), options)
     steps = 0
-    for steps in range(1, num_iter + 1):
-        pace = 1 - (steps - 1) / num_iter if falling else 1.0
-        search.step(*_loss_and_gradient(loss, start, search.field), pace)
+    for steps in range(1, options.num_iter + 1):
+        search.step(*_loss_and_gradient(loss, start, search.field))
         if steps % _LOOK_EVERY == 0 and bool(search.finished.all()):
             break
     # The last step has not been judged yet.
     search.judge(_loss_and_gradient(loss, start, search.field)[0])
-    return search, steps
+    with torch.no_grad():
+        found = start + _at_size_of(start, search.best_field, options)
+        better = search.best_loss < loss_before
+        found = torch.where(better.view(-1, 1, 1, 1), found, start)
+        loss_after = torch.where(better, search.best_loss, loss_before)
+    return Finetuned(found, loss_before, loss_after, steps)
 
 
 def optimize_pre_post_ups(
@@ -179,12 +108,6 @@ def optimize_pre_post_ups(
     max_bad: int = 15,
 ) -> Tensor:
     """`finetune_field` in the form the original gives it, for code that calls it.
-
-    Its steps are not those of the original: with Adam and without `wd` or
-    `opt_res_coarsness` it begins 3 levels coarser (fewer on images below 256 px, none
-    below 64 px) and makes a quarter of `num_iter` steps at full size. The loss ends
-    below the original's with as many steps, in less than a twentieth of its time
-    (`benchmarks/finetuner.py --whole`); the field is another one.
 
     Args:
         src: (B, C, H, W) features.
@@ -227,7 +150,6 @@ def optimize_pre_post_ups(
         coarseness=opt_res_coarsness,
         weight_decay=wd,
         momentum=_momentum(opt_mode, opt_params or {}),
-        levels=_LEVELS if opt_mode == "adam" and not (wd or opt_res_coarsness) else 0,
     )
     src, tgt, field = (plain_batch(t).float() for t in (src, tgt, initial_res))
     no_data = [plain_batch(mask) != 0 for mask in (src_zeros, tgt_zeros)]
