@@ -24,7 +24,8 @@ from torch import Tensor
 
 from metroem.errors import FieldError, UsageError
 from metroem.field import check_field, downsample_field, upsample_field, warp
-from metroem.field_search import Finetuned, inside_border
+from metroem.field_loss import inside_border
+from metroem.field_search import Finetuned
 from metroem.knots import Bending, Knots
 from metroem.masks import PairWeight
 

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from metroem.errors import FieldError, UsageError
 from metroem.field import check_field, downsample_field, upsample_field
-from metroem.field_search import FieldLoss, Finetuned, FinetuneOptions, Search
+from metroem.field_loss import FieldLoss, FinetuneOptions
+from metroem.field_search import Finetuned, Search
 from metroem.masks import MaskRules, PairMaps, PairWeight, weigh
 from metroem.specs.schedule import parse_mask_rules
 

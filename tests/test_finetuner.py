@@ -5,7 +5,7 @@ import torch
 
 from metroem.errors import FieldError, UsageError
 from metroem.field import warp
-from metroem.field_search import FieldLoss
+from metroem.field_loss import FieldLoss
 from metroem.finetuner import (
     FinetuneOptions,
     finetune_field,

@@ -1,0 +1,181 @@
+r"""Training, finetuning, generation and loading beside the bare network, on one device.
+
+For each batch size, precision, and with and without torch.compile: the median time of
+a part, and what it is to its yardstick: the bare network for a step of training and for
+generation, the bare warp for a step of the finetuner. For training and finetuning the
+lines that make the host wait for the GPU are listed; on a CPU that is null.
+
+Example:
+    python benchmarks/gpu.py --profile profile.txt
+    python benchmarks/gpu.py --device cpu --size 64 --batches 1 2 --precisions fp32
+"""
+
+import json
+import platform
+import statistics
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import gpu_parts
+import torch
+from gpu_parts import Bench, Part
+from side_by_side import LEAST_ROUNDS, parser
+from torch.profiler import ProfilerActivity, profile
+
+from metroem import cli
+from metroem.errors import UsageError
+
+_COPY_BYTES = {"cuda": 2**30, "cpu": 2**26}
+
+
+def build_parser() -> Any:
+    made = parser(__doc__)
+    add = made.add_argument
+    add("--device", default="cuda", help="cuda or cpu (cuda)")
+    add("--size", type=int, default=512, help="of a side, px (512)")
+    add("--batches", type=int, nargs="+", default=[1, 2, 4, 8, 16])
+    add("--precisions", nargs="+", default=["fp32", "bf16"], choices=["fp32", "bf16"])
+    add("--no_compile", action="store_true", help="leave torch.compile out")
+    add("--profile", type=Path, help="file for tables of torch's profiler")
+    return made
+
+
+def seconds_of(parts: dict[str, Part], rounds: int, device: torch.device) -> dict:
+    """Median time of each part, in turn, after two rounds that do not count."""
+    taken: dict[str, list[float]] = {name: [] for name in parts}
+    for _ in range(rounds + 2):
+        for name, part in parts.items():
+            wait(device)
+            start = time.perf_counter()
+            part()
+            wait(device)
+            taken[name].append(time.perf_counter() - start)
+    return {name: statistics.median(times[2:]) for name, times in taken.items()}
+
+
+def wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def copy_bandwidth(device: torch.device, rounds: int) -> float:
+    """Bytes read and written in a second by copying within the device, GB/s."""
+    source = torch.ones(_COPY_BYTES[device.type] // 4, device=device)
+    target = torch.empty_like(source)
+    taken = seconds_of({"copy": lambda: target.copy_(source)}, rounds, device)
+    return 2 * _COPY_BYTES[device.type] / taken["copy"] / 1e9
+
+
+def time_network(bench: Bench, args: Any, precision: str, compiled: bool) -> dict:
+    parts = {
+        "bare_network": bench.bare_network(precision, compiled),
+        "train_step": bench.train_step(precision, compiled),
+        "forward": bench.forward(precision, compiled),
+    }
+    seconds = seconds_of(parts, args.rounds, bench.device)
+    return {
+        "seconds": seconds,
+        "train_step_per_bare": seconds["train_step"] / seconds["bare_network"],
+        "pairs_per_second": bench.batch / seconds["train_step"],
+        "host_syncs": gpu_parts.host_syncs(parts["train_step"], bench.device),
+    }
+
+
+def time_rest(bench: Bench, args: Any) -> dict:
+    """Generation, loading and the finetuner, in float32."""
+    step, loss, start = bench.search(compiled=False)
+    parts = {
+        "forward": bench.forward("fp32", False),
+        "generate": bench.generate(finetune=False),
+        "generate_finetuned": bench.generate(finetune=True),
+        "load": bench.load(),
+        "bare_warp": gpu_parts.bare_warp(loss, start),
+        "finetuner_step": step,
+    }
+    if not args.no_compile:
+        parts["finetuner_step_compiled"] = bench.search(compiled=True)[0]
+    seconds = seconds_of(parts, args.rounds, bench.device)
+    found: dict[str, Any] = {
+        "seconds": seconds,
+        "generate_per_forward": seconds["generate"] / seconds["forward"],
+        "finetuner_step_per_warp": seconds["finetuner_step"] / seconds["bare_warp"],
+        "host_syncs": gpu_parts.host_syncs(step, bench.device),
+    }
+    if not args.no_compile:
+        compiled = seconds["finetuner_step_compiled"]
+        found["compiled_gain"] = seconds["finetuner_step"] / compiled
+        found["compiled_differs"] = gpu_parts.largest_difference(loss, start)
+    return found
+
+
+def write_profile(bench: Bench, path: Path) -> None:
+    """Tables of where a step of training and of the finetuner spend their time."""
+    kinds = [ProfilerActivity.CPU]
+    key = "self_cpu_time_total"
+    if bench.device.type == "cuda":
+        kinds.append(ProfilerActivity.CUDA)
+        key = "self_cuda_time_total"
+    parts = {
+        "train_step": bench.train_step("fp32", False),
+        "finetuner_step": bench.search(compiled=False)[0],
+    }
+    tables = []
+    for name, part in parts.items():
+        part()
+        with profile(activities=kinds) as found:
+            part()
+            wait(bench.device)
+        averages = found.key_averages()
+        tables.append(f"{name}\n{averages.table(sort_by=key, row_limit=30)}\n")
+    path.write_text("\n".join(tables))
+
+
+def describe(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"CPU, {platform.machine()}, {torch.get_num_threads()} threads"
+
+
+def show(name: str, found: dict) -> None:
+    times = ", ".join(f"{k} {1000 * v:.2f} ms" for k, v in found["seconds"].items())
+    ratios = ", ".join(f"{k} {v:.3g}" for k, v in found.items() if isinstance(v, float))
+    print(f"{name}: {times}; {ratios}; host waits: {found['host_syncs']}")
+
+
+def measure(args: Any, folder: Path) -> dict[str, Any]:
+    device = torch.device(args.device)
+    torch.set_num_threads(args.threads)
+    bandwidth = copy_bandwidth(device, args.rounds)
+    print(f"{describe(device)}: copies {bandwidth:.1f} GB/s")
+    rows: dict[str, Any] = {}
+    for batch in args.batches:
+        bench = Bench(folder, device, batch, args.size)
+        for precision in args.precisions:
+            for compiled in (False,) if args.no_compile else (False, True):
+                name = f"batch {batch}, {precision}{', compiled' if compiled else ''}"
+                rows[name] = time_network(bench, args, precision, compiled)
+                show(name, rows[name])
+        name = f"batch {batch}, finetuner, generation and loader"
+        rows[name] = time_rest(bench, args)
+        show(name, rows[name])
+        if args.profile and batch == args.batches[0]:
+            write_profile(bench, args.profile)
+    return {"device": describe(device), "copy_gb_per_second": bandwidth, "rows": rows}
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    args = build_parser().parse_args(argv)
+    if args.device != "cpu" and not torch.cuda.is_available():
+        raise UsageError(f"--device {args.device}: no GPU here; try --device cpu")
+    if args.rounds < LEAST_ROUNDS:
+        raise UsageError(f"--rounds {args.rounds}: expected at least {LEAST_ROUNDS}")
+    with tempfile.TemporaryDirectory() as folder:
+        found = measure(args, Path(folder))
+    print(json.dumps({"torch": torch.__version__, "size": args.size, **found}))
+
+
+if __name__ == "__main__":
+    cli.run(main)

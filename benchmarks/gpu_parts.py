@@ -1,0 +1,190 @@
+"""What `gpu.py` times: each part of the work as a function without arguments."""
+
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from metroem.aligner import Aligner
+from metroem.data.dataset import find_pairs
+from metroem.data.epoch import EpochKey, TrainingEpoch
+from metroem.data.sample import Sample, stack_samples
+from metroem.field_loss import FieldLoss, FinetuneOptions
+from metroem.field_search import Search
+from metroem.grid import Grid
+from metroem.io.h5 import ImageSetMeta, Pair, PairFrame, write_image_set
+from metroem.masks import PairWeight
+from metroem.scaffold import init_pyramid
+from metroem.specs.losses import LossSpec
+from metroem.specs.schedule import Phase
+from metroem.training.objectives import phase_loss
+from metroem.training.step import TrainingModel, train_step
+
+Part = Callable[[], object]
+
+NUM_FEATURES = 7
+_MIP = 2
+
+
+class Bench:
+    """A fresh network and a batch on a device."""
+
+    def __init__(self, folder: Path, device: torch.device, batch: int, size: int):
+        """Make them.
+
+        Args:
+            folder: for a pyramid and an image set; may have been used before.
+            device: where all of it is.
+            batch: pairs of a step.
+            size: of a side, px.
+        """
+        pyramid = folder / "pyramid"
+        if not pyramid.exists():
+            init_pyramid(pyramid, [_MIP])
+            _write_pairs(folder, batch=16, size=size)
+        (module,) = pyramid.iterdir()
+        self.device, self.batch, self.size = device, batch, size
+        self.aligner = Aligner(module / "model", operators="corrected").to(device)
+        self.phase = Phase(
+            lr=1e-4,
+            num_epochs=1,
+            smoothness=20.0,
+            crop_size=size,
+            losses=(LossSpec(type="plain"),),
+        )
+        self.pairs = find_pairs(folder, _MIP, stage=0, checkpoint_name="none")
+        self.sample: Sample = self._load().to(device)
+
+    def _load(self) -> Sample:
+        epoch = TrainingEpoch(
+            self.pairs, self.phase, EpochKey(0, 0, 0, 0), batch_size=self.batch
+        )
+        return stack_samples([epoch[i] for i in range(self.batch)])
+
+    def load(self) -> Part:
+        """Read, cut and stack a batch, and bring it to the device."""
+        return lambda: self._load().to(self.device)
+
+    def bare_network(self, precision: str, compiled: bool) -> Part:
+        """Forward and backward pass of the network alone."""
+        model = self._model(precision, compiled)
+
+        def run() -> None:
+            model.zero_grad(set_to_none=True)
+            model(self.sample, ()).field.square().mean().backward()
+
+        return run
+
+    def train_step(self, precision: str, compiled: bool) -> Part:
+        """A whole step of training: network, loss, checks, optimizer."""
+        model = self._model(precision, compiled)
+        optimizer = torch.optim.Adam(model.parameters(), lr=1e-4)
+        generator = torch.Generator().manual_seed(0)
+        return lambda: train_step(
+            lambda: model(self.sample, ()),
+            lambda found: phase_loss(self.phase, self.sample, found, generator),
+            optimizer,
+            prior=None,
+            stop=0,
+        )
+
+    def forward(self, precision: str, compiled: bool) -> Part:
+        """Forward pass of the network alone, without gradients."""
+        model = self._model(precision, compiled)
+
+        def run() -> None:
+            with torch.no_grad():
+                model(self.sample, ())
+
+        return run
+
+    def generate(self, *, finetune: bool) -> Part:
+        """A field as it is written between stages, in float32."""
+        options = self.aligner.options.updated({"finetune": finetune})
+        return lambda: self.aligner.align(
+            self.sample.src, self.sample.tgt, options=options
+        )
+
+    def search(self, compiled: bool) -> tuple[Part, FieldLoss, Tensor]:
+        """A step of the finetuner, its loss, and the field it starts from."""
+        loss, start = field_loss(self.device, self.batch, self.size)
+        search = Search(start, loss.options)
+        with_gradient = loss.with_gradient
+        if compiled:
+            with_gradient = torch.compile(loss.with_gradient)
+        return lambda: search.step(*with_gradient(start + search.field)), loss, start
+
+    def _model(self, precision: str, compiled: bool) -> TrainingModel:
+        model = TrainingModel(self.aligner, precision)
+        return torch.compile(model) if compiled else model  # type: ignore[return-value]
+
+
+def field_loss(device: torch.device, batch: int, size: int) -> tuple[FieldLoss, Tensor]:
+    """A loss of random features with masks, and a smooth field of some pixels."""
+    generator = torch.Generator().manual_seed(0)
+    features = torch.randn(2, batch, NUM_FEATURES, size, size, generator=generator)
+    start = 3 * torch.nn.functional.interpolate(
+        torch.randn(batch, 2, 4, 4, generator=generator), (size, size), mode="bicubic"
+    )
+    weight = torch.ones(batch, 1, size, size)
+    weight[..., size // 4 : size // 3, :] = 0
+    pair = PairWeight(weight.to(device), weight.mT.contiguous().to(device))
+    src, tgt = features.to(device)
+    options = FinetuneOptions(l2=0.0, border=2)
+    return FieldLoss((src, tgt), (pair, pair), options), start.to(device)
+
+
+def bare_warp(loss: FieldLoss, start: Tensor) -> Part:
+    """`F.grid_sample` of as many features, and its backward pass to the field."""
+    size = start.shape[-1]
+    src = torch.randn(len(start), NUM_FEATURES, size, size, device=start.device)
+    theta = torch.eye(2, 3, device=start.device).expand(len(start), -1, -1)
+    here = torch.nn.functional.affine_grid(theta, [len(start), 1, size, size], False)
+
+    def run() -> None:
+        leaf = start.clone().requires_grad_()
+        grid = here + leaf.permute(0, 2, 3, 1) * (2 / size)
+        warped = torch.nn.functional.grid_sample(src, grid, align_corners=False)
+        torch.autograd.grad(warped, leaf, src)
+
+    return run
+
+
+def largest_difference(loss: FieldLoss, field: Tensor) -> float:
+    """Of the compiled gradient from the plain one, as a share of its largest."""
+    value, gradient = loss.with_gradient(field)
+    other, compiled = torch.compile(loss.with_gradient)(field)
+    torch.testing.assert_close(other, value, rtol=1e-4, atol=1e-6)
+    return float((compiled - gradient).abs().max() / gradient.abs().max())
+
+
+def host_syncs(part: Part, device: torch.device) -> list[str] | None:
+    """What in a part makes the host wait for the GPU; None on a CPU."""
+    if device.type != "cuda":
+        return None
+    part()
+    torch.cuda.set_sync_debug_mode("warn")
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            part()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    return [
+        f"{Path(one.filename).name}:{one.lineno}"
+        for one in caught
+        if "synchroniz" in str(one.message)
+    ]
+
+
+def _write_pairs(folder: Path, *, batch: int, size: int) -> None:
+    """An image set of noise, normalised."""
+    rng = np.random.default_rng(0)
+    sections = rng.normal(size=(batch + 1, size, size)).astype(np.float32)
+    pairs = [Pair(sections[i + 1], sections[i]) for i in range(batch)]
+    frames = [PairFrame(Grid(_MIP, 0, 0, size, size), (i + 1, i)) for i in range(batch)]
+    meta = ImageSetMeta(frames, "noise", "", {}, normalization={"kind": "tissue"})
+    write_image_set(folder / f"x0_y0_z0_MIP{_MIP}.h5", pairs, meta)

@@ -1,0 +1,311 @@
+"""The loss of a field on the features of its pair, with its gradient written out.
+
+Everything that a step reads of src lies in one table, which is gathered from once: the
+four neighbours of a place give the value there and both of its slopes. On a CPU this
+goes by blocks of rows that stay in its cache. Nothing waits for the host, so that a GPU
+is kept busy.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from metroem.masks import PairWeight
+
+# (cols, rows) from a pixel to the neighbours that it has springs to; those to
+# the other four are the neighbours' own. None goes back a row.
+_SPRINGS = ((0, 1), (1, 0), (1, 1), (-1, 1))
+_NUM_NEIGHBOURS = 8
+# Border where the rigidity of the original is not defined, px.
+_RIGIDITY_BORDER = 2
+# Beyond the outermost pixels and their neighbours all places read the same.
+_PAD = 2
+# Rows of 512 px and 9 maps at which a CPU is fastest: 16 and 64 take 1.1 times as
+# long, all rows at once 1.5 times (2026-11).
+_BLOCK_PX = 32 * 512
+# Rigidity needs fewer maps at a time.
+_RIGIDITY_BLOCK_PX = 4 * _BLOCK_PX
+
+
+@dataclass(frozen=True)
+class FinetuneOptions:
+    """How a field is finetuned.
+
+    Attributes:
+        smoothness: factor of rigidity.
+        rate_px: rate of the first steps, pixels a step.
+        num_iter: at most so many steps.
+        border: px left out of the loss on each side.
+        l2: factor of the mean squared displacement.
+        patience: steps without a new best after which the rate is halved.
+        max_halvings: a sample ends after so many.
+        max_grad_norm: gradients are clipped to this norm, per sample.
+        coarseness: what is added to the field is found so many levels coarser,
+            so that it bends over 2**coarseness pixels; `rate_px` is then in
+            those coarser pixels. Detail of the field itself stays.
+        weight_decay: of the field, as torch.optim.Adam has it.
+        momentum: None for Adam; a number for gradient descent with it.
+    """
+
+    smoothness: float = 30.0
+    rate_px: float = 0.1
+    num_iter: int = 100
+    border: int = 1
+    l2: float = 1e-4
+    patience: int = 50
+    max_halvings: int = 15
+    max_grad_norm: float = 0.49
+    coarseness: int = 0
+    weight_decay: float = 0.0
+    momentum: float | None = None
+
+
+class FieldLoss:
+    """Similarity + smoothness * rigidity + l2 * mean(field^2), per sample.
+
+    The same numbers as `metroem.loss` gives for a batch of one, with weights
+    that follow the field but have no gradient: a field must not gain by moving
+    what is masked.
+    """
+
+    def __init__(
+        self,
+        features: tuple[Tensor, Tensor],
+        weights: tuple[PairWeight, PairWeight],
+        options: FinetuneOptions,
+    ) -> None:
+        """Keep what is constant over the search.
+
+        Args:
+            features: of src and tgt, (B, C, H, W), float32 or float64.
+            weights: of similarity and of rigidity.
+            options: see `FinetuneOptions`.
+        """
+        src, tgt = features
+        self.options = options
+        self._num_features = src.shape[1]
+        # Features first, then the samples: a block of rows is whole planes then.
+        self._tgt = tgt.transpose(0, 1).contiguous()
+        similarity, smoothness = weights
+        inside = [inside_border(w.tgt, options.border) for w in weights]
+        # Where the rigidity of the original is 0 it counts in the mean.
+        self._defined = inside_border(torch.ones_like(inside[1]), _RIGIDITY_BORDER)
+        self._tgt_weights = torch.cat(inside, 1).transpose(0, 1).contiguous()
+        src_weights = torch.cat((similarity.src, smoothness.src), 1)
+        # Whole tissue is the rule, and warping ones gives ones.
+        self._moving = not bool((src_weights == 1).all())
+        self._table = _table(src, src_weights if self._moving else None)
+        self._places = _places(src)
+
+    def with_gradient(self, field: Tensor) -> tuple[Tensor, Tensor]:
+        """Loss, (B,), of a field, (B, 2, H, W) px, and its gradient."""
+        with torch.no_grad():
+            options = self.options
+            alike, gradient, weights = self._similarity(field)
+            totals = weights.sum((2, 3))
+            shares = 1 / torch.where(totals > 0, totals, 1.0)
+            alike_share = shares[0] / self._num_features
+            strain_share = options.smoothness * shares[1] / _NUM_NEIGHBOURS
+            gradient *= _over(2 * alike_share)
+            strain, pull = _rigidity(field, weights[1][:, None] * self._defined)
+            gradient += pull.mul_(_over(2 * strain_share))
+            value = alike_share * alike + strain_share * strain
+            if options.l2:
+                size = field[0].numel()
+                gradient.add_(field, alpha=2 * options.l2 / size)
+                squares = field.square().sum((1, 2, 3)) / size
+                value += options.l2 * squares
+            return value, gradient
+
+    def _similarity(self, field: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Weighted squares, (B,), half their gradient, and both weights.
+
+        The weights are (2, B, H, W).
+        """
+        value = field.new_zeros(len(field))
+        gradient = torch.empty_like(field)
+        weights = self._tgt_weights
+        if self._moving:
+            weights = torch.empty_like(weights)
+        for block in _blocks(field, _BLOCK_PX):
+            samples, rows = block
+            sampled, d_cols, d_rows = self._read(field, block)
+            if self._moving:
+                torch.mul(
+                    sampled[self._num_features :],
+                    self._tgt_weights[:, samples, rows],
+                    out=weights[:, samples, rows],
+                )
+            difference = sampled[: self._num_features]
+            difference -= self._tgt[:, samples, rows]
+            weighted = difference * weights[0, samples, rows]
+            d_cols *= weighted
+            d_rows *= weighted
+            gradient[samples, 0, rows] = d_cols.sum(0)
+            gradient[samples, 1, rows] = d_rows.sum(0)
+            value[samples] += _dot(weighted.transpose(0, 1), difference.transpose(0, 1))
+        return value, gradient, weights
+
+    def _read(
+        self, field: Tensor, block: tuple[slice, slice]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """src, and its weights, where a block of the field points.
+
+        Returns:
+            Features and weights, (C or C + 2, b, h, W), and the slopes of the
+            features along cols and rows, (C, b, h, W) each.
+        """
+        num = self._num_features
+        index, col, row = self._nearest(field, block)
+        width = field.shape[-1] + 2 * _PAD
+
+        def pick(ahead: int) -> Tensor:
+            picked = self._table.index_select(1, index + ahead if ahead else index)
+            return picked.unflatten(1, col.shape)
+
+        above, d_above = pick(0), pick(1)
+        d_above -= above
+        above.addcmul_(d_above, col)
+        below, d_below = pick(width), pick(width + 1)
+        d_below -= below
+        below.addcmul_(d_below, col)
+        below -= above
+        above.addcmul_(below, row)
+        d_above, d_below = d_above[:num], d_below[:num]
+        d_below -= d_above
+        d_above.addcmul_(d_below, row)
+        return above, d_above, below[:num]
+
+    def _nearest(
+        self, field: Tensor, block: tuple[slice, slice]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Where in the table to read.
+
+        Returns:
+            The pixel above and left of each place, flat, and how far along cols and
+            rows the place lies beyond it, (b, h, W) each.
+        """
+        samples, rows = block
+        height, width = (size + 2 * _PAD for size in field.shape[-2:])
+        place = field[samples, :, rows] + self._places[:, :, rows]
+        col, row = place.nan_to_num_(0.0).unbind(1)
+        left = col.clamp_(0, width - 2).floor()
+        top = row.clamp_(0, height - 2).floor()
+        col -= left
+        row -= top
+        index = left.to(torch.int32).add_(top.to(torch.int32), alpha=width)
+        if samples.start or samples.stop > 1:
+            first = torch.arange(
+                samples.start, samples.stop, dtype=torch.int32, device=field.device
+            ).mul_(height * width)
+            index += first[:, None, None]
+        return index.flatten(), col, row
+
+
+def inside_border(weight: Tensor, border: int) -> Tensor:
+    """The weight, (B, 1, H, W), with 0 in a border."""
+    rows, cols = weight.shape[-2:]
+    inside = torch.zeros_like(weight)
+    area = (..., slice(border, rows - border), slice(border, cols - border))
+    inside[area] = weight[area]
+    return inside
+
+
+def _over(values: Tensor) -> Tensor:
+    """(B,) -> (B, 1, 1, 1)."""
+    return values.view(-1, 1, 1, 1)
+
+
+def _dot(a: Tensor, b: Tensor) -> Tensor:
+    """(B, C, h, w) twice -> (B,)."""
+    return torch.linalg.vecdot(a.flatten(1), b.flatten(1))
+
+
+def _table(src: Tensor, weights: Tensor | None) -> Tensor:
+    """What is read of src, (C or C + 2, B * padded pixels).
+
+    Beyond the border features are 0 and weights go on.
+    """
+    around = (_PAD,) * 4
+    maps = F.pad(src, around)
+    if weights is not None:
+        weights = F.pad(weights, around, mode="replicate").to(maps.dtype)
+        maps = torch.cat((maps, weights), 1)
+    return maps.transpose(0, 1).flatten(1).contiguous()
+
+
+def _places(like: Tensor) -> Tensor:
+    """(1, 2, H, W): col and row of each pixel in the padded map."""
+    rows, cols = (
+        torch.arange(size, device=like.device, dtype=like.dtype) + _PAD
+        for size in like.shape[-2:]
+    )
+    row, col = torch.meshgrid(rows, cols, indexing="ij")
+    return torch.stack([col, row])[None]
+
+
+def _blocks(field: Tensor, size_px: int) -> Iterator[tuple[slice, slice]]:
+    """Samples and rows that are worked on at a time."""
+    batch, _, rows, cols = field.shape
+    if field.device.type != "cpu":
+        yield slice(0, batch), slice(0, rows)
+        return
+    height = max(size_px // cols, 1)
+    for sample in range(batch):
+        for row in range(0, rows, height):
+            yield slice(sample, sample + 1), slice(row, min(row + height, rows))
+
+
+def _rigidity(field: Tensor, share: Tensor) -> tuple[Tensor, Tensor]:
+    """Sum over the springs, at both ends, of stretch^2 times the share, (B,).
+
+    Args:
+        field: (B, 2, H, W), pixels.
+        share: (B, 1, H, W), 0 at the very border.
+
+    Returns:
+        The sum, and half its gradient.
+    """
+    value = field.new_zeros(field.shape[0])
+    gradient = torch.zeros_like(field)
+    for samples, rows in _blocks(field, _RIGIDITY_BLOCK_PX):
+        for d_cols, d_rows in _SPRINGS:
+            near, far = _ends(field.shape[-2:], rows, (d_cols, d_rows))
+            near, far = (samples, *near), (samples, *far)
+            spring = field[far] - field[near]
+            cols_part, rows_part = spring[:, :1], spring[:, 1:]
+            if d_cols:
+                cols_part += d_cols
+            if d_rows:
+                rows_part += d_rows
+            square = (cols_part * cols_part).addcmul_(rows_part, rows_part)
+            square.clamp_(min=1e-12)
+            rest = (d_cols**2 + d_rows**2) ** 0.5
+            # Change of length, as a share of the length.
+            change = torch.rsub(square.rsqrt(), 1, alpha=rest)
+            weighted = (share[near] + share[far]).mul_(change)
+            spring *= weighted
+            value[samples] += _dot(weighted, square.mul_(change))
+            gradient[far] += spring
+            gradient[near] -= spring
+    return value, gradient
+
+
+def _ends(
+    shape: torch.Size, block: slice, spring: tuple[int, int]
+) -> tuple[tuple, tuple]:
+    """Indices of the pixels p of some rows, and p + spring, where both exist."""
+    rows, cols = shape
+    d_cols, d_rows = spring
+    low, high = block.start, min(block.stop, rows - d_rows)
+    left, right = max(0, -d_cols), cols - max(0, d_cols)
+    near = (slice(None), slice(low, high), slice(left, right))
+    far = (
+        slice(None),
+        slice(low + d_rows, high + d_rows),
+        slice(left + d_cols, right + d_cols),
+    )
+    return near, far
