@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,9 +16,14 @@ from metroem.errors import PyramidError, UsageError
 from metroem.field import move_field
 from metroem.grid import Grid
 from metroem.nets.loading import load_module
-from metroem.normalize import coarsen_image, normalize
+from metroem.nets.options import AlignerOptions
+from metroem.normalize import coarsen_image, normalize, tissue_statistics
 from metroem.specs.pyramid import find_modules
+from metroem.tiles import PriorOf, TilePair, Tiling, align_by_tiles
 from metroem.training.generate import finetune_iterations
+
+# What is done to a whole section is done to so many rows at a time.
+_BAND_ROWS = 512
 
 
 class StageInput(NamedTuple):
@@ -35,11 +41,13 @@ class Pyramid:
         mips: mip of each stage's images, coarse first.
         aligners: the stages.
         device: where they run.
+        tiling: how a stage cuts images that are larger than a tile.
     """
 
     mips: tuple[int, ...]
     aligners: tuple[Aligner, ...]
     device: torch.device
+    tiling: Tiling = Tiling()
 
     @classmethod
     def load(
@@ -90,7 +98,9 @@ class Pyramid:
             UsageError: images that are not 2-d or differ in shape.
             PyramidError: a stage that needs a finer mip than `mip`.
         """
-        return self.fields(src, tgt, mip, finetune)[-1]
+        inputs = self._inputs(src, tgt, mip)
+        found = self.run(inputs, finetune)[-1]
+        return _moved(found, inputs[-1].grid, Grid(mip, 0, 0, *src.shape))
 
     def fields(
         self, src: np.ndarray, tgt: np.ndarray, mip: int = 0, finetune: bool = True
@@ -101,19 +111,10 @@ class Pyramid:
             One (2, H, W) float32 field a stage, pixels of `mip`; the last is
             the field of the pyramid.
         """
-        self._check(src, tgt, mip)
-        images = [
-            torch.as_tensor(np.ascontiguousarray(image), dtype=torch.float32)
-            for image in (src, tgt)
-        ]
-        inputs = []
-        for stage_mip in self.mips:
-            at_mip = [_image_at(image, stage_mip - mip) for image in images]
-            grid = Grid(stage_mip, 0, 0, *at_mip[0].shape[-2:])
-            inputs.append(StageInput(Sample(at_mip[0], at_mip[1], None, ()), grid))
+        inputs = self._inputs(src, tgt, mip)
         full = Grid(mip, 0, 0, *src.shape)
         return [
-            move_field(field, stage.grid, full)[0].cpu().numpy()
+            _moved(field, stage.grid, full)
             for field, stage in zip(self.run(inputs, finetune), inputs, strict=True)
         ]
 
@@ -126,26 +127,60 @@ class Pyramid:
 
         Returns:
             One field a stage, (1, 2, H, W), on the grid and in the pixels of its
-            own input, on the pyramid's device.
+            own input; on the pyramid's device, but where the input was if it was
+            cut into tiles.
         """
         found: list[Tensor] = []
-        for stage, (aligner, (sample, grid)) in enumerate(
+        for stage, (aligner, given) in enumerate(
             zip(self.aligners, inputs, strict=True)
         ):
             prior = None
             if found:
-                prior = move_field(found[-1], inputs[stage - 1].grid, grid)
-            sample = sample.to(self.device)
-            found.append(
-                aligner.align(
-                    sample.src,
-                    sample.tgt,
-                    prior,
-                    options=replace(aligner.options, finetune=finetune),
-                    defects=(sample.src_defects, sample.tgt_defects),
-                )
-            )
+                prior = partial(_prior_of, found[-1], inputs[stage - 1].grid, given)
+            options = replace(aligner.options, finetune=finetune)
+            found.append(self._align(aligner, given, prior, options))
         return found
+
+    def _align(
+        self,
+        aligner: Aligner,
+        given: StageInput,
+        prior: PriorOf | None,
+        options: AlignerOptions,
+    ) -> Tensor:
+        """The field of one stage."""
+        sample, shape = given.sample, given.grid.shape
+        if self.tiling.cuts(shape):
+            defects = sample.src_defects, sample.tgt_defects
+            pair = TilePair(sample.src, sample.tgt, prior, defects)
+            return align_by_tiles(
+                aligner, pair, self.tiling, self.device, options
+            ).field
+        sample = sample.to(self.device)
+        whole = None
+        if prior is not None:
+            whole = prior(slice(0, shape[0]), slice(0, shape[1])).to(self.device)
+        return aligner.align(
+            sample.src,
+            sample.tgt,
+            whole,
+            options=options,
+            defects=(sample.src_defects, sample.tgt_defects),
+        )
+
+    def _inputs(self, src: np.ndarray, tgt: np.ndarray, mip: int) -> list[StageInput]:
+        """What each stage reads of a raw pair."""
+        self._check(src, tgt, mip)
+        images = [
+            torch.as_tensor(np.ascontiguousarray(image), dtype=torch.float32)
+            for image in (src, tgt)
+        ]
+        inputs = []
+        for stage_mip in self.mips:
+            at_mip = [_image_at(image, stage_mip - mip) for image in images]
+            grid = Grid(stage_mip, 0, 0, *at_mip[0].shape[-2:])
+            inputs.append(StageInput(Sample(at_mip[0], at_mip[1], None, ()), grid))
+        return inputs
 
     def _check(self, src: np.ndarray, tgt: np.ndarray, mip: int) -> None:
         if src.ndim != 2 or src.shape != tgt.shape:
@@ -162,4 +197,32 @@ class Pyramid:
 
 def _image_at(image: Tensor, levels: int) -> Tensor:
     """A raw image (H, W) as a stage reads it: coarsened, then normalised."""
-    return normalize(coarsen_image(image[None, None], levels))
+    rows = _BAND_ROWS << levels
+    bands = [coarsen_image(band[None, None], levels) for band in image.split(rows)]
+    coarse = torch.cat(bands, -2) if levels else image[None, None]
+    statistics = tissue_statistics(coarse)
+    if statistics is None:
+        return torch.zeros_like(coarse)
+    bands = [normalize(band, statistics) for band in coarse.split(_BAND_ROWS, -2)]
+    return torch.cat(bands, -2)
+
+
+def _prior_of(
+    found: Tensor, source: Grid, given: StageInput, rows: slice, cols: slice
+) -> Tensor:
+    """Some rows and cols of the field of the stage before, as this stage takes it."""
+    grid = given.grid
+    size = rows.stop - rows.start, cols.stop - cols.start
+    return move_field(found, source, grid.crop(rows.start, cols.start, *size))
+
+
+def _moved(field: Tensor, source: Grid, target: Grid) -> np.ndarray:
+    """`move_field` of one field to (2, H, W) float32, some rows at a time."""
+    if source == target:
+        return field[0].cpu().numpy()
+    moved = np.empty((2, *target.shape), np.float32)
+    for row in range(0, target.rows, _BAND_ROWS):
+        num_rows = min(_BAND_ROWS, target.rows - row)
+        band = target.crop(row, 0, num_rows, target.cols)
+        moved[:, row : row + num_rows] = move_field(field, source, band)[0].cpu()
+    return moved

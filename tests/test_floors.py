@@ -32,6 +32,7 @@ FLOORS = {
     "finetuner": 4,
     "finetuning": 4,
     "aligner": 4,
+    "tiles": 4,
     "training": 5,
     "align": 6,
     "distort": 6,
