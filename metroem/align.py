@@ -1,6 +1,6 @@
 """A whole pyramid applied to one pair of images."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from metroem.aligner import Aligner
+from metroem.data.augment import swap_src_tgt
 from metroem.data.sample import Sample
 from metroem.errors import PyramidError, UsageError
 from metroem.field import move_field
@@ -131,15 +132,65 @@ class Pyramid:
             cut into tiles.
         """
         found: list[Tensor] = []
-        for stage, (aligner, given) in enumerate(
-            zip(self.aligners, inputs, strict=True)
-        ):
-            prior = None
-            if found:
-                prior = partial(_prior_of, found[-1], inputs[stage - 1].grid, given)
+        for aligner, given, prior in self._stages(inputs, found):
             options = replace(aligner.options, finetune=finetune)
             found.append(self._align(aligner, given, prior, options))
         return found
+
+    def run_both_ways(
+        self, inputs: Sequence[StageInput], finetune: bool = True
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """What each stage makes of a pair, and of the pair swapped.
+
+        Modules that are finetuned both ways are searched once a direction, see
+        `Aligner.align_both_ways`, but for images that are cut into tiles.
+
+        Args:
+            inputs: as `run` takes them.
+            finetune: likewise.
+
+        Returns:
+            The fields of `run`, bit by bit, and those of tgt to src.
+        """
+        there: list[Tensor] = []
+        back: list[Tensor] = []
+        for one, other in zip(
+            self._stages(inputs, there), self._stages(inputs, back), strict=True
+        ):
+            aligner, given, priors = one[0], one[1], (one[2], other[2])
+            options = replace(aligner.options, finetune=finetune)
+            if self.tiling.cuts(given.grid.shape):
+                swapped = StageInput(swap_src_tgt(given.sample), given.grid)
+                there.append(self._align(aligner, given, priors[0], options))
+                back.append(self._align(aligner, swapped, priors[1], options))
+                continue
+            sample = given.sample.to(self.device)
+            fields = aligner.align_both_ways(
+                sample.src,
+                sample.tgt,
+                (self._whole(priors[0], given), self._whole(priors[1], given)),
+                options=options,
+                defects=(sample.src_defects, sample.tgt_defects),
+            )
+            there.append(fields[0])
+            back.append(fields[1])
+        return there, back
+
+    def _stages(
+        self, inputs: Sequence[StageInput], found: Sequence[Tensor]
+    ) -> Iterator[tuple[Aligner, StageInput, PriorOf | None]]:
+        """Each stage, and the prior that it has of what has been found so far."""
+        for stage, given in enumerate(inputs):
+            prior = None
+            if stage:
+                prior = partial(_prior_of, found[-1], inputs[stage - 1].grid, given)
+            yield self.aligners[stage], given, prior
+
+    def _whole(self, prior: PriorOf | None, given: StageInput) -> Tensor | None:
+        if prior is None:
+            return None
+        rows, cols = (slice(0, size) for size in given.grid.shape)
+        return prior(rows, cols).to(self.device)
 
     def _align(
         self,
@@ -149,21 +200,17 @@ class Pyramid:
         options: AlignerOptions,
     ) -> Tensor:
         """The field of one stage."""
-        sample, shape = given.sample, given.grid.shape
-        if self.tiling.cuts(shape):
+        if self.tiling.cuts(given.grid.shape):
+            sample = given.sample
             defects = sample.src_defects, sample.tgt_defects
             pair = TilePair(sample.src, sample.tgt, prior, defects)
-            return align_by_tiles(
-                aligner, pair, self.tiling, self.device, options
-            ).field
-        sample = sample.to(self.device)
-        whole = None
-        if prior is not None:
-            whole = prior(slice(0, shape[0]), slice(0, shape[1])).to(self.device)
+            tiling, device = self.tiling, self.device
+            return align_by_tiles(aligner, pair, tiling, device, options).field
+        sample = given.sample.to(self.device)
         return aligner.align(
             sample.src,
             sample.tgt,
-            whole,
+            self._whole(prior, given),
             options=options,
             defects=(sample.src_defects, sample.tgt_defects),
         )

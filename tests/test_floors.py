@@ -32,6 +32,8 @@ FLOORS = {
     "finetuner": 4,
     "finetuning": 4,
     "aligner": 4,
+    "boundary": 4,
+    "prediction": 4,
     "tiles": 4,
     "training": 5,
     "align": 6,
