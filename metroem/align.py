@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -11,7 +10,6 @@ import torch
 from torch import Tensor
 
 from metroem.aligner import Aligner
-from metroem.data.augment import swap_src_tgt
 from metroem.data.sample import Sample
 from metroem.errors import PyramidError, UsageError
 from metroem.field import move_field
@@ -20,7 +18,7 @@ from metroem.nets.loading import load_module
 from metroem.nets.options import AlignerOptions
 from metroem.normalize import coarsen_image, normalize, tissue_statistics
 from metroem.specs.pyramid import find_modules
-from metroem.tiles import PriorOf, TilePair, Tiling, align_by_tiles
+from metroem.tiles import Tiling
 from metroem.training.generate import finetune_iterations
 
 # What is done to a whole section is done to so many rows at a time.
@@ -42,13 +40,14 @@ class Pyramid:
         mips: mip of each stage's images, coarse first.
         aligners: the stages.
         device: where they run.
-        tiling: how a stage cuts images that are larger than a tile.
+        tiling: how a network is shown images that are larger than a tile; None: all
+            at once.
     """
 
     mips: tuple[int, ...]
     aligners: tuple[Aligner, ...]
     device: torch.device
-    tiling: Tiling = Tiling()
+    tiling: Tiling | None = Tiling()
 
     @classmethod
     def load(
@@ -101,7 +100,8 @@ class Pyramid:
         """
         inputs = self._inputs(src, tgt, mip)
         found = self.run(inputs, finetune)[-1]
-        return _moved(found, inputs[-1].grid, Grid(mip, 0, 0, *src.shape))
+        full = Grid(mip, 0, 0, *src.shape)
+        return _moved(found, inputs[-1].grid, full)[0].cpu().numpy()
 
     def fields(
         self, src: np.ndarray, tgt: np.ndarray, mip: int = 0, finetune: bool = True
@@ -115,7 +115,7 @@ class Pyramid:
         inputs = self._inputs(src, tgt, mip)
         full = Grid(mip, 0, 0, *src.shape)
         return [
-            _moved(field, stage.grid, full)
+            _moved(field, stage.grid, full)[0].cpu().numpy()
             for field, stage in zip(self.run(inputs, finetune), inputs, strict=True)
         ]
 
@@ -128,13 +128,19 @@ class Pyramid:
 
         Returns:
             One field a stage, (1, 2, H, W), on the grid and in the pixels of its
-            own input; on the pyramid's device, but where the input was if it was
-            cut into tiles.
+            own input, on the pyramid's device.
         """
         found: list[Tensor] = []
         for aligner, given, prior in self._stages(inputs, found):
-            options = replace(aligner.options, finetune=finetune)
-            found.append(self._align(aligner, given, prior, options))
+            sample = given.sample.to(self.device)
+            field = aligner.align(
+                sample.src,
+                sample.tgt,
+                prior,
+                options=self._options(aligner, finetune),
+                defects=(sample.src_defects, sample.tgt_defects),
+            )
+            found.append(field)
         return found
 
     def run_both_ways(
@@ -143,7 +149,7 @@ class Pyramid:
         """What each stage makes of a pair, and of the pair swapped.
 
         Modules that are finetuned both ways are searched once a direction, see
-        `Aligner.align_both_ways`, but for images that are cut into tiles.
+        `Aligner.align_both_ways`.
 
         Args:
             inputs: as `run` takes them.
@@ -158,62 +164,30 @@ class Pyramid:
             self._stages(inputs, there), self._stages(inputs, back), strict=True
         ):
             aligner, given, priors = one[0], one[1], (one[2], other[2])
-            options = replace(aligner.options, finetune=finetune)
-            if self.tiling.cuts(given.grid.shape):
-                swapped = StageInput(swap_src_tgt(given.sample), given.grid)
-                there.append(self._align(aligner, given, priors[0], options))
-                back.append(self._align(aligner, swapped, priors[1], options))
-                continue
             sample = given.sample.to(self.device)
             fields = aligner.align_both_ways(
                 sample.src,
                 sample.tgt,
-                (self._whole(priors[0], given), self._whole(priors[1], given)),
-                options=options,
+                priors,
+                options=self._options(aligner, finetune),
                 defects=(sample.src_defects, sample.tgt_defects),
             )
             there.append(fields[0])
             back.append(fields[1])
         return there, back
 
+    def _options(self, aligner: Aligner, finetune: bool) -> AlignerOptions:
+        return replace(aligner.options, finetune=finetune, tiling=self.tiling)
+
     def _stages(
         self, inputs: Sequence[StageInput], found: Sequence[Tensor]
-    ) -> Iterator[tuple[Aligner, StageInput, PriorOf | None]]:
+    ) -> Iterator[tuple[Aligner, StageInput, Tensor | None]]:
         """Each stage, and the prior that it has of what has been found so far."""
         for stage, given in enumerate(inputs):
             prior = None
             if stage:
-                prior = partial(_prior_of, found[-1], inputs[stage - 1].grid, given)
+                prior = _moved(found[-1], inputs[stage - 1].grid, given.grid)
             yield self.aligners[stage], given, prior
-
-    def _whole(self, prior: PriorOf | None, given: StageInput) -> Tensor | None:
-        if prior is None:
-            return None
-        rows, cols = (slice(0, size) for size in given.grid.shape)
-        return prior(rows, cols).to(self.device)
-
-    def _align(
-        self,
-        aligner: Aligner,
-        given: StageInput,
-        prior: PriorOf | None,
-        options: AlignerOptions,
-    ) -> Tensor:
-        """The field of one stage."""
-        if self.tiling.cuts(given.grid.shape):
-            sample = given.sample
-            defects = sample.src_defects, sample.tgt_defects
-            pair = TilePair(sample.src, sample.tgt, prior, defects)
-            tiling, device = self.tiling, self.device
-            return align_by_tiles(aligner, pair, tiling, device, options).field
-        sample = given.sample.to(self.device)
-        return aligner.align(
-            sample.src,
-            sample.tgt,
-            self._whole(prior, given),
-            options=options,
-            defects=(sample.src_defects, sample.tgt_defects),
-        )
 
     def _inputs(self, src: np.ndarray, tgt: np.ndarray, mip: int) -> list[StageInput]:
         """What each stage reads of a raw pair."""
@@ -254,22 +228,13 @@ def _image_at(image: Tensor, levels: int) -> Tensor:
     return torch.cat(bands, -2)
 
 
-def _prior_of(
-    found: Tensor, source: Grid, given: StageInput, rows: slice, cols: slice
-) -> Tensor:
-    """Some rows and cols of the field of the stage before, as this stage takes it."""
-    grid = given.grid
-    size = rows.stop - rows.start, cols.stop - cols.start
-    return move_field(found, source, grid.crop(rows.start, cols.start, *size))
-
-
-def _moved(field: Tensor, source: Grid, target: Grid) -> np.ndarray:
-    """`move_field` of one field to (2, H, W) float32, some rows at a time."""
+def _moved(field: Tensor, source: Grid, target: Grid) -> Tensor:
+    """`move_field`, bit by bit, some rows at a time."""
     if source == target:
-        return field[0].cpu().numpy()
-    moved = np.empty((2, *target.shape), np.float32)
+        return field
+    moved = field.new_empty(*field.shape[:2], *target.shape)
     for row in range(0, target.rows, _BAND_ROWS):
         num_rows = min(_BAND_ROWS, target.rows - row)
         band = target.crop(row, 0, num_rows, target.cols)
-        moved[:, row : row + num_rows] = move_field(field, source, band)[0].cpu()
+        moved[..., row : row + num_rows, :] = move_field(field, source, band)
     return moved

@@ -21,7 +21,7 @@ from metroem.field import compose, invert, warp
 from metroem.field_search import Finetuned
 from metroem.finetuner import as_torchfields, plain_batch
 from metroem.finetuning import Defects, finetune, pair_maps
-from metroem.masks import has_tissue, tissue_mask
+from metroem.masks import has_tissue
 from metroem.nets.building import (
     build_net,
     padding,
@@ -31,6 +31,7 @@ from metroem.nets.building import (
 from metroem.nets.checkpoint import checkpoint_path, load_weights, save_weights
 from metroem.nets.options import AlignerOptions
 from metroem.prediction import Alignment, Embedding, Found, Prediction, State, or_zeros
+from metroem.tiles import predict_by_tiles
 from metroem.unfold import unfold
 
 logger = logging.getLogger(__name__)
@@ -164,9 +165,8 @@ class Aligner(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """Align src to tgt, and tgt to src; no gradients.
 
-        Modules that are finetuned both ways search once a direction for the two of
-        them, and these undo each other: each is the mean of what was found in its
-        own direction and the inverse of the other.
+        Modules finetuned both ways search once a direction: the two fields are the
+        means of one and the inverse of the other, so that they undo each other.
 
         Args:
             src: as `align_pair` takes it, and all others.
@@ -176,9 +176,8 @@ class Aligner(nn.Module):
             defects: likewise.
 
         Returns:
-            The field of `align_pair`, bit by bit, and that of tgt to src,
-            (B, 2, H, W) each. Modules finetuned both ways start the second from the
-            inverse of the first prior, as `align_pair` does.
+            (B, 2, H, W) each: the field of `align_pair`, bit by bit, and that of tgt
+            to src; modules finetuned both ways start it from the first prior's inverse.
         """
         options = options or self.options
         alive = has_tissue(src) & has_tissue(tgt)
@@ -193,8 +192,8 @@ class Aligner(nn.Module):
         assert found.backward is not None
         there = self._finished(found.forward, found.backward)
         back = self._finished(found.backward, found.forward)
-        there = torch.where(alive, there, or_zeros(priors[0], src))
-        return there, torch.where(alive, back, or_zeros(priors[1], src))
+        before = or_zeros(priors[0], src), or_zeros(priors[1], src)
+        return torch.where(alive, there, before[0]), torch.where(alive, back, before[1])
 
     def forward(
         self,
@@ -254,9 +253,8 @@ class Aligner(nn.Module):
             embeddings = self.predict(image, image, levels=(level,)).embeddings
         features = embeddings[level].src[0, 1:]
         if preserve_zeros:
-            no_data = (~tissue_mask(image)).float()
-            no_data = F.max_pool2d(no_data, 2**level, ceil_mode=True)
-            features = torch.where(no_data[0] > 0, 0.0, features)
+            blank = F.max_pool2d((image == 0).float(), 2**level, ceil_mode=True)
+            features = torch.where(blank[0] > 0, 0.0, features)
         return features
 
     def save_checkpoint(self, checkpoint_folder: str | Path) -> None:
@@ -294,8 +292,7 @@ class Aligner(nn.Module):
     ) -> tuple[Prediction, State]:
         """`predict`, and the state of the network, padded as it ran."""
         rows, cols = src.shape[-2:]
-        is_square = self.operators == "stock"
-        pad = padding((rows, cols), self._multiple, square=is_square)
+        pad = padding((rows, cols), self._multiple, square=self.operators == "stock")
         src, tgt = F.pad(src, pad), F.pad(tgt, pad)
         if prior is not None:
             prior = F.pad(prior, pad, mode="replicate")
@@ -390,7 +387,11 @@ class Aligner(nn.Module):
         """The field from src to tgt alone, finetuned if the options say so."""
         level = options.finetune_level
         levels = (level,) if options.finetune else ()
-        found, state = self._predict(src, tgt, prior, levels)
+        if options.tiling is not None and options.tiling.cuts(src.shape[-2:]):
+            pair, state = (src, tgt), {}
+            found = predict_by_tiles(self.predict, pair, prior, options.tiling, levels)
+        else:
+            found, state = self._predict(src, tgt, prior, levels)
         if not options.finetune:
             return found.field, None, state
         maps = pair_maps(src, tgt, defects, options)

@@ -5,17 +5,15 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 
 from metroem.align import Pyramid
-from metroem.aligner import Alignment
 from metroem.errors import MetroEMError
-from metroem.field_search import Finetuned
-from metroem.nets.options import AlignerOptions
+from metroem.prediction import Embedding, Prediction
 from metroem.scaffold import init_pyramid
-from metroem.tiles import TilePair, Tiling, align_by_tiles
+from metroem.tiles import Tiling, predict_by_tiles
 from tests.pairs import texture
 
-CPU = torch.device("cpu")
 TILING = Tiling(512, 256)
 
 
@@ -43,19 +41,19 @@ def test_tiles_begin_at_blocks_and_are_never_larger_than_asked_for():
     assert max(one.cols.place.stop for one in windows) == 1793
 
 
-def test_a_weight_rises_over_the_middle_half_of_an_overlap():
+def test_a_weight_rises_over_the_middle_quarter_of_an_overlap():
     first, second = Tiling(512, 256).windows((700, 90))
-    # The overlap is rows 256..511, its middle half 320..447: the two are equal at
+    # The overlap is rows 256..511, its middle quarter 352..415: the two are equal at
     # its middle, between rows 383 and 384, and a quarter in, t = 1/4, the second
     # counts 3 t^2 - 2 t^3 = 5 / 32.
-    np.testing.assert_allclose(first.rows.weight[[0, 319]], 1)
-    assert not second.rows.weight[:64].any()
-    assert not first.rows.weight[448:].any()
-    np.testing.assert_allclose(second.rows.weight[192:], 1)
+    np.testing.assert_allclose(first.rows.weight[[0, 351]], 1)
+    assert not second.rows.weight[:96].any()
+    assert not first.rows.weight[416:].any()
+    np.testing.assert_allclose(second.rows.weight[160:], 1)
     between = (second.rows.weight[127] + second.rows.weight[128]) / 2
     assert between == pytest.approx(0.5)
-    quarter = (second.rows.weight[95] + second.rows.weight[96]) / 2
-    assert quarter == pytest.approx(5 / 32, abs=1e-4)
+    quarter = (second.rows.weight[111] + second.rows.weight[112]) / 2
+    assert quarter == pytest.approx(5 / 32, abs=1e-3)
 
 
 @pytest.mark.parametrize("sizes", [(500, 256), (512, 100), (512, 512), (512, 0)])
@@ -71,63 +69,72 @@ def test_a_section_is_cut_if_one_side_is_longer_than_a_tile():
 
 
 class Analytic:
-    """Stands in for an aligner: of each pixel of tgt a value that src has there.
+    """Stands in for a network: its field is a formula of where each pixel lies.
 
-    Its "images" hold the coordinates of the section: the field that it returns is
-    smooth in those, so that it is the same however the section is cut.
+    The "images" hold where their pixels lie in the section, so that it is the same
+    however the section is cut; embeddings are the means over the pixels of a level.
     """
-
-    options = AlignerOptions()
 
     def __init__(self):
         self.shapes = []
 
-    def align_pair(self, src, tgt, prior=None, *, options=None, defects=(None, None)):
+    def __call__(self, src, tgt, prior=None, *, levels=()):
         self.shapes.append(tuple(tgt.shape[-2:]))
-        own = torch.cat((torch.sin(tgt / 70), torch.cos(tgt / 90)), 1)
-        field = own if prior is None else own + prior
-        loss = torch.tensor([2.0])
-        return Alignment(field, Finetuned(field, loss, loss / 2, len(self.shapes)))
+        field = torch.cat((torch.sin(tgt / 70), torch.cos(tgt / 90)), 1)
+        field = field if prior is None else field + prior
+        both = {n: Embedding(self.at(src, n), self.at(tgt, n)) for n in levels}
+        return Prediction(field, both, trust=tgt.sigmoid())
+
+    @staticmethod
+    def at(image, level):
+        return F.avg_pool2d(image, 2**level, ceil_mode=True, count_include_pad=False)
 
 
 def coordinates(rows, cols):
     return (1 + torch.arange(rows)[:, None] + torch.arange(cols) / 3)[None, None]
 
 
-def test_fields_of_tiles_join_to_the_field_of_the_whole():
-    image, aligner = coordinates(1100, 650), Analytic()
-    slope = torch.cat((image / 1000, image / 2000), 1)  # at most 1.3 px: no shift
-    pair = TilePair(image, image, lambda rows, cols: slope[..., rows, cols])
+def test_what_tiles_give_joins_to_what_the_whole_gives():
+    src, tgt = coordinates(1101, 651) + 5, coordinates(1101, 651)
+    prior = torch.cat((tgt / 1000, tgt / 2000), 1)  # at most 1.3 px: no shift
+    network = Analytic()
 
-    found = align_by_tiles(aligner, pair, TILING, CPU)
+    found = predict_by_tiles(network, (src, tgt), prior, TILING, (0, 1))
 
-    whole = Analytic().align_pair(image, image, slope).field
-    torch.testing.assert_close(found.field, whole, atol=1e-6, rtol=0)
-    assert max(rows * cols for rows, cols in aligner.shapes) <= 512**2
-    assert len(aligner.shapes) == 4 * 2
-    assert found.finetuned is not None
-    assert (found.finetuned.loss_before, found.finetuned.loss_after) == (2.0, 1.0)
+    whole = Analytic()(src, tgt, prior, levels=(0, 1))
+    assert len(network.shapes) == 4 * 2
+    assert max(rows * cols for rows, cols in network.shapes) == 512**2
+    close = {"atol": 1e-6, "rtol": 1e-6}
+    torch.testing.assert_close(found.field, whole.field, **close)
+    torch.testing.assert_close(found.trust, whole.trust, **close)
+    for level in (0, 1):
+        for one, other in zip(
+            found.embeddings[level], whole.embeddings[level], strict=True
+        ):
+            torch.testing.assert_close(one, other, **close)
 
 
 def test_src_is_cut_from_where_the_prior_points():
-    """Far displacements read their tile of src, and its border is the section's."""
-    image = coordinates(700, 600)
+    src = tgt = coordinates(700, 600)
     prior = torch.zeros(1, 2, 700, 600)
     prior[:, 0], prior[:, 1] = 130.0, -200.0  # 2 and 3 steps of 64 px
 
-    class Reads(Analytic):
-        def align_pair(self, src, tgt, prior=None, **_):
-            torch.testing.assert_close(prior.mean((0, 2, 3)), torch.tensor([2.0, -8.0]))
-            return Alignment(torch.cat((src, tgt), 1) + prior, None)
+    def network(src, tgt, prior, *, levels):
+        if prior is None:
+            return Analytic()(src, tgt, levels=levels)
+        # What is left of the displacement once src is cut from elsewhere.
+        torch.testing.assert_close(prior.mean((0, 2, 3)), torch.tensor([2.0, -8.0]))
+        return Prediction(torch.cat((src, tgt), 1) + prior, {})
 
-    pair = TilePair(image, image, lambda rows, cols: prior[..., rows, cols])
-    found = align_by_tiles(Reads(), pair, TILING, CPU)
+    found = predict_by_tiles(network, (src, tgt), prior, TILING, (1,))
 
     read = torch.zeros(1, 1, 700, 600)
-    read[..., 192:, :472] = image[..., :508, 128:]
+    read[..., 192:, :472] = src[..., :508, 128:]
     torch.testing.assert_close(found.field[:, :1], read + 130, atol=1e-3, rtol=0)
-    torch.testing.assert_close(found.field[:, 1:], image - 200, atol=1e-3, rtol=0)
-    assert found.finetuned is None
+    torch.testing.assert_close(found.field[:, 1:], tgt - 200, atol=1e-3, rtol=0)
+    # Embeddings lie where their image does, whatever the prior says.
+    expected = Analytic.at(src, 1)
+    torch.testing.assert_close(found.embeddings[1].src, expected, atol=1e-3, rtol=0)
 
 
 @pytest.fixture(scope="module")
@@ -148,7 +155,7 @@ def test_a_section_smaller_than_a_tile_keeps_its_bits(pyramid):
     np.testing.assert_array_equal(pyramid.align(src, tgt), whole)
 
 
-def test_the_prior_is_kept_in_tiles_without_tissue(pyramid):
+def test_tiles_without_tissue_leave_no_seam(pyramid):
     src, tgt = pair(80, 1100)
     tgt = tgt.copy()
     tgt[:, 384:] = 0  # tiles begin at 0, 256, 512 and 768: the last two are blank
@@ -157,14 +164,13 @@ def test_the_prior_is_kept_in_tiles_without_tissue(pyramid):
         for i in (src, tgt)
     )
     prior = torch.full((1, 2, 80, 1100), 1.5)
-    given = TilePair(src, tgt, lambda rows, cols: prior[..., rows, cols])
     aligner = pyramid.aligners[1]
-    options = replace(aligner.options, finetune_iter=3)
+    options = replace(aligner.options, finetune_iter=3, tiling=TILING)
 
-    found = align_by_tiles(aligner, given, TILING, CPU, options).field
+    field = aligner.align(src, tgt, prior, options=options)
 
-    # Over cols 576 to 703 the last tile with tissue gives way to the first blank one.
-    torch.testing.assert_close(found[..., 704:], prior[..., 704:])
-    assert (found[..., :384] - 1.5).abs().max() > 0.1  # tissue has been aligned
-    steps = (found[..., 1:] - found[..., :-1]).abs()
-    assert steps[..., 512:].max() < 0.05
+    assert (field[..., :384] - 1.5).abs().max() > 0.1  # tissue has been aligned
+    for axis in (-1, -2):
+        assert field.diff(dim=axis)[..., 512:].abs().max() < 0.05
+    # Nothing moves where there is nothing to compare.
+    torch.testing.assert_close(field[..., 900:], prior[..., 900:], atol=0.3, rtol=0)
