@@ -60,14 +60,16 @@ class Tiling:
         tile_px: side of a tile, overlaps included; a multiple of 256. A section
             whose sides are no longer is not cut.
         overlap_px: that neighbours have in common; a multiple of 256, at most half
-            of `tile_px`.
+            of `tile_px`. A network of the template `correlation` errs by up to 0.4 px
+            200 px inside a tile's border, 0.1 px at 400 px and 0.045 px beyond 512
+            px; 9 / 16 of the overlap at most is closer than where a tile counts.
 
     Raises:
         UsageError: other sizes.
     """
 
-    tile_px: int = 2048
-    overlap_px: int = 512
+    tile_px: int = 3072
+    overlap_px: int = 1280
 
     def __post_init__(self) -> None:
         tile, overlap = self.tile_px, self.overlap_px
@@ -75,7 +77,7 @@ class Tiling:
             raise UsageError(
                 f"tiles of {tile} px that overlap by {overlap} px: expected multiples "
                 f"of {BLOCK_PX} px, the overlap at most half of the tile, for example "
-                "2048 and 512"
+                "3072 and 1280"
             )
 
     def cuts(self, shape: Sequence[int]) -> bool:
@@ -103,8 +105,8 @@ class Tiling:
         return Span(slice(start, end), weight.float())
 
     def _rise(self, into: Tensor) -> Tensor:
-        """From 0 to 1 over the middle quarter of an overlap, smooth at both ends."""
-        share = (4 * (into / self.overlap_px - 0.5) + 0.5).clamp(0, 1)
+        """From 0 to 1 over the middle eighth of an overlap, smooth at both ends."""
+        share = (8 * (into / self.overlap_px - 0.5) + 0.5).clamp(0, 1)
         return share.square() * (3 - 2 * share)
 
 

@@ -14,7 +14,7 @@ from metroem.metrics import chunked_correlation
 from metroem.normalize import normalize
 from metroem.scaffold import init_pyramid
 from metroem.scoring import BAND_PX, CHUNK_PX, correlation, warp_rows
-from tests.pairs import texture
+from tests.pairs import shifted_pair
 
 ROWS, COLS = 72, 104
 
@@ -31,10 +31,7 @@ def inputs():
     return [
         StageInput(
             Sample(
-                *(
-                    normalize(texture(ROWS >> mip, COLS >> mip, shift=shift))
-                    for shift in ((0.0, 0.0), (1.0, 0.5))
-                ),
+                *map(normalize, shifted_pair(ROWS >> mip, COLS >> mip, seed=3)),
                 None,
                 (),
             ),
@@ -91,9 +88,8 @@ def test_a_pair_with_a_blank_side_keeps_both_priors(pyramid, inputs):
 
 def test_bands_of_rows_give_what_the_whole_gives():
     rows, cols = BAND_PX + 3 * CHUNK_PX // 2, 2 * CHUNK_PX + 9
-    src, tgt = texture(rows, cols), texture(rows, cols, shift=(1.0, 0.5))
-    field = torch.stack([torch.sin(tgt[0] / 9), torch.cos(src[0] / 7)], 1)
-    field = (5 * field).reshape(1, 2, rows, cols)
+    src, tgt = shifted_pair(rows, cols, seed=3)
+    field = 5 * torch.cat([torch.sin(tgt / 90), torch.cos(src / 70)], 1)
     whole = warp(src, field)
     part = slice(100, 200)
     assert torch.equal(warp_rows(src, field, part), whole[..., part, :])

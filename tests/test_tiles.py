@@ -41,19 +41,19 @@ def test_tiles_begin_at_blocks_and_are_never_larger_than_asked_for():
     assert max(one.cols.place.stop for one in windows) == 1793
 
 
-def test_a_weight_rises_over_the_middle_quarter_of_an_overlap():
+def test_a_weight_rises_over_the_middle_eighth_of_an_overlap():
     first, second = Tiling(512, 256).windows((700, 90))
-    # The overlap is rows 256..511, its middle quarter 352..415: the two are equal at
+    # The overlap is rows 256..511, its middle eighth 368..399: the two are equal at
     # its middle, between rows 383 and 384, and a quarter in, t = 1/4, the second
     # counts 3 t^2 - 2 t^3 = 5 / 32.
-    np.testing.assert_allclose(first.rows.weight[[0, 351]], 1)
-    assert not second.rows.weight[:96].any()
-    assert not first.rows.weight[416:].any()
-    np.testing.assert_allclose(second.rows.weight[160:], 1)
+    np.testing.assert_allclose(first.rows.weight[[0, 367]], 1)
+    assert not second.rows.weight[:112].any()
+    assert not first.rows.weight[400:].any()
+    np.testing.assert_allclose(second.rows.weight[144:], 1)
     between = (second.rows.weight[127] + second.rows.weight[128]) / 2
     assert between == pytest.approx(0.5)
-    quarter = (second.rows.weight[111] + second.rows.weight[112]) / 2
-    assert quarter == pytest.approx(5 / 32, abs=1e-3)
+    quarter = (second.rows.weight[119] + second.rows.weight[120]) / 2
+    assert quarter == pytest.approx(5 / 32, abs=2e-3)
 
 
 @pytest.mark.parametrize("sizes", [(500, 256), (512, 100), (512, 512), (512, 0)])
