@@ -1,6 +1,6 @@
 """A whole pyramid applied to one pair of images."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -15,9 +15,14 @@ from metroem.errors import PyramidError, UsageError
 from metroem.field import move_field
 from metroem.grid import Grid
 from metroem.nets.loading import load_module
-from metroem.normalize import coarsen_image, normalize
+from metroem.nets.options import AlignerOptions
+from metroem.normalize import coarsen_image, normalize, tissue_statistics
 from metroem.specs.pyramid import find_modules
+from metroem.tiles import Tiling
 from metroem.training.generate import finetune_iterations
+
+# What is done to a whole section is done to so many rows at a time.
+_BAND_ROWS = 512
 
 
 class StageInput(NamedTuple):
@@ -35,11 +40,14 @@ class Pyramid:
         mips: mip of each stage's images, coarse first.
         aligners: the stages.
         device: where they run.
+        tiling: how a network is shown images that are larger than a tile; None: all
+            at once.
     """
 
     mips: tuple[int, ...]
     aligners: tuple[Aligner, ...]
     device: torch.device
+    tiling: Tiling | None = Tiling()
 
     @classmethod
     def load(
@@ -90,7 +98,10 @@ class Pyramid:
             UsageError: images that are not 2-d or differ in shape.
             PyramidError: a stage that needs a finer mip than `mip`.
         """
-        return self.fields(src, tgt, mip, finetune)[-1]
+        inputs = self._inputs(src, tgt, mip)
+        found = self.run(inputs, finetune)[-1]
+        full = Grid(mip, 0, 0, *src.shape)
+        return _moved(found, inputs[-1].grid, full)[0].cpu().numpy()
 
     def fields(
         self, src: np.ndarray, tgt: np.ndarray, mip: int = 0, finetune: bool = True
@@ -101,19 +112,10 @@ class Pyramid:
             One (2, H, W) float32 field a stage, pixels of `mip`; the last is
             the field of the pyramid.
         """
-        self._check(src, tgt, mip)
-        images = [
-            torch.as_tensor(np.ascontiguousarray(image), dtype=torch.float32)
-            for image in (src, tgt)
-        ]
-        inputs = []
-        for stage_mip in self.mips:
-            at_mip = [_image_at(image, stage_mip - mip) for image in images]
-            grid = Grid(stage_mip, 0, 0, *at_mip[0].shape[-2:])
-            inputs.append(StageInput(Sample(at_mip[0], at_mip[1], None, ()), grid))
+        inputs = self._inputs(src, tgt, mip)
         full = Grid(mip, 0, 0, *src.shape)
         return [
-            move_field(field, stage.grid, full)[0].cpu().numpy()
+            _moved(field, stage.grid, full)[0].cpu().numpy()
             for field, stage in zip(self.run(inputs, finetune), inputs, strict=True)
         ]
 
@@ -129,23 +131,77 @@ class Pyramid:
             own input, on the pyramid's device.
         """
         found: list[Tensor] = []
-        for stage, (aligner, (sample, grid)) in enumerate(
-            zip(self.aligners, inputs, strict=True)
-        ):
-            prior = None
-            if found:
-                prior = move_field(found[-1], inputs[stage - 1].grid, grid)
-            sample = sample.to(self.device)
-            found.append(
-                aligner.align(
-                    sample.src,
-                    sample.tgt,
-                    prior,
-                    options=replace(aligner.options, finetune=finetune),
-                    defects=(sample.src_defects, sample.tgt_defects),
-                )
+        for aligner, given, prior in self._stages(inputs, found):
+            sample = given.sample.to(self.device)
+            field = aligner.align(
+                sample.src,
+                sample.tgt,
+                prior,
+                options=self._options(aligner, finetune),
+                defects=(sample.src_defects, sample.tgt_defects),
             )
+            found.append(field)
         return found
+
+    def run_both_ways(
+        self, inputs: Sequence[StageInput], finetune: bool = True
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """What each stage makes of a pair, and of the pair swapped.
+
+        Modules that are finetuned both ways are searched once a direction, see
+        `Aligner.align_both_ways`.
+
+        Args:
+            inputs: as `run` takes them.
+            finetune: likewise.
+
+        Returns:
+            The fields of `run`, bit by bit, and those of tgt to src.
+        """
+        there: list[Tensor] = []
+        back: list[Tensor] = []
+        for one, other in zip(
+            self._stages(inputs, there), self._stages(inputs, back), strict=True
+        ):
+            aligner, given, priors = one[0], one[1], (one[2], other[2])
+            sample = given.sample.to(self.device)
+            fields = aligner.align_both_ways(
+                sample.src,
+                sample.tgt,
+                priors,
+                options=self._options(aligner, finetune),
+                defects=(sample.src_defects, sample.tgt_defects),
+            )
+            there.append(fields[0])
+            back.append(fields[1])
+        return there, back
+
+    def _options(self, aligner: Aligner, finetune: bool) -> AlignerOptions:
+        return replace(aligner.options, finetune=finetune, tiling=self.tiling)
+
+    def _stages(
+        self, inputs: Sequence[StageInput], found: Sequence[Tensor]
+    ) -> Iterator[tuple[Aligner, StageInput, Tensor | None]]:
+        """Each stage, and the prior that it has of what has been found so far."""
+        for stage, given in enumerate(inputs):
+            prior = None
+            if stage:
+                prior = _moved(found[-1], inputs[stage - 1].grid, given.grid)
+            yield self.aligners[stage], given, prior
+
+    def _inputs(self, src: np.ndarray, tgt: np.ndarray, mip: int) -> list[StageInput]:
+        """What each stage reads of a raw pair."""
+        self._check(src, tgt, mip)
+        images = [
+            torch.as_tensor(np.ascontiguousarray(image), dtype=torch.float32)
+            for image in (src, tgt)
+        ]
+        inputs = []
+        for stage_mip in self.mips:
+            at_mip = [_image_at(image, stage_mip - mip) for image in images]
+            grid = Grid(stage_mip, 0, 0, *at_mip[0].shape[-2:])
+            inputs.append(StageInput(Sample(at_mip[0], at_mip[1], None, ()), grid))
+        return inputs
 
     def _check(self, src: np.ndarray, tgt: np.ndarray, mip: int) -> None:
         if src.ndim != 2 or src.shape != tgt.shape:
@@ -162,4 +218,23 @@ class Pyramid:
 
 def _image_at(image: Tensor, levels: int) -> Tensor:
     """A raw image (H, W) as a stage reads it: coarsened, then normalised."""
-    return normalize(coarsen_image(image[None, None], levels))
+    rows = _BAND_ROWS << levels
+    bands = [coarsen_image(band[None, None], levels) for band in image.split(rows)]
+    coarse = torch.cat(bands, -2) if levels else image[None, None]
+    statistics = tissue_statistics(coarse)
+    if statistics is None:
+        return torch.zeros_like(coarse)
+    bands = [normalize(band, statistics) for band in coarse.split(_BAND_ROWS, -2)]
+    return torch.cat(bands, -2)
+
+
+def _moved(field: Tensor, source: Grid, target: Grid) -> Tensor:
+    """`move_field`, bit by bit, some rows at a time."""
+    if source == target:
+        return field
+    moved = field.new_empty(*field.shape[:2], *target.shape)
+    for row in range(0, target.rows, _BAND_ROWS):
+        num_rows = min(_BAND_ROWS, target.rows - row)
+        band = target.crop(row, 0, num_rows, target.cols)
+        moved[..., row : row + num_rows, :] = move_field(field, source, band)
+    return moved

@@ -8,56 +8,33 @@ forms in, a torchfields `Field` out.
 
 import logging
 from contextlib import nullcontext
-from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from metroem.both_ways import agree
+from metroem.boundary import read_given
 from metroem.field import compose, invert, warp
 from metroem.field_search import Finetuned
 from metroem.finetuner import as_torchfields, plain_batch
 from metroem.finetuning import Defects, finetune, pair_maps
-from metroem.masks import tissue_mask
-from metroem.nets.building import build_net, side_multiple, stock_warnings_silenced
+from metroem.masks import has_tissue
+from metroem.nets.building import (
+    build_net,
+    padding,
+    side_multiple,
+    stock_warnings_silenced,
+)
 from metroem.nets.checkpoint import checkpoint_path, load_weights, save_weights
 from metroem.nets.options import AlignerOptions
-from metroem.normalize import normalize_given
+from metroem.prediction import Alignment, Embedding, Found, Prediction, State, or_zeros
+from metroem.tiles import predict_by_tiles
 from metroem.unfold import unfold
 
-State = dict[str, dict[str, dict[str, Tensor]]]
-
 logger = logging.getLogger(__name__)
-
-
-class Embedding(NamedTuple):
-    """Features of a pair at one level; channel 0 is the image itself."""
-
-    src: Tensor  # (B, C, H / 2**level, W / 2**level), rounded up
-    tgt: Tensor  # likewise
-
-
-class Prediction(NamedTuple):
-    """What the network makes of a pair."""
-
-    field: Tensor  # (B, 2, H, W), pixels; the whole field, prior included
-    embeddings: dict[int, Embedding]  # by level
-    # The whole field by level, (B, 2, >= H / 2**level, >= W / 2**level), pixels of
-    # the level, of networks that leave it there; else empty.
-    coarse: dict[int, Tensor] = {}
-    # What a pixel of tgt is worth in a comparison, (B, 1, H, W), 0 to 1, of networks
-    # that have learned it.
-    trust: Tensor | None = None
-
-
-class Alignment(NamedTuple):
-    """The field of a pair, and what the finetuner gained from src to tgt alone."""
-
-    field: Tensor  # (B, 2, H, W), pixels
-    finetuned: Finetuned | None  # before both ways agree and blank pairs are restored
 
 
 class Aligner(nn.Module):
@@ -177,6 +154,47 @@ class Aligner(nn.Module):
             options = options or self.options
             return self._align(src, tgt, prior, options=options, defects=defects)[0]
 
+    def align_both_ways(
+        self,
+        src: Tensor,
+        tgt: Tensor,
+        priors: tuple[Tensor | None, Tensor | None] = (None, None),
+        *,
+        options: AlignerOptions | None = None,
+        defects: Defects = (None, None),
+    ) -> tuple[Tensor, Tensor]:
+        """Align src to tgt, and tgt to src; no gradients.
+
+        Modules finetuned both ways search once a direction: the two fields are the
+        means of one and the inverse of the other, so that they undo each other.
+
+        Args:
+            src: as `align_pair` takes it, and all others.
+            tgt: likewise.
+            priors: of src to tgt and of tgt to src.
+            options: likewise.
+            defects: likewise.
+
+        Returns:
+            (B, 2, H, W) each: the field of `align_pair`, bit by bit, and that of tgt
+            to src; modules finetuned both ways start it from the first prior's inverse.
+        """
+        options = options or self.options
+        alive = has_tissue(src) & has_tissue(tgt)
+        both = options.finetune and options.finetune_both_ways and bool(alive.any())
+        if not both:
+            swapped = defects[1], defects[0]
+            there = self.align(src, tgt, priors[0], options=options, defects=defects)
+            back = self.align(tgt, src, priors[1], options=options, defects=swapped)
+            return there, back
+        with torch.no_grad():
+            found = self._search(src, tgt, priors[0], options, defects)
+        assert found.backward is not None
+        there = self._finished(found.forward, found.backward)
+        back = self._finished(found.backward, found.forward)
+        before = or_zeros(priors[0], src), or_zeros(priors[1], src)
+        return torch.where(alive, there, before[0]), torch.where(alive, back, before[1])
+
     def forward(
         self,
         src_img: Tensor,
@@ -206,19 +224,10 @@ class Aligner(nn.Module):
             (B, 2, H, W), pixels; with `return_state` a tuple of it and the
             network's state, {} for blank pairs.
         """
-        options = self.options.updated(given)
-        is_default = given.get("finetune_sm") is None and not options.finetune_knots
-        if given.get("final_stage") and is_default:
-            options = replace(options, finetune_sm=10 * options.finetune_sm)
+        options, (src, tgt), prior, defects = read_given(
+            self.options, (src_img, tgt_img), src_agg_field, given
+        )
         self.to(src_img.device)
-        src, tgt = normalize_given(
-            [plain_batch(image) for image in (src_img, tgt_img)], options.normalize
-        )
-        prior = None if src_agg_field is None else plain_batch(src_agg_field).float()
-        defects = (
-            _boundary_mask(given.get("src_defects")),
-            _boundary_mask(given.get("tgt_defects")),
-        )
         with torch.set_grad_enabled(options.train and torch.is_grad_enabled()):
             alignment, state = self._align(
                 src, tgt, prior, options=options, defects=defects
@@ -244,9 +253,8 @@ class Aligner(nn.Module):
             embeddings = self.predict(image, image, levels=(level,)).embeddings
         features = embeddings[level].src[0, 1:]
         if preserve_zeros:
-            no_data = (~tissue_mask(image)).float()
-            no_data = F.max_pool2d(no_data, 2**level, ceil_mode=True)
-            features = torch.where(no_data[0] > 0, 0.0, features)
+            blank = F.max_pool2d((image == 0).float(), 2**level, ceil_mode=True)
+            features = torch.where(blank[0] > 0, 0.0, features)
         return features
 
     def save_checkpoint(self, checkpoint_folder: str | Path) -> None:
@@ -284,7 +292,7 @@ class Aligner(nn.Module):
     ) -> tuple[Prediction, State]:
         """`predict`, and the state of the network, padded as it ran."""
         rows, cols = src.shape[-2:]
-        pad = self._padding(rows, cols)
+        pad = padding((rows, cols), self._multiple, square=self.operators == "stock")
         src, tgt = F.pad(src, pad), F.pad(tgt, pad)
         if prior is not None:
             prior = F.pad(prior, pad, mode="replicate")
@@ -297,7 +305,7 @@ class Aligner(nn.Module):
                 # That state is of the warped src; the embeddings are not.
                 state = self.net.up_path(torch.cat((src, tgt), 1), 0, False, {})
         embeddings = {
-            level: _embedding(state["up"][str(level)]["output"], rows, cols, level)
+            level: Embedding.of(state["up"][str(level)]["output"], rows, cols, level)
             for level in levels
         }
         coarse, trust = {}, None
@@ -324,20 +332,6 @@ class Aligner(nn.Module):
         state, self.net.state = self.net.state, {}
         return field, state
 
-    def _padding(self, rows: int, cols: int) -> tuple[int, int, int, int]:
-        """What to pad on the right and below, as F.pad takes it.
-
-        To whole pixels of the coarsest level, at least 4 of them: a stock net
-        takes a width of 2 for the two channels of a field.
-        """
-        if self.operators == "stock":
-            rows_padded = cols_padded = max(rows, cols)
-        else:
-            rows_padded, cols_padded = rows, cols
-        sides = (max(4, -(-s // self._multiple)) for s in (rows_padded, cols_padded))
-        rows_padded, cols_padded = (s * self._multiple for s in sides)
-        return 0, cols_padded - cols, 0, rows_padded - rows
-
     def _align(
         self,
         src: Tensor,
@@ -347,23 +341,40 @@ class Aligner(nn.Module):
         options: AlignerOptions,
         defects: Defects,
     ) -> tuple[Alignment, State]:
-        zeros = src.new_zeros(src.shape[0], 2, *src.shape[-2:])
-        before = zeros if prior is None else prior
-        alive = _has_tissue(src) & _has_tissue(tgt)
+        before, alive = or_zeros(prior, src), has_tissue(src) & has_tissue(tgt)
         if not bool(alive.any()):
             return Alignment(before.clone(), None), {}
+        found = self._search(src, tgt, prior, options, defects)
+        field = self._finished(found.forward, found.backward)
+        return Alignment(torch.where(alive, field, before), found.tuned), found.state
+
+    def _search(
+        self,
+        src: Tensor,
+        tgt: Tensor,
+        prior: Tensor | None,
+        options: AlignerOptions,
+        defects: Defects,
+    ) -> Found:
+        """The field of each direction that the options want, by itself."""
         if options.finetune:  # found once, for both ways
             maps = pair_maps(src, tgt, defects, options)
             defects = maps.src_defects, maps.tgt_defects
         field, tuned, state = self._directed(src, tgt, prior, options, defects)
+        backward = None
         if options.finetune and options.finetune_both_ways:
             back = None if prior is None else invert(prior)
             swapped = defects[1], defects[0]
             backward = self._directed(tgt, src, back, options, swapped)[0]
-            field = agree(field, backward)
+        return Found(field, backward, tuned, state)
+
+    def _finished(self, field: Tensor, other: Tensor | None) -> Tensor:
+        """A field of one direction made to agree with the other, without folds."""
+        if other is not None:
+            field = agree(field, other)
         if self.operators == "corrected":  # stock modules keep their numbers
             field = unfold(field)
-        return Alignment(torch.where(alive, field, before), tuned), state
+        return field
 
     def _directed(
         self,
@@ -376,25 +387,14 @@ class Aligner(nn.Module):
         """The field from src to tgt alone, finetuned if the options say so."""
         level = options.finetune_level
         levels = (level,) if options.finetune else ()
-        found, state = self._predict(src, tgt, prior, levels)
+        if options.tiling is not None and options.tiling.cuts(src.shape[-2:]):
+            pair, state = (src, tgt), {}
+            found = predict_by_tiles(self.predict, pair, prior, options.tiling, levels)
+        else:
+            found, state = self._predict(src, tgt, prior, levels)
         if not options.finetune:
             return found.field, None, state
         maps = pair_maps(src, tgt, defects, options)
         embedding = found.embeddings[level]
         tuned = finetune(found.field, embedding, maps, options, trust=found.trust)
         return tuned.field, tuned, state
-
-
-def _embedding(features: Tensor, rows: int, cols: int, level: int) -> Embedding:
-    size = 2**level
-    features = features[..., : -(-rows // size), : -(-cols // size)]
-    return Embedding(*features.chunk(2, dim=1))
-
-
-def _has_tissue(image: Tensor) -> Tensor:
-    """(B, 1, H, W) -> (B, 1, 1, 1) bool."""
-    return tissue_mask(image).flatten(1).any(1).view(-1, 1, 1, 1)
-
-
-def _boundary_mask(mask: Tensor | None) -> Tensor | None:
-    return None if mask is None else plain_batch(mask) != 0

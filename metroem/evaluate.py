@@ -12,7 +12,6 @@ import torch
 
 from metroem import __version__
 from metroem.align import Pyramid, StageInput
-from metroem.data.augment import swap_src_tgt
 from metroem.data.dataset import PairRef, find_pairs, read_sample
 from metroem.data.known_warp import warp_section
 from metroem.data.photometric import image_anew
@@ -257,10 +256,7 @@ def _evaluate_pair(run: _Run, place: _Place, index: int) -> AlignedPair:
         grid = images.grid(index)
         sample = read_sample(PairRef(images, None, index), grid)
         inputs.append(StageInput(sample, grid))
-    swapped = [StageInput(swap_src_tgt(sample), grid) for sample, grid in inputs]
-    forward, backward = (
-        run.pyramid.run(stages, run.finetune) for stages in (inputs, swapped)
-    )
+    forward, backward = run.pyramid.run_both_ways(inputs, run.finetune)
     sample = with_defects(inputs[-1].sample)
     score, worst = score_aligned(sample, forward[-1].cpu(), backward[-1].cpu())
     where = _where(place.finest, index, place.finest.sections(index), worst)

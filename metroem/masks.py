@@ -187,6 +187,11 @@ def tissue_mask(image: Tensor) -> Tensor:
     return image != 0
 
 
+def has_tissue(image: Tensor) -> Tensor:
+    """Which images of a batch have any data, (B, C, H, W) -> (B, 1, 1, 1) bool."""
+    return tissue_mask(image).flatten(1).any(1).view(-1, 1, 1, 1)
+
+
 def grow(mask: Tensor, pixels: int) -> Tensor:
     """Grow a mask by some pixels in all 8 directions.
 

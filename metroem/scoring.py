@@ -10,7 +10,8 @@ from torch import Tensor
 from metroem.data.augment import swap_src_tgt
 from metroem.data.sample import Sample
 from metroem.distort import Truth
-from metroem.field import warp
+from metroem.field import pixel_positions, warp
+from metroem.field import sample as read_at
 from metroem.masks import find_defects, tissue_mask, warp_mask
 from metroem.metrics import (
     EndpointError,
@@ -26,6 +27,7 @@ from metroem.metrics import (
 from metroem.nets.options import AlignerOptions
 
 CHUNK_PX = 64
+BAND_PX = 8 * CHUNK_PX  # rows that are compared at a time
 BORDER_PX = 16  # left out of every figure but those of the Jacobian
 RING_PX = 32  # around defects
 RING_SHARE = 1 / 8  # of a chunk's pixels: a ring fills few chunks by half
@@ -247,14 +249,31 @@ def mean_score(scores: Sequence[ScoreT]) -> ScoreT:
 def correlation(
     sample: Sample, field: Tensor, valid: Tensor, *, min_share: float = 0.5
 ) -> Tensor:
-    """CPC of src warped and tgt, a value a chunk; see `chunked_correlation`."""
-    return chunked_correlation(
-        warp(sample.src, field),
-        sample.tgt,
-        valid,
-        chunk_px=CHUNK_PX,
-        min_share=min_share,
-    )
+    """CPC of src warped and tgt, a value a chunk; see `chunked_correlation`.
+
+    Some rows of chunks at a time, since it is found in float64.
+    """
+    found = []
+    for start in range(0, field.shape[-2] // CHUNK_PX * CHUNK_PX, BAND_PX):
+        rows = slice(start, start + BAND_PX)
+        found.append(
+            chunked_correlation(
+                warp_rows(sample.src, field, rows),
+                sample.tgt[..., rows, :],
+                valid[..., rows, :],
+                chunk_px=CHUNK_PX,
+                min_share=min_share,
+            )
+        )
+    return torch.cat(found, -2)
+
+
+def warp_rows(image: Tensor, field: Tensor, rows: slice) -> Tensor:
+    """Some rows of `metroem.field.warp`, bit by bit."""
+    part = field[..., rows, :]
+    positions = pixel_positions(part)
+    positions[:, 1] += rows.start
+    return read_at(image, part, positions + part)
 
 
 def mean_correlation(

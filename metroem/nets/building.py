@@ -108,3 +108,21 @@ def side_multiple(net: nn.Module, spec_path: Path) -> int:
             "upmodules and downmodules"
         )
     return 2 ** max(levels)
+
+
+def padding(
+    shape: tuple[int, int], multiple: int, *, square: bool
+) -> tuple[int, int, int, int]:
+    """What to pad an image on the right and below, as F.pad takes it.
+
+    To whole pixels of the coarsest level, at least 4 of them: a stock net takes a
+    width of 2 for the two channels of a field.
+
+    Args:
+        shape: (H, W).
+        multiple: see `side_multiple`.
+        square: pad both sides to the longer one, as stock operators need it.
+    """
+    wanted = (max(shape), max(shape)) if square else shape
+    rows, cols = (max(4, -(-side // multiple)) * multiple for side in wanted)
+    return 0, cols - shape[1], 0, rows - shape[0]

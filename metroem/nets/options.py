@@ -7,6 +7,7 @@ from metroem.coarse_to_fine import RefineOptions
 from metroem.errors import UsageError
 from metroem.finetuner import FinetuneOptions
 from metroem.masks import SIMILARITY_RULES, SMOOTHNESS_RULES, MaskRule, MaskRules
+from metroem.tiles import Tiling
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,7 @@ class AlignerOptions:
             tissue first: True, False, or "raw" for those that are not normalised
             yet (`metroem.normalize.normalize_given`). Modules of ours have "raw";
             the original never does.
+        tiling: how the network is shown images larger than a tile; None: at once.
     """
 
     finetune: bool = False
@@ -58,6 +60,7 @@ class AlignerOptions:
     train: bool = False
     crop: int = 1
     normalize: bool | str = False
+    tiling: Tiling | None = None
 
     @property
     def tuning(self) -> FinetuneOptions:

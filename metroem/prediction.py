@@ -1,0 +1,59 @@
+"""What a network, and an aligner, make of a pair."""
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+from metroem.field_search import Finetuned
+
+State = dict[str, dict[str, dict[str, Tensor]]]  # of a network
+
+
+class Embedding(NamedTuple):
+    """Features of a pair at one level; channel 0 is the image itself."""
+
+    src: Tensor  # (B, C, H / 2**level, W / 2**level), rounded up
+    tgt: Tensor  # likewise
+
+    @classmethod
+    def of(cls, features: Tensor, rows: int, cols: int, level: int) -> "Embedding":
+        """The features of both, one after the other in the channels, unpadded."""
+        size = 2**level
+        features = features[..., : -(-rows // size), : -(-cols // size)]
+        return cls(*features.chunk(2, dim=1))
+
+
+class Prediction(NamedTuple):
+    """What the network makes of a pair."""
+
+    field: Tensor  # (B, 2, H, W), pixels; the whole field, prior included
+    embeddings: dict[int, Embedding]  # by level
+    # The whole field by level, (B, 2, >= H / 2**level, >= W / 2**level), pixels of
+    # the level, of networks that leave it there; else empty.
+    coarse: dict[int, Tensor] = {}
+    # What a pixel of tgt is worth in a comparison, (B, 1, H, W), 0 to 1, of networks
+    # that have learned it.
+    trust: Tensor | None = None
+
+
+class Alignment(NamedTuple):
+    """The field of a pair, and what the finetuner gained from src to tgt alone."""
+
+    field: Tensor  # (B, 2, H, W), pixels
+    finetuned: Finetuned | None  # before both ways agree and blank pairs are restored
+
+
+class Found(NamedTuple):
+    """What the search of each direction gave by itself."""
+
+    forward: Tensor  # (B, 2, H, W), pixels
+    backward: Tensor | None  # likewise, where both ways are wanted
+    tuned: Finetuned | None
+    state: State
+
+
+def or_zeros(prior: Tensor | None, image: Tensor) -> Tensor:
+    """The prior field, (B, 2, H, W), or that of no displacement."""
+    if prior is None:
+        return image.new_zeros(image.shape[0], 2, *image.shape[-2:])
+    return prior
