@@ -12,7 +12,6 @@ Example:
 
 import argparse
 import hashlib
-import json
 import os
 import shutil
 import signal
@@ -21,24 +20,22 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from types import TracebackType
 
 import h5py
 import numpy as np
 import torch
+from made_run import CHECKPOINT, field_set, make_run, train_command
 from side_by_side import median_seconds, parser, report
 
 from metroem import cli
-from metroem.demo import DemoRequest, Run, environment, make_sections, run_steps, script
+from metroem.demo import Run, environment
 from metroem.errors import MetroEMError
-from metroem.io.volume_write import write_volume
 from metroem.specs.pyramid import find_modules
 from metroem.training import distributed
 from metroem.training.generate import FieldJob, generate_fields
 from metroem.training.stopping import StopRequest
 
-WARP = {"type": "known_warp", "aligned": True, "peak_px": 10}
-PHASE = {"lr": 1e-3, "num_epochs": 1, "num_samples": 80, "smoothness": 0}
-PHASE |= {"batch_size": 4, "loss_spec": {"type": "known_warp"}, "augmentations": [WARP]}
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
 POLL_S = 0.01
 
@@ -66,15 +63,10 @@ def main() -> None:
 def run_benchmark(one: Run, two: Run, request: argparse.Namespace) -> None:
     """Time both, compare what they write; MetroEMError if it differs."""
     threads = ["--threads", str(request.threads)]
-    digests = set()
-    contenders = {}
-    servers = [Server(one, threads, []), Server(two, threads, TORCHRUN)]
-    for name, server in zip(("one rank", "two ranks"), servers, strict=True):
-        contenders[name] = server
-    seconds = median_seconds(contenders, request.rounds)
-    for server in servers:
-        digests |= server.digests
-        server.close()
+    with Server(one, threads, []) as first, Server(two, threads, TORCHRUN) as second:
+        contenders = {"one rank": first, "two ranks": second}
+        seconds = median_seconds(contenders, request.rounds)
+        digests = first.digests | second.digests
     whole = [whole_command(one, []), whole_command(two, TORCHRUN)]
     digests |= {digest(one), digest(two)}
     after_kill = killed_and_resumed(two, seconds["two ranks"])
@@ -95,27 +87,19 @@ def run_benchmark(one: Run, two: Run, request: argparse.Namespace) -> None:
 
 
 def prepare(folder: Path, pairs: int, side_px: int) -> Run:
-    """Sections, image sets and a pyramid of one stage, trained a little."""
-    held_out = 2
-    sections = make_sections(
-        DemoRequest(folder, pairs + 1 + held_out, side_px, side_px, 1)
+    """A pyramid of one stage, trained a little, and no fields yet."""
+    run = make_run(
+        folder,
+        pairs=pairs,
+        side_px=side_px,
+        phase={
+            **{"lr": 1e-3, "num_epochs": 1, "num_samples": 20, "batch_size": 4},
+            "crop_size": min(side_px // 2, 128),
+        },
     )
-    schedule = folder / "schedule.json"
-    run = Run(folder, range(pairs + 1), (0, 0), side_px, (0,), schedule)
-    write_volume(run.volume, np.stack([s.image for s in sections]), 1)
-    phase = {**PHASE, "crop_size": min(side_px // 2, 128)}
-    schedule.write_text(json.dumps({"0": [phase]}))
-    download, init, train = run.commands()
-    # A training alone: the last stage of a Run writes no fields.
-    without = train[: train.index("--generate_field_stages")]
-    run_steps([download, init, [*without, "--device", "cpu"]])
+    subprocess.run(train_command(run, []), check=True, env=environment())
     field_set(run).unlink()
     return run
-
-
-def field_set(run: Run) -> Path:
-    """The field set that is written."""
-    return run.folder / "dataset" / "field_0_x0_y0_z1_MIP0_checkpoint.h5"
 
 
 def digest(run: Run) -> str:
@@ -131,7 +115,8 @@ class Server:
     """Ranks that write the fields each time they are asked, started once."""
 
     def __init__(self, run: Run, flags: list[str], launch: list[str]) -> None:
-        self.run, self.digests = run, set()
+        self.run = run
+        self.digests: set[str] = set()
         command = [sys.executable, *launch, __file__, "--serve", str(run.folder)]
         self._process = subprocess.Popen(
             [*command, *flags], env=environment(), stdout=subprocess.DEVNULL
@@ -141,9 +126,19 @@ class Server:
         self._ask("go")
         self.digests.add(digest(self.run))
 
-    def close(self) -> None:
-        """End the ranks."""
-        self._ask("end")
+    def __enter__(self) -> "Server":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if error is None:
+            self._ask("end")
+        else:
+            self._process.kill()
         self._process.wait()
 
     def _ask(self, what: str) -> None:
@@ -159,11 +154,11 @@ def serve(folder: Path, threads: int) -> None:
     torch.set_num_threads(threads)
     (module,) = find_modules(folder / "pyramid")
     device = torch.device("cpu")
-    job = FieldJob(module, None, folder / "dataset", "checkpoint", device)
+    job = FieldJob(module, None, folder / "dataset", CHECKPOINT, device)
     with distributed.process_group(device), StopRequest(None) as stop:
         while True:
             asked = wait_for_either(folder / "go", folder / "end")
-            if asked.name == "go":
+            if asked.name == "go" and distributed.rank() == 0:
                 for written in job.dataset.glob("field_*.h5"):
                     written.unlink()
             distributed.barrier()
@@ -185,20 +180,12 @@ def wait_for_either(*files: Path) -> Path:
         time.sleep(POLL_S)
 
 
-def command(run: Run, launch: list[str]) -> list[str]:
-    """The command line that writes the fields, and has nothing to train."""
-    train = [script("train.py"), "--pyramid_path", str(run.pyramid)]
-    train += ["--dataset_path", str(run.folder / "dataset"), "--train_mode", "custom"]
-    train += ["--train_params_path", str(run.train_params_path), "--device", "cpu"]
-    return [sys.executable, *launch, *train, "--seed", str(run.seed)]
-
-
 def whole_command(run: Run, launch: list[str]) -> float:
     """Seconds of a whole command, imports and all."""
     field_set(run).unlink(missing_ok=True)
     start = time.perf_counter()
     subprocess.run(
-        command(run, launch),
+        train_command(run, launch),
         check=True,
         stdout=subprocess.DEVNULL,
         env={**environment(), "OMP_NUM_THREADS": "1"},
@@ -211,7 +198,7 @@ def killed_and_resumed(run: Run, seconds: float) -> int:
     field_set(run).unlink(missing_ok=True)
     parts = field_set(run).with_name(f".{field_set(run).name}.parts")
     process = subprocess.Popen(
-        command(run, TORCHRUN),
+        train_command(run, TORCHRUN),
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
         env=environment(),
@@ -225,7 +212,7 @@ def killed_and_resumed(run: Run, seconds: float) -> int:
     if process.wait(timeout=60 + seconds) == 0:
         raise MetroEMError("a run whose rank was killed ended as if all were well")
     kept = len(list(parts.glob("[0-9]*.h5")))
-    again = [*command(run, TORCHRUN)]
+    again = train_command(run, TORCHRUN)
     subprocess.run(again, check=True, stdout=subprocess.DEVNULL, env=environment())
     return kept
 

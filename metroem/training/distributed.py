@@ -184,7 +184,7 @@ def check_same(values: Sequence[int], what: str) -> None:
         )
 
 
-def _store() -> dist.Store:
+def _store() -> dist.Store:  # type: ignore[reportPrivateImportUsage]
     """Where the ranks keep what all of them know."""
     return dist.distributed_c10d._get_default_store()
 
