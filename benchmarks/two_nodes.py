@@ -40,7 +40,9 @@ STEPS = 4
 # So small, since Adam turns the rounding of a gradient near 0 into a step of up to
 # the whole rate: weights may come apart by twice the rate a step.
 RATE = 1e-6
-NODES = ("metroem-a", "metroem-b")
+# Names of their own, so that two of these may run; an interface has 15 letters.
+NODES = tuple(f"metroem-{os.getpid()}-{end}" for end in "ab")
+INTERFACES = tuple(f"mem{os.getpid() % 10**7}{end}" for end in "ab")
 ADDRESSES = ("10.213.7.1", "10.213.7.2")
 PORT = 29517
 WEIGHTS_APART, FIELDS_APART_PX = 1e-5, 0.0101
@@ -69,10 +71,9 @@ def why_not() -> str | None:
         return "network namespaces need root"
     if shutil.which("ip") is None:
         return "no `ip` here; install iproute2"
-    probe = subprocess.run(["ip", "netns", "exec", "-h"], capture_output=True)
-    made = subprocess.run(["ip", "netns", "add", "metroem-probe"], capture_output=True)
-    subprocess.run(["ip", "netns", "del", "metroem-probe"], capture_output=True)
-    if probe.returncode not in (0, 255, 1) or made.returncode:
+    made = subprocess.run(["ip", "netns", "add", NODES[0]], capture_output=True)
+    subprocess.run(["ip", "netns", "del", NODES[0]], capture_output=True)
+    if made.returncode:
         return f"network namespaces are not permitted: {made.stderr.decode().strip()}"
     return None
 
@@ -128,9 +129,8 @@ def namespaces() -> Iterator[None]:
     try:
         for name in NODES:
             ip("netns", "add", name)
-        ends = ["metroem-va", "metroem-vb"]
-        ip("link", "add", ends[0], "type", "veth", "peer", "name", ends[1])
-        for name, end, address in zip(NODES, ends, ADDRESSES, strict=True):
+        ip("link", "add", INTERFACES[0], "type", "veth", "peer", "name", INTERFACES[1])
+        for name, end, address in zip(NODES, INTERFACES, ADDRESSES, strict=True):
             ip("link", "set", end, "netns", name)
             ip("-n", name, "addr", "add", f"{address}/24", "dev", end)
             ip("-n", name, "link", "set", end, "up")
@@ -152,14 +152,14 @@ def node(run: Run, which: int) -> Iterator[subprocess.Popen]:
     launch = ["-m", "torch.distributed.run", "--nnodes=2"]
     launch += ["--nproc_per_node=2", "--max_restarts=3", "--rdzv_backend=c10d"]
     launch += [f"--rdzv_endpoint={ADDRESSES[0]}:{PORT}", "--rdzv_id=metroem"]
-    launch += [f"--local_addr={ADDRESSES[which]}"]
-    interface = ("metroem-va", "metroem-vb")[which]
+    # torchrun finds out by its host name, which the nodes of one machine share.
+    launch += [f"--local_addr={ADDRESSES[which]}", f"--rdzv_conf=is_host={1 - which}"]
     with (run.folder / f"node_{which}.log").open("a") as log:
         process = subprocess.Popen(
             ["ip", "netns", "exec", NODES[which], *train_command(run, launch)],
             env={
                 **environment(),
-                "GLOO_SOCKET_IFNAME": interface,
+                "GLOO_SOCKET_IFNAME": INTERFACES[which],
                 # With a store that outlives a restart, a node that comes back waits
                 # for an address that nobody writes again (torch 2.13).
                 "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
