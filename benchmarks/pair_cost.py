@@ -2,10 +2,11 @@
 
 Measured at several sides, so that it shows whether the cost grows as the area:
 training (a step of the default network on one crop), writing a field (network and
-finetuner), packing a field, joining a packed one, reading a pair.
+finetuner), packing a field, joining a packed one, reading a pair. Seconds are those of
+the processor: waiting for a disk, or for other programs, is not counted.
 
 Example:
-    python benchmarks/pair_cost.py --sides_px 256 512
+    python benchmarks/pair_cost.py --sides_px 192 384
 """
 
 import argparse
@@ -36,8 +37,11 @@ REPEATS = 3
 def main() -> None:
     """Run the benchmark; the last line is one JSON object."""
     parser = cli.parser(__doc__)
-    parser.add_argument("--sides_px", type=int, nargs="+", default=[256, 512])
-    parser.add_argument("--fields_px", type=int, default=2048, help="packed (2048)")
+    sides, packed = "of pairs, px (192 384)", "side of the field packed (2048)"
+    parser.add_argument(
+        "--sides_px", type=int, nargs="+", default=[192, 384], help=sides
+    )
+    parser.add_argument("--fields_px", type=int, default=2048, help=packed)
     request = parser.parse_args()
     torch.set_num_threads(1)
     folder = Path(tempfile.mkdtemp(prefix="metroem-cost-"))
@@ -101,19 +105,19 @@ def packing(folder: Path, side: int) -> dict[str, object]:
         "field_px": side,
         "pack_s": pack,
         "join_s": join,
-        "join_raw_bytes_per_s": field.nbytes / join,
+        "join_raw_bytes_per_core_s": field.nbytes / join,
         "field_bytes": size,
     }
 
 
 def median(work: Callable[[], object]) -> float:
-    """Median seconds of a few calls, after one that does not count."""
+    """Median seconds of a core for a few calls, after one that does not count."""
     work()
     taken = []
     for _ in range(REPEATS):
-        start = time.perf_counter()
+        start = time.process_time()
         work()
-        taken.append(time.perf_counter() - start)
+        taken.append(time.process_time() - start)
     return statistics.median(taken)
 
 
