@@ -32,7 +32,7 @@ def make_run(
     """
     schedule = folder / "schedule.json"
     run = Run(folder, range(pairs + 1), (0, 0), side_px, (0,), schedule)
-    request = DemoRequest(folder, max(pairs + 1, 5), side_px, side_px, 1)
+    request = DemoRequest(folder, max(pairs + 1, 8), side_px, side_px, 1)
     images = [
         normalize(torch.from_numpy(section.image)[None, None].float())[0, 0].numpy()
         for section in make_sections(request)

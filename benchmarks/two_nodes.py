@@ -115,7 +115,7 @@ def train_on_nodes(run: Run, epochs: int) -> dict[str, float]:
         stack.enter_context(namespaces())
         nodes = [stack.enter_context(node(run, which)) for which in (0, 1)]
         wait_for_epochs(run, nodes, max(epochs // 3, 1))
-        os.killpg(nodes[1].pid, signal.SIGKILL)
+        kill_node(1)
         nodes[1].wait()
         at, killed = len(metrics(run)), time.monotonic()
         logger.info("killed the second node after epoch %d", at)
@@ -178,11 +178,20 @@ def node(run: Run, which: int) -> Iterator[subprocess.Popen]:
     try:
         yield process
     finally:
-        try:
-            os.killpg(process.pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
+        kill_node(which)
         process.wait()
+
+
+def kill_node(which: int) -> None:
+    """SIGKILL to all that runs on a node: torchrun puts ranks in sessions apart."""
+    listed = subprocess.run(
+        ["ip", "netns", "pids", NODES[which]], capture_output=True, text=True
+    )
+    for pid in listed.stdout.split():
+        try:
+            os.kill(int(pid), signal.SIGKILL)
+        except ProcessLookupError:
+            continue
 
 
 def metrics(run: Run) -> list[str]:
