@@ -138,7 +138,7 @@ class Server:
         if error is None:
             self._ask("end")
         else:
-            self._process.kill()
+            (self.run.folder / "end").touch()  # a kill would leave torchrun's ranks
         self._process.wait()
 
     def _ask(self, what: str) -> None:
