@@ -73,6 +73,12 @@ class TrainRequest:
             value = getattr(self, flag)
             if value is not None and value < least:
                 raise UsageError(f"--{flag} {value}: expected at least {least}")
+        if self.restart and distributed.restarts_allowed():
+            raise UsageError(
+                "--restart with torchrun --max_restarts: each restart of torchrun "
+                "would begin the training anew; leave --max_restarts out, or begin "
+                "anew by a first run with --restart and without it"
+            )
         if self.max_minutes is not None and not self.max_minutes > 0:
             raise UsageError(f"--max_minutes {self.max_minutes}: expected more than 0")
         if self.ema is not None:
@@ -153,6 +159,7 @@ def _run_stages(
 ) -> None:
     run = RunFolder.of(request.pyramid_path, request.checkpoint_name)
     run.make()
+    distributed.check_shared(run.path)
     to_train = select_stages(modules, request.train_stages, "--train_stages")
     to_generate = select_stages(
         modules, request.generate_field_stages, "--generate_field_stages"

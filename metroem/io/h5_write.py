@@ -176,7 +176,7 @@ def write_image_set(
     Raises:
         DatasetError: another number of pairs, or of another shape.
     """
-    with _replacing(path) as file:
+    with replacing_h5(path) as file:
         images = file.create_dataset(
             "img",
             (len(meta.frames), 2, *meta.shape),
@@ -189,7 +189,7 @@ def write_image_set(
         before: tuple[np.ndarray, ...] = ()
         for index, pair in _counted(path, pairs, len(meta.frames)):
             for side, image in enumerate(pair):
-                _check_shape(path, index, image.shape, meta.shape)
+                check_shape(path, index, image.shape, meta.shape)
                 written = [i for i, other in enumerate(before) if other is image]
                 if written:
                     _copy_chunks(images, (index - 1, written[0]), (index, side))
@@ -203,7 +203,7 @@ def write_image_set(
         if defects is not None:
             _write_masks(file, path, defects, meta, checksums)
         file["checksum"] = checksums
-        _describe(file, meta, moved=True)
+        describe(file, meta, moved=True)
 
 
 def _copy_chunks(
@@ -241,7 +241,7 @@ def _write_masks(
     )
     for index, pair in _counted(path, defects, len(meta.frames)):
         for side, mask in enumerate(pair):
-            _check_shape(path, index, mask.shape, meta.shape)
+            check_shape(path, index, mask.shape, meta.shape)
             masks[index, side] = mask
             checksums[index] = _crc(mask, np.uint8, checksums[index])
 
@@ -263,17 +263,10 @@ def write_field_set(
         FieldError: a vector is NaN or infinite.
     """
     sides = () if meta.num_sides == 1 else (meta.num_sides,)
-    with _replacing(path) as file:
-        vectors = file.create_dataset(
-            "field" if sides else "main",
-            (len(meta.frames), *sides, 2, *meta.shape),
-            np.float32,
-            chunks=(1,) * (len(sides) + 2) + _chunk(meta.shape),
-            compression="lzf",
-            scaleoffset=_FIELD_DECIMALS,
-        )
+    with replacing_h5(path) as file:
+        vectors = field_dataset(file, len(meta.frames), (*sides, 2, *meta.shape))
         for index, field in _counted(path, fields, len(meta.frames)):
-            _check_shape(path, index, field.shape, (*sides, 2, *meta.shape))
+            check_shape(path, index, field.shape, (*sides, 2, *meta.shape))
             if not np.isfinite(field).all():
                 share = 1 - np.isfinite(field).mean()
                 raise FieldError(
@@ -281,7 +274,27 @@ def write_field_set(
                     f"(src {meta.frames[index].sections[0]}) is NaN or infinite"
                 )
             vectors[index] = field
-        _describe(file, meta, moved=False)
+        describe(file, meta, moved=False)
+
+
+def field_dataset(
+    file: h5py.File, num_pairs: int, shape: tuple[int, ...]
+) -> h5py.Dataset:
+    """The empty dataset of a field set, "main", or "field" if there are two sides.
+
+    Args:
+        file: to make it in.
+        num_pairs: how many fields there will be.
+        shape: of one: (2, H, W) or (2 sides, 2, H, W).
+    """
+    return file.create_dataset(
+        "field" if len(shape) == 4 else "main",
+        (num_pairs, *shape),
+        np.float32,
+        chunks=(1,) * (len(shape) - 1) + _chunk((shape[-2], shape[-1])),
+        compression="lzf",
+        scaleoffset=_FIELD_DECIMALS,
+    )
 
 
 def verify(path: Path) -> list[str]:
@@ -309,7 +322,7 @@ def verify(path: Path) -> list[str]:
 
 
 @contextmanager
-def _replacing(path: Path) -> Iterator[h5py.File]:
+def replacing_h5(path: Path) -> Iterator[h5py.File]:
     """An h5 file to fill, which takes its name when all went well.
 
     Checksums are added unless they are in it already.
@@ -351,7 +364,8 @@ def _checksum(file: h5py.File, index: int) -> int:
     return checksum
 
 
-def _describe(file: h5py.File, meta: SetMeta, *, moved: bool) -> None:
+def describe(file: h5py.File, meta: SetMeta, *, moved: bool) -> None:
+    """Write where each pair lies and what the file says about itself."""
     boxes = [frame.boxes(moved=moved) for frame in meta.frames]
     file["box"] = np.array(boxes, np.int64)
     file["offset"] = np.array([frame.offsets for frame in meta.frames], np.int64)
@@ -370,7 +384,8 @@ def _counted(path: Path, items: Iterable, expected: int) -> Iterator[tuple[int, 
         raise DatasetError(f"{path}: {count} pairs of the {expected} announced")
 
 
-def _check_shape(path: Path, index: int, found: tuple, expected: tuple) -> None:
+def check_shape(path: Path, index: int, found: tuple, expected: tuple) -> None:
+    """Raise DatasetError where a pair has another shape than its set."""
     if found != expected:
         raise DatasetError(f"{path}: pair {index} is {found}, expected {expected}")
 

@@ -24,6 +24,7 @@ import torch
 
 from metroem.errors import CheckpointError
 from metroem.io.replace import replace_file
+from metroem.training.distributed import check_same
 
 STATE_VERSION = 1
 # Keys that states of earlier programs do not have.
@@ -120,7 +121,15 @@ def load_state(path: Path, settings: Mapping[str, Any]) -> TrainingState | None:
     Raises:
         CheckpointError: the file cannot be read, is of another version, or
             belongs to a run with other settings (the message names them).
+        UsageError: the ranks of the run see different states.
     """
+    state = _read_state(path, settings)
+    place = (state.phase, state.epoch, state.step) if state else (-1, -1, -1)
+    check_same(place, str(path))
+    return state
+
+
+def _read_state(path: Path, settings: Mapping[str, Any]) -> TrainingState | None:
     if not path.is_file():
         return None
     try:

@@ -7,14 +7,24 @@ environment there is one rank and nothing to agree on.
 import os
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+import time
+import uuid
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from datetime import timedelta
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from metroem.errors import UsageError
+
+# How long ranks wait for one that gives no sign of life: longer than any takes for a
+# pair. A rank whose process dies is noticed at once, one whose machine vanishes then.
+PATIENCE = timedelta(minutes=30)
+# Network storage may show a new file to other machines only after a minute.
+SEEN_WITHIN_S = 90.0
 
 
 def is_launched() -> bool:
@@ -30,6 +40,11 @@ def rank() -> int:
 def world_size() -> int:
     """Number of processes of the run, 1 without torchrun."""
     return int(os.environ["WORLD_SIZE"]) if is_launched() else 1
+
+
+def restarts_allowed() -> int:
+    """How often torchrun may start the ranks again after one has failed."""
+    return int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0"))
 
 
 def launch(script: str, arguments: Sequence[str], *, ranks: int, port: int) -> int:
@@ -83,13 +98,95 @@ def process_group(device: torch.device) -> Iterator[None]:
         return
     if device.type == "cuda":
         torch.cuda.set_device(device)
-        dist.init_process_group("nccl", device_id=device)
+        dist.init_process_group("nccl", device_id=device, timeout=PATIENCE)
     else:
-        dist.init_process_group("gloo")
+        dist.init_process_group("gloo", timeout=PATIENCE)
     try:
         yield
     finally:
         dist.destroy_process_group()
+
+
+def share_out(total: int) -> Iterator[int]:
+    """Numbers below `total`, each for one rank: for whichever asks next.
+
+    Ranks that are faster, or have less to do for their numbers, get more of them.
+    """
+    if not dist.is_initialized():
+        yield from range(total)
+        return
+    store = _store()
+    barrier()  # all are done with the numbers before
+    if rank() == 0:
+        store.set("next", "0")
+    barrier()
+    while (number := store.add("next", 1) - 1) < total:
+        yield number
+
+
+def follow(steps: Iterable[object], num_steps: int) -> None:
+    """Let the first rank go through `steps`, at each of which the others wait.
+
+    However long that takes in all, a first rank that died is noticed.
+
+    Args:
+        steps: of the first rank; the others do not touch it.
+        num_steps: how many there are, on every rank.
+    """
+    for _ in steps if rank() == 0 else range(num_steps):
+        barrier()
+    barrier()
+
+
+def check_shared(folder: Path) -> None:
+    """Make sure that all ranks see one folder, and not each its own.
+
+    Raises:
+        UsageError: this rank does not see what the first one writes there.
+    """
+    if not dist.is_initialized():
+        return
+    mark = folder / f".seen-{uuid.uuid4().hex}"
+    store = _store()
+    if rank() == 0:
+        mark.touch()
+        store.set("mark", mark.name)
+    barrier()
+    mark = folder / store.get("mark").decode()
+    deadline = time.monotonic() + SEEN_WITHIN_S
+    while not (is_seen := mark.exists()) and time.monotonic() < deadline:
+        time.sleep(0.5)
+    barrier()
+    if rank() == 0:
+        mark.unlink()
+    if not is_seen:
+        raise UsageError(
+            f"{folder}: rank {rank()} does not see what rank 0 writes there; a run on "
+            "several machines needs its pyramid and its data set on storage that all "
+            "of them mount"
+        )
+
+
+def check_same(values: Sequence[int], what: str) -> None:
+    """Make sure that all ranks have equal values, as many on each.
+
+    Raises:
+        UsageError: they differ; `what` says of what.
+    """
+    both = torch.tensor([*values, *(-value for value in values)], dtype=torch.int64)
+    if dist.is_initialized() and dist.get_backend() == "nccl":
+        both = both.cuda()
+    highest = largest(both).tolist()
+    if highest[: len(values)] != [-value for value in highest[len(values) :]]:
+        raise UsageError(
+            f"the ranks see different versions of {what}; is it on storage that all "
+            "of them mount? The same command tries again"
+        )
+
+
+def _store() -> dist.Store:  # type: ignore[reportPrivateImportUsage]
+    """Where the ranks keep what all of them know."""
+    return dist.distributed_c10d._get_default_store()
 
 
 def largest(values: Tensor) -> Tensor:

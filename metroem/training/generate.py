@@ -3,7 +3,9 @@
 import hashlib
 import logging
 import sys
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Sequence
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,15 +15,16 @@ import torch
 
 from metroem.aligner import Aligner
 from metroem.data.dataset import PairRef, image_sets_at, open_prior, read_sample
+from metroem.data.sample import Sample
 from metroem.errors import CheckpointError, DatasetError
 from metroem.field import move_field
 from metroem.field_search import Finetuned, summary
+from metroem.io.field_parts import FieldParts
 from metroem.io.h5 import (
     FieldSet,
     FieldSetMeta,
     ImageSet,
     PairFrame,
-    write_field_set,
 )
 from metroem.io.parts import PartStore, as_json, differences, parts_folder
 from metroem.nets.checkpoint import checkpoint_path
@@ -86,7 +89,8 @@ def generate_fields(job: FieldJob, stop: StopRequest) -> None:
     Each pair's field is finetuned and brought to the next stage's mip through
     the recorded places of both. A set that is there already, made by the same
     weights, is left alone; one that was begun goes on where it was. The ranks
-    share the pairs, rank 0 writes the files.
+    share the pairs, each taking the next when it is done with one; rank 0 joins
+    what they made.
 
     Args:
         job: module and data.
@@ -106,14 +110,17 @@ def generate_fields(job: FieldJob, stop: StopRequest) -> None:
     sets = image_sets_at(job.dataset, job.module.in_mip)
     targets = target_sets(job.dataset, sets, job.mip)
     aligner = None
+    digest = hashlib.sha256(job.weights.read_bytes()).hexdigest()
     for images, target in zip(sets, targets, strict=True):
         prior = None
         if job.module.stage > 0:
             prior = open_prior(images, job.module.stage, job.checkpoint_name)
         sources = _Sources(images, prior, target)
-        request = _request(job, sources)
+        request = _request(job, sources, digest)
         path = _field_path(job, target)
-        if _is_done(path, request):
+        # One answer for all ranks, of which some may not see a new file yet.
+        done = torch.tensor([float(_is_done(path, request))], device=job.device)
+        if distributed.largest(done).item():
             logger.info("%s: there already", path)
             continue
         aligner = aligner or _load(job)
@@ -146,8 +153,7 @@ def _field_path(job: FieldJob, target: ImageSet) -> Path:
     return job.dataset / name.filename
 
 
-def _request(job: FieldJob, sources: _Sources) -> dict[str, Any]:
-    digest = hashlib.sha256(job.weights.read_bytes()).hexdigest()
+def _request(job: FieldJob, sources: _Sources, digest: str) -> dict[str, Any]:
     prior = sources.prior
     return {
         "weights_sha256": digest,
@@ -190,53 +196,93 @@ def _generate_set(
     request: dict[str, Any],
     stop: StopRequest,
 ) -> None:
-    images, target = sources.images, sources.target
+    started = time.monotonic()
+    target = sources.target
     path = _field_path(job, target)
     parts = _open_parts(path, request)
-    mine = range(distributed.rank(), images.num_pairs, distributed.world_size())
-    code, gains = 0, []
-    what = f"fields of stage {job.module.stage} for {images.path.name}, pairs"
-    for index in progress(mine, what, total=len(mine)):
-        if not parts.has(str(index)):
-            field, finetuned = _field_of(job, aligner, sources, index)
-            parts.put(str(index), field)
-            gains += [finetuned] if finetuned else []
-        code = stop.code
-        if code:
-            break
-    if gains:
-        logger.info("%s: %s", path.name, summary(gains))
+    code = _make_share(job, aligner, sources, parts, stop)
     (code,) = distributed.largest(torch.tensor([code], device=job.device)).tolist()
     if code:
         raise Stopped(code)
+    joining = parts.join(path, _meta(job, target, request))
+    distributed.follow(joining, target.num_pairs)
     if distributed.rank() == 0:
-        write_field_set(
-            path, _in_order(parts, images.num_pairs), _meta(job, target, request)
-        )
         parts.remove()
-    distributed.barrier()
+    logger.info("%s: written, %.2f s", path, time.monotonic() - started)
 
 
-def _open_parts(path: Path, request: dict[str, Any]) -> PartStore:
+def _open_parts(path: Path, request: dict[str, Any]) -> FieldParts:
     """The parts of a field set; those of other weights are thrown away."""
     folder = parts_folder(path)
     if distributed.rank() == 0:
         try:
-            PartStore(folder, request)
+            FieldParts(folder, request)
         except DatasetError:
             logger.info("%s: begun with other weights, made anew", folder)
             PartStore.discard(folder)
-            PartStore(folder, request)
+            FieldParts(folder, request)
     distributed.barrier()
-    return PartStore(folder, request)
+    parts = FieldParts(folder, request)
+    distributed.check_shared(folder)
+    return parts
+
+
+def _make_share(
+    job: FieldJob,
+    aligner: Aligner,
+    sources: _Sources,
+    parts: FieldParts,
+    stop: StopRequest,
+) -> int:
+    """Make the fields that are missing, with the other ranks; returns a stop code.
+
+    Packing one takes as long as a GPU takes for half of the next, so it is done
+    beside it, by a thread that python does not wait for.
+    """
+    total, gains = sources.images.num_pairs, []
+    what = f"fields of stage {job.module.stage} for {sources.images.path.name}, pairs"
+    if distributed.world_size() > 1:
+        what += " of rank 0"
+    with ThreadPoolExecutor(1) as pool:
+        made, kept = None, None
+        for index in progress(distributed.share_out(total), what, total=total):
+            if not parts.has(index):
+                sample = _read(job, sources, index)
+                # Not before: h5py reads and writes one after the other.
+                kept = _keep(pool, parts, made, kept)
+                field, finetuned = _field_of(aligner, sources, sample, index)
+                made = index, field
+                gains += [finetuned] if finetuned else []
+            if stop.code:
+                break
+        _keep(pool, parts, None, _keep(pool, parts, made, kept))
+    if gains:
+        logger.info("%s: %s", parts.folder.name, summary(gains))
+    return stop.code
+
+
+def _keep(
+    pool: Executor,
+    parts: FieldParts,
+    made: tuple[int, np.ndarray] | None,
+    kept: Future | None,
+) -> Future | None:
+    """Begin to keep a field that was made, once the one before it is kept."""
+    if kept is not None:
+        kept.result()
+    return None if made is None else pool.submit(parts.put, *made)
+
+
+def _read(job: FieldJob, sources: _Sources, index: int) -> Sample:
+    """A pair, whole, on this rank's device."""
+    ref = PairRef(sources.images, sources.prior, index)
+    return read_sample(ref, ref.grid).to(job.device)
 
 
 def _field_of(
-    job: FieldJob, aligner: Aligner, sources: _Sources, index: int
+    aligner: Aligner, sources: _Sources, sample: Sample, index: int
 ) -> tuple[np.ndarray, Finetuned | None]:
     """The field of one pair, (2, H, W) on the target's grid, and what it gained."""
-    ref = PairRef(sources.images, sources.prior, index)
-    sample = read_sample(ref, ref.grid).to(job.device)
     field, finetuned = aligner.align_pair(
         sample.src,
         sample.tgt,
@@ -244,17 +290,12 @@ def _field_of(
         defects=(sample.src_defects, sample.tgt_defects),
     )
     if not torch.isfinite(field).all():
-        logger.warning("%s: no finite field, its prior field is kept", ref.name)
+        logger.warning("%s: no finite field, its prior field is kept", sample.pair[0])
         field = sample.prior_field
         if field is None:
             field = torch.zeros_like(sample.src).repeat(1, 2, 1, 1)
-    field = move_field(field, ref.grid, sources.target.grid(index))
+    field = move_field(field, sources.images.grid(index), sources.target.grid(index))
     return field[0].cpu().numpy(), finetuned
-
-
-def _in_order(parts: PartStore, num_pairs: int) -> Iterator[np.ndarray]:
-    for index in range(num_pairs):
-        yield parts.load(str(index))
 
 
 def _meta(job: FieldJob, target: ImageSet, request: dict[str, Any]) -> FieldSetMeta:

@@ -79,11 +79,16 @@ class StageJob:
 
     def fingerprint(self) -> dict[str, Any]:
         """What must be equal for a run to go on from a saved state."""
+        size = self.settings.batch_size
+        if size is None and not all(phase.batch_size for phase in self.phases):
+            # One pair a rank: with other ranks, steps would be of other pairs.
+            ranks = distributed.world_size()
+            size = ranks if ranks > 1 else None
         return {
             "the phases of the schedule": [_described(phase) for phase in self.phases],
             "the pairs to train on": [ref.name for ref in self.split.training],
             "--seed": self.settings.seed,
-            "--batch_size": self.settings.batch_size,
+            "--batch_size": size,
             "--precision": self.settings.precision,
         }
 

@@ -1,0 +1,50 @@
+"""The benchmarks of several ranks run, on little, and their runs agree."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+
+pytestmark = pytest.mark.slow
+
+
+def figures(script, *arguments):
+    """The JSON of a benchmark's last line."""
+    done = subprocess.run(
+        [sys.executable, str(BENCHMARKS / script), *arguments],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(BENCHMARKS.parent)},
+    )
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_two_ranks_write_the_fields_of_one_also_after_a_kill():
+    found = figures("field_generation.py", "--pairs", "5", "--side_px", "96")
+    assert len(found["sha256"]) == 1 and 3 <= found["kept_at_kill"] <= 5
+
+
+def test_a_node_that_is_killed_and_started_again_ends_with_the_same_weights(
+    monkeypatch,
+):
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    from two_nodes import why_not
+
+    if missing := why_not():
+        pytest.skip(missing)
+    small = ("--epochs", "3", "--pairs", "8", "--side_px", "64")
+    found = figures("two_nodes.py", *small)
+    assert found["killed_at_epoch"] < 3
+    assert found["weights_apart"]["largest"] < 1e-5
+
+
+def test_a_pair_has_a_cost_at_each_side():
+    found = figures("pair_cost.py", "--sides_px", "64", "96", "--fields_px", "128")
+    assert found["96 px"]["field_s"] > 0 and found["64 px"]["step_s"] > 0
+    assert found["gradient_bytes"] > 4e5 and found["join_s"] < found["pack_s"]
