@@ -26,6 +26,7 @@ _PAD = 2
 # Rows of 512 px and 9 maps at which a CPU is fastest: 16 and 64 take 1.1 times as
 # long, all rows at once 1.5 times (2026-11).
 _BLOCK_PX = 32 * 512
+_FEW_STEPS = 10
 # Rigidity needs fewer maps at a time.
 _RIGIDITY_BLOCK_PX = 4 * _BLOCK_PX
 
@@ -61,6 +62,25 @@ class FinetuneOptions:
     coarseness: int = 0
     weight_decay: float = 0.0
     momentum: float | None = None
+
+    @property
+    def at_several_scales(self) -> bool:
+        """Whether changes of several scales are searched for at once.
+
+        By Adam, unless a coarseness is asked for.
+        """
+        return self.momentum is None and self.coarseness == 0
+
+    @property
+    def num_steps(self) -> int:
+        """Steps that are made for `num_iter`.
+
+        Those at several scales go so far that a third as many end lower
+        (`metroem.field_search`); few are made as they are.
+        """
+        if not self.at_several_scales:
+            return self.num_iter
+        return min(self.num_iter, max(_FEW_STEPS, -(-self.num_iter // 3)))
 
 
 class FieldLoss:

@@ -92,7 +92,7 @@ def test_the_result_is_never_worse_by_its_own_loss(rate_px):
     tuned = finetune_field(texture(), texture(), start, ones(), ones(), options)
 
     assert (tuned.loss_after <= tuned.loss_before).all()
-    assert tuned.iterations == 12
+    assert tuned.iterations == options.num_steps == 10
 
 
 def test_where_nothing_can_be_gained_the_start_is_returned():
@@ -268,3 +268,11 @@ def test_the_gradient_written_out_is_that_of_the_loss(masked):
         (slope,) = torch.autograd.grad(expected, leaf)
         torch.testing.assert_close(value[i], expected.detach())
         torch.testing.assert_close(gradient[i], slope[0], atol=1e-6, rtol=1e-4)
+
+
+def test_a_search_at_several_scales_makes_a_third_of_the_steps():
+    steps = {n: FinetuneOptions(num_iter=n).num_steps for n in (5, 12, 100, 300)}
+
+    assert steps == {5: 5, 12: 10, 100: 34, 300: 100}
+    assert FinetuneOptions(num_iter=300, momentum=0.9).num_steps == 300
+    assert FinetuneOptions(num_iter=300, coarseness=1).num_steps == 300
