@@ -1,7 +1,8 @@
 r"""The finetuner beside that of metroem 0.1.3, and beside the bare warp.
 
 One iteration: a step of `optimize_pre_post_ups` on one pair of 512 px with 7 features
-and masks, set-up excluded: a call with more steps less a call with fewer. The bare warp
+and masks, set-up excluded: a call with more steps less a call with fewer, per step that
+is made (ours makes fewer than it is asked for). The bare warp
 is `F.grid_sample` of the features and its backward pass to the field. `--whole`: the
 whole call of `optimize_pre_post_ups` with 300 steps, both from the same start, and the
 original's loss of what each gives, in float64, for each of some seeds.
@@ -86,8 +87,10 @@ def time_iterations(args: Any, folder: Path) -> None:
             few, many = original()["seconds"]
             per_step["original"].append((many - few) / (MANY - FEW))
             # Ours are many more, since they take so much less.
-            few, many = (ours(pair, 10 * n)[0] for n in (FEW, MANY))
-            per_step["ours"].append((many - few) / (10 * (MANY - FEW)))
+            asked = [10 * n for n in (FEW, MANY)]
+            few, many = (ours(pair, num_iter)[0] for num_iter in asked)
+            made = [FinetuneOptions(num_iter=n).num_steps for n in asked]
+            per_step["ours"].append((many - few) / (made[1] - made[0]))
             start = time.perf_counter()
             for _ in range(MANY):
                 bare_warp(pair)

@@ -16,12 +16,14 @@ from metroem.field_loss import FieldLoss, FinetuneOptions
 from metroem.field_search import Search
 from metroem.grid import Grid
 from metroem.io.h5 import ImageSetMeta, Pair, PairFrame, write_image_set
+from metroem.loss import LossTerms
 from metroem.masks import PairWeight
 from metroem.scaffold import init_pyramid
 from metroem.specs.losses import LossSpec
 from metroem.specs.schedule import Phase
+from metroem.training.model import TrainingModel
 from metroem.training.objectives import phase_loss
-from metroem.training.step import TrainingModel, train_step
+from metroem.training.step import scores_of, train_step
 
 Part = Callable[[], object]
 
@@ -83,13 +85,13 @@ class Bench:
         model = self._model(precision, compiled)
         optimizer = torch.optim.Adam(model.parameters(), lr=1e-4)
         generator = torch.Generator().manual_seed(0)
-        return lambda: train_step(
-            lambda: model(self.sample, ()),
-            lambda found: phase_loss(self.phase, self.sample, found, generator),
-            optimizer,
-            prior=None,
-            stop=0,
-        )
+
+        def batch() -> tuple[LossTerms, Tensor]:
+            found = model(self.sample, ())
+            terms = phase_loss(self.phase, self.sample, found, generator)
+            return terms, scores_of(found, terms, None)
+
+        return lambda: train_step([batch], optimizer, stop=0)
 
     def forward(self, precision: str, compiled: bool) -> Part:
         """Forward pass of the network alone, without gradients."""
@@ -115,7 +117,7 @@ class Bench:
         with_gradient = loss.with_gradient
         if compiled:
             with_gradient = torch.compile(loss.with_gradient)
-        return lambda: search.step(*with_gradient(start + search.field)), loss, start
+        return lambda: search.step(*with_gradient(search.field)), loss, start
 
     def _model(self, precision: str, compiled: bool) -> TrainingModel:
         model = TrainingModel(self.aligner, precision)

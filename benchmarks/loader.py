@@ -27,6 +27,7 @@ import numpy as np
 import side_by_side
 import torch
 from scipy import ndimage
+from torch import Tensor
 
 from metroem import cli
 from metroem.aligner import Aligner
@@ -43,12 +44,14 @@ from metroem.io.h5 import (
     write_field_set,
     write_image_set,
 )
+from metroem.loss import LossTerms
 from metroem.nets.loading import load_module
 from metroem.normalize import normalize
 from metroem.scaffold import init_pyramid
 from metroem.specs.schedule import Phase, load_schedule
+from metroem.training.model import TrainingModel
 from metroem.training.objectives import levels_wanted, phase_loss
-from metroem.training.step import TrainingModel, train_step
+from metroem.training.step import scores_of, train_step
 
 _MIP = 1
 _NOT_COUNTED = 2  # steps: the workers have just been started
@@ -187,13 +190,12 @@ def works(folder: Path, args: argparse.Namespace) -> Iterator[tuple[str, Work]]:
     optimizer = torch.optim.Adam(aligner.net.parameters(), lr=phase.lr)
 
     def train(sample: Sample) -> None:
-        train_step(
-            lambda: model(sample, levels_wanted(phase, aligner.options)),
-            lambda found: phase_loss(phase, sample, found, torch.Generator()),
-            optimizer,
-            prior=None,
-            stop=0,
-        )
+        def batch() -> tuple[LossTerms, Tensor]:
+            found = model(sample, levels_wanted(phase, aligner.options))
+            terms = phase_loss(phase, sample, found, torch.Generator())
+            return terms, scores_of(found, terms, None)
+
+        train_step([batch], optimizer, stop=0)
 
     yield f"trains on a CPU, {args.threads} threads", train
 
@@ -205,9 +207,9 @@ def feed(
     pairs = find_pairs(folder, _MIP, stage=0, checkpoint_name="checkpoint")
     phase = phase_of(args)
     samples = PhaseSamples(
-        pairs, phase, EpochKey(0, 0, 0, 0), batch_size=args.batch_size
+        pairs, phase, EpochKey(0, 0, 0, 0), update_size=args.batch_size
     )
-    batches = samples.batches(0, rank=0, ranks=1)
+    batches = samples.batches(0, args.batch_size, rank=0, ranks=1)
     waited, worked = [], []
     with closing(
         read_ahead(samples, batches, num_workers=args.workers, pin_memory=False)

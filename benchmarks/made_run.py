@@ -49,8 +49,13 @@ def make_run(
     made = [Pair(images[i + 1], images[i]) for i in range(pairs)]
     write_image_set(data / "x0_y0_z1_MIP0.h5", made, meta)
     init_pyramid(run.pyramid, [0])
-    schedule.write_text(json.dumps({"0": [{**PHASE, **phase}]}))
+    write_schedule(run, phase)
     return run
+
+
+def write_schedule(run: Run, phase: Mapping[str, Any]) -> None:
+    """Let a run be trained by one phase, its keys beside those of `PHASE`."""
+    run.train_params_path.write_text(json.dumps({"0": [{**PHASE, **phase}]}))
 
 
 def train_command(run: Run, launch: list[str]) -> list[str]:

@@ -12,11 +12,13 @@ from metroem.data.epoch import EpochKey, TrainingEpoch
 from metroem.data.sample import Sample, stack_samples
 from metroem.grid import Grid
 from metroem.io.h5 import ImageSetMeta, Pair, PairFrame, write_image_set
+from metroem.loss import LossTerms
 from metroem.normalize import normalize
 from metroem.specs.schedule import Phase
 from metroem.tissue import TissueRecipe, make_tissue
+from metroem.training.model import TrainingModel
 from metroem.training.objectives import levels_wanted, phase_loss, with_natural_field
-from metroem.training.step import TrainingModel, train_step
+from metroem.training.step import scores_of, train_step
 
 Step = Callable[[], float]
 
@@ -58,17 +60,16 @@ def complete_step(
     optimizer = torch.optim.Adam(aligner.net.parameters(), lr=phase.lr, fused=True)
     samples = _samples(phase, pairs, batch_size)
 
-    def step() -> float:
+    def batch() -> tuple[LossTerms, Tensor]:
         sample, generator = next(samples)
         sample = with_natural_field(sample, model)
-        done = train_step(
-            lambda: model(sample, levels_wanted(phase, aligner.options)),
-            lambda made: phase_loss(phase, sample, made, generator, aligner.options),
-            optimizer,
-            prior=sample.prior_field,
-            stop=0,
-            max_grad_norm=phase.max_grad_norm,
-        )
+        made = model(sample, levels_wanted(phase, aligner.options))
+        terms = phase_loss(phase, sample, made, generator, aligner.options)
+        return terms, scores_of(made, terms, sample.prior_field)
+
+    def step() -> float:
+        clip = phase.max_grad_norm
+        done = train_step([batch], optimizer, stop=0, max_grad_norm=clip)
         return float(done.scores[0])
 
     return step

@@ -26,7 +26,7 @@ from pathlib import Path
 import h5py
 import numpy as np
 import torch
-from made_run import field_set, make_run, train_command
+from made_run import field_set, make_run, train_command, write_schedule
 
 from metroem import cli
 from metroem.demo import Run, environment
@@ -37,6 +37,7 @@ logger = logging.getLogger("metroem.benchmarks.two_nodes")
 
 BATCH = 4
 STEPS = 4
+LEARNING_SAMPLES = 400
 # So small since Adam turns the rounding of a gradient near 0 into a step of up to
 # the whole rate: weights may come apart by twice the rate a step.
 RATE = 1e-6
@@ -101,12 +102,20 @@ def run_benchmark(request: argparse.Namespace, folder: Path) -> None:
 
 
 def prepare(folder: Path, request: argparse.Namespace) -> Run:
-    """Pairs and an untrained pyramid of one stage."""
-    epochs = {"num_epochs": request.epochs, "num_samples": STEPS * BATCH}
-    phase = {**epochs, "lr": RATE, "batch_size": BATCH}
-    phase["crop_size"] = request.side_px // 2
+    """Pairs, and a pyramid of one stage that has learned something.
+
+    What the finetuner makes of a network that has not hangs on the last bit.
+    """
+    crop = {"batch_size": BATCH, "crop_size": request.side_px // 2}
+    learning = {**crop, "lr": 1e-3, "num_epochs": 1, "num_samples": LEARNING_SAMPLES}
     size = {"pairs": request.pairs, "side_px": request.side_px}
-    return make_run(folder, **size, phase=phase)
+    run = make_run(folder, **size, phase=learning)
+    subprocess.run(train_command(run, []), check=True, env=environment())
+    shutil.rmtree(run.pyramid / ".train")
+    field_set(run).unlink()
+    epochs = {"num_epochs": request.epochs, "num_samples": STEPS * BATCH}
+    write_schedule(run, {**crop, **epochs, "lr": RATE})
+    return run
 
 
 def train_on_nodes(run: Run, epochs: int) -> dict[str, float]:

@@ -11,9 +11,9 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from metroem.field import upsample_field
 from metroem.field_loss import FinetuneOptions
 
 _MIN_GAIN = 1e-11
@@ -74,8 +74,7 @@ class Search:
         self.best_loss = batch + float("inf")
         self.rate = batch + options.rate_px
         self.stale, self.halvings, self.age = batch, batch, batch
-        self._leaves, self._sum = self._sum_of_changes()
-        self.field = start + self._sum.detach()
+        self.field = start.clone()
 
     @property
     def finished(self) -> Tensor:
@@ -85,7 +84,7 @@ class Search:
     @property
     def best_field(self) -> Tensor:
         """The field whose loss was lowest, (B, 2, H, W), pixels."""
-        return self._start + self._at_full_size(self._best)
+        return self._with(self._best)
 
     def judge(self, loss: Tensor) -> None:
         """Keep the fields whose loss, (B,), is a new best."""
@@ -115,13 +114,14 @@ class Search:
         gradient.mul_(_over(scale))
         if self.options.weight_decay:
             gradient.add_(self.field, alpha=self.options.weight_decay)
-        gradients = torch.autograd.grad(self._sum, self._leaves, gradient)
         rate = torch.where(self.finished, 0.0, self.rate * self._share_of_rate())
         move = self._adam if self.options.momentum is None else self._descend
-        for index, slope in enumerate(gradients):
-            move(index, slope, rate, kept)
-        self._leaves, self._sum = self._sum_of_changes()
-        self.field = self._start + self._sum.detach()
+        coarse = 0
+        for index, level in enumerate(self._levels):
+            gradient = _coarser(gradient, level - coarse)
+            coarse = level
+            move(index, gradient, rate, kept)
+        self.field = self._with(self._changes)
 
     def _share_of_rate(self) -> float:
         """What is left of the rate, for one step more."""
@@ -131,19 +131,13 @@ class Search:
         late = max(2 * self._steps / self.options.num_steps - 1, 0.0)
         return 1 - (1 - _LAST_RATE) * late
 
-    def _sum_of_changes(self) -> tuple[list[Tensor], Tensor]:
-        """The changes, and their sum at full size with its way back to them."""
-        with torch.enable_grad():
-            leaves = [change.detach().requires_grad_() for change in self._changes]
-            return leaves, self._at_full_size(leaves)
-
-    def _at_full_size(self, changes: Sequence[Tensor]) -> Tensor:
-        """The sum of changes, (B, 2, H, W), pixels."""
+    def _with(self, changes: Sequence[Tensor]) -> Tensor:
+        """The field that the search began at with changes, (B, 2, H, W), pixels."""
         total, at = changes[-1], self._levels[-1]
         for level, change in zip(self._levels[-2::-1], changes[-2::-1], strict=True):
-            total = change + _finer(total, at - level, like=change)
+            total = _finer(total, at - level, like=change) + change
             at = level
-        return _finer(total, at, like=self._start)
+        return _finer(total, at, like=self._start) + self._start
 
     def _descend(
         self, index: int, gradient: Tensor, rate: Tensor, kept: Tensor
@@ -168,8 +162,27 @@ class Search:
 
 def _finer(change: Tensor, levels: int, *, like: Tensor) -> Tensor:
     """A change brought so many levels finer, cut to the size of another."""
+    if levels == 0:
+        return change
     rows, cols = like.shape[-2:]
-    return upsample_field(change, levels)[..., :rows, :cols]
+    # The small one is scaled, for speed.
+    fine = F.interpolate(change * 2**levels, scale_factor=2**levels, mode="bilinear")
+    return fine[..., :rows, :cols]
+
+
+def _coarser(gradient: Tensor, levels: int) -> Tensor:
+    """The gradient by a change that is so many levels coarser, as `_finer` has it."""
+    if levels == 0:
+        return gradient
+    scale = 2**levels
+    rows, cols = gradient.shape[-2:]
+    whole = F.pad(gradient, (0, -cols % scale, 0, -rows % scale))
+    size = [*gradient.shape[:2], whole.shape[-2] // scale, whole.shape[-1] // scale]
+    # As autograd has it, without the graph.
+    found = torch.ops.aten.upsample_bilinear2d_backward(
+        whole, list(whole.shape[-2:]), size, False, scale, scale
+    )
+    return found * scale
 
 
 def _over(values: Tensor) -> Tensor:

@@ -114,8 +114,8 @@ def optimize_pre_post_ups(
         initial_res: field to start from, (B, 2, H, W), pixels.
         sm: factor of rigidity.
         lr: rate of the first steps, pixels a step.
-        num_iter: at most so many steps of the original's; a third as many are made
-            where they end lower, see `FinetuneOptions.num_steps`.
+        num_iter: at most so many steps of the original's; fewer are made where they
+            end lower, see `FinetuneOptions.num_steps`.
         src_defects: mask of defects, (H, W) to (B, 1, H, W), or None.
         tgt_defects: likewise.
         src_zeros: mask of "no data", (H, W) to (B, 1, H, W).

@@ -55,7 +55,7 @@ def test_a_step_of_ours_minimises_what_the_original_does():
 def test_time_to_quality_follows_both():
     found = figures(
         "time_to_quality.py",
-        *("--size", "96", "--sections", "10", "--original_seconds", "1"),
+        *("--size", "96", "--sections", "14", "--original_seconds", "1"),
         *("--train_flags", "--max_epochs", "1", "--batch_size", "25"),
     )
     assert found["epe_none"] > 1

@@ -6,6 +6,7 @@ import torch
 from metroem.errors import FieldError, UsageError
 from metroem.field import warp
 from metroem.field_loss import FieldLoss
+from metroem.field_search import _coarser, _finer
 from metroem.finetuner import (
     FinetuneOptions,
     finetune_field,
@@ -270,9 +271,19 @@ def test_the_gradient_written_out_is_that_of_the_loss(masked):
         torch.testing.assert_close(gradient[i], slope[0], atol=1e-6, rtol=1e-4)
 
 
-def test_a_search_at_several_scales_makes_a_third_of_the_steps():
+def test_a_search_at_several_scales_makes_fewer_steps():
     steps = {n: FinetuneOptions(num_iter=n).num_steps for n in (5, 12, 100, 300)}
 
-    assert steps == {5: 5, 12: 10, 100: 34, 300: 100}
+    assert steps == {5: 5, 12: 10, 100: 40, 300: 120}
     assert FinetuneOptions(num_iter=300, momentum=0.9).num_steps == 300
     assert FinetuneOptions(num_iter=300, coarseness=1).num_steps == 300
+
+
+def test_what_is_coarser_gets_the_gradient_of_what_is_finer():
+    # Also where the size is no multiple of the scale.
+    change = torch.randn(2, 2, 10, 15, dtype=torch.float64, requires_grad=True)
+    like, pull = torch.empty(1, 1, 38, 57), torch.randn(2, 2, 38, 57).double()
+
+    (expected,) = torch.autograd.grad(_finer(change, 2, like=like), change, pull)
+
+    torch.testing.assert_close(_coarser(pull, 2), expected)
