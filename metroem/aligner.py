@@ -289,6 +289,7 @@ class Aligner(nn.Module):
         tgt: Tensor,
         prior: Tensor | None,
         levels: tuple[int, ...],
+        tile_px: int | None = None,
     ) -> tuple[Prediction, State]:
         """`predict`, and the state of the network, padded as it ran."""
         rows, cols = src.shape[-2:]
@@ -297,7 +298,7 @@ class Aligner(nn.Module):
         if prior is not None:
             prior = F.pad(prior, pad, mode="replicate")
         if prior is None or self.pass_field:
-            field, state = self._run(src, tgt, prior)
+            field, state = self._run(src, tgt, prior, tile_px)
         else:
             found, state = self._run(warp(src, prior), tgt, None)
             field = compose(found, prior)
@@ -319,7 +320,11 @@ class Aligner(nn.Module):
         return Prediction(field, embeddings, coarse, trust), state
 
     def _run(
-        self, src: Tensor, tgt: Tensor, prior: Tensor | None
+        self,
+        src: Tensor,
+        tgt: Tensor,
+        prior: Tensor | None,
+        tile_px: int | None = None,
     ) -> tuple[Tensor, State]:
         """Call the network, and take its state off it.
 
@@ -327,8 +332,9 @@ class Aligner(nn.Module):
         of one call until the next one is done.
         """
         quiet = stock_warnings_silenced if self.operators == "stock" else nullcontext
+        given = {} if tile_px is None else {"tile_px": tile_px}
         with quiet():
-            field = self.net(x=torch.cat((src, tgt), 1), in_field=prior)
+            field = self.net(x=torch.cat((src, tgt), 1), in_field=prior, **given)
         state, self.net.state = self.net.state, {}
         return field, state
 
@@ -387,11 +393,15 @@ class Aligner(nn.Module):
         """The field from src to tgt alone, finetuned if the options say so."""
         level = options.finetune_level
         levels = (level,) if options.finetune else ()
-        if options.tiling is not None and options.tiling.cuts(src.shape[-2:]):
-            pair, state = (src, tgt), {}
-            found = predict_by_tiles(self.predict, pair, prior, options.tiling, levels)
-        else:
+        tiling = options.tiling
+        if tiling is None or not tiling.cuts(src.shape[-2:]):
             found, state = self._predict(src, tgt, prior, levels)
+        elif self.pass_field and getattr(self.net, "takes_tiles", False):
+            found = self._predict(src, tgt, prior, levels, tiling.tile_px)[0]
+            state = {}  # would keep the features of all levels
+        else:
+            found = predict_by_tiles(self.predict, (src, tgt), prior, tiling, levels)
+            state = {}
         if not options.finetune:
             return found.field, None, state
         maps = pair_maps(src, tgt, defects, options)
