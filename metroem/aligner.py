@@ -300,7 +300,7 @@ class Aligner(nn.Module):
         if prior is None or self.pass_field:
             field, state = self._run(src, tgt, prior, tile_px)
         else:
-            found, state = self._run(warp(src, prior), tgt, None)
+            found, state = self._run(warp(src, prior), tgt, None, tile_px)
             field = compose(found, prior)
             if levels:
                 # That state is of the warped src; the embeddings are not.
@@ -311,20 +311,12 @@ class Aligner(nn.Module):
         }
         coarse, trust = {}, None
         if getattr(self.net, "gives_whole_fields", False) and self.pass_field:
-            coarse = {int(k): v["output"] for k, v in state["down"].items()}
-            finest = min(coarse)
-            trust = state["down"][str(finest)]["trust"]
-            trust = F.interpolate(trust, scale_factor=2**finest, mode="nearest")
-            trust = trust[..., :rows, :cols]
+            coarse, trust = Prediction.coarse_and_trust(state, (rows, cols))
         field = field[..., :rows, :cols].float()
         return Prediction(field, embeddings, coarse, trust), state
 
     def _run(
-        self,
-        src: Tensor,
-        tgt: Tensor,
-        prior: Tensor | None,
-        tile_px: int | None = None,
+        self, src: Tensor, tgt: Tensor, prior: Tensor | None, tile_px: int | None
     ) -> tuple[Tensor, State]:
         """Call the network, and take its state off it.
 
@@ -393,18 +385,16 @@ class Aligner(nn.Module):
         """The field from src to tgt alone, finetuned if the options say so."""
         level = options.finetune_level
         levels = (level,) if options.finetune else ()
-        tiling = options.tiling
+        tiling, state = options.tiling, {}  # tiles leave no state: it takes much memory
         if tiling is None or not tiling.cuts(src.shape[-2:]):
             found, state = self._predict(src, tgt, prior, levels)
         elif self.pass_field and getattr(self.net, "takes_tiles", False):
             found = self._predict(src, tgt, prior, levels, tiling.tile_px)[0]
-            state = {}  # would keep the features of all levels
         else:
             found = predict_by_tiles(self.predict, (src, tgt), prior, tiling, levels)
-            state = {}
         if not options.finetune:
             return found.field, None, state
         maps = pair_maps(src, tgt, defects, options)
-        embedding = found.embeddings[level]
-        tuned = finetune(found.field, embedding, maps, options, trust=found.trust)
+        features = found.embeddings.pop  # none are kept here while that is at work
+        tuned = finetune(found.field, features(level), maps, options, trust=found.trust)
         return tuned.field, tuned, state

@@ -98,7 +98,9 @@ def search_by_tiles(
     maps: LevelMaps,
     field: Tensor | None,
     hidden: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor]:
+    *,
+    keep_hidden: bool = True,
+) -> tuple[Tensor, Tensor, Tensor | None]:
     """`metroem.nets.correlation.Step`, tile by tile.
 
     Args:
@@ -107,12 +109,13 @@ def search_by_tiles(
         maps: of the level.
         field: found so far, (B, 2, h, w), pixels of the level.
         hidden: of the step before, at this level or the coarser one.
+        keep_hidden: return that of this step, too; the last one's is of no use.
 
     Returns:
         What the step returns for the whole.
     """
     rows, cols = maps.features.shape[-2:]
-    whole: list[Tensor | None] = [None, None, None]
+    whole: list[Tensor | None] = [None] * (3 if keep_hidden else 2)
     for cut in cuts((rows, cols), side, step.reach):
         part = None if field is None else field[(..., *cut.shown)]
         known = None
@@ -123,9 +126,9 @@ def search_by_tiles(
         found = step.search(_pair(maps, part, cut), part, known)
         whole = [
             _put(all_, one, cut, (rows, cols))
-            for all_, one in zip(whole, found, strict=True)
+            for all_, one in zip(whole, found[: len(whole)], strict=True)
         ]
-    return tuple(whole)  # type: ignore[return-value]
+    return tuple(whole) if keep_hidden else (*whole, None)  # type: ignore[return-value]
 
 
 def _spans(size: int, side: int, reach: int) -> list[tuple[slice, slice]]:

@@ -175,6 +175,7 @@ class CorrelationNet(nn.Module):
         tissue = tissue_mask(x[:, :1]).float()
         field, hidden, level = None, None, 0
         side = None if tile_px is None else tile_px // 2
+        finest = list(self.level_downmodules)[-1]
         state["down"] = {}
         for key, steps in self.level_downmodules.items():
             level = int(key)
@@ -186,8 +187,11 @@ class CorrelationNet(nn.Module):
             elif in_field is not None:
                 field = downsample_field(in_field.float(), level)
             for step in steps:  # type: ignore[union-attr]
-                run = step if side is None else partial(search_by_tiles, step, side)
-                field, hidden, trust = run(look, field, hidden)
+                run = step
+                if side is not None:
+                    more = key != finest or step is not steps[-1]  # type: ignore[index]
+                    run = partial(search_by_tiles, step, side, keep_hidden=more)
+                field, trust, hidden = run(look, field, hidden)
             found = {"output": field, "trust": trust}
             state["down"][key] = found  # type: ignore[assignment]
         self.state = state
@@ -200,7 +204,9 @@ class CorrelationNet(nn.Module):
             x: (B, 2, H, W), src and tgt.
             tile_px: see `forward`.
         """
-        images = torch.cat(x.chunk(2, 1)).contiguous(memory_format=torch.channels_last)
+        # As one batch: src of each pair, then tgt of each. One pair needs no copy.
+        images = x.transpose(0, 1).reshape(-1, 1, *x.shape[-2:])
+        images = images.contiguous(memory_format=torch.channels_last)
         features, up = images, {}
         for key, encode in self.level_upmodules.items():
             if tile_px is None:
@@ -286,7 +292,7 @@ class Step(nn.Module):
     def forward(
         self, pair: Pair, field: Tensor | None, hidden: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """The field after this step, what the next may want to know, and trust.
+        """The field after this step, trust, and what the next may want to know.
 
         Args:
             pair: of the level.
@@ -323,7 +329,7 @@ class Step(nn.Module):
         trust = trust.sigmoid()
         change = pooled(votes, trust * precision, shares.softmax(1), self.tolerance)
         change = change.contiguous()
-        return (change if field is None else compose(change, field)), x, trust
+        return (change if field is None else compose(change, field)), trust, x
 
 
 class _LevelState(dict[str, Tensor]):
