@@ -289,6 +289,7 @@ class Aligner(nn.Module):
         tgt: Tensor,
         prior: Tensor | None,
         levels: tuple[int, ...],
+        tile_px: int | None = None,
     ) -> tuple[Prediction, State]:
         """`predict`, and the state of the network, padded as it ran."""
         rows, cols = src.shape[-2:]
@@ -297,9 +298,9 @@ class Aligner(nn.Module):
         if prior is not None:
             prior = F.pad(prior, pad, mode="replicate")
         if prior is None or self.pass_field:
-            field, state = self._run(src, tgt, prior)
+            field, state = self._run(src, tgt, prior, tile_px)
         else:
-            found, state = self._run(warp(src, prior), tgt, None)
+            found, state = self._run(warp(src, prior), tgt, None, tile_px)
             field = compose(found, prior)
             if levels:
                 # That state is of the warped src; the embeddings are not.
@@ -310,16 +311,12 @@ class Aligner(nn.Module):
         }
         coarse, trust = {}, None
         if getattr(self.net, "gives_whole_fields", False) and self.pass_field:
-            coarse = {int(k): v["output"] for k, v in state["down"].items()}
-            finest = min(coarse)
-            trust = state["down"][str(finest)]["trust"]
-            trust = F.interpolate(trust, scale_factor=2**finest, mode="nearest")
-            trust = trust[..., :rows, :cols]
+            coarse, trust = Prediction.coarse_and_trust(state, (rows, cols))
         field = field[..., :rows, :cols].float()
         return Prediction(field, embeddings, coarse, trust), state
 
     def _run(
-        self, src: Tensor, tgt: Tensor, prior: Tensor | None
+        self, src: Tensor, tgt: Tensor, prior: Tensor | None, tile_px: int | None
     ) -> tuple[Tensor, State]:
         """Call the network, and take its state off it.
 
@@ -327,8 +324,9 @@ class Aligner(nn.Module):
         of one call until the next one is done.
         """
         quiet = stock_warnings_silenced if self.operators == "stock" else nullcontext
+        given = {} if tile_px is None else {"tile_px": tile_px}
         with quiet():
-            field = self.net(x=torch.cat((src, tgt), 1), in_field=prior)
+            field = self.net(x=torch.cat((src, tgt), 1), in_field=prior, **given)
         state, self.net.state = self.net.state, {}
         return field, state
 
@@ -387,14 +385,16 @@ class Aligner(nn.Module):
         """The field from src to tgt alone, finetuned if the options say so."""
         level = options.finetune_level
         levels = (level,) if options.finetune else ()
-        if options.tiling is not None and options.tiling.cuts(src.shape[-2:]):
-            pair, state = (src, tgt), {}
-            found = predict_by_tiles(self.predict, pair, prior, options.tiling, levels)
-        else:
+        tiling, state = options.tiling, {}  # tiles leave no state: it takes much memory
+        if tiling is None or not tiling.cuts(src.shape[-2:]):
             found, state = self._predict(src, tgt, prior, levels)
+        elif self.pass_field and getattr(self.net, "takes_tiles", False):
+            found = self._predict(src, tgt, prior, levels, tiling.tile_px)[0]
+        else:
+            found = predict_by_tiles(self.predict, (src, tgt), prior, tiling, levels)
         if not options.finetune:
             return found.field, None, state
         maps = pair_maps(src, tgt, defects, options)
-        embedding = found.embeddings[level]
-        tuned = finetune(found.field, embedding, maps, options, trust=found.trust)
+        features = found.embeddings.pop  # none are kept here while that is at work
+        tuned = finetune(found.field, features(level), maps, options, trust=found.trust)
         return tuned.field, tuned, state

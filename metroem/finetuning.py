@@ -67,6 +67,7 @@ def finetune(
         scale(side[:, 1:].float(), _tissue_at(image, level))
         for side, image in zip(embedding, (maps.src, maps.tgt), strict=True)
     )
+    del embedding  # as large as what is made of it
     similarity = weigh(options.similarity_rules, maps)
     smoothness = weigh(options.smoothness_rules, maps)
     if not options.finetune_knots:

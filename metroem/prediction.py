@@ -2,6 +2,7 @@
 
 from typing import NamedTuple
 
+import torch.nn.functional as F
 from torch import Tensor
 
 from metroem.field_search import Finetuned
@@ -34,6 +35,22 @@ class Prediction(NamedTuple):
     # What a pixel of tgt is worth in a comparison, (B, 1, H, W), 0 to 1, of networks
     # that have learned it.
     trust: Tensor | None = None
+
+    @staticmethod
+    def coarse_and_trust(
+        state: State, shape: tuple[int, int]
+    ) -> tuple[dict[int, Tensor], Tensor]:
+        """Both, as a network's state has them.
+
+        Args:
+            state: with "down", of a network that leaves whole fields there.
+            shape: (H, W) of the pair, unpadded.
+        """
+        coarse = {int(key): level["output"] for key, level in state["down"].items()}
+        finest = min(coarse)
+        trust = state["down"][str(finest)]["trust"]
+        trust = F.interpolate(trust, scale_factor=2**finest, mode="nearest")
+        return coarse, trust[..., : shape[0], : shape[1]]
 
 
 class Alignment(NamedTuple):

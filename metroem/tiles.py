@@ -1,13 +1,17 @@
 """Large sections shown to a network tile by tile.
 
 What a network keeps while it works takes several times the memory of the images, of
-each tile in turn here. Tiles overlap: near its border a tile knows less than the
+each tile in turn here. Networks of the template `correlation` go through a section
+level by level, each by tiles of its own (`metroem.nets.by_tiles`), and give what the
+whole section gives. Others, and modules that get no prior field, see one tile after
+the other, as below. Such tiles overlap: near its border a tile knows less than the
 whole section does, so the outer part of an overlap is thrown away, and over its
-middle one tile's field gives way to the next one's. All else is done to whole
-sections: grey levels, defects, and the search of the finetuner. Finetuned each by
-itself, tiles would end up apart, since how much a field may bend depends on how unlike
-all of the two sections are (0.09 px apart in the mean, 0.5 px at the 99th percentile,
-2026-11).
+middle one tile's field gives way to the next one's.
+
+All else is done to whole sections: grey levels, defects, and the search of the
+finetuner. Finetuned each by itself, tiles would end up apart, since how much a field
+may bend depends on how unlike all of the two sections are (0.09 px apart in the mean,
+0.5 px at the 99th percentile, 2026-11).
 """
 
 from collections.abc import Callable, Sequence
@@ -57,19 +61,19 @@ class Tiling:
     """How a section is cut.
 
     Attributes:
-        tile_px: side of a tile, overlaps included; a multiple of 256. A section
-            whose sides are no longer is not cut.
+        tile_px: side of a tile with all that it is shown; a multiple of 256. A
+            section whose sides are no longer is not cut.
         overlap_px: that neighbours have in common; a multiple of 256, at most half
-            of `tile_px`. A network of the template `correlation` errs by up to 0.4 px
-            200 px inside a tile's border, 0.1 px at 400 px and 0.045 px beyond 512
-            px; 9 / 16 of the overlap at most is closer than where a tile counts.
+            of `tile_px`. 7 / 16 of it are thrown away on each side. Networks of the
+            template `correlation` do not read it: their tiles overlap as far as a
+            level sees.
 
     Raises:
         UsageError: other sizes.
     """
 
-    tile_px: int = 3072
-    overlap_px: int = 1280
+    tile_px: int = 2048
+    overlap_px: int = 768
 
     def __post_init__(self) -> None:
         tile, overlap = self.tile_px, self.overlap_px
@@ -77,7 +81,7 @@ class Tiling:
             raise UsageError(
                 f"tiles of {tile} px that overlap by {overlap} px: expected multiples "
                 f"of {BLOCK_PX} px, the overlap at most half of the tile, for example "
-                "3072 and 1280"
+                "2048 and 768"
             )
 
     def cuts(self, shape: Sequence[int]) -> bool:

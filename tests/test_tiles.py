@@ -155,22 +155,25 @@ def test_a_section_smaller_than_a_tile_keeps_its_bits(pyramid):
     np.testing.assert_array_equal(pyramid.align(src, tgt), whole)
 
 
-def test_tiles_without_tissue_leave_no_seam(pyramid):
+@pytest.mark.parametrize("finetune", [False, True])
+def test_tiles_give_the_field_of_the_whole_section(pyramid, finetune):
     src, tgt = pair(80, 1100)
     tgt = tgt.copy()
-    tgt[:, 384:] = 0  # tiles begin at 0, 256, 512 and 768: the last two are blank
+    tgt[:, 384:] = 0  # some tiles have nothing to compare
     src, tgt = (
         torch.from_numpy(i / 60.0 - 2.0 * (i > 0)).float()[None, None]
         for i in (src, tgt)
     )
     prior = torch.full((1, 2, 80, 1100), 1.5)
     aligner = pyramid.aligners[1]
-    options = replace(aligner.options, finetune_iter=3, tiling=TILING)
+    options = replace(aligner.options, finetune=finetune, finetune_iter=3)
 
-    field = aligner.align(src, tgt, prior, options=options)
+    whole, tiled = (
+        aligner.align(src, tgt, prior, options=replace(options, tiling=tiling))
+        for tiling in (None, TILING)
+    )
 
-    assert (field[..., :384] - 1.5).abs().max() > 0.1  # tissue has been aligned
-    for axis in (-1, -2):
-        assert field.diff(dim=axis)[..., 512:].abs().max() < 0.05
-    # Nothing moves where there is nothing to compare.
-    torch.testing.assert_close(field[..., 900:], prior[..., 900:], atol=0.3, rtol=0)
+    # Both searches add up the same numbers but for 1e-4 px that the tiles round.
+    torch.testing.assert_close(tiled, whole, atol=0.01, rtol=0)
+    if finetune:  # fresh networks keep the prior
+        assert (whole[..., :384] - 1.5).abs().max() > 0.1

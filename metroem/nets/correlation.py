@@ -16,7 +16,8 @@ arg-max as in GC-Net (arXiv:1703.04309).
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -25,8 +26,15 @@ from torch import Tensor, nn
 from metroem.errors import PyramidError
 from metroem.field import compose, downsample_field, upsample_field, warp
 from metroem.masks import tissue_mask
+from metroem.nets.by_tiles import (
+    LevelMaps,
+    Pair,
+    encode_by_tiles,
+    search_by_tiles,
+    unit_vectors,
+)
 from metroem.nets.local_correlation import local_correlation
-from metroem.nets.votes import POOLS, pooled, votes_of
+from metroem.nets.votes import POOLING_REACH, POOLS, pooled, votes_of
 
 State = dict[str, dict[str, dict[str, Tensor]]]
 
@@ -121,6 +129,7 @@ class CorrelationNet(nn.Module):
     """
 
     gives_whole_fields = True  # in state["down"], the prior included
+    takes_tiles = True  # of any size, with what the whole image gives
     # It looks for what the prior leaves over, so weights of another stage serve too:
     # conv blocks would add the displacement that they have learned once more.
     fits_any_stage = True
@@ -144,45 +153,66 @@ class CorrelationNet(nn.Module):
         # Twice as fast on a CPU.
         self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
-    def forward(self, x: Tensor, in_field: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        in_field: Tensor | None = None,
+        tile_px: int | None = None,
+    ) -> Tensor:
         """The whole field of a pair.
 
         Args:
             x: (B, 2, H, W), src and tgt; H and W whole pixels of the coarsest
                 level.
             in_field: prior field, (B, 2, H, W), pixels.
+            tile_px: side of the tiles that each level is shown one by one, px of
+                the image at the finest level; None: all at once.
 
         Returns:
             (B, 2, H, W) float32, pixels, the prior included.
         """
-        state = self.up_path(x)
+        state = self.up_path(x, tile_px=tile_px)
         tissue = tissue_mask(x[:, :1]).float()
         field, hidden, level = None, None, 0
+        side = None if tile_px is None else tile_px // 2
+        finest = list(self.level_downmodules)[-1]
         state["down"] = {}
         for key, steps in self.level_downmodules.items():
             level = int(key)
-            pair = _pair(state["up"][key].features, tissue, level)  # type: ignore[attr-defined]
+            features = state["up"][key].features  # type: ignore[attr-defined]
+            maps = LevelMaps(features, F.avg_pool2d(tissue, 2**level))
+            look = _pair(maps) if side is None else maps
             if field is not None:
                 field = upsample_field(field, 1)
             elif in_field is not None:
                 field = downsample_field(in_field.float(), level)
             for step in steps:  # type: ignore[union-attr]
-                field, hidden, trust = step(pair, field, hidden)
+                run = step
+                if side is not None:
+                    more = key != finest or step is not steps[-1]  # type: ignore[index]
+                    run = partial(search_by_tiles, step, side, keep_hidden=more)
+                field, trust, hidden = run(look, field, hidden)
             found = {"output": field, "trust": trust}
             state["down"][key] = found  # type: ignore[assignment]
         self.state = state
         return upsample_field(field, level)  # type: ignore[arg-type]
 
-    def up_path(self, x: Tensor, *_: Any) -> State:
+    def up_path(self, x: Tensor, *_: Any, tile_px: int | None = None) -> State:
         """The features alone: a state with "up".
 
         Args:
             x: (B, 2, H, W), src and tgt.
+            tile_px: see `forward`.
         """
-        images = torch.cat(x.chunk(2, 1)).contiguous(memory_format=torch.channels_last)
+        # As one batch: src of each pair, then tgt of each. One pair needs no copy.
+        images = x.transpose(0, 1).reshape(-1, 1, *x.shape[-2:])
+        images = images.contiguous(memory_format=torch.channels_last)
         features, up = images, {}
         for key, encode in self.level_upmodules.items():
-            features = encode(features)
+            if tile_px is None:
+                features = encode(features)
+            else:
+                features = encode_by_tiles(encode, tile_px // 2, features)
             up[key] = _LevelState(images, features, int(key))
         finest = up["1"].features
         up["0"] = _LevelState(images, finest, 0)
@@ -200,6 +230,11 @@ class Encoder(nn.Module):
         blocks = (Residual(spec.features, 1) for _ in range(spec.blocks))
         self.refine = nn.Sequential(*blocks)
 
+    @property
+    def reach(self) -> int:
+        """How far around a place it sees, px of what it gives."""
+        return 1 + len(self.refine)
+
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, features, H / 2, W / 2)."""
         return self.refine(_activated(self.halve(x)))
@@ -215,15 +250,6 @@ class Residual(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> the same."""
         return x + _activated(self.change(x))
-
-
-class _Pair(NamedTuple):
-    """What the steps of a level look at."""
-
-    src: Tensor  # (B, C, H, W), unit vectors
-    tgt: Tensor  # (B, C, H, W), unit vectors
-    features: Tensor  # (B, C, H, W), of tgt
-    tissue: Tensor  # (B, 1, H, W), share of src that has data
 
 
 class Step(nn.Module):
@@ -257,25 +283,37 @@ class Step(nn.Module):
         with torch.no_grad():
             self.to_pools.bias[1:] = torch.tensor(_FIRST_SHARES)  # type: ignore[index]
 
+    @property
+    def reach(self) -> int:
+        """How far around a place the step sees, px of the level."""
+        blocks = sum(block.change.dilation[0] for block in self.blocks)  # type: ignore[union-attr, index]
+        return self.radius + blocks + 1 + POOLING_REACH
+
     def forward(
-        self, pair: _Pair, field: Tensor | None, hidden: Tensor | None
+        self, pair: Pair, field: Tensor | None, hidden: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """The field after this step, what the next may want to know, and trust.
+        """The field after this step, trust, and what the next may want to know.
 
         Args:
             pair: of the level.
             field: found so far, (B, 2, H, W), pixels of the level.
             hidden: of the step before, at this level or the coarser one.
         """
-        src, tissue = pair.src, pair.tissue
         if field is not None:
-            src, tissue = warp(src, field), warp(tissue, field)
+            src, tissue = warp(pair.src, field), warp(pair.tissue, field)
+            pair = pair._replace(src=src, tissue=tissue)
+        return self.search(pair, field, hidden)
+
+    def search(
+        self, pair: Pair, field: Tensor | None, hidden: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """`forward` of a pair of which src lies where the field has moved it."""
         dtype = pair.features.dtype
-        alike = local_correlation(pair.tgt.to(dtype), src.to(dtype), self.radius)
+        alike = local_correlation(pair.tgt.to(dtype), pair.src.to(dtype), self.radius)
         alike = alike * self.scale.to(dtype)
         x = self.from_correlation(alike)
         x += self.from_features(pair.features)
-        x += self.from_tissue(tissue.to(dtype))
+        x += self.from_tissue(pair.tissue.to(dtype))
         if self.from_hidden is not None and hidden is not None:
             known = self.from_hidden(hidden)
             x += F.interpolate(known, size=x.shape[-2:], mode="nearest")
@@ -291,7 +329,7 @@ class Step(nn.Module):
         trust = trust.sigmoid()
         change = pooled(votes, trust * precision, shares.softmax(1), self.tolerance)
         change = change.contiguous()
-        return (change if field is None else compose(change, field)), x, trust
+        return (change if field is None else compose(change, field)), trust, x
 
 
 class _LevelState(dict[str, Tensor]):
@@ -319,14 +357,12 @@ class _LevelState(dict[str, Tensor]):
         return self[key]
 
 
-def _pair(features: Tensor, tissue: Tensor, level: int) -> _Pair:
+def _pair(maps: LevelMaps) -> Pair:
+    features = maps.features
     if features.requires_grad:
         features.register_hook(_channels_last)
-    unit = features.float()
-    unit = unit * (unit.square().sum(1, keepdim=True) + 1e-6).rsqrt()
-    src, tgt = unit.chunk(2)
-    share = F.avg_pool2d(tissue, 2**level)
-    return _Pair(src.contiguous(), tgt, features.chunk(2)[1], share)
+    src, tgt = unit_vectors(features).chunk(2)
+    return Pair(src.contiguous(), tgt, features.chunk(2)[1], maps.tissue)
 
 
 def _convolution(

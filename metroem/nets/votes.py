@@ -12,6 +12,9 @@ from metroem.nets.local_correlation import window_offsets
 
 # Sides of the neighbourhoods that votes are pooled over, px of the level.
 POOLS = (2, 4, 8, 16)
+# How far around a place `pooled` sees, from block to block: each of its two means
+# sees the blocks beside its own, whose sums take in those beside them, px.
+POOLING_REACH = 4 * max(POOLS)
 _LEAST_VARIANCE = 0.05  # px^2, of a vote: no match is surer than a part of a pixel
 _LEAST_PRECISION = 1e-3  # of a mean, 1 / px^2: where nothing is trusted, it is 0
 
