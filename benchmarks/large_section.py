@@ -102,6 +102,8 @@ def _measure(
         request = {"pyramid": str(pyramid), "tile": tile, "finetune": args.finetune}
         request |= {"pair": str(folder / "pair.npy"), "out": str(folder / name)}
         figures[name] = _in_process(folder / "request.json", request)
+        held = figures[name]["mib"] * 2**20
+        figures[name]["bytes_per_px"] = round(held / side**2)
     # uint8 in, float32 within, and a float32 field.
     figures["arrays_mib"] = round((2 + 8 + 8) * side**2 / 2**20)
     if "whole" in tilings:
@@ -125,6 +127,7 @@ def _run_one(path: Path) -> None:
     """Align a pair, write its field, and print what that took."""
     request = json.loads(path.read_text())
     torch.set_num_threads(1)
+    torch.manual_seed(0)  # untrained pyramids get their weights as they are loaded
     pyramid = metroem.Pyramid.load(request["pyramid"])
     pyramid = replace(pyramid, tiling=Tiling(*request["tile"]))
     src, tgt = np.load(request["pair"])

