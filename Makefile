@@ -1,6 +1,7 @@
 # make demo     the whole job on sections made for it, in demo/ (minutes)
 # make test     the tests
 # make lint     ruff and pyright
+# make audit    ask whether what is installed has known holes
 # make docs     the pages of docs/, in docs/_build/html
 # make install  only the virtual environment
 # make clients  .venv-corgie, with corgie, which applies the modules
@@ -19,7 +20,7 @@ CLIENTS := $(VENV)-corgie
 CORGIE := $(CLIENTS)/.installed
 ORIGINAL := $(VENV)-original
 
-.PHONY: demo test lint docs install clients original clean
+.PHONY: demo test lint audit docs install clients original clean
 
 demo: $(INSTALLED)
 	$(BIN)/python -m metroem demo --folder demo
@@ -31,6 +32,9 @@ lint: $(TOOLS)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
+
+audit: $(TOOLS)
+	$(BIN)/python .ci/audit.py
 
 docs: $(TOOLS)
 	$(BIN)/python -m sphinx -W -n -b html docs docs/_build/html

@@ -60,6 +60,8 @@ def _add_pyramids(commands) -> None:
     fetch = _command(commands, "fetch", "copy a pyramid or module", _fetch)
     fetch.add_argument("source", help="gs://, s3://, https:// or local path")
     fetch.add_argument("pyramid", type=Path, help="directory to copy into")
+    trust = "do not ask whether the code that was read from afar may be kept"
+    fetch.add_argument("--trust", action="store_true", help=trust)
 
 
 def _add_looks(commands) -> None:
@@ -151,7 +153,17 @@ def _init(args: argparse.Namespace) -> None:
 def _fetch(args: argparse.Namespace) -> None:
     from metroem.scaffold import fetch
 
-    fetch(args.source, args.pyramid)
+    is_local = "://" not in args.source.removeprefix("file://")
+    is_trusted = (lambda code: True) if args.trust or is_local else _is_trusted
+    fetch(args.source, args.pyramid, is_trusted)
+
+
+def _is_trusted(code: str) -> bool:
+    """Ask whoever sits at the terminal; nobody there means no."""
+    sys.stderr.write(
+        f"These modules bring code, which runs when they are loaded:\n{code}\n"
+    )
+    return cli.confirms("Keep them?")
 
 
 def _inspect(args: argparse.Namespace) -> None:

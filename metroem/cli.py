@@ -80,6 +80,15 @@ def mirror_log(path: Path) -> None:
     logging.getLogger("metroem").addHandler(handler)
 
 
+def confirms(question: str) -> bool:
+    """Whether the user answers y; without a terminal there is nobody to ask."""
+    if not sys.stdin.isatty():
+        return False
+    sys.stderr.write(f"{question} [y/N] ")
+    sys.stderr.flush()
+    return sys.stdin.readline().strip().lower() in ("y", "yes")
+
+
 def run(main: Callable[[], None]) -> None:
     """Run a command and exit with the code that says how it ended.
 

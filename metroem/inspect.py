@@ -127,8 +127,8 @@ def _report_images(images: ImageSet) -> list[str]:
     problems = verify(images.path)
     try:
         tissue = _measure(images)
-    except OSError as error:
-        return problems + [f"{name}: cannot be read: {error}"]
+    except DatasetError as error:
+        return problems + [str(error)]
     kind = (images.normalization or {}).get("kind", "not said how")
     logger.info(
         "%s, %s: blank %.1f%%, tissue mean %.3g, std %.3g; %s%s",
@@ -184,8 +184,8 @@ def _report_fields(fields: FieldSet) -> list[str]:
         for side in range(fields.num_sides):
             try:
                 lengths = np.hypot(*fields.read(index, side).astype(np.float64))
-            except OSError as error:
-                return problems + [f"{fields.path.name}: cannot be read: {error}"]
+            except DatasetError as error:
+                return problems + [str(error)]
             squares += (lengths**2).mean() / (fields.num_pairs * fields.num_sides)
             largest = max(largest, float(lengths.max()))
             if not np.isfinite(lengths).all():

@@ -4,13 +4,14 @@ import logging
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib import resources
 from pathlib import Path, PurePosixPath
 
 from metroem.errors import PyramidError, UsageError
 from metroem.specs.pyramid import ModuleSpec
+from metroem.trust import code_in, shown
 
 logger = logging.getLogger(__name__)
 
@@ -57,20 +58,25 @@ def init_pyramid(
     return [path / name for name in names]
 
 
-def fetch(source: str, path: Path) -> list[Path]:
+def fetch(
+    source: str, path: Path, is_trusted: Callable[[str], bool] = lambda code: True
+) -> list[Path]:
     """Copy a pyramid or one module into a local pyramid.
 
     Args:
         source: a directory, local or at any path that cloud-files opens
             (gs://, s3://, https://, file://).
         path: pyramid to copy into; made if it is missing.
+        is_trusted: asked once, with the code that the modules would run as text,
+            whether to keep them.
 
     Returns:
         The module directories copied.
 
     Raises:
-        PyramidError: `source` cannot be read or holds no module, or one of
-            its modules is in `path` already; then nothing is copied.
+        PyramidError: `source` cannot be read or holds no module, one of its
+            modules is in `path` already, or it is not trusted; then nothing is
+            copied.
     """
     modules = _modules_of(source, _read_files(source))
     there = [name for name in modules if (path / name).exists()]
@@ -78,6 +84,11 @@ def fetch(source: str, path: Path) -> list[Path]:
         raise PyramidError(
             f"{path}: has {', '.join(there)} already; fetch into another "
             "directory, or delete it first"
+        )
+    if not is_trusted(shown(code_in(modules), known=_create_py(0))):
+        raise PyramidError(
+            f"{source}: not trusted, nothing is copied; a module's code runs whenever "
+            "it is loaded. Look at it, then answer y or give --trust"
         )
     path.mkdir(parents=True, exist_ok=True)
     for name, files in modules.items():
@@ -100,10 +111,14 @@ def _check_mips(mips: Sequence[int]) -> None:
 
 def _write_module(folder: Path, mip: int, template: str) -> None:
     (folder / "model").mkdir(parents=True)
-    create = (_TEMPLATES / "create.py").read_text()
-    (folder / "create.py").write_text(create.replace("MIP = 0", f"MIP = {mip}", 1))
+    (folder / "create.py").write_text(_create_py(mip))
     spec = (_TEMPLATES / f"{template}.json").read_bytes()
     (folder / "model" / "model_spec.json").write_bytes(spec)
+
+
+def _create_py(mip: int) -> str:
+    text = (_TEMPLATES / "create.py").read_text()
+    return text.replace("MIP = 0", f"MIP = {mip}", 1)
 
 
 @contextmanager

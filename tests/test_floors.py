@@ -46,6 +46,7 @@ FLOORS = {
     "report": 6,
     "scaffold": 6,
     "scoring": 6,
+    "trust": 6,
     "tissue": 6,
     "demo": 6,
     "__main__": 8,

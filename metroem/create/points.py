@@ -9,8 +9,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from metroem.create.spec import Center, load_tree, parse_spec
+from metroem.create.spec import Center, parse_spec
 from metroem.errors import UsageError
+from metroem.specs.checks import read_json
 
 logger = logging.getLogger(__name__)
 
@@ -61,8 +62,9 @@ def create_spec(request: SpecRequest) -> Path:
         UsageError: a template or points that cannot be read, or another file is
             there and `overwrite` is not given.
     """
-    tree = load_tree("--src_spec_path", request.src_spec_path)
-    template = parse_spec(tree, f"--src_spec_path {request.src_spec_path}")
+    where = f"--src_spec_path {request.src_spec_path}"
+    tree = read_json(request.src_spec_path, where)
+    template = parse_spec(tree, where)
     step = 1 << template.max_mip
     points = read_points(request.points_path)
     found = list(template.pairs)
@@ -96,7 +98,10 @@ def read_points(path: Path) -> list[Center]:
     # Spreadsheets begin a CSV with a byte order mark.
     with path.open(newline="", encoding="utf-8-sig") as file:
         rows = csv.DictReader(file)
-        points = list(_points(rows, f"--points_path {path}"))
+        try:
+            points = list(_points(rows, f"--points_path {path}"))
+        except (csv.Error, UnicodeDecodeError) as error:
+            raise UsageError(f"--points_path {path}: not CSV: {error}") from None
     if not points:
         raise UsageError(f"--points_path {path}: has no points")
     return points

@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 from metroem.create.stored_field import FieldFormat
 from metroem.errors import UsageError
 from metroem.grid import Grid
-from metroem.specs.checks import check_keys, check_list, check_object
+from metroem.specs.checks import check_keys, check_list, check_object, read_json
 
 _AREA = ("path", "src_mip", "dst_mip", "x_size", "y_size")
 _FORM = ("channel_order", "field_unit", "int16_scale")
@@ -137,22 +137,12 @@ def load_spec(path: Path) -> DatasetSpec:
         UsageError: no such file, no JSON, no pairs, an unknown key, or a value of
             the wrong kind; the message says where.
     """
-    spec = parse_spec(load_tree("--spec_path", path), str(path))
+    spec = parse_spec(read_json(path, f"--spec_path {path}"), str(path))
     if not spec.pairs:
         raise UsageError(
             f"--spec_path {path}: no pairs; add some with python -m metroem create-spec"
         )
     return spec
-
-
-def load_tree(flag: str, path: Path) -> Any:
-    """Decode a JSON file; UsageError, which names `flag`, if that is none."""
-    if not path.is_file():
-        raise UsageError(f"{flag} {path}: no such file")
-    try:
-        return json.loads(path.read_text())
-    except ValueError as error:
-        raise UsageError(f"{flag} {path}: not JSON: {error}") from None
 
 
 def parse_spec(tree: Any, where: str) -> DatasetSpec:

@@ -1,6 +1,5 @@
 """Reading image sets and field sets; `metroem.io.h5` says what is in them."""
 
-import json
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,6 +11,13 @@ import numpy as np
 
 from metroem.errors import DatasetError
 from metroem.grid import Grid
+from metroem.io.h5_open import (
+    attributes_of,
+    check_stored,
+    opened,
+    own_dataset,
+    whole_numbers,
+)
 from metroem.normalize import DARKEST
 from metroem.specs.filenames import FieldSetName, ImageSetName
 
@@ -38,7 +44,7 @@ class _Layout(NamedTuple):
 
     shape: tuple[int, ...]  # of the main dataset
     boxes: np.ndarray | None  # (num_pairs, 2, 6) int64; None: of the original
-    offsets: np.ndarray  # (num_pairs, 2, 2) int64, x and y, mip-0 pixels
+    offsets: np.ndarray | None  # (num_pairs, 2, 2) int64, x and y, mip-0 pixels
     attributes: dict[str, Any]
 
 
@@ -98,6 +104,8 @@ class _PairFile:
         the frame, or what was taken out of a field's vectors.
         """
         self._check_index(index)
+        if self._offsets is None:
+            return 0, 0
         return int(self._offsets[index, side, 0]), int(self._offsets[index, side, 1])
 
     @property
@@ -114,59 +122,58 @@ class _PairFile:
             raise IndexError(f"{self.path}: pair {index} of {self.num_pairs}")
 
     def _check(self) -> None:
-        if "mip" in self.attributes and int(self.attributes["mip"]) != self.mip:
+        if self._stated("mip", self.mip) != self.mip:
             raise DatasetError(
                 f"{self.path}: named as mip {self.mip}, but it was written at mip "
                 f"{self.attributes['mip']}; give it its name back"
             )
-        version = int(self.attributes.get("format_version", FORMAT_VERSION))
+        version = self._stated("format_version", FORMAT_VERSION)
         if version > FORMAT_VERSION:
             raise DatasetError(
                 f"{self.path}: format version {version}, this MetroEM reads up to "
                 f"{FORMAT_VERSION}; update MetroEM"
             )
 
+    @property
+    def request(self) -> dict[str, Any]:
+        """What the file was asked for; {} where it does not say."""
+        return self._object("request") or {}
+
+    def _object(self, key: str) -> dict[str, Any] | None:
+        """An object among the attributes; None if there is none."""
+        value = self.attributes.get(key)
+        if value is not None and not isinstance(value, dict):
+            raise DatasetError(f"{self.path}: {key} is {value!r}: expected an object")
+        return value
+
+    def _stated(self, key: str, default: int) -> int:
+        """A whole number among the attributes."""
+        value = self.attributes.get(key, default)
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise DatasetError(f"{self.path}: {key} is {value!r}: no whole number")
+        return value
+
     def _layout(self) -> _Layout:
         with self._main() as main:
             file = main.file
-            boxes = file.get("box")
-            offsets = file.get("offset")
+            boxes = own_dataset(file, "box")
+            offsets = own_dataset(file, "offset")
             shape = main.shape
+            check_stored(main)
             layout = _Layout(
                 shape,
-                None if boxes is None else np.asarray(boxes),
-                np.zeros((shape[0], 2, 2), np.int64)
-                if offsets is None
-                else np.asarray(offsets).astype(np.int64),
-                {key: _plain(value) for key, value in file.attrs.items()},
+                whole_numbers(boxes, (shape[0], 2, 6)),
+                whole_numbers(offsets, (shape[0], 2, 2)),
+                attributes_of(file),
             )
-        for name, array, tail in (
-            ("box", layout.boxes, (2, 6)),
-            ("offset", layout.offsets, (2, 2)),
-        ):
-            if array is not None and array.shape != (shape[0], *tail):
-                raise DatasetError(
-                    f"{self.path}: {name} is {array.shape}, expected "
-                    f"{(shape[0], *tail)}"
-                )
         return layout
 
     @contextmanager
     def _main(self) -> Iterator[h5py.Dataset]:
-        if not self.path.is_file():
-            raise DatasetError(f"{self.path}: no such file")
-        try:
-            file = h5py.File(self.path, "r")
-        except OSError as error:
-            raise DatasetError(
-                f"{self.path}: not a readable h5 file: {error}"
-            ) from error
-        with file:
-            for key in self.KEYS:
-                main = file.get(key)
-                if isinstance(main, h5py.Dataset):
-                    break
-            else:
+        with opened(self.path) as file:
+            found = (own_dataset(file, key) for key in self.KEYS)
+            main = next((one for one in found if one is not None), None)
+            if main is None:
                 raise DatasetError(
                     f"{self.path}: no dataset named {' or '.join(self.KEYS)} in it, "
                     f"found {sorted(file) or 'nothing'}"
@@ -203,7 +210,7 @@ class ImageSet(_PairFile):
             )
         self.name = name
         super().__init__(Path(path), name.x, name.y, name.z, name.mip)
-        self.normalization: dict | None = self.attributes.get("normalization")
+        self.normalization: dict | None = self._object("normalization")
 
     def read(self, index: int, rows: slice = ALL, cols: slice = ALL) -> Pair:
         """A pair, or a window of it; what is darker than `DARKEST` becomes 0."""
@@ -219,8 +226,8 @@ class ImageSet(_PairFile):
         """The defect masks of a pair, bool, or of a window; None if not known."""
         self._check_index(index)
         with self._main() as main:
-            masks = main.file.get(DEFECTS_KEY)
-            if not isinstance(masks, h5py.Dataset):
+            masks = own_dataset(main.file, DEFECTS_KEY)
+            if masks is None:
                 return None
             pair = np.asarray(masks[index, :, rows, cols]) != 0
         return Pair(pair[0], pair[1])
@@ -232,8 +239,8 @@ class ImageSet(_PairFile):
         """
         self._check_index(index)
         with self._main() as main:
-            blank = main.file.get("blank")
-            if isinstance(blank, h5py.Dataset):
+            blank = own_dataset(main.file, "blank")
+            if blank is not None:
                 return bool((np.asarray(blank[index]) < 1).all())
         return all(bool((image != 0).any()) for image in self.read(index))
 
@@ -247,8 +254,8 @@ class ImageSet(_PairFile):
                 raise DatasetError(
                     f"{self.path}: images are (num_pairs, 2, H, W), got {main.shape}"
                 )
-            masks = main.file.get(DEFECTS_KEY)
-            if isinstance(masks, h5py.Dataset) and masks.shape != main.shape:
+            masks = own_dataset(main.file, DEFECTS_KEY)
+            if masks is not None and masks.shape != main.shape:
                 raise DatasetError(
                     f"{self.path}: {DEFECTS_KEY} is {masks.shape}, expected the "
                     f"{main.shape} of the images"
@@ -356,14 +363,3 @@ def _is_stray(path: Path) -> bool:
             "%s: left out, its name is neither an image set's nor a field set's", path
         )
     return False
-
-
-def _plain(value: Any) -> Any:
-    """An attribute as python has it; JSON objects are read."""
-    if isinstance(value, np.ndarray):
-        return value.tolist()
-    if isinstance(value, np.generic):
-        return value.item()
-    if isinstance(value, str) and value[:1] in ("{", "["):
-        return json.loads(value)
-    return value

@@ -66,16 +66,19 @@ def stock_warnings_silenced() -> Iterator[None]:
 class _Builder(Artificery):
     """artificery's builder, with files looked up beside the spec alone.
 
-    The original prefers a file of that name in the working directory.
+    The original prefers a file of that name in the working directory, and takes
+    files from anywhere.
     """
 
     def __init__(self, folder: Path) -> None:
         super().__init__()
-        self._root = self._folder = folder
+        self._root = self._folder = Path(os.path.normpath(folder))
 
     def parse(self, params_file: str) -> nn.Module:
-        name = os.path.expanduser(params_file)
-        places = [self._folder / name, self._root / name]
+        places = [self._folder / params_file, self._root / params_file]
+        for place in places:
+            if not Path(os.path.normpath(place)).is_relative_to(self._root):
+                raise PyramidError(f"{params_file!r} leads out of the spec's folder")
         path = next((p for p in places if p.is_file()), None)
         if path is None:
             raise PyramidError(f"no file {places[0]}")

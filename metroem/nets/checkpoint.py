@@ -2,6 +2,7 @@
 
 import io
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -59,12 +60,18 @@ def load_weights(net: nn.Module, path: Path, *, device: str = "cpu") -> None:
     net.load_state_dict(weights)
 
 
-def _mismatches(own: dict[str, Tensor], other: dict[str, Tensor]) -> list[str]:
+def _mismatches(own: dict[str, Tensor], other: dict[Any, Any]) -> list[str]:
     """What keeps `other` from being loaded, a line a layer."""
     faults = [f"{name} is missing" for name in own.keys() - other.keys()]
     faults += [f"{name} is unknown" for name in other.keys() - own.keys()]
     for name in own.keys() & other.keys():
-        found, expected = tuple(other[name].shape), tuple(own[name].shape)
-        if found != expected:
-            faults.append(f"{name} is {found}, expected {expected}")
+        found, expected = other[name], tuple(own[name].shape)
+        if not isinstance(found, Tensor):
+            faults.append(f"{name} is a {type(found).__name__}, expected a tensor")
+        elif tuple(found.shape) != expected:
+            faults.append(f"{name} is {tuple(found.shape)}, expected {expected}")
+        elif found.layout != torch.strided or found.is_complex():
+            faults.append(f"{name} is sparse or complex, expected plain numbers")
+        elif not bool(torch.isfinite(found).all()):
+            faults.append(f"{name} holds NaN or infinite values")
     return sorted(faults)

@@ -1,9 +1,21 @@
-"""Checks of decoded JSON, which say where the mistake is."""
+"""JSON read and checked; a refusal says where the mistake is."""
 
+import json
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from metroem.errors import UsageError
+
+
+def read_json(path: Path, where: str) -> Any:
+    """What a JSON file holds; UsageError, which names `where`, if it is none."""
+    if not path.is_file():
+        raise UsageError(f"{where}: no such file")
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise UsageError(f"{where}: not JSON: {error}") from None
 
 
 def check_object(value: Any, where: str) -> dict[str, Any]:

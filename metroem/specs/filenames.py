@@ -17,12 +17,14 @@ from metroem.errors import UsageError
 _MIP_MARK = re.compile(r"_MIP\d")
 # Free text that cannot be taken for a mip, and so cannot shift where a name splits.
 _FREE = r"(?!MIP\d)(?:(?!_MIP\d)[^/])+?"
+# Numbers that int64 holds, and mips that 2^mip does something useful for.
+_INT, _FEW = "-?[0-9]{1,18}", "[0-9]{1,2}"
 _IMAGE_SET = re.compile(
-    r"x(?P<x>-?\d+)_y(?P<y>-?\d+)_z(?P<z>-?\d+)"
-    rf"(?:_(?P<before>{_FREE}))?_MIP(?P<mip>\d+)(?:_(?P<after>{_FREE}))?\.h5"
+    rf"x(?P<x>{_INT})_y(?P<y>{_INT})_z(?P<z>{_INT})"
+    rf"(?:_(?P<before>{_FREE}))?_MIP(?P<mip>{_FEW})(?:_(?P<after>{_FREE}))?\.h5"
 )
 _FIELD_SET = re.compile(
-    rf"field_(?P<stage>\d+)_(?P<place>{_FREE})_MIP(?P<mip>\d+)"
+    rf"field_(?P<stage>{_FEW})_(?P<place>{_FREE})_MIP(?P<mip>{_FEW})"
     rf"(?:_(?P<tag>{_FREE}))?\.h5"
 )
 

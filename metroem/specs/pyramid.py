@@ -6,7 +6,9 @@ from pathlib import Path
 
 from metroem.errors import PyramidError
 
-_MODULE_NAME = re.compile(r"(?P<stage>\d+)_mip(?P<in_mip>\d+)in_(?P<suffix>.+)")
+_MODULE_NAME = re.compile(
+    r"(?P<stage>[0-9]{1,2})_mip(?P<in_mip>[0-9]{1,2})in_(?P<suffix>.+)"
+)
 _RULE = "<STAGE>_mip<IN_MIP>in_<SUFFIX>, for example 0_mip8in_rigid"
 
 

@@ -31,7 +31,7 @@ from metroem.specs.augmentations import (
     RandomWarp,
     parse_augmentation,
 )
-from metroem.specs.checks import check_keys, check_list, check_object
+from metroem.specs.checks import check_keys, check_list, check_object, read_json
 from metroem.specs.losses import LossSpec, parse_losses
 
 logger = logging.getLogger(__name__)
@@ -174,17 +174,12 @@ def load_schedule(mode: str, path: Path | None) -> Schedule:
             f"--train_params_path belongs to --train_mode custom, and only to it; "
             f"got --train_mode {mode} and --train_params_path {path}"
         )
-    if path is None:
-        source = f"{mode}.json"
-        text = (resources.files("metroem") / "params" / source).read_text()
-    elif path.is_file():
-        source, text = str(path), path.read_text()
-    else:
-        raise UsageError(f"--train_params_path {path}: no such file")
-    try:
-        return parse_schedule(json.loads(text), source)
-    except json.JSONDecodeError as error:
-        raise UsageError(f"{source}: not JSON: {error}") from None
+    if path is not None:
+        tree = read_json(path, f"--train_params_path {path}")
+        return parse_schedule(tree, str(path))
+    source = f"{mode}.json"
+    text = (resources.files("metroem") / "params" / source).read_text()
+    return parse_schedule(json.loads(text), source)
 
 
 def parse_schedule(tree: Any, source: str) -> Schedule:

@@ -70,6 +70,16 @@ class RunFolder:
         return self.path / "quarantine.jsonl"
 
 
+_NONE = type(None)
+# Of what else the values of a state are made, a training finds out when it begins.
+_KINDS: dict[str, Any] = {
+    **{"settings": dict, "phase": int, "epoch": int, "step": int, "net": dict},
+    **{"sums": list, "recent_bad": list, "quarantine": list},
+    **{"best": (float, _NONE), "optimizer": (dict, _NONE), "averages": (dict, _NONE)},
+    "rng": (torch.Tensor, _NONE),
+}
+
+
 @dataclass
 class TrainingState:
     """Where a stage's training stands.
@@ -145,6 +155,15 @@ def _read_state(path: Path, settings: Mapping[str, Any]) -> TrainingState | None
         raise CheckpointError(
             f"{path}: a state of another version; give --restart, or finish the run "
             "with the version that began it"
+        )
+    wrong = sorted(
+        k for k, v in tree.items() if not isinstance(v, _KINDS.get(k, object))
+    )
+    counts = (tree[key] for key in ("phase", "epoch", "step") if key not in wrong)
+    if wrong or not all(0 <= count < 2**31 for count in counts):
+        raise CheckpointError(
+            f"{path}: not a training state ({wrong or 'its place'} cannot be); give "
+            "--restart"
         )
     state = TrainingState(**tree)
     changed = [

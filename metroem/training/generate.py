@@ -168,7 +168,7 @@ def _is_done(path: Path, request: dict[str, Any]) -> bool:
     if not path.is_file():
         return False
     existing = FieldSet(path)
-    made_by = existing.attributes.get("request", {})
+    made_by = existing.request
     if existing.num_sides == 2 or "weights_sha256" not in made_by:
         raise DatasetError(
             f"{path}: was not made by this program's training, and would be replaced; "

@@ -61,3 +61,14 @@ def test_a_missing_spec_is_refused_by_its_path(tmp_path):
 def test_unknown_operators_are_refused(tmp_path):
     with pytest.raises(PyramidError, match="'corrected', 'stock'"):
         build_net(write_spec(tmp_path, scalenet(4)), operators="new")
+
+
+@pytest.mark.parametrize("path", ["../secret.json", "{above}/secret.json", "a/../../x"])
+def test_files_named_in_a_spec_cannot_lie_elsewhere(tmp_path, path):
+    (tmp_path / "secret.json").write_text('{"type": "identity"}')
+    (tmp_path / "model").mkdir()
+    spec = tmp_path / "model" / "model_spec.json"
+    spec.write_text(json.dumps({"path": path.format(above=tmp_path)}))
+
+    with pytest.raises(PyramidError, match="leads out of the spec's folder"):
+        build_net(spec, operators="stock")
