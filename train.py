@@ -54,7 +54,8 @@ def _add_machine_flags(parser: argparse.ArgumentParser) -> None:
         "decay of a moving average of the weights, kept in their place, all phases"
     )
     add("--ema", type=float, metavar="DECAY", help=average)
-    add("--compile", action="store_true", help="torch.compile the network")
+    faster = "torch.compile the network: minutes a stage, for each size of its samples"
+    add("--compile", action="store_true", help=faster)
     again = "compute activations again instead of keeping them: less memory, more time"
     add("--checkpoint_activations", action="store_true", help=again)
     board = "curves and pictures for TensorBoard in <pyramid>/.train"

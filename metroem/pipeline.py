@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from metroem import cli
+from metroem.aligner import Aligner
 from metroem.data.dataset import Split, find_pairs, image_sets_at, split_pairs
 from metroem.errors import UsageError
 from metroem.nets.loading import load_module
@@ -211,7 +212,8 @@ def _check_compile(modules: list[ModuleSpec], device: torch.device) -> None:
     """Refuse --compile, before hours of work, where it cannot work."""
     check_compiler(device)
     for module in modules:
-        check_compiles(load_module(module.path).aligner, module.path)
+        aligner: Aligner = load_module(module.path).aligner  # type: ignore[assignment]
+        check_compiles(aligner, module.path)
 
 
 def _split(request: TrainRequest, module: ModuleSpec) -> Split:

@@ -211,9 +211,10 @@ def _copy_chunks(
     images: h5py.Dataset, source: tuple[int, int], target: tuple[int, int]
 ) -> None:
     """Copy one side of a pair to another place, compressed as it is."""
+    steps = _chunk(images.shape[-2:])
     rows, cols = (
         range(0, size, step)
-        for size, step in zip(images.shape[-2:], images.chunks[-2:], strict=True)
+        for size, step in zip(images.shape[-2:], steps, strict=True)
     )
     for place in itertools.product(rows, cols):
         mask, stored = images.id.read_direct_chunk((*source, *place))

@@ -23,8 +23,12 @@ def checkpoint_activations(net: nn.Module) -> None:
 
 def _blocks(net: nn.Module) -> Iterator[nn.Module]:
     for part in (net.level_upmodules, net.level_downmodules):
-        for block in part.values():  # type: ignore[operator, union-attr]
-            yield from block if isinstance(block, nn.ModuleList) else (block,)
+        assert isinstance(part, nn.ModuleDict)
+        for block in part.values():
+            if isinstance(block, nn.ModuleList):
+                yield from block
+            else:
+                yield block
 
 
 def _computed_again(forward: Callable[..., Any]) -> Callable[..., Any]:

@@ -1,7 +1,9 @@
 """Networks compiled by torch.compile."""
 
 import sys
+import time
 import types
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,13 +26,15 @@ def check_compiler(device: torch.device) -> None:
         UsageError: compiling a few operations fails there.
     """
 
-    def probe(x: Tensor) -> Tensor:
-        return (x.sin() + 1) * x
+    # Not what was compiled earlier on this machine: torch keeps that, which would hide
+    # a compiler that is gone.
+    unseen = float(time.time_ns() % 10**15)
 
-    # What was compiled earlier on this machine would hide a compiler that is gone.
-    compiled = torch.compile(probe, options={"force_disable_caches": True})
+    def probe(x: Tensor) -> Tensor:
+        return (x.sin() + unseen) * x
+
     try:
-        compiled(torch.zeros(16, device=device))
+        torch.compile(probe, dynamic=False)(torch.zeros(16, device=device))
     except Exception as error:  # the compiler raises whatever its parts raise
         first_line = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise UsageError(
@@ -50,17 +54,22 @@ def check_compiles(aligner: Aligner, path: object) -> None:
         )
 
 
-def compile_network(aligner: Aligner) -> None:
+def compile_network(aligner: Aligner, backend: Any = "inductor") -> None:
     """Let torch compile the network's forward pass when it is first called.
 
-    The network stays the object that it is: names of weights do not change.
+    The network stays the object that it is: names of weights do not change. Networks
+    that this process compiled before are compiled once more if they are called again.
 
     Args:
         aligner: with corrected operators.
+        backend: as torch.compile takes it.
     """
     if _PARSERS not in sys.modules:
         sys.modules[_PARSERS] = types.ModuleType(_PARSERS)
-    # Each size by itself: with sizes as symbols torch 2.13 fails on the network
-    # `correlation` ("Exponent must be non-negative"). After 8 kinds of calls torch
-    # compiles no further ones and runs them as they are, so mixed sizes end there.
-    aligner.net.compile(dynamic=False)
+    # torch compiles at most 8 kinds of calls (sizes; with and without gradients) and
+    # runs others as they are. All networks of a process share these: each stage of a
+    # pyramid begins anew.
+    torch.compiler.reset()
+    # Each size by itself: with sizes as symbols the compiler of torch 2.13 fails on
+    # the network `correlation`.
+    aligner.net.compile(dynamic=False, backend=backend)

@@ -51,20 +51,21 @@ def with_natural_field(sample: Sample, predict: Predict) -> Sample:
     src, prior = sample.unwarped_src, sample.unwarped_prior
     if src is None:
         return sample
-    assert sample.truth is not None and sample.truth_valid is not None
+    truth, valid = sample.truth, sample.truth_valid
+    assert truth is not None and valid is not None
     sample = sample._replace(unwarped_src=None, unwarped_prior=None)
     unknown = tissue_mask(src).flatten(1).any(1).nonzero()[:, 0]
     if not len(unknown):
         return sample
-    natural = torch.zeros_like(sample.truth)
+    natural = torch.zeros_like(truth)
     if prior is not None:
         prior = prior[unknown]
     before = Sample(src[unknown], sample.tgt[unknown], prior, sample.pair)
     with torch.no_grad():
         natural[unknown] = predict(before, ()).field
     return sample._replace(
-        truth=compose(natural, sample.truth),
-        truth_valid=warp(sample.truth_valid.float(), natural) > 0.999,
+        truth=compose(natural, truth),
+        truth_valid=warp(valid.float(), natural) > 0.999,
     )
 
 

@@ -1,6 +1,11 @@
 """--compile: networks compiled in place, and what is refused."""
 
 import json
+import os
+import shutil
+import subprocess
+import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -37,13 +42,28 @@ def test_stock_operators_are_refused(tmp_path):
     check_compiles(aligner_of(tmp_path, scalenet(4, 6)), "here")
 
 
-def test_a_machine_without_a_compiler_is_refused_before_any_training(
-    tmp_path, monkeypatch
-):
-    monkeypatch.setenv("CXX", str(tmp_path / "none"))
-    monkeypatch.setattr("torch._inductor.config.cpp.cxx", (None, "no-such-compiler"))
-    with pytest.raises(UsageError, match=r"--compile: .*C\+\+ compiler"):
-        check_compiler(torch.device("cpu"))
+def test_a_machine_without_a_compiler_is_refused():
+    # In a process of its own: torch remembers which compiler it found.
+    code = (
+        "import torch; from metroem.training.compiling import check_compiler; "
+        "check_compiler(torch.device('cpu'))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "CXX": "no-such-compiler"},
+    )
+    last = done.stderr.splitlines()[-1]
+    assert done.returncode == 1 and "UsageError: --compile: " in last
+    assert "C++ compiler" in last
+
+
+@pytest.mark.slow
+def test_a_machine_with_a_compiler_is_not_refused():
+    if shutil.which("g++") is None:
+        pytest.skip("no g++ here")
+    check_compiler(torch.device("cpu"))
 
 
 def test_modules_with_stock_operators_are_refused_before_any_training(
@@ -72,19 +92,51 @@ def passes(aligner, rows, cols):
     return prediction.field.detach(), torch.cat(grads)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("checkpointed", [False, True])
 @pytest.mark.parametrize("spec", [SMALL, scalenet(4, 6)], ids=["ours", "scalenet"])
 def test_a_compiled_network_gives_the_same_fields_and_gradients(
     tmp_path, spec, checkpointed
 ):
-    aligner = aligner_of(tmp_path, spec)
+    check_same(aligner_of(tmp_path, spec), "eager", checkpointed=checkpointed)
+
+
+@pytest.mark.slow
+def test_so_it_does_with_the_compiler_that_people_get(tmp_path):
+    check_same(aligner_of(tmp_path, scalenet(4)), "inductor", checkpointed=True)
+
+
+def check_same(aligner, backend, *, checkpointed):
     names = list(aligner.net.state_dict())
     plain = passes(aligner, 24, 32)
     if checkpointed:
         checkpoint_activations(aligner.net)
-    compile_network(aligner)
+    compile_network(aligner, backend)
     compiled = passes(aligner, 24, 32)
     for ours, theirs in zip(compiled, plain, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
     assert list(aligner.net.state_dict()) == names
+
+
+class Scaled(torch.nn.Module):
+    def __init__(self, width):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.ones(width))
+
+    def forward(self, x):
+        return x * self.weight
+
+
+def test_each_network_of_a_process_is_compiled():
+    num_compiled = 0
+
+    def counting(graph, inputs):
+        nonlocal num_compiled
+        num_compiled += 1
+        return graph.forward
+
+    for width in range(1, 11):  # torch compiles 8 kinds of calls
+        before = num_compiled
+        net = Scaled(width)
+        compile_network(SimpleNamespace(net=net), counting)
+        net(torch.zeros(3, width))
+        assert num_compiled == before + 1

@@ -9,8 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from metroem.data.dataset import Split
 from metroem.errors import UsageError
 from metroem.pipeline import TrainRequest
+from metroem.specs.schedule import Phase
 from metroem.training import distributed
 from metroem.training.job import StageJob, TrainingSettings
 
@@ -114,16 +116,9 @@ def test_a_run_without_a_batch_size_depends_on_its_ranks(
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", str(ranks))
     settings = TrainingSettings("ck", torch.device("cpu"), 0, asked, 0, "fp32")
-    job = StageJob(None, (FakePhase(),), FakeSplit(), settings)  # type: ignore
+    phase = Phase(lr=1e-3, num_epochs=1, smoothness=0)
+    job = StageJob(None, (phase,), Split([], []), settings)  # type: ignore
     assert job.fingerprint()["--batch_size"] == kept
-
-
-class FakePhase:
-    batch_size = None
-
-
-class FakeSplit:
-    training = ()
 
 
 def test_beginning_anew_is_refused_where_torchrun_restarts(tmp_path, monkeypatch):
