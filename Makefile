@@ -12,7 +12,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-# What takes longer is left to CI: make test PYTEST_ARGS= runs all.
+# What takes longer is left to CI; make test PYTEST_ARGS= runs all, -m long what CI
+# leaves out.
 PYTEST_ARGS ?= -m "not slow"
 INSTALLED := $(VENV)/.installed
 TOOLS := $(VENV)/.tools

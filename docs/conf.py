@@ -31,4 +31,8 @@ napoleon_use_rtype = False  # a shape before a colon is no type
 autodoc_member_order = "bysource"
 autodoc_typehints_format = "short"
 # Docstrings say shapes, units and defaults; types of others have no page here.
-nitpick_ignore_regex = [("py:.*", r"(torch|np|numpy|pathlib|Path|collections)\b.*")]
+nitpick_ignore_regex = [
+    ("py:.*", r"(torch|np|numpy|pathlib|Path|collections)\b.*"),
+    # Parts of the interface that pages need not explain.
+    ("py:class", r"metroem\.(align\.StageInput|tiles\.Window)"),
+]

@@ -25,12 +25,14 @@ def figures(script, *arguments):
     return json.loads(done.stdout.splitlines()[-1])
 
 
+@pytest.mark.long
 def test_two_ranks_write_the_fields_of_one_also_after_a_kill():
     small = ("--rounds", "7", "--pairs", "5", "--side_px", "64")
     found = figures("field_generation.py", *small)
     assert len(found["sha256"]) == 1 and 3 <= found["kept_at_kill"] <= 5
 
 
+@pytest.mark.long
 def test_a_node_that_is_killed_and_started_again_ends_with_the_same_weights(
     monkeypatch,
 ):

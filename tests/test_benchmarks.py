@@ -38,11 +38,13 @@ def test_download_bytes_reads_each_chunk_once():
     assert figures("download_bytes.py")["read_per_needed"] <= 1.1
 
 
+@pytest.mark.long
 def test_kill_resume_ends_with_the_same_weights():
     found = figures("kill_resume.py", "--kills", "2")
     assert found["calm"] == found["killed"] and len(found["calm"]) == 4
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("natural", [False, True])
 def test_real_sections_scores_a_stack(tmp_path, natural):
     stack = make_tissue(TissueRecipe(12, 288 + 48, 256 + 48))
@@ -61,6 +63,7 @@ def test_real_sections_scores_a_stack(tmp_path, natural):
 
 
 @pytest.mark.skipif(SHARED is None, reason="METROEM_SHARED names no folder with peers")
+@pytest.mark.long
 def test_quality_trains_scores_and_writes_its_page(tmp_path):
     bench = Path(SHARED or "") / "bench"
     np.save(tmp_path / "stack.npy", make_tissue(TissueRecipe(9, 160, 176)))

@@ -81,6 +81,7 @@ def test_a_script_that_is_nowhere_is_refused():
 
 
 @pytest.mark.slow
+@pytest.mark.long  # CI runs make demo
 def test_the_demo_runs_twice_and_ends_with_its_figures(tmp_path):
     schedule = tmp_path / "schedule.json"
     phase = {

@@ -40,6 +40,8 @@ PAGES = {path.stem: path.read_text() for path in sorted(DOCS.glob("*.md"))}
 TUTORIAL = PAGES["tutorial"]
 COMMANDS = [words for page in PAGES.values() for words in commands(page)]
 OURS = [words for words in COMMANDS if words[0] == "python"]
+OF_TORCHRUN = ("--nproc_per_node", "--nnodes", "--max_restarts", "--rdzv_backend")
+OF_TORCHRUN += ("--rdzv_endpoint", "--rdzv_id", "--rdzv_conf")
 OF_CORGIE = [words for words in COMMANDS if words[0] == CORGIE]
 
 
@@ -139,6 +141,7 @@ def test_flags_that_pages_mention_exist():
     code = "".join(path.read_text() for path in ROOT.glob("*.py"))
     code += "".join(path.read_text() for path in ROOT.glob("metroem/**/*.py"))
     code += " ".join(word for words in OF_CORGIE for word in words)
+    code += " ".join(f'"{flag}"' for flag in OF_TORCHRUN)
     for name, page in PAGES.items():
         for flag in set(re.findall(r"(?<!-)--[a-z]\w+", page)):
             assert f'"{flag}"' in code or f"{flag} " in code, f"{name}: {flag}"
