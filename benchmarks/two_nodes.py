@@ -84,8 +84,9 @@ def why_not() -> str | None:
 def run_benchmark(request: argparse.Namespace, folder: Path) -> None:
     """Train calm and on two nodes; MetroEMError if the weights are apart.
 
-    How far the fields are apart is printed alone: the finetuner makes more of the last
-    bit of weights, and equal weights give equal fields (field_generation.py).
+    How far the fields are apart is printed alone: they come from the best epoch's
+    weights, which are not compared, and are up to 0.5 px apart for a reason that was
+    not found (2026-11).
     """
     calm = prepare(folder / "calm", request)
     nodes = replace(calm, folder=folder / "nodes")

@@ -9,8 +9,7 @@ and counts by its root mean square: its square would hold rough warps back more 
 smooth ones (8 % more error within a section, 1 to 2 % between neighbours, 2026-11).
 
 Source: Gauss-Newton with robust weights as in Brox et al. 2004
-(doi:10.1007/978-3-540-24673-2_3); thin plates as in Bookstein 1989
-(doi:10.1109/34.24792).
+(doi:10.1007/978-3-540-24673-2_3); thin plates: Bookstein 1989 (doi:10.1109/34.24792).
 """
 
 import math
@@ -115,14 +114,14 @@ def refine_field(
         UsageError: features of a level that is coarser than the knots.
     """
     _check(features, field, weights, level)
-    if min(options.knots_px) < 2**level:
+    if (finest := min(options.knots_px)) < 2**level:
         raise UsageError(
-            f"knots {min(options.knots_px)} px apart on features of level {level}, "
-            f"{2**level} px a pixel: give knots of {2**level} px or more"
+            f"knots {finest} px apart on features of level {level}, {2**level} px a "
+            f"pixel: give knots of {2**level} px or more"
         )
     with torch.no_grad():
         start = field.detach().float()
-        found = _without_detail(start, min(options.knots_px))
+        found = _without_detail(start, finest)
         steps, problem = 0, None
         for done, spacing in enumerate(options.knots_px):
             # A share of the steps for each distance, if there are few.

@@ -1,9 +1,5 @@
 """The benchmarks of the finetuner and of a GPU run, on little."""
 
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import finetuner_pair
@@ -11,23 +7,9 @@ import pytest
 import torch
 from original import PYTHON
 
+from tests.benchmark_runs import figures, run
+
 ROOT = Path(__file__).parents[1]
-
-
-def run(script, *arguments):
-    return subprocess.run(
-        [sys.executable, str(ROOT / "benchmarks" / script), *arguments],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-    )
-
-
-def figures(script, *arguments):
-    """The JSON of a benchmark's last line."""
-    done = run(script, *arguments)
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
-    return json.loads(done.stdout.splitlines()[-1])
 
 
 def test_the_pair_has_masks_that_move_and_differ():

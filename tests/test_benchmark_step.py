@@ -1,12 +1,10 @@
 """The benchmarks of training run, on little, and say what they measured."""
 
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+
+from tests.benchmark_runs import figures
 
 ROOT = Path(__file__).parents[1]
 
@@ -15,18 +13,6 @@ needs_original = pytest.mark.skipif(
     not (ROOT / ".venv-original" / "bin" / "python").is_file(),
     reason="no environment of the original; make it with: make original",
 )
-
-
-def figures(script, *arguments):
-    """The JSON of a benchmark's last line."""
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "benchmarks" / script), *arguments],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-    )
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
-    return json.loads(done.stdout.splitlines()[-1])
 
 
 def test_train_step_compares_each_kind_with_the_bare_network():

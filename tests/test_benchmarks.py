@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from metroem.tissue import TissueRecipe, make_tissue
+from tests.benchmark_runs import figures
 
 ROOT = Path(__file__).parents[1]
 SHARED = os.environ.get("METROEM_SHARED")
@@ -20,18 +21,6 @@ KNOWN = {"loss_spec": {"type": "known_warp"}, "augmentations": [WARP]}
 SCHEDULE = {"1": [{**PHASE, "smoothness": 0, **KNOWN}]}
 
 pytestmark = pytest.mark.slow
-
-
-def figures(script, *arguments):
-    """The JSON of a benchmark's last line."""
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "benchmarks" / script), *arguments],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-    )
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
-    return json.loads(done.stdout.splitlines()[-1])
 
 
 def test_download_bytes_reads_each_chunk_once():
