@@ -86,7 +86,7 @@ def time_network(bench: Bench, args: Any, precision: str, compiled: bool) -> dic
 
 def time_rest(bench: Bench, args: Any) -> dict:
     """Generation, loading and the finetuner, in float32."""
-    step, loss, start = bench.search(compiled=False)
+    step, loss, start = bench.search()
     parts = {
         "forward": bench.forward("fp32", False),
         "generate": bench.generate(finetune=False),
@@ -94,21 +94,17 @@ def time_rest(bench: Bench, args: Any) -> dict:
         "load": bench.load(),
         "bare_warp": gpu_parts.bare_warp(loss, start),
         "finetuner_step": step,
+        "finetuner_step_by_torch": bench.search_by_torch(),
     }
-    if not args.no_compile:
-        parts["finetuner_step_compiled"] = bench.search(compiled=True)[0]
     seconds = seconds_of(parts, args.rounds, bench.device)
-    found: dict[str, Any] = {
+    by_torch = seconds["finetuner_step_by_torch"]
+    return {
         "seconds": seconds,
         "generate_per_forward": seconds["generate"] / seconds["forward"],
         "finetuner_step_per_warp": seconds["finetuner_step"] / seconds["bare_warp"],
+        "finetuner_step_gain": by_torch / seconds["finetuner_step"],
         "host_syncs": gpu_parts.host_syncs(step, bench.device),
     }
-    if not args.no_compile:
-        compiled = seconds["finetuner_step_compiled"]
-        found["compiled_gain"] = seconds["finetuner_step"] / compiled
-        found["compiled_differs"] = gpu_parts.largest_difference(loss, start)
-    return found
 
 
 def write_profile(bench: Bench, path: Path) -> None:
@@ -117,10 +113,10 @@ def write_profile(bench: Bench, path: Path) -> None:
     key = "self_cpu_time_total"
     if bench.device.type == "cuda":
         kinds.append(ProfilerActivity.CUDA)
-        key = "self_cuda_time_total"
+        key = "self_device_time_total"
     parts = {
         "train_step": bench.train_step("fp32", False),
-        "finetuner_step": bench.search(compiled=False)[0],
+        "finetuner_step": bench.search()[0],
     }
     tables = []
     for name, part in parts.items():
@@ -142,7 +138,7 @@ def describe(device: torch.device) -> str:
 def show(name: str, found: dict) -> None:
     times = ", ".join(f"{k} {1000 * v:.2f} ms" for k, v in found["seconds"].items())
     ratios = ", ".join(f"{k} {v:.3g}" for k, v in found.items() if isinstance(v, float))
-    print(f"{name}: {times}; {ratios}; host waits: {found['host_syncs']}")
+    print(f"{name}: {times}; {ratios}; host waits: {found['host_syncs']}", flush=True)
 
 
 def measure(args: Any, folder: Path) -> dict[str, Any]:
@@ -158,6 +154,9 @@ def measure(args: Any, folder: Path) -> dict[str, Any]:
                 name = f"batch {batch}, {precision}{', compiled' if compiled else ''}"
                 rows[name] = time_network(bench, args, precision, compiled)
                 show(name, rows[name])
+        if batch == args.batches[0]:
+            rows["differs_from_cpu"] = gpu_parts.differences_from_cpu(bench)
+            print(f"differs from a CPU by {rows['differs_from_cpu']}", flush=True)
         name = f"batch {batch}, finetuner, generation and loader"
         rows[name] = time_rest(bench, args)
         show(name, rows[name])

@@ -3,6 +3,7 @@
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -13,7 +14,7 @@ from metroem.data.dataset import find_pairs
 from metroem.data.epoch import EpochKey, TrainingEpoch
 from metroem.data.sample import Sample, stack_samples
 from metroem.field_loss import FieldLoss, FinetuneOptions
-from metroem.field_search import Search
+from metroem.field_search import RecordedStep, Search
 from metroem.grid import Grid
 from metroem.io.h5 import ImageSetMeta, Pair, PairFrame, write_image_set
 from metroem.loss import LossTerms
@@ -21,6 +22,7 @@ from metroem.masks import PairWeight
 from metroem.scaffold import init_pyramid
 from metroem.specs.losses import LossSpec
 from metroem.specs.schedule import Phase
+from metroem.training.compiling import compile_network
 from metroem.training.model import TrainingModel
 from metroem.training.objectives import phase_loss
 from metroem.training.step import scores_of, train_step
@@ -49,7 +51,9 @@ class Bench:
             _write_pairs(folder, batch=16, size=size)
         (module,) = pyramid.iterdir()
         self.device, self.batch, self.size = device, batch, size
-        self.aligner = Aligner(module / "model", operators="corrected").to(device)
+        self._model_folder = module / "model"
+        self.aligner = self._fresh_aligner()
+        self._compiled: dict[str, TrainingModel] = {}
         self.phase = Phase(
             lr=1e-4,
             num_epochs=1,
@@ -59,6 +63,10 @@ class Bench:
         )
         self.pairs = find_pairs(folder, _MIP, stage=0, checkpoint_name="none")
         self.sample: Sample = self._load().to(device)
+
+    def _fresh_aligner(self) -> Aligner:
+        torch.manual_seed(0)
+        return Aligner(self._model_folder, operators="corrected").to(self.device)
 
     def _load(self) -> Sample:
         epoch = TrainingEpoch(
@@ -110,18 +118,35 @@ class Bench:
             self.sample.src, self.sample.tgt, options=options
         )
 
-    def search(self, compiled: bool) -> tuple[Part, FieldLoss, Tensor]:
+    def search(self) -> tuple[Part, FieldLoss, Tensor]:
         """A step of the finetuner, its loss, and the field it starts from."""
         loss, start = field_loss(self.device, self.batch, self.size)
         search = Search(start, loss.options)
-        with_gradient = loss.with_gradient
-        if compiled:
-            with_gradient = torch.compile(loss.with_gradient)
-        return lambda: search.step(*with_gradient(search.field)), loss, start
+        step = RecordedStep(lambda: search.step(*loss.with_gradient(search.field)))
+        return lambda: step(self.device), loss, start
+
+    def search_by_torch(self) -> Part:
+        """The same step, each operation of torch started by itself."""
+        loss, start = field_loss(self.device, self.batch, self.size)
+        search = Search(start, loss.options)
+
+        def run() -> None:
+            with (
+                patch("metroem.field_loss.has_kernels", return_value=False),
+                patch("metroem.field_search.has_kernels", return_value=False),
+            ):
+                search.step(*loss.with_gradient(search.field))
+
+        return run
 
     def _model(self, precision: str, compiled: bool) -> TrainingModel:
-        model = TrainingModel(self.aligner, precision)
-        return torch.compile(model) if compiled else model  # type: ignore[return-value]
+        if not compiled:
+            return TrainingModel(self.aligner, precision)
+        if precision not in self._compiled:
+            aligner = self._fresh_aligner()
+            compile_network(aligner)  # as `train.py --compile` does
+            self._compiled[precision] = TrainingModel(aligner, precision)
+        return self._compiled[precision]
 
 
 def field_loss(device: torch.device, batch: int, size: int) -> tuple[FieldLoss, Tensor]:
@@ -155,12 +180,24 @@ def bare_warp(loss: FieldLoss, start: Tensor) -> Part:
     return run
 
 
-def largest_difference(loss: FieldLoss, field: Tensor) -> float:
-    """Of the compiled gradient from the plain one, as a share of its largest."""
-    value, gradient = loss.with_gradient(field)
-    other, compiled = torch.compile(loss.with_gradient)(field)
-    torch.testing.assert_close(other, value, rtol=1e-4, atol=1e-6)
-    return float((compiled - gradient).abs().max() / gradient.abs().max())
+def differences_from_cpu(bench: "Bench") -> dict[str, float]:
+    """How far the device is from a CPU, as shares of the CPU's largest value.
+
+    Returns:
+        Of the network's field, of the finetuner's loss, and of its gradient.
+    """
+    sample = bench.sample
+    images = sample.src[:1], sample.tgt[:1]
+    there = bench.aligner.predict(*images).field.detach().cpu()
+    bench.aligner.to("cpu")
+    here = bench.aligner.predict(*(image.cpu() for image in images)).field.detach()
+    bench.aligner.to(bench.device)
+    loss, start = field_loss(bench.device, 1, bench.size)
+    found = [value.cpu() for value in loss.with_gradient(start)]
+    loss, start = field_loss(torch.device("cpu"), 1, bench.size)
+    pairs = zip((here, *loss.with_gradient(start)), (there, *found), strict=True)
+    shares = [float((a - b).abs().max() / a.abs().max()) for a, b in pairs]
+    return dict(zip(("field", "loss", "gradient"), shares, strict=True))
 
 
 def host_syncs(part: Part, device: torch.device) -> list[str] | None:

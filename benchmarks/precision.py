@@ -5,14 +5,15 @@ makes, in each of the four ways, and its endpoint error on held-out known warps 
 compared with that of float32 in eager mode.
 
 Example:
-    python benchmarks/precision.py --steps 300
+    python benchmarks/precision.py --steps 300 --seeds 0 1 2
 """
 
 import json
-import shutil
+import statistics
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -45,6 +46,9 @@ class PrecisionRequest:
     crop: int = 96
     templates: tuple[str, ...] = TEMPLATES
     ways: tuple[str, ...] = tuple(WAYS)
+    seeds: tuple[int, ...] = (0,)
+    device: str = "cpu"
+    jobs: int = 1
 
 
 def main() -> None:
@@ -56,19 +60,28 @@ def main() -> None:
     add("--crop", type=int, default=96, help="of a sample, px (96)")
     add("--templates", nargs="+", choices=TEMPLATES, default=TEMPLATES)
     add("--ways", nargs="+", choices=WAYS, default=tuple(WAYS))
+    add("--seeds", type=int, nargs="+", default=(0,), help="of trainings (0)")
+    add("--device", choices=("cpu", "cuda"), default="cpu", help="(cpu)")
+    add("--jobs", type=int, default=1, help="trainings at a time (1)")
     request = PrecisionRequest(**vars(parser.parse_args()))
-    found: dict[str, dict[str, float]] = {}
-    with tempfile.TemporaryDirectory() as name:
-        write_sections(Path(name) / "data", request.side)
+    found: dict[str, dict[str, list[float]]] = {}
+    with tempfile.TemporaryDirectory() as name, ThreadPoolExecutor(request.jobs) as all:
         for template in request.templates:
-            errors = {
-                way: trained(Path(name), template, way, request) for way in request.ways
+            tasks = {
+                way: [
+                    all.submit(trained, Path(name), (template, way, seed), request)
+                    for seed in request.seeds
+                ]
+                for way in request.ways
             }
-            first = next(iter(errors.values()))
-            for way, epe in errors.items():
-                ratio = epe / first
-                print(f"{template} {way}: {epe:.4f} px, {ratio:.4f}", flush=True)
-            found[template] = errors
+            found[template] = {}
+            for way, runs in tasks.items():
+                errors = found[template][way] = [run.result() for run in runs]
+                first = statistics.mean(next(iter(found[template].values())))
+                mean = statistics.mean(errors)
+                of_seeds = ", ".join(f"{epe:.4f}" for epe in errors)
+                said = f"{mean:.4f} px ({of_seeds}), {mean / first:.4f}"
+                print(f"{template} {way}: {said}", flush=True)
     print(json.dumps({"steps": request.steps, "epe_px": found}))
 
 
@@ -79,24 +92,32 @@ def write_sections(folder: Path, side: int) -> None:
     pairs = [Pair(*pair) for pair in zip(stack[1:], stack[:-1], strict=True)]
     frames = [PairFrame(Grid(0, 0, 0, side, side), (1 + z, z)) for z in range(12)]
     meta = ImageSetMeta(frames, "made", "", {}, normalization={"kind": "tissue"})
-    folder.mkdir()
+    folder.mkdir(parents=True)
     write_image_set(folder / "x0_y0_z1_MIP0.h5", pairs, meta)
 
 
-def trained(folder: Path, template: str, way: str, request: PrecisionRequest) -> float:
-    """Endpoint error on held-out pairs after a training, px."""
+def trained(
+    folder: Path, which: tuple[str, str, int], request: PrecisionRequest
+) -> float:
+    """Endpoint error on held-out pairs after a training, px.
+
+    Args:
+        folder: for a folder of its own.
+        which: template, way and seed.
+        request: what all have in common.
+    """
+    template, way, seed = which
+    folder = folder / f"{template}-{way}-{seed}"
     pyramid, schedule = folder / "pyramid", folder / "schedule.json"
+    write_sections(folder / "data", request.side)
     schedule.write_text(json.dumps({"0": [phase_of(request)]}))
     init_pyramid(pyramid, [0], template)
-    command = [sys.executable, str(ROOT / "train.py"), "--device", "cpu"]
+    command = [sys.executable, str(ROOT / "train.py"), "--device", request.device]
     command += ["--pyramid_path", str(pyramid), "--dataset_path", str(folder / "data")]
     command += ["--train_mode", "custom", "--train_params_path", str(schedule)]
-    command += ["--no_redirect_stdout", *WAYS[way]]
+    command += ["--seed", str(seed), "--no_redirect_stdout", *WAYS[way]]
     subprocess.run(command, check=True, env=environment(), stdout=subprocess.DEVNULL)
     lines = (pyramid / ".train/checkpoint/metrics.jsonl").read_text().splitlines()
-    shutil.rmtree(pyramid)
-    for path in (folder / "data").glob("field_*"):
-        path.unlink()
     return json.loads(lines[-1])["validation"]["epe_px"]
 
 

@@ -82,7 +82,9 @@ def sample(
     """
     rows, cols = image.shape[-2:]
     # float32 throughout: in bf16 a position beyond 256 px is off by a pixel.
-    size = torch.tensor([cols, rows], device=image.device, dtype=torch.float32)
+    # Written where it is: a tensor of Python's numbers makes the host wait for a GPU.
+    size = torch.full((2,), float(cols), device=image.device)
+    size[1].fill_(rows)
     grid = (2 * positions.float().permute(0, 2, 3, 1) + 1) / size - 1
     # Positions far outside all read the same, but torch 2.13 on a CPU crashes in
     # the backward pass of those that are not finite or overflow an int.

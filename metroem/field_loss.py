@@ -8,6 +8,7 @@ is kept busy.
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import NamedTuple
 
 import torch
@@ -123,6 +124,8 @@ class FieldLoss:
 
     def with_gradient(self, field: Tensor) -> tuple[Tensor, Tensor]:
         """Loss, (B,), of a field, (B, 2, H, W) px, and its gradient."""
+        if has_kernels(field):
+            return self._by_kernels(field)
         with torch.no_grad():
             options = self.options
             found = self._compare(field)
@@ -144,6 +147,23 @@ class FieldLoss:
                 squares = field.square().sum((1, 2, 3)) / size
                 value += options.l2 * squares
             return value, gradient
+
+    def _by_kernels(self, field: Tensor) -> tuple[Tensor, Tensor]:
+        from metroem import kernels
+
+        options = self.options
+        return kernels.loss_and_gradient(
+            field,
+            kernels.Constants(
+                table=self._table,
+                tgt=self._tgt,
+                tgt_weights=self._tgt_weights,
+                is_defined=self._defined,
+                pad=_PAD,
+                are_weights_moving=self._moving,
+            ),
+            kernels.Factors(options.smoothness, _NUM_NEIGHBOURS, options.l2),
+        )
 
     def _add_slopes(
         self, gradient: Tensor, found: "_Compared", shares: Tensor, costs: Tensor
@@ -271,6 +291,12 @@ class _Compared(NamedTuple):
     squares: Tensor  # (B, H, W) of the features, their sum
     strain: Tensor  # (B, 1, H, W) sum over springs, filled in by `_rigidity`
     slopes: Tensor  # (2, B, 2, H, W) of both weights, along cols and rows
+
+
+def has_kernels(field: Tensor) -> bool:
+    """Whether `metroem.kernels` can be used: Triton comes with torch for GPUs."""
+    is_float = field.dtype == torch.float32
+    return field.is_cuda and is_float and find_spec("triton") is not None
 
 
 def inside_border(weight: Tensor, border: int) -> Tensor:

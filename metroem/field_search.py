@@ -7,14 +7,14 @@ steps reach the loss that took 300, 2026-11). Nothing waits for the host, so tha
 is kept busy.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from metroem.field_loss import FinetuneOptions
+from metroem.field_loss import FinetuneOptions, has_kernels
 
 _MIN_GAIN = 1e-11
 # After a halving a new best is due 5 steps sooner than the period, as in the
@@ -62,7 +62,6 @@ class Search:
         self._start = start
         several = options.at_several_scales
         self._levels = _LEVELS if several else (options.coarseness,)
-        self._steps = 0
         sizes = [[-(-n // 2**at) for n in start.shape[-2:]] for at in self._levels]
         # What is added at each level, in its own pixels, and where it was best.
         self._changes = [start.new_zeros(len(start), 2, *size) for size in sizes]
@@ -73,7 +72,8 @@ class Search:
         batch = start.new_zeros(len(start))
         self.best_loss = batch + float("inf")
         self.rate = batch + options.rate_px
-        self.stale, self.halvings, self.age = batch, batch, batch
+        self.stale, self.halvings, self.age = (batch.clone() for _ in range(3))
+        self._steps = start.new_zeros((), dtype=torch.float64)
         self.field = start.clone()
 
     @property
@@ -84,18 +84,21 @@ class Search:
     @property
     def best_field(self) -> Tensor:
         """The field whose loss was lowest, (B, 2, H, W), pixels."""
-        return self._with(self._best)
+        return self._with(self._best, out=torch.empty_like(self.field))
 
     def judge(self, loss: Tensor) -> None:
         """Keep the fields whose loss, (B,), is a new best."""
         better = loss + _MIN_GAIN <= self.best_loss
-        self.best_loss = torch.where(better, loss, self.best_loss)
+        torch.where(better, loss, self.best_loss, out=self.best_loss)
         for change, best in zip(self._changes, self._best, strict=True):
             torch.where(_over(better), change, best, out=best)
-        self.stale = torch.where(better, 0.0, self.stale + 1)
+        self.stale.add_(1).masked_fill_(better, 0)
 
     def step(self, loss: Tensor, gradient: Tensor) -> None:
         """Judge the fields by their loss, (B,), and move them downhill.
+
+        All that changes is written where it was, so that a GPU can repeat a step that
+        was recorded.
 
         Args:
             loss: of `field`, (B,).
@@ -103,11 +106,11 @@ class Search:
         """
         self.judge(loss)
         stuck = (self.stale > self.options.patience) & ~self.finished
-        self.halvings = self.halvings + stuck
-        self.stale = torch.where(stuck, self.stale - _STEPS_BACK, self.stale)
-        self.rate = torch.where(stuck, self.rate / 2, self.rate)
+        self.halvings += stuck
+        self.stale -= _STEPS_BACK * stuck
+        self.rate /= 1 + stuck.to(self.rate.dtype)
         # A new rate starts with a new optimizer.
-        self.age = torch.where(stuck, 0.0, self.age) + 1
+        self.age.masked_fill_(stuck, 0).add_(1)
         kept = _over(torch.where(stuck, 0.0, 1.0))
         norm = gradient.flatten(1).norm(dim=1)
         scale = (self.options.max_grad_norm / (norm + 1e-6)).clamp(max=1.0)
@@ -121,23 +124,24 @@ class Search:
             gradient = _coarser(gradient, level - coarse)
             coarse = level
             move(index, gradient, rate, kept)
-        self.field = self._with(self._changes)
+        self._with(self._changes, out=self.field)
 
-    def _share_of_rate(self) -> float:
+    def _share_of_rate(self) -> Tensor | float:
         """What is left of the rate, for one step more."""
         if not self.options.at_several_scales:
             return 1.0
         self._steps += 1
-        late = max(2 * self._steps / self.options.num_steps - 1, 0.0)
+        late = (2 * self._steps / self.options.num_steps - 1).clamp(min=0)
         return 1 - (1 - _LAST_RATE) * late
 
-    def _with(self, changes: Sequence[Tensor]) -> Tensor:
+    def _with(self, changes: Sequence[Tensor], *, out: Tensor) -> Tensor:
         """The field that the search began at with changes, (B, 2, H, W), pixels."""
         total, at = changes[-1], self._levels[-1]
         for level, change in zip(self._levels[-2::-1], changes[-2::-1], strict=True):
             total = _finer(total, at - level, like=change) + change
             at = level
-        return _finer(total, at, like=self._start) + self._start
+        fine = _finer(total, at, like=self._start)
+        return torch.add(fine, self._start, out=out)
 
     def _descend(
         self, index: int, gradient: Tensor, rate: Tensor, kept: Tensor
@@ -160,6 +164,39 @@ class Search:
         self._changes[index].sub_(step)
 
 
+class RecordedStep:
+    """A step that a GPU repeats by itself once it has made one.
+
+    Starting the operations of a step one by one takes a host longer than they take a
+    GPU (H100, 512 px, 7 features: 4.5 and 0.6 ms, 2026-11).
+    """
+
+    def __init__(self, step: Callable[[], None]) -> None:
+        """Nothing is done yet.
+
+        Args:
+            step: reads and writes the same tensors each time, and never waits for
+                the GPU.
+        """
+        self._step = step
+        self._graph: torch.cuda.CUDAGraph | None = None
+        self._made = 0
+
+    def __call__(self, device: torch.device) -> None:
+        """Make it once, on the device where its tensors are."""
+        self._made += 1
+        # The first one compiles and allocates, which cannot be recorded.
+        if device.type != "cuda" or self._made == 1:
+            self._step()
+            return
+        if self._graph is None:
+            self._graph = torch.cuda.CUDAGraph()
+            # Other threads may bring samples to the GPU meanwhile.
+            with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
+                self._step()
+        self._graph.replay()
+
+
 def _finer(change: Tensor, levels: int, *, like: Tensor) -> Tensor:
     """A change brought so many levels finer, cut to the size of another."""
     if levels == 0:
@@ -175,6 +212,10 @@ def _coarser(gradient: Tensor, levels: int) -> Tensor:
     if levels == 0:
         return gradient
     scale = 2**levels
+    if has_kernels(gradient):
+        from metroem import kernels
+
+        return kernels.coarser(gradient, scale)
     rows, cols = gradient.shape[-2:]
     whole = F.pad(gradient, (0, -cols % scale, 0, -rows % scale))
     size = [*gradient.shape[:2], whole.shape[-2] // scale, whole.shape[-1] // scale]

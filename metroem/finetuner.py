@@ -19,7 +19,7 @@ from torch import Tensor
 from metroem.errors import FieldError, UsageError
 from metroem.field import check_field
 from metroem.field_loss import FieldLoss, FinetuneOptions
-from metroem.field_search import Finetuned, Search
+from metroem.field_search import Finetuned, RecordedStep, Search
 from metroem.masks import MaskRules, PairMaps, PairWeight, weigh
 from metroem.specs.schedule import parse_mask_rules
 
@@ -69,9 +69,10 @@ def finetune_field(
     start = field.detach().float()
     loss_before, _ = loss.with_gradient(start)
     search = Search(start, options)
+    step = RecordedStep(lambda: search.step(*loss.with_gradient(search.field)))
     steps = 0
     for steps in range(1, options.num_steps + 1):
-        search.step(*loss.with_gradient(search.field))
+        step(start.device)
         if steps % _LOOK_EVERY == 0 and bool(search.finished.all()):
             break
     # The last step has not been judged yet.

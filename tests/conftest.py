@@ -1,7 +1,8 @@
-"""What all tests share: a HOME of their own.
+"""What all tests share: a HOME of their own, and an interpreter of kernels.
 
 modelhouse, cloud-volume and corgie write below HOME, modelhouse already when
-it is imported.
+it is imported. Triton reads when it is imported, which torch may do, whether it is to
+run kernels on a CPU: TRITON_INTERPRET=0 tests them on a GPU.
 """
 
 import logging
@@ -13,6 +14,7 @@ import pytest
 
 _HOME = tempfile.TemporaryDirectory(prefix="metroem-tests-")
 os.environ["HOME"] = _HOME.name
+os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 @pytest.fixture(autouse=True)

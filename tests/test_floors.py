@@ -28,6 +28,7 @@ FLOORS = {
     "create": 3,
     "export": 3,
     "nets": 4,
+    "kernels": 4,
     "field_loss": 4,
     "field_search": 4,
     "coarse_to_fine": 4,
