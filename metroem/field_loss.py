@@ -8,13 +8,13 @@ is kept busy.
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from importlib.util import find_spec
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from metroem.kernels import has_kernels
 from metroem.masks import PairWeight
 
 # (cols, rows) from a pixel to the neighbours that it has springs to; those to
@@ -149,21 +149,13 @@ class FieldLoss:
             return value, gradient
 
     def _by_kernels(self, field: Tensor) -> tuple[Tensor, Tensor]:
-        from metroem import kernels
+        from metroem.kernels import search
 
+        tgt = self._tgt, self._tgt_weights
+        pair = search.Constants(self._table, *tgt, self._defined, _PAD, self._moving)
         options = self.options
-        return kernels.loss_and_gradient(
-            field,
-            kernels.Constants(
-                table=self._table,
-                tgt=self._tgt,
-                tgt_weights=self._tgt_weights,
-                is_defined=self._defined,
-                pad=_PAD,
-                are_weights_moving=self._moving,
-            ),
-            kernels.Factors(options.smoothness, _NUM_NEIGHBOURS, options.l2),
-        )
+        factors = search.Factors(options.smoothness, _NUM_NEIGHBOURS, options.l2)
+        return search.loss_and_gradient(field, pair, factors)
 
     def _add_slopes(
         self, gradient: Tensor, found: "_Compared", shares: Tensor, costs: Tensor
@@ -291,12 +283,6 @@ class _Compared(NamedTuple):
     squares: Tensor  # (B, H, W) of the features, their sum
     strain: Tensor  # (B, 1, H, W) sum over springs, filled in by `_rigidity`
     slopes: Tensor  # (2, B, 2, H, W) of both weights, along cols and rows
-
-
-def has_kernels(field: Tensor) -> bool:
-    """Whether `metroem.kernels` can be used: Triton comes with torch for GPUs."""
-    is_float = field.dtype == torch.float32
-    return field.is_cuda and is_float and find_spec("triton") is not None
 
 
 def inside_border(weight: Tensor, border: int) -> Tensor:

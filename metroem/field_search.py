@@ -14,7 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from metroem.field_loss import FinetuneOptions, has_kernels
+from metroem.field_loss import FinetuneOptions
+from metroem.kernels import has_kernels
 
 _MIN_GAIN = 1e-11
 # After a halving a new best is due 5 steps sooner than the period, as in the
@@ -213,7 +214,7 @@ def _coarser(gradient: Tensor, levels: int) -> Tensor:
         return gradient
     scale = 2**levels
     if has_kernels(gradient):
-        from metroem import kernels
+        from metroem.kernels import search as kernels
 
         return kernels.coarser(gradient, scale)
     rows, cols = gradient.shape[-2:]

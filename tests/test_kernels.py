@@ -8,6 +8,7 @@ import torch
 
 from metroem.field_loss import FieldLoss, FinetuneOptions
 from metroem.field_search import Search
+from metroem.kernels import has_kernels
 from metroem.masks import PairWeight
 
 
@@ -15,7 +16,7 @@ from metroem.masks import PairWeight
 def kernels() -> ModuleType:
     """As Triton's interpreter runs them (`tests/conftest.py`)."""
     return pytest.importorskip(
-        "metroem.kernels",
+        "metroem.kernels.search",
         reason="Triton comes with torch for GPUs",
         exc_type=ImportError,
     )
@@ -33,7 +34,9 @@ def test_loss_and_gradient_are_those_of_torch(kernels, shape, moving):
     field = 3 * torch.randn(batch, 2, rows, cols, generator=chance)
     field[0, :, 0, 0] = torch.tensor([1e4, -1e4])  # outside, as far as it goes
     pairs = PairWeight(*weights[::2]), PairWeight(*weights[1::2])
-    loss = FieldLoss(tuple(features), pairs, FinetuneOptions(l2=0.3, border=2))
+    loss = FieldLoss(
+        (features[0], features[1]), pairs, FinetuneOptions(l2=0.3, border=2)
+    )
     wanted = loss.with_gradient(field)
 
     with patch("metroem.field_loss.has_kernels", return_value=True):
@@ -51,7 +54,9 @@ def test_a_place_that_is_no_number_is_read_as_torch_reads_it(kernels):
     features = torch.randn(2, 1, 2, 5, 8, generator=chance)
     ones = torch.ones(1, 1, 5, 8)
     pairs = PairWeight(ones, ones), PairWeight(ones, ones)
-    loss = FieldLoss(tuple(features), pairs, FinetuneOptions(smoothness=0, l2=0))
+    loss = FieldLoss(
+        (features[0], features[1]), pairs, FinetuneOptions(smoothness=0, l2=0)
+    )
     field = torch.zeros(1, 2, 5, 8)
     field[0, 0, 2, 3], field[0, 1, 1, 4] = float("nan"), float("inf")
     value, wanted = loss.with_gradient(field)
@@ -89,7 +94,7 @@ def test_a_search_by_kernels_ends_where_that_of_torch_does(kernels):
     pairs = PairWeight(ones, ones), PairWeight(ones, ones)
     fields = []
     for by_kernels in (False, True):
-        loss = FieldLoss(tuple(features), pairs, FinetuneOptions())
+        loss = FieldLoss((features[0], features[1]), pairs, FinetuneOptions())
         search = Search(torch.zeros(1, 2, 20, 33), loss.options)
         with (
             patch("metroem.field_loss.has_kernels", return_value=by_kernels),
@@ -100,3 +105,16 @@ def test_a_search_by_kernels_ends_where_that_of_torch_does(kernels):
         fields.append(search.field)
     assert fields[0].abs().max() > 0.1
     torch.testing.assert_close(fields[1], fields[0], rtol=0, atol=1e-4)
+
+
+def test_without_a_compiler_torch_does_it_and_the_log_says_so(kernels, caplog):
+    class OnGPU(torch.Tensor):
+        is_cuda = True
+
+    field = torch.zeros(1, 2, 3, 4).as_subclass(OnGPU)
+    with patch(
+        "metroem.kernels.search.coarser", side_effect=RuntimeError("no C compiler\n")
+    ):
+        assert not has_kernels(field)
+    assert "no C compiler. It needs a C compiler" in caplog.text
+    assert not has_kernels(field.double())

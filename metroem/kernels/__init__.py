@@ -1,0 +1,37 @@
+"""What a GPU does in one go where torch takes many; Triton is imported when it is used.
+
+Triton comes with torch for GPUs, and is not there on other machines.
+"""
+
+import logging
+from functools import cache
+
+import torch
+from torch import Tensor
+
+logger = logging.getLogger(__name__)
+
+
+def has_kernels(field: Tensor) -> bool:
+    """Whether kernels can be used for a field, (B, 2, H, W), where it is."""
+    is_float = field.dtype == torch.float32
+    return field.is_cuda and is_float and _kernels_work(field.device)
+
+
+@cache
+def _kernels_work(device: torch.device) -> bool:
+    """Triton comes with torch for GPUs, but needs a C compiler beside it."""
+    try:
+        from metroem.kernels import search
+
+        search.coarser(torch.zeros(1, 2, 2, 2, device=device), 2)
+    except Exception as error:  # it raises whatever its parts raise
+        first_line = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        logger.warning(
+            "fields are finetuned some 7 times slower than they could be, since Triton "
+            "does not work on this machine: %s. It needs a C compiler, for example apt "
+            "install gcc",
+            first_line,
+        )
+        return False
+    return True
