@@ -7,7 +7,6 @@ room is kept on the disk before anything is handed to it.
 
 import ctypes
 import errno
-import glob
 import math
 import os
 import zlib
@@ -20,7 +19,7 @@ import numpy as np
 
 from metroem.io.h5_open import own_dataset
 from metroem.io.h5_read import DEFECTS_KEY
-from metroem.io.replace import make_folder, writing
+from metroem.io.replace import drop_partials, make_folder, writing
 
 # What HDF5 writes beside the values: what describes a file, and its index of chunks.
 _BESIDE, _BESIDE_A_CHUNK = 2**20, 256
@@ -56,9 +55,7 @@ def replacing_h5(path: Path) -> Iterator[h5py.File]:
                 raw.truncate(partial.stat().st_size)  # gives back what was kept
                 os.fsync(raw.fileno())
             os.replace(partial, path)
-        # What runs that were killed while they wrote this file left behind.
-        for left in path.parent.glob(f".{glob.escape(path.name)}.tmp-*"):
-            left.unlink(missing_ok=True)
+        drop_partials(path)
     finally:
         partial.unlink(missing_ok=True)
 

@@ -1,5 +1,6 @@
 """Files that are there whole or not at all."""
 
+import glob
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -63,6 +64,15 @@ def replacing(path: Path) -> Iterator[Path]:
             os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def drop_partials(path: Path) -> None:
+    """Delete what runs that were killed while they wrote a file left behind.
+
+    Only for whoever keeps others from writing it.
+    """
+    for left in path.parent.glob(f".{glob.escape(path.name)}.tmp-*"):
+        left.unlink(missing_ok=True)
 
 
 def replace_file(path: Path, content: bytes | memoryview) -> None:

@@ -14,7 +14,7 @@ from metroem.data.epoch import EpochKey, ValidationPairs, num_steps
 from metroem.data.loading import PhaseSamples, read_ahead
 from metroem.data.sample import Sample
 from metroem.errors import DatasetError
-from metroem.io.replace import make_folder, replace_file
+from metroem.io.replace import drop_partials, make_folder, replace_file
 from metroem.loss import LossTerms
 from metroem.nets.checkpoint import checkpoint_path, save_weights
 from metroem.progress import progress
@@ -77,11 +77,22 @@ def train_stage(
         CheckpointError: a state that this run cannot go on from.
         ResourceError: memory does not suffice.
     """
+    if distributed.rank() == 0:
+        _drop_partials(job, run)
     state = load_state(run.state(job.module.stage), job.fingerprint())
     if state is not None and state.phase >= len(job.phases):
         logger.info("stage %d: trained already", job.module.stage)
         return
     StageTrainer(job, run, stop, state, watch).train()
+
+
+def _drop_partials(job: StageJob, run: RunFolder) -> None:
+    """Delete what a run that was killed had half written."""
+    stage, name = job.module.stage, job.settings.checkpoint_name
+    kept = [run.weights(stage, which) for which in ("last", "initial")]
+    best = checkpoint_path(job.module.weights_folder, name)
+    for path in (run.state(stage), run.metrics, best, *kept):
+        drop_partials(path)
 
 
 def discard_training(module: ModuleSpec, run: RunFolder, checkpoint_name: str) -> None:
