@@ -62,8 +62,7 @@ def disk_trouble(error: OSError, path: Path | None = None) -> StorageError | Non
         path: of that file, where the error does not name it.
     """
     where = str(path or error.filename or "a file")
-    # numpy counts what it could write instead of saying why.
-    if error.errno in _FULL or "requested and" in str(error):
+    if error.errno in _FULL:
         quota = " (or the quota is used up)" if error.errno == errno.EDQUOT else ""
         return StorageError(
             f"{where}: cannot be written: no space left on the disk{quota}; free some "

@@ -11,6 +11,8 @@ import shutil
 import threading
 from collections.abc import Mapping
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 
@@ -105,7 +107,9 @@ class PartStore:
         )
         try:
             with writing(path), partial.open("wb") as file:
-                np.save(file, array, allow_pickle=False)
+                # numpy writes to a file itself, and then does not say why it failed.
+                through: Any = SimpleNamespace(write=file.write)
+                np.lib.format.write_array(through, array, allow_pickle=False)
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(partial, path)

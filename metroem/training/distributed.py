@@ -74,7 +74,11 @@ def launch(script: str, arguments: Sequence[str], *, ranks: int, port: int) -> i
     except SignalException as stopped:
         return 128 + stopped.sigval
     except ChildFailedError as failed:
-        number, failure = failed.get_first_failure()
+        # The others end with an error of their own, sometimes at the same time.
+        number, failure = min(
+            failed.failures.items(),
+            key=lambda of_rank: (of_rank[1].exitcode >= 0, of_rank[1].timestamp),
+        )
         if failure.exitcode in (INTERRUPTED, TERMINATED):
             return failure.exitcode
         raise ResourceError(_obituary(number, failure.pid, failure.exitcode)) from None

@@ -32,7 +32,7 @@ class Zygote:
 
     def run(self, folder, command, **disturbed):
         """Run a command in a folder: its status, seconds and output."""
-        asked = {"command": list(map(str, command)), "folder": str(folder)}
+        asked: dict = {"command": list(map(str, command)), "folder": str(folder)}
         self._process.stdin.write(json.dumps(asked | disturbed) + "\n")
         self._process.stdin.flush()
         return json.loads(self._process.stdout.readline())

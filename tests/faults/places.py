@@ -151,6 +151,25 @@ def _spec(folder):
     return str(path)
 
 
+def interrupted(zygote, place, name, number, share, **more):
+    """A run that a signal reaches at a share of the time that it takes.
+
+    Returns:
+        Its folder, and how it ended. On a machine that is faster by now than it was,
+        runs are done before; then another one is sent its signal earlier.
+    """
+    calm, seconds = place.calm[name], place.calm[name].seconds
+    for _ in range(8):
+        folder = place.fresh(name)
+        after = share * seconds
+        asked = {"command": calm.command, "signal": number, "after": after} | more
+        done = zygote.run(folder, **asked)
+        if done["status"] != 0:
+            return folder, done
+        seconds = 0.8 * min(seconds, done["seconds"])
+    raise AssertionError(f"{name}: always done before its signal")
+
+
 def visible(folder):
     """The files with a final name; those of .train have theirs too."""
     for path in sorted(folder.rglob("*")):

@@ -4,19 +4,19 @@ import signal
 
 import pytest
 
-from tests.faults.places import agree, counted
+from tests.faults.places import agree, counted, interrupted
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("hook", ["clock_jumps_back", "clock_jumps_ahead"])
 @pytest.mark.parametrize("name", ["training", "download_image"])
 def test_a_clock_that_jumps_changes_nothing(zygote, place, name, hook):
-    folder, calm = place.fresh(name), place.calm[name]
-    command, limit = calm.command, ("--max_minutes", "5")
-    command = [*command, *limit] if name == "training" else command
+    calm = place.calm[name]
+    limit = ["--max_minutes", "5"] if name == "training" else []
+    command = [*calm.command, *limit]
     with counted(hook.replace("_", " "), name):
-        done = zygote.run(
-            folder, command, hook=hook, signal=signal.SIGKILL, after=0.6 * calm.seconds
+        folder, done = interrupted(
+            zygote, place, name, signal.SIGKILL, 0.5, command=command, hook=hook
         )
         assert done["status"] == -signal.SIGKILL
         done = zygote.run(folder, command, hook=hook)

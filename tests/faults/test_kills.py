@@ -24,14 +24,14 @@ def test_killed_at_random_again_and_again_a_run_ends_with_the_same_bytes(
     zygote, place, name
 ):
     calm, chance, kills = place.calm[name], random.Random(name), 0
-    folder = place.fresh(name)
+    folder, seconds = place.fresh(name), calm.seconds
     while kills < KILLS[name]:
-        after = chance.random() * calm.seconds
+        after = chance.random() * seconds
         done = zygote.run(folder, calm.command, signal=signal.SIGKILL, after=after)
         check_whole(folder)
         if done["status"] == 0:  # what was left was done before the kill
             assert contents(folder) == calm.contents
-            folder = place.fresh(name)
+            folder, seconds = place.fresh(name), min(seconds, done["seconds"])
             continue
         assert done["status"] == -signal.SIGKILL, done["output"]
         kills += 1

@@ -5,7 +5,7 @@ import signal
 
 import pytest
 
-from tests.faults.places import check_whole, contents, counted, left_over
+from tests.faults.places import check_whole, contents, counted, interrupted, left_over
 
 ENDS = {signal.SIGTERM: 143, signal.SIGINT: 130}
 COMMANDS = ["download_image", "download_field", "make-dataset", "training"]
@@ -18,11 +18,10 @@ COMMANDS += ["generation", "evaluate"]
 def test_a_signal_ends_a_command_in_order_and_the_same_command_goes_on(
     zygote, place, name, number
 ):
-    calm, folder = place.calm[name], place.fresh(name)
-    chance = random.Random(f"{name} {number}")
+    calm, chance = place.calm[name], random.Random(f"{name} {number}")
     # From when it has begun until it is nearly done.
-    after = chance.uniform(0.2, 0.7) * calm.seconds
-    done = zygote.run(folder, calm.command, signal=number, after=after)
+    share = chance.uniform(0.2, 0.7)
+    folder, done = interrupted(zygote, place, name, number, share)
     with counted(signal.Signals(number).name, name):
         assert done["status"] == ENDS[number], done["output"]
         assert "Traceback" not in done["output"]

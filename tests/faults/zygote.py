@@ -22,7 +22,7 @@ import threading
 import time
 import traceback
 
-TOO_LONG_S = 100.0
+TOO_LONG_S = 400.0
 # What commands import when they need it; torch._dynamo comes with an optimizer.
 IMPORTED = ("metroem.pipeline", "metroem.evaluate", "metroem.create.image")
 IMPORTED += ("metroem.create.field", "metroem.create.pairs")
