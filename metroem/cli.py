@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from metroem.errors import MetroEMError
+from metroem.errors import MetroEMError, disk_trouble
 
 logger = logging.getLogger(__name__)
 
@@ -74,10 +74,23 @@ def configure_logging(level: int = logging.INFO) -> None:
 
 def mirror_log(path: Path) -> None:
     """Append the package's log to a file too, a line a record, with its time."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handler = logging.FileHandler(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handler = _LogFile(path)
+    except OSError as error:
+        raise disk_trouble(error, path) or error from error
     handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
     logging.getLogger("metroem").addHandler(handler)
+
+
+class _LogFile(logging.FileHandler):
+    """A log whose disk may be full: the run goes on and says so once."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        """Leave the log as it is from here on."""
+        logging.getLogger("metroem").removeHandler(self)
+        reason = sys.exc_info()[1]
+        sys.stderr.write(f"{self.baseFilename}: the log ends here: {reason}\n")
 
 
 def confirms(question: str) -> bool:
@@ -102,6 +115,12 @@ def run(main: Callable[[], None]) -> None:
         main()
     except MetroEMError as error:
         sys.stderr.write(f"error: {error}\n")
+        sys.exit(1)
+    except OSError as error:
+        trouble = disk_trouble(error)
+        if trouble is None:
+            raise
+        sys.stderr.write(f"error: {trouble}\n")
         sys.exit(1)
     except KeyboardInterrupt:
         sys.stderr.write("interrupted\n")

@@ -6,11 +6,20 @@
       DatasetError      an image set, field set or volume that cannot be used
       FieldError        a displacement field of the wrong form
       CheckpointError   weights or a training state that cannot be used
+      StorageError      a disk that is full or may not be written, a run in the way
+      ResourceError     memory that does not suffice, a process that was killed
 
 A message names the path or flag, says what was found and what was expected,
 and what to do. `metroem.cli.run` prints it and exits with 1; any other
 exception is a bug and keeps its traceback.
 """
+
+import errno
+from pathlib import Path
+
+_FULL = {errno.ENOSPC, errno.EDQUOT}
+_REFUSED = {errno.EACCES, errno.EPERM, errno.EROFS}
+_BROKEN = {errno.EIO, errno.ESTALE}
 
 
 class MetroEMError(ValueError):
@@ -35,3 +44,37 @@ class FieldError(MetroEMError):
 
 class CheckpointError(MetroEMError):
     """Weights or a training state that cannot be used."""
+
+
+class StorageError(MetroEMError):
+    """A disk that is full or may not be written to, or that another run writes to."""
+
+
+class ResourceError(MetroEMError):
+    """Memory that does not suffice, or a process of the run that was killed."""
+
+
+def disk_trouble(error: OSError, path: Path | None = None) -> StorageError | None:
+    """What an error of the operating system says of the disk; None if nothing.
+
+    Args:
+        error: raised by what reads or writes a file.
+        path: of that file, where the error does not name it.
+    """
+    where = str(path or error.filename or "a file")
+    if error.errno in _FULL:
+        quota = " (or the quota is used up)" if error.errno == errno.EDQUOT else ""
+        return StorageError(
+            f"{where}: cannot be written: no space left on the disk{quota}; free some "
+            "space, then give the same command again: what is finished is kept"
+        )
+    if error.errno in _REFUSED:
+        return StorageError(
+            f"{where}: {error.strerror}; write elsewhere, or get the right to use it"
+        )
+    if error.errno in _BROKEN:
+        return StorageError(
+            f"{where}: the storage fails ({error.strerror}); when it is well again, "
+            "give the same command again"
+        )
+    return None

@@ -46,6 +46,7 @@ from metroem.specs.pyramid import ModuleSpec, find_modules
 from metroem.training.checkpoint import RunFolder
 from metroem.training.distributed import choose_device
 from metroem.training.generate import target_sets
+from metroem.training.memory import enough_memory
 
 logger = logging.getLogger(__name__)
 
@@ -145,7 +146,8 @@ def evaluate_dataset(request: EvaluateRequest) -> None:
         nullcontext() if request.report is None else report_page(request.report) as page
     ):
         run = _Run(pyramid, request, page)
-        results = [_evaluate_place(run, place) for place in places]
+        with enough_memory("evaluation", "take smaller patches"):
+            results = [_evaluate_place(run, place) for place in places]
         if page is not None:
             page.finish(about | _about_page(modules, curves), results)
     print_evaluation(results)

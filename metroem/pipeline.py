@@ -3,7 +3,8 @@
 import importlib.util
 import logging
 import sys
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from metroem import cli
 from metroem.aligner import Aligner
 from metroem.data.dataset import Split, find_pairs, image_sets_at, split_pairs
 from metroem.errors import UsageError
+from metroem.io.lock import holding, lock_path
 from metroem.nets.loading import load_module
 from metroem.report.board import Board
 from metroem.specs.filenames import check_tag
@@ -115,6 +117,7 @@ def train_pyramid(request: TrainRequest) -> None:
 
     Raises:
         MetroEMError: what cannot work, before any training where possible.
+        StorageError: another run trains this pyramid under this name.
         KeyboardInterrupt, SystemExit: on Ctrl-C and SIGTERM, once the state is
             saved.
     """
@@ -129,6 +132,7 @@ def train_pyramid(request: TrainRequest) -> None:
         keep_freed_memory()
     with (
         distributed.process_group(device),
+        _claimed(request),
         StopRequest(request.max_minutes) as stop,
         _board(request) as watch,
     ):
@@ -140,6 +144,19 @@ def train_pyramid(request: TrainRequest) -> None:
                 raise KeyboardInterrupt from None
             if stopped.code != TIME_UP:
                 sys.exit(stopped.code)
+
+
+@contextmanager
+def _claimed(request: TrainRequest) -> Iterator[None]:
+    """Keep other runs from the state, the weights and the fields of this one."""
+    run = RunFolder.of(request.pyramid_path, request.checkpoint_name)
+    fields = request.dataset_path / f"field_{request.checkpoint_name}"
+    with ExitStack() as locks:
+        if distributed.rank() == 0:
+            for path in (run.path, fields):
+                locks.enter_context(holding(lock_path(path)))
+        distributed.barrier()  # the other ranks write only what the first may
+        yield
 
 
 def _board(request: TrainRequest) -> AbstractContextManager[Watch | None]:

@@ -10,6 +10,7 @@ from importlib import resources
 from pathlib import Path, PurePosixPath
 
 from metroem.errors import PyramidError, UsageError
+from metroem.io.replace import make_folder, writing
 from metroem.specs.pyramid import ModuleSpec
 from metroem.trust import code_in, shown
 
@@ -90,7 +91,7 @@ def fetch(
             f"{source}: not trusted, nothing is copied; a module's code runs whenever "
             "it is loaded. Look at it, then answer y or give --trust"
         )
-    path.mkdir(parents=True, exist_ok=True)
+    make_folder(path)
     for name, files in modules.items():
         with _built_beside(path / name) as folder:
             for inside, content in files.items():
@@ -124,10 +125,12 @@ def _create_py(mip: int) -> str:
 @contextmanager
 def _built_beside(path: Path) -> Iterator[Path]:
     """A temporary folder that becomes `path` once all of it is written."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(prefix=f".{path.name}.tmp-", dir=path.parent))
+    make_folder(path.parent)
+    with writing(path):
+        folder = Path(tempfile.mkdtemp(prefix=f".{path.name}.tmp-", dir=path.parent))
     try:
-        yield folder
+        with writing(path):
+            yield folder
         folder.chmod(0o777 & ~_umask())  # mkdtemp lets nobody else in
         os.rename(folder, path)
     finally:

@@ -31,6 +31,7 @@ from metroem.create.stored_field import (
 from metroem.errors import DatasetError, UsageError
 from metroem.grid import Grid
 from metroem.io.h5 import FieldSetMeta, PairFrame, write_field_set
+from metroem.io.lock import holding, lock_path
 from metroem.io.parts import PartStore
 from metroem.io.volume import Volume, cut, read_sections
 from metroem.specs.filenames import FieldSetName, ImageSetName, check_tag
@@ -184,8 +185,13 @@ class _FieldFile:
 
         Raises:
             DatasetError: see `create_field_set`.
+            StorageError: another run makes it, or the disk is full.
         """
-        request, wanted = self.request, self._wanted()
+        with holding(lock_path(self.request.path)):
+            self._make(self._wanted())
+
+    def _make(self, wanted: dict) -> None:
+        request = self.request
         if already_there(request.path, wanted, overwrite=request.overwrite):
             return
         store = open_parts(request.path, wanted, overwrite=request.overwrite)

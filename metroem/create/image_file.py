@@ -20,6 +20,7 @@ from metroem.create.reference import Reference
 from metroem.errors import DatasetError
 from metroem.grid import Grid
 from metroem.io.h5 import FieldSet, ImageSetMeta, Pair, PairFrame, write_image_set
+from metroem.io.lock import holding, lock_path
 from metroem.io.parts import PartStore
 from metroem.io.volume import Volume, covering, cut, read_sections
 from metroem.normalize import GreyStatistics, normalize, tissue_statistics
@@ -87,8 +88,12 @@ class ImageFile:
 
         Raises:
             DatasetError: see `create_image_sets`.
+            StorageError: another run makes it, or the disk is full.
         """
-        wanted, overwrite = self._wanted(), self.request.overwrite
+        with holding(lock_path(self.path)):
+            self._make(self._wanted(), self.request.overwrite)
+
+    def _make(self, wanted: dict, overwrite: bool) -> None:
         if already_there(self.path, wanted, overwrite=overwrite):
             return
         store = open_parts(self.path, wanted, overwrite=overwrite)

@@ -51,8 +51,8 @@ class PairFiles:
         """
         self._cutter, self._tag = cutter, checkpoint_name
         self._request = cutter.spec.as_request()
-        name = ImageSetName(*cutter.spec.pairs[0][0], cutter.spec.dst_mip)
-        self.image_path = folder / name.filename
+        name = _name_of(cutter.spec)
+        self.image_path = image_path(cutter.spec, folder)
         self.field_path: Path | None = None
         if cutter.spec.field is not None:
             fields = FieldSetName(0, name.place, name.mip, checkpoint_name)
@@ -178,6 +178,15 @@ class PairFiles:
             tag=self._tag,
             num_sides=2,
         )
+
+
+def image_path(spec: DatasetSpec, folder: Path) -> Path:
+    """The image set that is made of a spec."""
+    return folder / _name_of(spec).filename
+
+
+def _name_of(spec: DatasetSpec) -> ImageSetName:
+    return ImageSetName(*spec.pairs[0][0], spec.dst_mip)
 
 
 def normalization(spec: DatasetSpec) -> dict:

@@ -1,14 +1,16 @@
 """A data set from a spec: pairs at any places and distances."""
 
 import logging
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
 from metroem.create.cutouts import Cutter
-from metroem.create.pair_files import PairFiles
+from metroem.create.pair_files import PairFiles, image_path
 from metroem.create.pair_volumes import PairVolumes
 from metroem.create.spec import Center, load_spec
 from metroem.errors import UsageError
+from metroem.io.lock import holding, lock_path
 from metroem.progress import in_threads
 from metroem.specs.filenames import check_tag
 
@@ -55,10 +57,26 @@ def make_dataset(request: DatasetRequest) -> None:
         DatasetError: a volume does not hold what is asked for, all of it is blank,
             or something is there that another spec made.
         UsageError: the spec cannot be read.
+        StorageError: another run makes it, or the disk is full.
     """
     cutter = Cutter(load_spec(request.spec_path))
     # Everything is checked before anything is read.
     cutter.check()
+    with _claimed(request.dst_path, cutter):
+        _make(request, cutter)
+
+
+def _claimed(dst_path: str, cutter: Cutter) -> AbstractContextManager[None]:
+    """The lock of what is made; cloud storage has none."""
+    local = dst_path.removeprefix("file://")
+    if "://" in local:
+        return nullcontext()
+    path = Path(local).expanduser()
+    is_volume = local != dst_path
+    return holding(lock_path(path if is_volume else image_path(cutter.spec, path)))
+
+
+def _make(request: DatasetRequest, cutter: Cutter) -> None:
     if "://" in request.dst_path:
         made = PairVolumes(cutter, request.dst_path, overwrite=request.overwrite)
     else:

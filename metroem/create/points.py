@@ -11,6 +11,7 @@ from pathlib import Path
 
 from metroem.create.spec import Center, parse_spec
 from metroem.errors import UsageError
+from metroem.io.replace import make_folder, replace_file
 from metroem.specs.checks import read_json
 
 logger = logging.getLogger(__name__)
@@ -148,5 +149,5 @@ def _write(request: SpecRequest, text: str) -> None:
             f"--dst_spec_path {path}: is there already, with another content; give "
             "--overwrite to replace it"
         )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text)
+    make_folder(path.parent)
+    replace_file(path, text.encode())

@@ -7,6 +7,7 @@ import torch
 from metroem.data.dataset import PairRef
 from metroem.data.epoch import EpochKey, TrainingEpoch, num_steps
 from metroem.data.sample import Sample, stack_samples
+from metroem.errors import MetroEMError
 from metroem.specs.schedule import Phase
 
 # Epoch of the phase, and position in it.
@@ -83,7 +84,7 @@ def read_ahead(
             asked. They end when this is closed.
         pin_memory: into memory that a GPU copies from while it works.
     """
-    yield from torch.utils.data.DataLoader(
+    loader = torch.utils.data.DataLoader(
         samples,
         batch_sampler=batches,
         collate_fn=stack_samples,
@@ -91,3 +92,10 @@ def read_ahead(
         pin_memory=pin_memory,
         generator=torch.Generator(),  # else the global one is drawn from
     )
+    try:
+        yield from loader
+    except MetroEMError as error:
+        # torch puts the traceback of the process that read into the message.
+        kind = type(error)
+        message = str(error).rpartition(f"{kind.__module__}.{kind.__name__}: ")[2]
+        raise kind(message.strip()) from error

@@ -14,7 +14,7 @@ from metroem.export.place import Place, Resolution
 from metroem.export.request import ExportRequest
 from metroem.export.sections import ExportedSet
 from metroem.grid import Grid
-from metroem.io.replace import replace_file
+from metroem.io.replace import make_folder, replace_file
 
 logger = logging.getLogger(__name__)
 
@@ -161,5 +161,5 @@ def _keep(path: Path, content: bytes, request: ExportRequest) -> None:
                 f"{path}: is there already, with other fields; give --overwrite to "
                 "replace it, or another --dst_path"
             )
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     replace_file(path, content)

@@ -13,12 +13,12 @@ import h5py
 import numpy as np
 
 from metroem.errors import DatasetError, FieldError
+from metroem.io.h5_making import keep_room, replacing_h5
 from metroem.io.h5_write import (
     FieldSetMeta,
     check_shape,
     describe,
     field_dataset,
-    replacing_h5,
 )
 from metroem.io.parts import PartStore
 
@@ -68,7 +68,9 @@ class FieldParts:
                 f"{self._path(index)}: {share:.1%} of the field is NaN or infinite"
             )
         with replacing_h5(self._path(index)) as file:
-            field_dataset(file, 1, field.shape)[0] = field
+            vectors = field_dataset(file, 1, field.shape)
+            keep_room(file)
+            vectors[0] = field
 
     def join(self, path: Path, meta: FieldSetMeta) -> Iterator[int]:
         """Write the set, step by step; it has its name when the last step is done.
@@ -93,6 +95,7 @@ class FieldParts:
                 self._wait_for(index)
                 with h5py.File(self._path(index), "r") as part:
                     check_shape(path, index, part["main"].shape[1:], shape)  # type: ignore[union-attr]
+                    keep_room(file)
                     _copy_chunks(part, vectors, index)
                     checksums.append(part["checksum"][0])  # type: ignore[index]
                 yield index + 1

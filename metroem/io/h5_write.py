@@ -4,13 +4,10 @@ A file is written pair by pair to a hidden name in its own folder, read back for
 the checksums, synced and renamed, so nobody ever finds half of one.
 """
 
-import glob
 import itertools
 import json
-import os
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +18,7 @@ from numpy.typing import DTypeLike
 
 from metroem.errors import DatasetError, FieldError
 from metroem.grid import Grid
+from metroem.io.h5_making import checksum_of, keep_room, main_of, replacing_h5
 from metroem.io.h5_open import opened, own_dataset
 from metroem.io.h5_read import DEFECTS_KEY, FORMAT_VERSION, Pair
 from metroem.io.parts import as_json
@@ -189,6 +187,7 @@ def write_image_set(
         checksums = np.zeros(len(meta.frames), np.uint32)
         before: tuple[np.ndarray, ...] = ()
         for index, pair in _counted(path, pairs, len(meta.frames)):
+            keep_room(file)
             for side, image in enumerate(pair):
                 check_shape(path, index, image.shape, meta.shape)
                 written = [i for i, other in enumerate(before) if other is image]
@@ -242,6 +241,7 @@ def _write_masks(
         compression="lzf",
     )
     for index, pair in _counted(path, defects, len(meta.frames)):
+        keep_room(file)
         for side, mask in enumerate(pair):
             check_shape(path, index, mask.shape, meta.shape)
             masks[index, side] = mask
@@ -275,6 +275,7 @@ def write_field_set(
                     f"{path.name}: {share:.1%} of the field of pair {index} "
                     f"(src {meta.frames[index].sections[0]}) is NaN or infinite"
                 )
+            keep_room(file)
             vectors[index] = field
         describe(file, meta, moved=False)
 
@@ -309,13 +310,13 @@ def verify(path: Path) -> list[str]:
         found = own_dataset(file, "checksum")
         if found is None:
             return []
-        if found.shape != (len(_main(file)),):
+        if found.shape != (len(main_of(file)),):
             return [
-                f"{path.name}: {found.shape} checksums for {len(_main(file))} pairs"
+                f"{path.name}: {found.shape} checksums for {len(main_of(file))} pairs"
             ]
         for index, checksum in enumerate(np.asarray(found)):
             try:
-                changed = _checksum(file, index) != checksum
+                changed = checksum_of(file, index) != checksum
             except OSError as error:
                 problems.append(f"{path.name}: pair {index} cannot be read: {error}")
                 continue
@@ -324,50 +325,6 @@ def verify(path: Path) -> list[str]:
                     f"{path.name}: pair {index} is not what was written (checksum)"
                 )
     return problems
-
-
-@contextmanager
-def replacing_h5(path: Path) -> Iterator[h5py.File]:
-    """An h5 file to fill, which takes its name when all went well.
-
-    Checksums are added unless they are in it already.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.tmp-{os.getpid()}")
-    try:
-        with h5py.File(partial, "w") as file:
-            yield file
-        # After closing, since scaleoffset rounds when a chunk is written out.
-        with h5py.File(partial, "r+") as file:
-            if "checksum" not in file:
-                pairs = range(len(_main(file)))
-                checksums = [_checksum(file, index) for index in pairs]
-                file["checksum"] = np.array(checksums, np.uint32)
-        with partial.open("rb") as raw:
-            os.fsync(raw.fileno())
-        os.replace(partial, path)
-        # What runs that were killed while they wrote this file left behind.
-        for left in path.parent.glob(f".{glob.escape(path.name)}.tmp-*"):
-            left.unlink(missing_ok=True)
-    finally:
-        partial.unlink(missing_ok=True)
-
-
-def _main(file: h5py.File) -> h5py.Dataset:
-    return next(
-        main
-        for key in ("img", "main", "field")
-        if isinstance(main := file.get(key), h5py.Dataset)
-    )
-
-
-def _checksum(file: h5py.File, index: int) -> int:
-    main, masks = _main(file), own_dataset(file, DEFECTS_KEY)
-    checksum = zlib.crc32(np.ascontiguousarray(main[index]).tobytes())
-    # Another shape is no mask of these images, and may be of any size.
-    if masks is not None and masks.shape == main.shape:
-        checksum = zlib.crc32(np.ascontiguousarray(masks[index]).tobytes(), checksum)
-    return checksum
 
 
 def describe(file: h5py.File, meta: SetMeta, *, moved: bool) -> None:

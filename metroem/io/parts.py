@@ -11,10 +11,13 @@ import shutil
 import threading
 from collections.abc import Mapping
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 
 from metroem.errors import DatasetError
+from metroem.io.replace import make_folder, replace_file, writing
 
 _REQUEST = "request.json"
 
@@ -50,14 +53,15 @@ class PartStore:
 
     Raises:
         DatasetError: the folder holds parts of another request.
+        StorageError: it cannot be made or written to.
     """
 
     def __init__(self, folder: Path, request: Mapping) -> None:
         self.folder = folder
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
         path = folder / _REQUEST
         if not path.exists():
-            self._replace(path, json.dumps(as_json(request), indent=1).encode())
+            replace_file(path, json.dumps(as_json(request), indent=1).encode())
         try:
             found = json.loads(path.read_text())
         except ValueError as error:
@@ -92,16 +96,25 @@ class PartStore:
         return True
 
     def put(self, key: str, array: np.ndarray) -> None:
-        """Keep an array of any shape and dtype under a key."""
+        """Keep an array of any shape and dtype under a key.
+
+        Raises:
+            StorageError: the disk is full, or may not be written to.
+        """
         path = self._path(key)
         partial = path.with_name(
             f".{path.name}.{os.getpid()}-{threading.get_ident()}.tmp"
         )
-        with partial.open("wb") as file:
-            np.save(file, array, allow_pickle=False)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
+        try:
+            with writing(path), partial.open("wb") as file:
+                # numpy writes to a file itself, and then does not say why it failed.
+                through: Any = SimpleNamespace(write=file.write)
+                np.lib.format.write_array(through, array, allow_pickle=False)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(partial, path)
+        finally:
+            partial.unlink(missing_ok=True)
 
     def load(self, key: str) -> np.ndarray:
         """The array of a key, memory-mapped and read-only.
@@ -124,9 +137,3 @@ class PartStore:
 
     def _path(self, key: str) -> Path:
         return self.folder / f"{key}.npy"
-
-    @staticmethod
-    def _replace(path: Path, content: bytes) -> None:
-        partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        partial.write_bytes(content)
-        os.replace(partial, path)

@@ -1,9 +1,45 @@
 """Files that are there whole or not at all."""
 
+import glob
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from metroem.errors import StorageError, disk_trouble
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Say for people why a file cannot be written.
+
+    Args:
+        path: of the file (or folder) that is written within.
+
+    Raises:
+        StorageError: the operating system refused.
+    """
+    try:
+        yield
+    except OSError as error:
+        if trouble := disk_trouble(error, path):
+            raise trouble from error
+        raise
+
+
+def make_folder(path: Path) -> None:
+    """Make a folder, and those that it lies in, unless it is there.
+
+    Raises:
+        StorageError: it cannot be made.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        trouble = disk_trouble(error, path) or StorageError(
+            f"{path}: this folder cannot be made ({error.strerror}); name another"
+        )
+        raise trouble from error
 
 
 @contextmanager
@@ -15,18 +51,31 @@ def replacing(path: Path) -> Iterator[Path]:
 
     Yields:
         Where to write it; without an error it is synced and renamed after.
+
+    Raises:
+        StorageError: the disk is full, or may not be written to.
     """
     partial = path.with_name(f".{path.name}.tmp-{os.getpid()}")
     try:
-        yield partial
-        with partial.open("rb") as file:
-            os.fsync(file.fileno())
-        os.replace(partial, path)
+        with writing(path):
+            yield partial
+            with partial.open("rb") as file:
+                os.fsync(file.fileno())
+            os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
 
 
+def drop_partials(path: Path) -> None:
+    """Delete what runs that were killed while they wrote a file left behind.
+
+    Only for whoever keeps others from writing it.
+    """
+    for left in path.parent.glob(f".{glob.escape(path.name)}.tmp-*"):
+        left.unlink(missing_ok=True)
+
+
 def replace_file(path: Path, content: bytes | memoryview) -> None:
-    """Write a file whole, in the place of what was there."""
+    """Write a file whole, in the place of what was there; raises as `replacing`."""
     with replacing(path) as partial:
         partial.write_bytes(content)

@@ -5,6 +5,7 @@ fail again; boto3 tries five times within each of those, and web servers may kee
 silent for ever. Here what is final ends at once and all else after `PATIENCE_S`.
 """
 
+import errno
 import functools
 import json
 import os
@@ -143,6 +144,8 @@ def _one_line(error: Exception) -> str:
 
 
 def _advice(error: Exception) -> str:
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return "free some space, then give the same command again"
     status = _status(error)
     if isinstance(error, _NO_CREDENTIALS):
         return (

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from metroem.data.sample import Sample
 from metroem.io.h5 import ImageSet
-from metroem.io.replace import replacing
+from metroem.io.replace import make_folder, replacing
 from metroem.report.drawing import MASKS, draw_pair, draw_wheel
 from metroem.report.scores import plain
 from metroem.scoring import AlignedPair, SetResult
@@ -105,7 +105,7 @@ def report_page(path: Path) -> Iterator[ReportPage]:
     Args:
         path: of the page; its folder is made.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     with replacing(path) as partial, partial.open("w", encoding="utf-8") as file:
         yield ReportPage(file)
 

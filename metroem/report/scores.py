@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from metroem.io.replace import replace_file
+from metroem.io.replace import make_folder, replace_file
 from metroem.scoring import (
     CHUNK_PX,
     RING_PX,
@@ -78,7 +78,7 @@ def write_json(path: Path, figures: Mapping[str, Any]) -> None:
         figures: mappings, named tuples, sequences, numbers, text, paths; what is
             not finite becomes null.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     replace_file(path, (json.dumps(plain(figures), indent=1) + "\n").encode())
 
 

@@ -13,8 +13,10 @@ corgie copy a whole module directory on every load:
 """
 
 import dataclasses
+import errno
 import io
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,7 +25,7 @@ from typing import Any
 import torch
 
 from metroem.errors import CheckpointError
-from metroem.io.replace import replace_file
+from metroem.io.replace import make_folder, replace_file, writing
 from metroem.training.distributed import check_same
 
 STATE_VERSION = 1
@@ -44,7 +46,7 @@ class RunFolder:
 
     def make(self) -> None:
         """Make the folder if it is missing."""
-        self.path.mkdir(parents=True, exist_ok=True)
+        make_folder(self.path)
 
     def state(self, stage: int) -> Path:
         """State to resume a stage from."""
@@ -187,9 +189,17 @@ def _change(key: str, before: Any, now: Any) -> str:
 
 
 def append_json_line(path: Path, record: Mapping[str, Any]) -> None:
-    """Add one JSON object as a line."""
-    with path.open("a") as file:
-        file.write(json.dumps(record) + "\n")
+    """Add one JSON object as a line.
+
+    Raises:
+        StorageError: the disk is full; the file is as it was.
+    """
+    with writing(path), path.open("ab", buffering=0) as file:
+        size = file.seek(0, io.SEEK_END)
+        line = (json.dumps(record) + "\n").encode()
+        if file.write(line) != len(line):
+            file.truncate(size)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 def keep_json_lines(path: Path, before: tuple[int, int, int]) -> None:
@@ -205,7 +215,10 @@ def keep_json_lines(path: Path, before: tuple[int, int, int]) -> None:
         return
     kept = []
     for line in path.read_text().splitlines():
-        record = json.loads(line)
+        try:
+            record = json.loads(line)
+        except ValueError:  # cut short by what stopped the machine
+            continue
         place = (record["stage"], record["phase"], record["epoch"])
         if place[0] != before[0] or place < before:
             kept.append(line + "\n")

@@ -5,8 +5,7 @@ environment there is one rank and nothing to agree on.
 """
 
 import os
-import subprocess
-import sys
+import signal
 import time
 import uuid
 from collections.abc import Iterable, Iterator, Sequence
@@ -17,12 +16,18 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed import run as torchrun
+from torch.distributed.elastic.multiprocessing import SignalException
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
-from metroem.errors import UsageError
+from metroem.cli import INTERRUPTED, TERMINATED
+from metroem.errors import ResourceError, UsageError
 
 # How long ranks wait for one that gives no sign of life: longer than any takes for a
 # pair. A rank whose process dies is noticed at once, one whose machine vanishes then.
 PATIENCE = timedelta(minutes=30)
+# What gloo and the ranks' store say of a rank that is gone.
+_LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe")
 # Network storage may show a new file to other machines only after a minute.
 SEEN_WITHIN_S = 90.0
 
@@ -57,12 +62,43 @@ def launch(script: str, arguments: Sequence[str], *, ranks: int, port: int) -> i
         port: where they find each other.
 
     Returns:
-        Exit status of the run.
+        Exit status of the run: 0, 130 or 143.
+
+    Raises:
+        ResourceError: a rank failed or was killed; the others were ended.
     """
-    command = [sys.executable, "-m", "torch.distributed.run"]
-    command += [f"--nproc_per_node={ranks}", "--master_addr=127.0.0.1"]
-    command += [f"--master_port={port}", script, *arguments]
-    return subprocess.run(command, check=False).returncode
+    where = ["--master_addr=127.0.0.1", f"--master_port={port}"]
+    command = [f"--nproc_per_node={ranks}", *where, script, *arguments]
+    try:
+        torchrun.run(torchrun.parse_args(command))
+    except SignalException as stopped:
+        return 128 + stopped.sigval
+    except ChildFailedError as failed:
+        # The others end with an error of their own, sometimes at the same time.
+        number, failure = min(
+            failed.failures.items(),
+            key=lambda of_rank: (of_rank[1].exitcode >= 0, of_rank[1].timestamp),
+        )
+        if failure.exitcode in (INTERRUPTED, TERMINATED):
+            return failure.exitcode
+        raise ResourceError(_obituary(number, failure.pid, failure.exitcode)) from None
+    return 0
+
+
+def _obituary(number: int, pid: int, code: int) -> str:
+    """What became of a rank, and of the others."""
+    how = f"ended with exit code {code}; its own message is above"
+    if code < 0:
+        how = f"was killed by {signal.Signals(-code).name}"
+        if -code == signal.SIGKILL:
+            how += (
+                ", as systems do when memory is short: then lower --num_workers, "
+                "--batch_size or crop_size, or give --checkpoint_activations"
+            )
+    return (
+        f"rank {number} (process {pid}) {how}. The other ranks were ended; the same "
+        "command goes on from the last save"
+    )
 
 
 def choose_device(device: str, gpus: Sequence[int]) -> torch.device:
@@ -103,6 +139,14 @@ def process_group(device: torch.device) -> Iterator[None]:
         dist.init_process_group("gloo", timeout=PATIENCE)
     try:
         yield
+    except RuntimeError as error:
+        if not any(sign in str(error) for sign in _LOST):
+            raise
+        raise ResourceError(
+            f"rank {rank()}: another rank has ended or cannot be reached: see its own "
+            f"message ({str(error).splitlines()[0]}). The same command goes on from "
+            "the last save"
+        ) from error
     finally:
         dist.destroy_process_group()
 

@@ -33,6 +33,7 @@ from metroem.progress import progress
 from metroem.specs.filenames import FieldSetName
 from metroem.specs.pyramid import ModuleSpec
 from metroem.training import distributed
+from metroem.training.memory import enough_memory
 from metroem.training.stopping import Stopped, StopRequest
 
 logger = logging.getLogger(__name__)
@@ -200,7 +201,12 @@ def _generate_set(
     target = sources.target
     path = _field_path(job, target)
     parts = _open_parts(path, request)
-    code = _make_share(job, aligner, sources, parts, stop)
+    rows, cols = sources.images.shape
+    with enough_memory(
+        f"fields of stage {job.module.stage}, of {rows} x {cols} px",
+        "give --device cpu, with which this run goes on, or take smaller patches",
+    ):
+        code = _make_share(job, aligner, sources, parts, stop)
     (code,) = distributed.largest(torch.tensor([code], device=job.device)).tolist()
     if code:
         raise Stopped(code)

@@ -1,6 +1,12 @@
-"""What a process does with memory that it has freed."""
+"""Memory: what a process does with what it has freed, and when there is too little."""
 
 import ctypes
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from metroem.errors import ResourceError
 
 # glibc's names for what mallopt sets.
 _TRIM_THRESHOLD, _MMAP_MAX = -1, -4
@@ -21,3 +27,39 @@ def keep_freed_memory() -> bool:
     if set_option is None:
         return False
     return bool(set_option(_MMAP_MAX, 0) and set_option(_TRIM_THRESHOLD, _NEVER))
+
+
+@contextmanager
+def enough_memory(what: str, advice: str) -> Iterator[None]:
+    """Say what to lower where memory does not suffice.
+
+    Args:
+        what: is done, for the message.
+        advice: what to lower.
+
+    Raises:
+        ResourceError: of this process, or of one that reads samples for it.
+    """
+    try:
+        yield
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        raise ResourceError(_out_of_memory(what, advice, error)) from error
+    except RuntimeError as error:
+        text = str(error)
+        if "DataLoader worker" in text:
+            raise ResourceError(
+                f"{what}: a process that reads samples was killed or died "
+                f"({_first_line(error)}), most likely for want of memory: lower "
+                f"--num_workers, or {advice}"
+            ) from error
+        if "can't allocate memory" in text:
+            raise ResourceError(_out_of_memory(what, advice, error)) from error
+        raise
+
+
+def _out_of_memory(what: str, advice: str, error: BaseException) -> str:
+    return f"{what}: out of memory ({_first_line(error)}); {advice}"
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0][:200]

@@ -3,7 +3,7 @@
 import logging
 import time
 from collections.abc import Generator, Iterator, Sequence
-from contextlib import closing, nullcontext
+from contextlib import AbstractContextManager, closing, nullcontext
 from functools import partial
 from itertools import compress, islice
 
@@ -14,7 +14,7 @@ from metroem.data.epoch import EpochKey, ValidationPairs, num_steps
 from metroem.data.loading import PhaseSamples, read_ahead
 from metroem.data.sample import Sample
 from metroem.errors import DatasetError
-from metroem.io.replace import replace_file
+from metroem.io.replace import drop_partials, make_folder, replace_file
 from metroem.loss import LossTerms
 from metroem.nets.checkpoint import checkpoint_path, save_weights
 from metroem.progress import progress
@@ -30,6 +30,7 @@ from metroem.training.checkpoint import (
     save_state,
 )
 from metroem.training.job import StageJob
+from metroem.training.memory import enough_memory
 from metroem.training.model import inner_model, load_aligner, prepared_model
 from metroem.training.objectives import levels_wanted, phase_loss, with_natural_field
 from metroem.training.optimising import PhaseOptimizer
@@ -74,12 +75,24 @@ def train_stage(
         Stopped: `stop` asked for it; the state is saved.
         DatasetError: too many steps went bad.
         CheckpointError: a state that this run cannot go on from.
+        ResourceError: memory does not suffice.
     """
+    if distributed.rank() == 0:
+        _drop_partials(job, run)
     state = load_state(run.state(job.module.stage), job.fingerprint())
     if state is not None and state.phase >= len(job.phases):
         logger.info("stage %d: trained already", job.module.stage)
         return
     StageTrainer(job, run, stop, state, watch).train()
+
+
+def _drop_partials(job: StageJob, run: RunFolder) -> None:
+    """Delete what a run that was killed had half written."""
+    stage, name = job.module.stage, job.settings.checkpoint_name
+    kept = [run.weights(stage, which) for which in ("last", "initial")]
+    best = checkpoint_path(job.module.weights_folder, name)
+    for path in (run.state(stage), run.metrics, best, *kept):
+        drop_partials(path)
 
 
 def discard_training(module: ModuleSpec, run: RunFolder, checkpoint_name: str) -> None:
@@ -146,7 +159,7 @@ class StageTrainer:
         self.optimizer = PhaseOptimizer(
             self.aligner.net, phase, phase.num_epochs * num_updates, state
         )
-        with closing(self._samples(phase)) as samples:
+        with self._enough_memory(phase), closing(self._samples(phase)) as samples:
             while state.epoch < phase.num_epochs:
                 started = time.monotonic()
                 self._train_epoch(self.optimizer, samples)
@@ -157,6 +170,15 @@ class StageTrainer:
                 state.epoch, state.step = epoch, 0
                 self._save()
         self.optimizer.finish()
+
+    def _enough_memory(self, phase: Phase) -> AbstractContextManager[None]:
+        stage, size = self.job.module.stage, self.settings.batch_of(phase)
+        return enough_memory(
+            f"stage {stage}, phase {self.state.phase + 1}",
+            "give --checkpoint_activations, with which this run goes on from its "
+            f"last save, or begin anew (--restart) with a lower --batch_size (now "
+            f"{size}) or crop_size of the schedule (now {phase.crop_size})",
+        )
 
     def _updates_of_epoch(self, phase: Phase) -> int:
         pairs = self.job.split.training
@@ -303,7 +325,7 @@ class StageTrainer:
         save_weights(self.aligner.net, self.run.weights(module.stage, "last"))
         if is_best:
             best = checkpoint_path(module.weights_folder, self.settings.checkpoint_name)
-            best.parent.mkdir(exist_ok=True)
+            make_folder(best.parent)
             save_weights(self.aligner.net, best)
 
     def _report(

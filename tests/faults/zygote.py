@@ -1,0 +1,117 @@
+"""A process that imports everything once, and forks a child for each command.
+
+A fresh python takes seconds to import torch, a fork milliseconds. Torch is safe to
+fork here: the process that forks has run nothing, so it has one thread.
+
+Reads one JSON object a line: `command`, `folder`, `signal` (a number, None for none),
+`after` (seconds from the start to the signal), `hook` (a function of
+tests.faults.hooks, called before the command), `to_the_end` (with the end of
+python); answers with `status` (as
+subprocess has it), `seconds` and `output`.
+"""
+
+import atexit
+import gc
+import importlib
+import json
+import os
+import signal
+import sys
+import tempfile
+import threading
+import time
+import traceback
+
+TOO_LONG_S = 400.0
+# What commands import when they need it; torch._dynamo comes with an optimizer.
+IMPORTED = ("metroem.pipeline", "metroem.evaluate", "metroem.create.image")
+IMPORTED += ("metroem.create.field", "metroem.create.pairs")
+IMPORTED += ("torch._dynamo", "modelhouse", "artificery")
+
+
+def main():
+    """Import, say so, then do what is asked until the input ends."""
+    import torch
+
+    torch.set_num_threads(1)
+    for name in IMPORTED:
+        importlib.import_module(name)
+    from metroem.training import generate
+    from tests import commands
+    from tests.faults import hooks
+
+    # Finetuning takes most of the time, and nothing is disturbed within it.
+    generate.finetune_iterations = lambda stage: 8 // 2**stage
+    mains = {name: module.main for name, module in commands.SCRIPTS.items()}
+    mains["metroem"] = commands.metroem_main.main
+    assert threading.active_count() == len(os.listdir("/proc/self/task")) == 1
+    answer = sys.stdout
+    gc.collect()
+    gc.freeze()
+    answer.write("ready\n")
+    answer.flush()
+    for line in sys.stdin:
+        answer.write(json.dumps(attempt(json.loads(line), mains, hooks)) + "\n")
+        answer.flush()
+
+
+def attempt(asked, mains, hooks):
+    """Run one command in a child, and send it a signal if that is asked for."""
+    with tempfile.TemporaryFile() as output:
+        started = time.monotonic()
+        pid = os.fork()
+        if pid == 0:
+            become(asked, mains, hooks, output)
+        status = wait(pid, started, asked)
+        output.seek(0)
+        return {
+            "status": status,
+            "seconds": time.monotonic() - started,
+            "output": output.read().decode(errors="replace"),
+        }
+
+
+def become(asked, mains, hooks, output):
+    """Be the command, to the end of the process."""
+    from metroem import cli
+
+    os.setpgid(0, 0)
+    os.chdir(asked["folder"])
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    for number in (1, 2):
+        os.dup2(output.fileno(), number)
+    program, *arguments = asked["command"]
+    sys.argv = [program, *arguments]
+    code = 1
+    try:
+        if asked.get("hook"):
+            getattr(hooks, asked["hook"])()
+        cli.run(lambda: mains[program](arguments))
+        code = 0
+    except SystemExit as end:
+        code = end.code or 0
+    except BaseException:
+        traceback.print_exc()
+    if asked.get("to_the_end"):
+        sys.exit(code)  # libraries that are in a bad way crash there
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    os._exit(code)  # python takes a second to take leave
+
+
+def wait(pid, started, asked):
+    """The exit status of the child, after the signal if it lived to get it."""
+    at = started + (asked["after"] if asked.get("signal") else TOO_LONG_S)
+    number = asked.get("signal") or signal.SIGKILL
+    while True:
+        ended, status = os.waitpid(pid, os.WNOHANG)
+        if ended:
+            return os.waitstatus_to_exitcode(status)
+        if time.monotonic() >= at:
+            os.kill(pid, number)
+            at, number = started + TOO_LONG_S, signal.SIGKILL
+        time.sleep(0.001)
+
+
+if __name__ == "__main__":
+    main()
