@@ -10,7 +10,14 @@ from pathlib import Path
 from cloudvolume.exceptions import InfoUnavailableError
 
 from metroem.errors import DatasetError
-from metroem.io.patience import NO_CREDENTIALS, limit_patience, status_of
+from metroem.io.patience import NO_CREDENTIALS, asked_pause, limit_patience, status_of
+from metroem.io.whereabouts import (
+    BrokenFileError,
+    is_storage_trouble,
+    name_places,
+    place_in,
+    place_of,
+)
 
 _ENDPOINT = re.compile(r"(?:precomputed://)?s3://(https?://[^/]+)/?(.*)")
 _COLOURS = re.compile(r"\x1b\[[0-9;]*m")
@@ -34,11 +41,16 @@ def cloud_path(path: str) -> str:
 
 
 def prepare_storage() -> None:
-    """Call before a volume is opened: patience is limited, plain AWS keys will do."""
+    """Call before a volume is opened.
+
+    Patience is limited, errors say which file they are about, a 403 is one, and
+    plain AWS keys will do.
+    """
     if "AWS_ACCESS_KEY_ID" in os.environ:
         # cloud-files looks it up, though long-lived keys come without one.
         os.environ.setdefault("AWS_SESSION_TOKEN", "")
     limit_patience()
+    name_places()
 
 
 @contextmanager
@@ -61,14 +73,17 @@ def explained(flag: str, path: str, *, doing: str = "read") -> Iterator[None]:
             "the path, and that your credentials may read it"
         ) from error
     except json.JSONDecodeError as error:
+        place = place_in(path, "info")
         raise DatasetError(
-            f"{flag} {path}: its info file is broken: {error}"
+            f"{flag} {path}: its info file is broken: {place}: {error}"
         ) from error
     except Exception as error:
-        if not _is_storage_trouble(error):
+        place = place_of(error)
+        if place is None and not is_storage_trouble(error):
             raise
+        kind = "" if isinstance(error, BrokenFileError) else f"{type(error).__name__}: "
         raise DatasetError(
-            f"{flag} {path}: cannot be {doing}: {type(error).__name__}: "
+            f"{flag} {path}: cannot be {doing}: {f'{place}: ' if place else ''}{kind}"
             f"{_one_line(error)}; {_advice(error)}"
         ) from error
 
@@ -79,6 +94,11 @@ def _one_line(error: Exception) -> str:
 
 def _advice(error: Exception) -> str:
     status = status_of(error)
+    if isinstance(error, BrokenFileError):
+        return (
+            "what came is cut short or broken; the same command tries again, and goes "
+            "on where it was"
+        )
     if isinstance(error, NO_CREDENTIALS):
         return (
             "there are no credentials: put them into ~/.cloudvolume/secrets "
@@ -86,18 +106,14 @@ def _advice(error: Exception) -> str:
             "AWS_SECRET_ACCESS_KEY, or GOOGLE_APPLICATION_CREDENTIALS"
         )
     if status in (401, 403):
-        return "check that your credentials are right and allow it"
+        return (
+            "check that your credentials are right and allow it. (Stores answer so, "
+            "too, where nothing is, to those who may not list them)"
+        )
     if status == 404:
         return "there is no such bucket; check the path"
+    if status in (429, 503):
+        pause = asked_pause(error)
+        when = "later" if pause is None else f"in {pause:.0f} s, as it asks"
+        return f"the storage is busy: give the same command again {when}; it goes on"
     return "check the path, the network and your credentials"
-
-
-def _is_storage_trouble(error: Exception) -> bool:
-    """Whether an error comes from storage, network or credentials."""
-    makers = {"google", "botocore", "requests", "urllib3", "cloudfiles", "cloudvolume"}
-    return (
-        isinstance(error, OSError)
-        or type(error).__module__.split(".")[0] in makers
-        or (isinstance(error, KeyError) and "AWS_" in str(error))
-        or "cannot reshape" in str(error)
-    )
