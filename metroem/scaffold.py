@@ -11,6 +11,7 @@ from pathlib import Path, PurePosixPath
 
 from metroem.errors import PyramidError, UsageError
 from metroem.io.replace import make_folder, writing
+from metroem.io.storage import prepare_storage
 from metroem.specs.pyramid import ModuleSpec
 from metroem.trust import code_in, shown
 
@@ -149,6 +150,7 @@ def _read_files(source: str) -> list[tuple[str, bytes]]:
     local = source.removeprefix("file://")
     if "://" not in local and not Path(local).expanduser().is_dir():
         raise PyramidError(f"{source}: no such directory")
+    prepare_storage()
     try:
         return get_files_and_contents(source)
     except Exception as error:  # each store raises errors of its own

@@ -1,50 +1,27 @@
-"""Storage behind cloud-volume: paths, patience, and what its errors mean.
-
-cloud-files tries everything seven times, up to a minute apart, also what can only
-fail again; boto3 tries five times within each of those, and web servers may keep
-silent for ever. Here what is final ends at once and all else after `PATIENCE_S`.
-"""
+"""Storage behind cloud-volume: paths, and what its errors mean."""
 
 import errno
-import functools
 import json
 import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
-import boto3
-import botocore.session
-from botocore.config import Config
-from botocore.exceptions import (
-    ClientError,
-    NoCredentialsError,
-    PartialCredentialsError,
-)
-from cloudfiles import connectionpools, interfaces
 from cloudvolume.exceptions import InfoUnavailableError
-from google.auth.exceptions import DefaultCredentialsError
-from requests import PreparedRequest, Response
-from requests.adapters import HTTPAdapter
-from tenacity import retry_if_exception, stop_before_delay
 
 from metroem.errors import DatasetError
+from metroem.io.patience import NO_CREDENTIALS, asked_pause, limit_patience, status_of
+from metroem.io.whereabouts import (
+    BrokenFileError,
+    is_storage_trouble,
+    name_places,
+    place_in,
+    place_of,
+)
 
-# Seconds until storage that does not answer, or hangs up, is given up. Threads of
-# cloud-files may begin another chunk before they learn of it: twice that at most.
-PATIENCE_S = 12.0
-_CONNECT_S = 4.0
 _ENDPOINT = re.compile(r"(?:precomputed://)?s3://(https?://[^/]+)/?(.*)")
 _COLOURS = re.compile(r"\x1b\[[0-9;]*m")
-_NO_CREDENTIALS = (
-    NoCredentialsError,
-    PartialCredentialsError,
-    DefaultCredentialsError,
-)
-# Statuses of 400 and above that say "later", not "no".
-_LATER = {408, 429}
 
 
 def cloud_path(path: str) -> str:
@@ -65,46 +42,16 @@ def cloud_path(path: str) -> str:
 
 
 def prepare_storage() -> None:
-    """Call before a volume is opened: patience is limited, plain AWS keys will do."""
+    """Call before a volume is opened.
+
+    Patience is limited, errors say which file they are about, a 403 is one, and
+    plain AWS keys will do.
+    """
     if "AWS_ACCESS_KEY_ID" in os.environ:
         # cloud-files looks it up, though long-lived keys come without one.
         os.environ.setdefault("AWS_SESSION_TOKEN", "")
-    _limit_patience()
-
-
-@functools.cache
-def _limit_patience() -> None:
-    """Make storage fail at once where it is final, else after `PATIENCE_S`."""
-    session = botocore.session.get_session()
-    session.set_default_client_config(
-        Config(
-            connect_timeout=_CONNECT_S,
-            read_timeout=PATIENCE_S,
-            retries={"max_attempts": 0},
-        )
-    )
-    boto3.setup_default_session(botocore_session=session)
-    interfaces.HttpInterface.adaptor = _PatientAdapter()
-    for owner in (
-        interfaces.S3Interface,
-        interfaces.HttpInterface,
-        interfaces.GoogleCloudStorageInterface,
-        connectionpools.S3ConnectionPool,
-        connectionpools.GCloudBucketPool,
-    ):
-        for member in vars(owner).values():
-            retrying: Any = getattr(member, "retry", None)
-            if retrying is not None:
-                retrying.stop |= stop_before_delay(PATIENCE_S)
-                retrying.retry &= retry_if_exception(_may_pass)
-
-
-class _PatientAdapter(HTTPAdapter):
-    """Gives every request a time limit, which cloud-files does not."""
-
-    def send(self, request: PreparedRequest, *args: Any, **kwargs: Any) -> Response:
-        kwargs["timeout"] = kwargs.get("timeout") or (_CONNECT_S, PATIENCE_S)
-        return super().send(request, *args, **kwargs)
+    limit_patience()
+    name_places()
 
 
 @contextmanager
@@ -127,14 +74,17 @@ def explained(flag: str, path: str, *, doing: str = "read") -> Iterator[None]:
             "the path, and that your credentials may read it"
         ) from error
     except json.JSONDecodeError as error:
+        place = place_in(path, "info")
         raise DatasetError(
-            f"{flag} {path}: its info file is broken: {error}"
+            f"{flag} {path}: its info file is broken: {place}: {error}"
         ) from error
     except Exception as error:
-        if not _is_storage_trouble(error):
+        place = place_of(error)
+        if place is None and not is_storage_trouble(error):
             raise
+        kind = "" if isinstance(error, BrokenFileError) else f"{type(error).__name__}: "
         raise DatasetError(
-            f"{flag} {path}: cannot be {doing}: {type(error).__name__}: "
+            f"{flag} {path}: cannot be {doing}: {f'{place}: ' if place else ''}{kind}"
             f"{_one_line(error)}; {_advice(error)}"
         ) from error
 
@@ -146,44 +96,27 @@ def _one_line(error: Exception) -> str:
 def _advice(error: Exception) -> str:
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         return "free some space, then give the same command again"
-    status = _status(error)
-    if isinstance(error, _NO_CREDENTIALS):
+    status = status_of(error)
+    if isinstance(error, BrokenFileError):
+        return (
+            "what came is cut short or broken; the same command tries again, and goes "
+            "on where it was"
+        )
+    if isinstance(error, NO_CREDENTIALS):
         return (
             "there are no credentials: put them into ~/.cloudvolume/secrets "
             "(aws-secret.json, google-secret.json), or set AWS_ACCESS_KEY_ID and "
             "AWS_SECRET_ACCESS_KEY, or GOOGLE_APPLICATION_CREDENTIALS"
         )
     if status in (401, 403):
-        return "check that your credentials are right and allow it"
+        return (
+            "check that your credentials are right and allow it. (Stores answer so, "
+            "too, where nothing is, to those who may not list them)"
+        )
     if status == 404:
         return "there is no such bucket; check the path"
+    if status in (429, 503):
+        pause = asked_pause(error)
+        when = "later" if pause is None else f"in {pause:.0f} s, as it asks"
+        return f"the storage is busy: give the same command again {when}; it goes on"
     return "check the path, the network and your credentials"
-
-
-def _may_pass(error: BaseException) -> bool:
-    """Whether the same request may succeed a little later."""
-    if isinstance(error, (*_NO_CREDENTIALS, KeyError)):
-        return False
-    status = _status(error)
-    return status is None or status >= 500 or status in _LATER
-
-
-def _status(error: BaseException) -> int | None:
-    """The HTTP status that an error reports, None if it is of another kind."""
-    if isinstance(error, ClientError):
-        return error.response.get("ResponseMetadata", {}).get("HTTPStatusCode")
-    # requests has it on the response, Google's errors on themselves.
-    status = getattr(getattr(error, "response", None), "status_code", None)
-    found = status or getattr(error, "code", None)
-    return found if isinstance(found, int) else None
-
-
-def _is_storage_trouble(error: Exception) -> bool:
-    """Whether an error comes from storage, network or credentials."""
-    makers = {"google", "botocore", "requests", "urllib3", "cloudfiles", "cloudvolume"}
-    return (
-        isinstance(error, OSError)
-        or type(error).__module__.split(".")[0] in makers
-        or (isinstance(error, KeyError) and "AWS_" in str(error))
-        or "cannot reshape" in str(error)
-    )

@@ -1,8 +1,8 @@
 """CloudVolumes: the one place that knows x, y, z and channel.
 
-cloud-volume answers what it cannot read with zeros: chunks that are missing or
-forbidden (HTTP 403), scales that were never written, mip -1 (it takes the last).
-So mips, bounds and z are checked here before anything is read.
+cloud-volume answers with zeros where nothing is stored: chunks that are missing,
+scales that were never written, mip -1 (it takes the last). So mips, bounds and z are
+checked here before anything is read.
 """
 
 import threading
@@ -15,11 +15,12 @@ from cloudvolume import Bbox, CloudVolume
 from metroem.errors import DatasetError
 from metroem.grid import Grid
 from metroem.io.storage import cloud_path, explained, prepare_storage
+from metroem.io.whereabouts import place_in, reading
 from metroem.progress import in_threads
 
 WHAT_TO_CHECK = (
-    "check the coordinates (mip-0 pixels), that this mip was written, and that your "
-    "credentials may read it: what may not be read looks like zeros"
+    "check the coordinates (mip-0 pixels), and that this mip was written: what is not "
+    "there looks like zeros"
 )
 
 
@@ -43,7 +44,7 @@ class Volume:
         self.flag = flag
         self._local = threading.local()
         prepare_storage()
-        with explained(flag, self.path):
+        with explained(flag, self.path), reading(place_in(self.path, "info")):
             volume: Any = CloudVolume(self.path, **_OPTIONS)
             self._info = volume.info
             self.num_mips = len(volume.available_mips)
@@ -209,8 +210,9 @@ class Volume:
         box = Bbox(
             (x, y, sections.start), (x + inner.rows, y + inner.cols, sections.stop)
         )
-        with explained(self.flag, self.path):
-            cutout = self._at(grid.mip).download(box)
+        volume, place = self._at(grid.mip), f"mip {grid.mip}, voxels {box}"
+        with explained(self.flag, self.path), reading(place):
+            cutout = volume.download(box)
         array = np.asarray(cutout).transpose(2, 3, 0, 1)
         if inner == grid:
             return array

@@ -38,6 +38,7 @@ from metroem.nets.votes import POOLING_REACH, POOLS, pooled, votes_of
 
 State = dict[str, dict[str, dict[str, Tensor]]]
 
+_LARGEST = 1024  # a spec may be broken: no memory holds what it asks for then
 _SLOPE = 0.1  # of the leaky ReLUs
 # Shares of the vote itself, of each neighbourhood and of "no change", before the
 # soft-max: fresh steps keep to what was found before them, for example by the stage
@@ -75,6 +76,10 @@ class LevelSpec:
             raise PyramidError(
                 f"correlation: {self}: expected whole numbers above 0; a level with a "
                 "radius needs hidden, and blocks may be 0"
+            )
+        if (largest := max(*sizes, self.blocks)) > _LARGEST:
+            raise PyramidError(
+                f"correlation: a size of {largest:.3g}, expected at most {_LARGEST}"
             )
 
 

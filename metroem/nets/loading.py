@@ -2,6 +2,8 @@
 
 import logging
 import os
+import re
+import signal
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -42,30 +44,59 @@ def load_module(
     local = Path(path)
     if local.is_dir() and not (local / "create.py").is_file():
         raise PyramidError(f"{path}: no create.py; expected a module directory")
+    _check_files(local)
     logger.info("loading %s", path)
-    with _modelhouse_traces_removed():
+    with _modelhouse_traces_removed() as copies:
         import modelhouse.loading  # after HOME is known to be writable
 
         try:
             module = modelhouse.loading.uncached_load_model(
                 str(path), checkpoint_name=checkpoint_name, **params
             )
-        except MetroEMError:
-            raise
-        except Exception as error:  # create.py may raise anything
+        except MetroEMError as error:
+            # It names the copy, which is gone soon.
+            told = re.sub(
+                rf"{re.escape(copies)}/[^/]+", lambda _: str(path), str(error)
+            )
+            raise type(error)(told) from error
+        except BaseException as error:  # create.py may raise anything
+            if _is_asked_to_end(error):
+                raise
             raise PyramidError(
                 f"{path}: its create.py does not make a module: {error!r}"
             ) from error
-    if not isinstance(getattr(module, "aligner", None), nn.Module):
+    aligner = getattr(module, "aligner", None)
+    if not (isinstance(aligner, nn.Module) and hasattr(aligner, "align_both_ways")):
         raise PyramidError(
             f"{path}: create() returned {type(module).__name__} without an "
-            "`aligner`; expected a module whose `aligner` is a metroem Aligner"
+            "`aligner` of metroem; expected a module whose `aligner` is a "
+            "metroem.aligner.Aligner"
         )
     return module
 
 
+def _check_files(folder: Path) -> None:
+    """Refuse what cannot be copied: a pipe would be waited for, for ever."""
+    for at, _, names in os.walk(folder):
+        for name in names:
+            path = Path(at, name)
+            if not path.is_file():
+                raise PyramidError(
+                    f"{path}: is a pipe, a device or a link that leads nowhere; "
+                    "expected the files of a module alone; delete it"
+                )
+
+
+def _is_asked_to_end(error: BaseException) -> bool:
+    """Whether it is Ctrl-C or SIGTERM, not a create.py that ends the process."""
+    if isinstance(error, SystemExit):
+        return error.code == 128 + signal.SIGTERM
+    return isinstance(error, KeyboardInterrupt)
+
+
 @contextmanager
-def _modelhouse_traces_removed() -> Iterator[None]:
+def _modelhouse_traces_removed() -> Iterator[str]:
+    """The folder below which modelhouse copies the module, on its way out."""
     try:
         import modelhouse
     except OSError as error:
@@ -78,7 +109,7 @@ def _modelhouse_traces_removed() -> Iterator[None]:
     with tempfile.TemporaryDirectory(dir=folder) as private:
         modelhouse.MODELHOUSE_TMP_FILES_DIR = private
         try:
-            yield
+            yield private
         finally:
             modelhouse.MODELHOUSE_TMP_FILES_DIR = folder
             os.chdir(working_directory)

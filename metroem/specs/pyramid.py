@@ -49,7 +49,7 @@ class ModuleSpec:
     def spec(self) -> str | None:
         """The text of the module's network spec; None if it has none."""
         path = self.weights_folder / "model_spec.json"
-        return path.read_text() if path.is_file() else None
+        return path.read_text(errors="replace") if path.is_file() else None
 
 
 def find_modules(pyramid: Path) -> list[ModuleSpec]:
