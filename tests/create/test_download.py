@@ -30,5 +30,5 @@ def test_sections_of_which_most_is_blank_are_named(tmp_path, caplog):
 
 
 def test_nothing_but_blank_is_refused_saying_what_to_check(tmp_path):
-    with pytest.raises(DatasetError, match="coordinates.*mip.*credentials"):
+    with pytest.raises(DatasetError, match="coordinates.*mip was written.*zeros"):
         report_blank(tmp_path / "a.h5", "gs://em", {7: 1.0, 8: 1.0})

@@ -294,7 +294,7 @@ def test_a_mip_that_was_never_written_is_refused_saying_what_to_check(
     tmp_path, download, sections
 ):
     unwritten = make_volume(tmp_path / "unwritten", [sections, None], offset=OFFSET)
-    with pytest.raises(DatasetError, match="blank here.*credentials"):
+    with pytest.raises(DatasetError, match="blank here.*mip was written"):
         download("--mip", 1, "--patch_size", 32, cv_path=unwritten)
     # Parts of it are not kept, so that the next try reads again.
     assert list((tmp_path / "data").iterdir()) == []

@@ -71,9 +71,10 @@ def test_a_second_run_is_refused_until_the_first_is_dead(zygote, place, name):
 def test_a_lock_is_not_kept_by_children_of_a_dead_process(tmp_path):
     lock = tmp_path / ".lock"
     script = HOLD.replace(
-        "    sys.stdin.read()", "    import os, time\n    os.fork()\n"
+        '    print("held", flush=True)\n    sys.stdin.read()',
+        "    import os, time\n    if os.fork():\n"
+        '        print("held", flush=True)\n    time.sleep(60)',
     )
-    script += "    time.sleep(60)\n"
     with subprocess.Popen(
         [sys.executable, "-c", script, str(lock)],
         stdout=subprocess.PIPE,

@@ -163,6 +163,6 @@ def test_nothing_but_blank_is_refused_and_read_again(tmp_path, make, spec, schem
         tmp_path / "unwritten", [np.zeros(SHAPE, np.uint8)], offset=OFFSET
     )
     dst = f"{scheme}{tmp_path}/data"
-    with pytest.raises(DatasetError, match="all 3 pairs .* blank here.*credentials"):
+    with pytest.raises(DatasetError, match="all 3 pairs .* blank here.*mip was written"):
         make(spec, dst=dst)
     assert digests(tmp_path / "data") == {}
