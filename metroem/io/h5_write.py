@@ -21,8 +21,8 @@ from numpy.typing import DTypeLike
 
 from metroem.errors import DatasetError, FieldError
 from metroem.grid import Grid
-from metroem.io.h5_open import opened, own_dataset
-from metroem.io.h5_read import DEFECTS_KEY, FORMAT_VERSION, Pair
+from metroem.io.checksums import DEFECTS_KEY, main_dataset, pair_checksum
+from metroem.io.h5_read import FORMAT_VERSION, Pair
 from metroem.io.parts import as_json
 
 _CHUNK_PX = 512
@@ -299,33 +299,6 @@ def field_dataset(
     )
 
 
-def verify(path: Path) -> list[str]:
-    """What is wrong with the bytes of a set, one line a pair; [] if nothing.
-
-    Files of the original have no checksums: [] for them.
-    """
-    problems = []
-    with opened(path) as file:
-        found = own_dataset(file, "checksum")
-        if found is None:
-            return []
-        if found.shape != (len(_main(file)),):
-            return [
-                f"{path.name}: {found.shape} checksums for {len(_main(file))} pairs"
-            ]
-        for index, checksum in enumerate(np.asarray(found)):
-            try:
-                changed = _checksum(file, index) != checksum
-            except OSError as error:
-                problems.append(f"{path.name}: pair {index} cannot be read: {error}")
-                continue
-            if changed:
-                problems.append(
-                    f"{path.name}: pair {index} is not what was written (checksum)"
-                )
-    return problems
-
-
 @contextmanager
 def replacing_h5(path: Path) -> Iterator[h5py.File]:
     """An h5 file to fill, which takes its name when all went well.
@@ -340,8 +313,8 @@ def replacing_h5(path: Path) -> Iterator[h5py.File]:
         # After closing, since scaleoffset rounds when a chunk is written out.
         with h5py.File(partial, "r+") as file:
             if "checksum" not in file:
-                pairs = range(len(_main(file)))
-                checksums = [_checksum(file, index) for index in pairs]
+                pairs = range(len(main_dataset(file)))
+                checksums = [pair_checksum(file, index) for index in pairs]
                 file["checksum"] = np.array(checksums, np.uint32)
         with partial.open("rb") as raw:
             os.fsync(raw.fileno())
@@ -351,23 +324,6 @@ def replacing_h5(path: Path) -> Iterator[h5py.File]:
             left.unlink(missing_ok=True)
     finally:
         partial.unlink(missing_ok=True)
-
-
-def _main(file: h5py.File) -> h5py.Dataset:
-    return next(
-        main
-        for key in ("img", "main", "field")
-        if isinstance(main := file.get(key), h5py.Dataset)
-    )
-
-
-def _checksum(file: h5py.File, index: int) -> int:
-    main, masks = _main(file), own_dataset(file, DEFECTS_KEY)
-    checksum = zlib.crc32(np.ascontiguousarray(main[index]).tobytes())
-    # Another shape is no mask of these images, and may be of any size.
-    if masks is not None and masks.shape == main.shape:
-        checksum = zlib.crc32(np.ascontiguousarray(masks[index]).tobytes(), checksum)
-    return checksum
 
 
 def describe(file: h5py.File, meta: SetMeta, *, moved: bool) -> None:
