@@ -92,10 +92,10 @@ def run_benchmark(request: argparse.Namespace, folder: Path) -> None:
     """Train calm and on two nodes; MetroEMError if what they made is apart.
 
     Last and best weights are compared with those of the calm run, and the fields with
-    those that one process makes of the nodes' weights: they must be equal. How far they
-    are from the calm run's is printed alone: the finetuner makes up to 0.1 px of weights
-    that are 2e-8 apart, and a file's steps of 0.01 px begin at its lowest value, so
-    that nearly all values are apart by less than a step.
+    those that one process makes of the nodes' weights: they must be equal. How far
+    they are from the calm run's is printed alone: the finetuner makes up to 0.1 px of
+    weights that are 2e-8 apart, and a file's steps of 0.01 px begin at its lowest
+    value, so that nearly all values are apart by less than a step.
     """
     calm = prepare(folder / "calm", request)
     nodes = replace(calm, folder=folder / "nodes")
