@@ -34,6 +34,11 @@ def build_parser() -> argparse.ArgumentParser:
     add("--val_pairs", type=int, default=2, help="pairs held out for validation (2)")
     add("--max_epochs", type=int, help="cap on the epochs of each phase")
     add("--max_minutes", type=float, help="stop cleanly after so long")
+    verify = (
+        "check each pair's checksum before its first read: each worker (of each rank) "
+        "reads all of its pairs once more, whole"
+    )
+    add("--verify", action="store_true", help=verify)
     add("--restart", action="store_true", help="begin the stages to train anew")
     _add_machine_flags(parser)
     return parser

@@ -82,6 +82,8 @@ def _add_looks(commands) -> None:
     add("--report", type=Path, help="HTML file to look at all pairs in")
     add("--known_warps", action="store_true", help="warp sections by known fields too")
     add("--no_finetune", action="store_true", help="the networks alone")
+    verify = "check each pair's checksum before it is read: reads it once more, whole"
+    add("--verify", action="store_true", help=verify)
 
 
 def _add_export(commands) -> None:
@@ -134,6 +136,8 @@ def _add_points(commands) -> None:
     parallel = "batches of cut-outs at a time (1); 4 to 16 for cloud paths"
     add("--parallel", type=int, default=1, help=parallel)
     add("--overwrite", action="store_true", help="replace what another spec made")
+    verify = "check each pair's checksum in the h5 files at the end: reads them once"
+    add("--verify", action="store_true", help=verify)
 
 
 def _command(commands, name, help_text, run) -> argparse.ArgumentParser:

@@ -66,6 +66,7 @@ class EvaluateRequest:
         report: HTML file to look at all pairs in.
         known_warps: add sections warped by known fields.
         no_finetune: leave the fields as the networks give them.
+        verify: check the checksum of each pair before it is read.
 
     Raises:
         UsageError: a name that cannot be one, a folder for `json` or `report`, or
@@ -79,6 +80,7 @@ class EvaluateRequest:
     report: Path | None = None
     known_warps: bool = False
     no_finetune: bool = False
+    verify: bool = False
 
     def __post_init__(self) -> None:
         check_tag("--checkpoint_name", self.checkpoint_name)
@@ -213,7 +215,10 @@ def _find_places(
                 f"get the images with download_image.py --mip {module.in_mip}"
             )
     pairs: dict[Path, list[PairRef]] = {}
-    for ref in find_pairs(folder, mips[-1], stage=0, checkpoint_name=""):
+    refs = find_pairs(
+        folder, mips[-1], stage=0, checkpoint_name="", verifies=request.verify
+    )
+    for ref in refs:
         pairs.setdefault(ref.images.path, []).append(ref)
     finest = [refs[0].images for refs in pairs.values()]
     for images in finest:

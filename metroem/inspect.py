@@ -124,8 +124,9 @@ def _open(folder: Path) -> _Contents:
 def _report_images(images: ImageSet) -> list[str]:
     """Log a line about an image set; return what is wrong with it."""
     name = images.path.name
-    problems = verify(images.path)
+    problems = []
     try:
+        problems += verify(images.path)
         tissue = _measure(images)
     except DatasetError as error:
         return problems + [str(error)]
@@ -178,7 +179,10 @@ def _measure(images: ImageSet) -> _Tissue:
 
 def _report_fields(fields: FieldSet) -> list[str]:
     """Log a line about a field set; return what is wrong with it."""
-    problems = verify(fields.path)
+    try:
+        problems = verify(fields.path)
+    except DatasetError as error:
+        return [str(error)]
     squares = largest = 0.0
     for index in range(fields.num_pairs):
         for side in range(fields.num_sides):

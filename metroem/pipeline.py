@@ -67,6 +67,7 @@ class TrainRequest:
     ema: float | None = None
     compile: bool = False
     checkpoint_activations: bool = False
+    verify: bool = False
 
     def __post_init__(self) -> None:
         check_tag("--checkpoint_name", self.checkpoint_name)
@@ -207,6 +208,7 @@ def _run_stages(
                 dataset=request.dataset_path,
                 checkpoint_name=request.checkpoint_name,
                 device=settings.device,
+                verifies=request.verify,
             )
             if request.generate_field_stages is None and not job.weights.is_file():
                 logger.info("stage %d: not trained, writes no fields", module.stage)
@@ -240,6 +242,7 @@ def _split(request: TrainRequest, module: ModuleSpec) -> Split:
         module.in_mip,
         stage=module.stage,
         checkpoint_name=request.checkpoint_name,
+        verifies=request.verify,
     )
     split = split_pairs(pairs, request.val_pairs)
     logger.info(

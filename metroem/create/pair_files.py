@@ -20,6 +20,7 @@ from metroem.io.h5 import (
     ImageSetMeta,
     Pair,
     PairFrame,
+    verify,
     write_field_set,
     write_image_set,
 )
@@ -65,6 +66,20 @@ class PairFiles:
             PartStore.discard(parts_folder(self.image_path))
             return
         self._store = open_parts(self.image_path, self._request, overwrite=overwrite)
+
+    def check(self) -> None:
+        """Check the checksum of each pair of the files that are there.
+
+        Raises:
+            DatasetError: a pair is not what was written.
+        """
+        for path in filter(None, (self.image_path, self.field_path)):
+            if problems := verify(path):
+                listed = "\n  ".join(problems)
+                raise DatasetError(
+                    f"{path}: damaged after it was written; the same command with "
+                    f"--overwrite makes it again:\n  {listed}"
+                )
 
     def has(self, center: Center) -> bool:
         """Whether a cut-out is there from a run that was killed."""

@@ -28,6 +28,8 @@ class DatasetRequest:
         checkpoint_name: of the training whose stage 1 starts from the fields.
         parallel: batches of cut-outs made at a time.
         overwrite: replace what another spec made.
+        verify: check the checksum of each pair of the h5 files at the end, also of
+            those that were there.
 
     Raises:
         UsageError: flags that cannot work.
@@ -38,6 +40,7 @@ class DatasetRequest:
     checkpoint_name: str = "precomputed"
     parallel: int = 1
     overwrite: bool = False
+    verify: bool = False
 
     def __post_init__(self) -> None:
         check_tag("--checkpoint_name", self.checkpoint_name)
@@ -45,6 +48,11 @@ class DatasetRequest:
             raise UsageError(f"--parallel {self.parallel}: must be >= 1")
         if not self.dst_path:
             raise UsageError("--dst_path: expected a folder or a cloud path")
+        if self.verify and "://" in self.dst_path:
+            raise UsageError(
+                f"--verify: {self.dst_path} gets CloudVolumes, which have no "
+                "checksums; leave --verify out, or give a folder for h5 files"
+            )
 
 
 def make_dataset(request: DatasetRequest) -> None:
@@ -55,7 +63,8 @@ def make_dataset(request: DatasetRequest) -> None:
 
     Raises:
         DatasetError: a volume does not hold what is asked for, all of it is blank,
-            or something is there that another spec made.
+            or something is there that another spec made; or a pair is not what was
+            written, if that is checked.
         UsageError: the spec cannot be read.
         StorageError: another run makes it, or the disk is full.
     """
@@ -84,9 +93,15 @@ def _make(request: DatasetRequest, cutter: Cutter) -> None:
         made = PairFiles(
             cutter, folder, request.checkpoint_name, overwrite=request.overwrite
         )
-    if made.is_finished:
-        return
+    if not made.is_finished:
+        _make(made, cutter, request)
+    if request.verify and isinstance(made, PairFiles):
+        made.check()
 
+
+def _make(
+    made: PairFiles | PairVolumes, cutter: Cutter, request: DatasetRequest
+) -> None:
     def work(batch: list[Center]) -> None:
         if missing := [center for center in batch if not made.has(center)]:
             for center, cutout in cutter.make(missing):

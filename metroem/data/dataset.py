@@ -50,13 +50,18 @@ class Split(NamedTuple):
     validation: list[PairRef]
 
 
-def image_sets_at(folder: Path, mip: int) -> list[ImageSet]:
+def image_sets_at(folder: Path, mip: int, *, verifies: bool = False) -> list[ImageSet]:
     """The image sets of one mip, sorted by name.
+
+    Args:
+        folder: of the sets.
+        mip: theirs.
+        verifies: whether they check each pair's checksum before its first read.
 
     Raises:
         DatasetError: there is none; the message lists the mips there are.
     """
-    sets = find_image_sets(folder)
+    sets = find_image_sets(folder, verifies=verifies)
     at_mip = [images for images in sets if images.mip == mip]
     if not at_mip:
         raise DatasetError(
@@ -74,7 +79,12 @@ def prior_path(images: ImageSet, stage: int, checkpoint_name: str) -> Path:
 
 
 def find_pairs(
-    folder: Path, mip: int, *, stage: int, checkpoint_name: str
+    folder: Path,
+    mip: int,
+    *,
+    stage: int,
+    checkpoint_name: str,
+    verifies: bool = False,
 ) -> list[PairRef]:
     """All pairs of one stage that have tissue on both sides.
 
@@ -83,6 +93,7 @@ def find_pairs(
         mip: of the stage's images.
         stage: 0 needs no prior field, any other the fields of the one before.
         checkpoint_name: tag of those fields.
+        verifies: whether checksums are checked, see `image_sets_at`.
 
     Raises:
         DatasetError: no image set at that mip, images that are not
@@ -90,7 +101,7 @@ def find_pairs(
             number of pairs, or every pair blank.
     """
     pairs = []
-    for images in image_sets_at(folder, mip):
+    for images in image_sets_at(folder, mip, verifies=verifies):
         prior = None
         if stage > 0:
             prior = open_prior(images, stage, checkpoint_name)
@@ -115,7 +126,7 @@ def open_prior(images: ImageSet, stage: int, checkpoint_name: str) -> FieldSet:
     """The fields that a stage's pairs start from.
 
     Args:
-        images: the stage's images.
+        images: the stage's images; where they check checksums, so do the fields.
         stage: >= 1; the fields are those of the stage before.
         checkpoint_name: tag of the fields.
 
@@ -130,7 +141,7 @@ def open_prior(images: ImageSet, stage: int, checkpoint_name: str) -> FieldSet:
             "of the one before: run that stage (--generate_field_stages), or get "
             "them with download_field.py --suffix <checkpoint_name>"
         )
-    fields = FieldSet(path)
+    fields = FieldSet(path, verifies=images.verifies)
     if fields.num_pairs != images.num_pairs:
         raise DatasetError(
             f"{path}: fields of {fields.num_pairs} pairs, but {images.path} has "

@@ -68,6 +68,28 @@ class PhaseSamples(torch.utils.data.Dataset[Sample]):
             step = 0
 
 
+class _OrRefusals(torch.utils.data.Dataset[Sample | MetroEMError]):
+    """Samples, or why there is none.
+
+    torch would wrap what a process raises into a traceback of it.
+    """
+
+    def __init__(self, samples: PhaseSamples) -> None:
+        self.samples = samples
+
+    def __getitem__(self, place: Place) -> Sample | MetroEMError:
+        try:
+            return self.samples[place]
+        except MetroEMError as error:
+            return error
+
+
+def _stacked(batch: list[Sample | MetroEMError]) -> Sample | MetroEMError:
+    """One sample of all, or the first refusal."""
+    refusals = (one for one in batch if isinstance(one, MetroEMError))
+    return next(refusals, None) or stack_samples(batch)  # type: ignore[arg-type]
+
+
 def read_ahead(
     samples: PhaseSamples,
     batches: Iterable[list[Place]],
@@ -83,19 +105,18 @@ def read_ahead(
         num_workers: processes that read ahead, two batches each; 0 reads when
             asked. They end when this is closed.
         pin_memory: into memory that a GPU copies from while it works.
+
+    Raises:
+        MetroEMError: a sample cannot be read, in whichever process.
     """
-    loader = torch.utils.data.DataLoader(
-        samples,
+    for sample in torch.utils.data.DataLoader(
+        _OrRefusals(samples),
         batch_sampler=batches,
-        collate_fn=stack_samples,
+        collate_fn=_stacked,
         num_workers=num_workers,
         pin_memory=pin_memory,
         generator=torch.Generator(),  # else the global one is drawn from
-    )
-    try:
-        yield from loader
-    except MetroEMError as error:
-        # torch puts the traceback of the process that read into the message.
-        kind = type(error)
-        message = str(error).rpartition(f"{kind.__module__}.{kind.__name__}: ")[2]
-        raise kind(message.strip()) from error
+    ):
+        if isinstance(sample, MetroEMError):
+            raise sample
+        yield sample

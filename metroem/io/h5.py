@@ -28,6 +28,7 @@ Files of the original have none of this. For them corner and mip come from the
 name, and pair i is src z + i on tgt z + i - 1.
 """
 
+from metroem.io.checksums import verify
 from metroem.io.h5_read import (
     FORMAT_VERSION,
     Box,
@@ -41,7 +42,6 @@ from metroem.io.h5_write import (
     FieldSetMeta,
     ImageSetMeta,
     PairFrame,
-    verify,
     write_field_set,
     write_image_set,
 )

@@ -9,7 +9,6 @@ import ctypes
 import errno
 import math
 import os
-import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,8 +16,7 @@ from pathlib import Path
 import h5py
 import numpy as np
 
-from metroem.io.h5_open import own_dataset
-from metroem.io.h5_read import DEFECTS_KEY
+from metroem.io.checksums import main_dataset, pair_checksum
 from metroem.io.replace import drop_partials, make_folder, writing
 
 # What HDF5 writes beside the values: what describes a file, and its index of chunks.
@@ -48,8 +46,8 @@ def replacing_h5(path: Path) -> Iterator[h5py.File]:
             # After closing, since scaleoffset rounds when a chunk is written out.
             with h5py.File(partial, "r+") as file:
                 if "checksum" not in file:
-                    pairs = range(len(main_of(file)))
-                    checksums = [checksum_of(file, index) for index in pairs]
+                    pairs = range(len(main_dataset(file)))
+                    checksums = [pair_checksum(file, index) for index in pairs]
                     file["checksum"] = np.array(checksums, np.uint32)
             with partial.open("r+b") as raw:
                 raw.truncate(partial.stat().st_size)  # gives back what was kept
@@ -107,22 +105,3 @@ def _keep(descriptor: int, num_bytes: int) -> None:
     disk = os.fstatvfs(descriptor)
     if disk.f_bavail * disk.f_frsize < num_bytes:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-
-def main_of(file: h5py.File) -> h5py.Dataset:
-    """The images or fields of a set."""
-    return next(
-        main
-        for key in ("img", "main", "field")
-        if isinstance(main := file.get(key), h5py.Dataset)
-    )
-
-
-def checksum_of(file: h5py.File, index: int) -> int:
-    """CRC-32 of a pair's bytes, of its images or fields and then of its defects."""
-    main, masks = main_of(file), own_dataset(file, DEFECTS_KEY)
-    checksum = zlib.crc32(np.ascontiguousarray(main[index]).tobytes())
-    # Another shape is no mask of these images, and may be of any size.
-    if masks is not None and masks.shape == main.shape:
-        checksum = zlib.crc32(np.ascontiguousarray(masks[index]).tobytes(), checksum)
-    return checksum

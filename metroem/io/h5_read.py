@@ -11,6 +11,7 @@ import numpy as np
 
 from metroem.errors import DatasetError
 from metroem.grid import Grid
+from metroem.io.checksums import DEFECTS_KEY, check_pair, stored_checksums
 from metroem.io.h5_open import (
     attributes_of,
     check_stored,
@@ -24,7 +25,6 @@ from metroem.specs.filenames import FieldSetName, ImageSetName
 logger = logging.getLogger(__name__)
 
 FORMAT_VERSION = 1
-DEFECTS_KEY = "defects"
 ALL = slice(None)
 Box = tuple[int, int, int, int, int, int]
 
@@ -57,10 +57,14 @@ class _PairFile:
 
     KEYS: tuple[str, ...] = ()
 
-    def __init__(self, path: Path, x: int, y: int, z: int, mip: int) -> None:
+    def __init__(
+        self, path: Path, corner: tuple[int, int, int], mip: int, *, verifies: bool
+    ) -> None:
         self.path = path
-        self._corner = x, y, z
+        self._corner = corner
         self.mip = mip
+        self.verifies = verifies
+        self._verified: set[int] = set()
         layout = self._layout()
         self.num_pairs = layout.shape[0]
         self.shape: tuple[int, int] = (layout.shape[-2], layout.shape[-1])
@@ -133,6 +137,9 @@ class _PairFile:
                 f"{self.path}: format version {version}, this MetroEM reads up to "
                 f"{FORMAT_VERSION}; update MetroEM"
             )
+        with self._main() as main:
+            if self.verifies and stored_checksums(main.file) is None:
+                logger.warning("%s: has no checksums, --verify checks none", self.path)
 
     @property
     def request(self) -> dict[str, Any]:
@@ -169,6 +176,16 @@ class _PairFile:
         return layout
 
     @contextmanager
+    def _pair(self, index: int) -> Iterator[h5py.Dataset]:
+        """All pairs, to read one of them, checked before its first read if asked."""
+        self._check_index(index)
+        with self._main() as main:
+            if self.verifies and index not in self._verified:
+                check_pair(main.file, index)
+                self._verified.add(index)
+            yield main
+
+    @contextmanager
     def _main(self) -> Iterator[h5py.Dataset]:
         with opened(self.path) as file:
             found = (own_dataset(file, key) for key in self.KEYS)
@@ -191,6 +208,7 @@ class ImageSet(_PairFile):
         shape: (H, W) of every image, pixels of `mip`.
         mip: of the images.
         attributes: all that the file says about itself; {} for the original's.
+        verifies: whether the checksum of a pair is checked before its first read.
         normalization: {"kind": "raw"}, {"kind": "tissue", "reference": ...}, or
             None where the file does not say.
 
@@ -201,7 +219,7 @@ class ImageSet(_PairFile):
 
     KEYS = ("img", "main")
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, verifies: bool = False) -> None:
         name = ImageSetName.parse(Path(path).name)
         if name is None:
             raise DatasetError(
@@ -209,13 +227,13 @@ class ImageSet(_PairFile):
                 "x<X>_y<Y>_z<Z>_MIP<m>[_<suffix>].h5, for example x0_y0_z10_MIP2.h5"
             )
         self.name = name
-        super().__init__(Path(path), name.x, name.y, name.z, name.mip)
+        corner = name.x, name.y, name.z
+        super().__init__(Path(path), corner, name.mip, verifies=verifies)
         self.normalization: dict | None = self._object("normalization")
 
     def read(self, index: int, rows: slice = ALL, cols: slice = ALL) -> Pair:
         """A pair, or a window of it; what is darker than `DARKEST` becomes 0."""
-        self._check_index(index)
-        with self._main() as main:
+        with self._pair(index) as main:
             pair = np.asarray(main[index, :, rows, cols], dtype=np.float32)
         pair[pair < DARKEST] = 0
         return Pair(pair[0], pair[1])
@@ -224,8 +242,7 @@ class ImageSet(_PairFile):
         self, index: int, rows: slice = ALL, cols: slice = ALL
     ) -> Pair | None:
         """The defect masks of a pair, bool, or of a window; None if not known."""
-        self._check_index(index)
-        with self._main() as main:
+        with self._pair(index) as main:
             masks = own_dataset(main.file, DEFECTS_KEY)
             if masks is None:
                 return None
@@ -273,6 +290,7 @@ class FieldSet(_PairFile):
         mip: of the fields.
         num_sides: 2 when there is a field for tgt as well, else 1.
         attributes: all that the file says about itself; {} for the original's.
+        verifies: whether the checksum of a pair is checked before its first read.
 
     Raises:
         DatasetError: no such file, no fields in it, or of another shape, or a
@@ -281,7 +299,7 @@ class FieldSet(_PairFile):
 
     KEYS = ("main", "field")
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, verifies: bool = False) -> None:
         name = FieldSetName.parse(Path(path).name)
         # The place is an image set's name less its mip.
         place = name and ImageSetName.parse(f"{name.place}_MIP{name.mip}.h5")
@@ -292,7 +310,8 @@ class FieldSet(_PairFile):
                 "for example field_0_x0_y0_z10_MIP2_checkpoint.h5"
             )
         self.name = name
-        super().__init__(Path(path), place.x, place.y, place.z, name.mip)
+        corner = place.x, place.y, place.z
+        super().__init__(Path(path), corner, name.mip, verifies=verifies)
 
     def read(
         self, index: int, side: int = 0, rows: slice = ALL, cols: slice = ALL
@@ -302,10 +321,9 @@ class FieldSet(_PairFile):
         Raises:
             DatasetError: `side` is 1 and the set has fields of src alone.
         """
-        self._check_index(index)
         if side >= self.num_sides:
             raise DatasetError(f"{self.path}: has no field for the tgt side")
-        with self._main() as main:
+        with self._pair(index) as main:
             where = (index, side) if main.ndim == 5 else (index,)
             return np.asarray(main[(*where, ALL, rows, cols)], dtype=np.float32)
 
@@ -321,16 +339,17 @@ class FieldSet(_PairFile):
         self.num_sides = len(shape) - 3
 
 
-def find_image_sets(folder: Path) -> list[ImageSet]:
+def find_image_sets(folder: Path, *, verifies: bool = False) -> list[ImageSet]:
     """The image sets of a folder, sorted by name.
 
-    h5 files whose names state neither images nor fields are named in the log.
+    With `verifies` they check each pair before its first read. h5 files whose names
+    state neither images nor fields are named in the log.
 
     Raises:
         DatasetError: no such folder, or a file in it that cannot be used.
     """
     return [
-        ImageSet(path)
+        ImageSet(path, verifies=verifies)
         for path in _visible_h5_files(folder)
         if ImageSetName.parse(path.name) or _is_stray(path)
     ]

@@ -18,9 +18,9 @@ from numpy.typing import DTypeLike
 
 from metroem.errors import DatasetError, FieldError
 from metroem.grid import Grid
-from metroem.io.h5_making import checksum_of, keep_room, main_of, replacing_h5
-from metroem.io.h5_open import opened, own_dataset
-from metroem.io.h5_read import DEFECTS_KEY, FORMAT_VERSION, Pair
+from metroem.io.checksums import DEFECTS_KEY
+from metroem.io.h5_making import keep_room, replacing_h5
+from metroem.io.h5_read import FORMAT_VERSION, Pair
 from metroem.io.parts import as_json
 
 _CHUNK_PX = 512
@@ -298,33 +298,6 @@ def field_dataset(
         compression="lzf",
         scaleoffset=_FIELD_DECIMALS,
     )
-
-
-def verify(path: Path) -> list[str]:
-    """What is wrong with the bytes of a set, one line a pair; [] if nothing.
-
-    Files of the original have no checksums: [] for them.
-    """
-    problems = []
-    with opened(path) as file:
-        found = own_dataset(file, "checksum")
-        if found is None:
-            return []
-        if found.shape != (len(main_of(file)),):
-            return [
-                f"{path.name}: {found.shape} checksums for {len(main_of(file))} pairs"
-            ]
-        for index, checksum in enumerate(np.asarray(found)):
-            try:
-                changed = checksum_of(file, index) != checksum
-            except OSError as error:
-                problems.append(f"{path.name}: pair {index} cannot be read: {error}")
-                continue
-            if changed:
-                problems.append(
-                    f"{path.name}: pair {index} is not what was written (checksum)"
-                )
-    return problems
 
 
 def describe(file: h5py.File, meta: SetMeta, *, moved: bool) -> None:

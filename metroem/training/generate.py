@@ -57,6 +57,7 @@ class FieldJob:
         dataset: folder of the image sets; the field sets go there too.
         checkpoint_name: weights of the module, and tag of the field sets.
         device: of this rank.
+        verifies: whether the checksum of each pair is checked before it is read.
     """
 
     module: ModuleSpec
@@ -64,6 +65,7 @@ class FieldJob:
     dataset: Path
     checkpoint_name: str
     device: torch.device
+    verifies: bool = False
 
     @property
     def mip(self) -> int:
@@ -108,7 +110,7 @@ def generate_fields(job: FieldJob, stop: StopRequest) -> None:
             f"{job.weights}: no such checkpoint, so stage {job.module.stage} cannot "
             f"write fields; train it first (--train_stages {job.module.stage})"
         )
-    sets = image_sets_at(job.dataset, job.module.in_mip)
+    sets = image_sets_at(job.dataset, job.module.in_mip, verifies=job.verifies)
     targets = target_sets(job.dataset, sets, job.mip)
     aligner = None
     digest = hashlib.sha256(job.weights.read_bytes()).hexdigest()
@@ -131,10 +133,14 @@ def generate_fields(job: FieldJob, stop: StopRequest) -> None:
 def target_sets(dataset: Path, sets: Sequence[ImageSet], mip: int) -> list[ImageSet]:
     """The image set at another mip of each set's place.
 
+    Where all of the sets check checksums, so do those found.
+
     Raises:
         DatasetError: a place has none, or another number of pairs.
     """
-    by_place = {images.name.place: images for images in image_sets_at(dataset, mip)}
+    verifies = all(images.verifies for images in sets)
+    there = image_sets_at(dataset, mip, verifies=verifies)
+    by_place = {images.name.place: images for images in there}
     found = []
     for images in sets:
         target = by_place.get(images.name.place)

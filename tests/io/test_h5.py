@@ -208,9 +208,8 @@ def test_a_changed_byte_is_found(image_path):
     assert verify(image_path) == []
     with h5py.File(image_path, "r+") as file:
         file["img"][1, 0, 3, 4] += 1
-    assert verify(image_path) == [
-        "x100_y-40_z7_MIP2.h5: pair 1 is not what was written (checksum)"
-    ]
+    (said,) = verify(image_path)
+    assert said.startswith("x100_y-40_z7_MIP2.h5: pair 1 is not what was written")
 
 
 def test_a_section_that_two_pairs_share_is_in_both(tmp_path):
@@ -270,9 +269,8 @@ def test_a_changed_mask_is_found(masked_path):
     assert verify(masked_path) == []
     with h5py.File(masked_path, "r+") as file:
         file["defects"][0, 1, 5, 7] ^= 1
-    assert verify(masked_path) == [
-        "x100_y-40_z7_MIP2.h5: pair 0 is not what was written (checksum)"
-    ]
+    (said,) = verify(masked_path)
+    assert said.startswith("x100_y-40_z7_MIP2.h5: pair 0 is not what was written")
 
 
 def test_masks_of_another_number_or_shape_are_refused(tmp_path, masked_path):

@@ -4,6 +4,7 @@ import hashlib
 import itertools
 import json
 
+import h5py
 import numpy as np
 import pytest
 from cloudvolume import CloudVolume
@@ -163,6 +164,18 @@ def test_nothing_but_blank_is_refused_and_read_again(tmp_path, make, spec, schem
         tmp_path / "unwritten", [np.zeros(SHAPE, np.uint8)], offset=OFFSET
     )
     dst = f"{scheme}{tmp_path}/data"
-    with pytest.raises(DatasetError, match="all 3 pairs .* blank here.*mip was written"):
+    with pytest.raises(
+        DatasetError, match="all 3 pairs .* blank here.*mip was written"
+    ):
         make(spec, dst=dst)
     assert digests(tmp_path / "data") == {}
+
+
+def test_files_that_were_damaged_since_are_found_when_asked_for(spec, make):
+    (path,) = make(spec, "--verify")
+    with h5py.File(path, "r+") as file:
+        file["img"][1, 0, 3, 4] += 1
+    make(spec)  # is there already, nothing to do
+    with pytest.raises(DatasetError, match="(?s)damaged.*--overwrite.*pair 1 is not"):
+        make(spec, "--verify")
+    make(spec, "--verify", "--overwrite")
