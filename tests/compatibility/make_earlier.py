@@ -35,7 +35,7 @@ from metroem.scaffold import init_pyramid
 # What each was the first, or the last, to write is said in docs/versions.md.
 EARLIER = ("a702686", "8016db9", "8ed16c9", "4104529")
 FIXTURES = Path(__file__).parent / "fixtures" / "earlier"
-ROWS, COLS, PAIRS = 16, 24, 6
+ROWS, COLS, PAIRS = 48, 64, 6
 VECTORS = (1.5, -2.25)  # along cols, along rows: whole hundredths of a pixel
 
 
@@ -46,7 +46,7 @@ def section(z: int) -> np.ndarray:
 
 
 def small_network() -> dict:
-    """A network of one level, as the original has them, of a few weights."""
+    """A network of two levels, as the original has them, of a few weights."""
 
     def convolutions(*channels: int) -> dict:
         return {"type": "convblock", "arch_desc": {"fms": list(channels), "k": 3}}
@@ -55,13 +55,20 @@ def small_network() -> dict:
         "type": "warp_with_input_downmodule",
         "arch_desc": {"inner_module": convolutions(4, 2)},
     }
-    up = {"type": "fm_range_apply", "fm_range": 1, "module": convolutions(1, 2)}
+    ups = {
+        str(level): {
+            "type": "fm_range_apply",
+            "fm_range": before,
+            "module": convolutions(before, 2),
+        }
+        for level, before in enumerate((1, 2))
+    }
     combine = {"type": "rollback_warp", "arch_desc": {"rollback": 0}}
     return {
         "type": "scalenet",
-        "max_level": 1,
-        "upmodules": {"0": up},
-        "downmodules": {"0": down},
+        "max_level": 2,
+        "upmodules": ups,
+        "downmodules": {"0": down, "1": down},
         "downlinks": {"all": {"type": "upsample_residuals"}},
         "combiners": {"all": combine},
     }
@@ -75,12 +82,12 @@ def write_sets(folder: Path) -> None:
     if "defects" in inspect.signature(write_image_set).parameters:
         mask = np.zeros((ROWS, COLS), bool)
         mask[3:5, 7:12] = True
-        masks = {"defects": [Pair(mask, ~mask)] * PAIRS}
+        masks = {"defects": [Pair(mask, mask[::-1])] * PAIRS}
     meta = ImageSetMeta(frames, "made", "", {}, normalization={"kind": "tissue"})
     write_image_set(folder / "x8_y-4_z5_MIP1_a.h5", pairs, meta, **masks)
     field = np.empty((2, ROWS, COLS), np.float32)
     field[0], field[1] = VECTORS
-    for tag, sides in (("ck", 1), ("down", 2)):
+    for tag, sides in (("between", 1), ("down", 2)):
         meta = FieldSetMeta(
             frames, "made", "", {}, stage=0, tag=tag, num_sides=sides
         )
@@ -101,7 +108,7 @@ def arguments(folder: Path) -> list[str]:
 
 def train_one_step(folder: Path) -> None:
     """Leave a training that was stopped after the first of its steps."""
-    phase = {"lr": 1e-3, "num_epochs": 2, "smoothness": 5, "crop_size": 16}
+    phase = {"lr": 1e-3, "num_epochs": 2, "smoothness": 5, "crop_size": 48}
     phases = [{**phase, "augmentations": [{"type": "random_transpose"}]}] * 2
     schedule = folder / "schedule.json"
     schedule.write_text(json.dumps({"1": phases}))
