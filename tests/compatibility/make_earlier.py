@@ -76,7 +76,9 @@ def small_network() -> dict:
 
 def write_sets(folder: Path) -> None:
     """Images at mip 1, a downloaded field, and one as written between stages."""
-    frames = [PairFrame(Grid(1, 8, -4, ROWS, COLS), (5 + i, 4 + i)) for i in range(PAIRS)]
+    frames = [
+        PairFrame(Grid(1, 8, -4, ROWS, COLS), (5 + i, 4 + i)) for i in range(PAIRS)
+    ]
     pairs = [Pair(section(5 + i), section(4 + i)) for i in range(PAIRS)]
     masks = {}
     if "defects" in inspect.signature(write_image_set).parameters:
@@ -88,9 +90,7 @@ def write_sets(folder: Path) -> None:
     field = np.empty((2, ROWS, COLS), np.float32)
     field[0], field[1] = VECTORS
     for tag, sides in (("between", 1), ("down", 2)):
-        meta = FieldSetMeta(
-            frames, "made", "", {}, stage=0, tag=tag, num_sides=sides
-        )
+        meta = FieldSetMeta(frames, "made", "", {}, stage=0, tag=tag, num_sides=sides)
         fields = [field if sides == 1 else np.stack([field, -field])] * PAIRS
         write_field_set(folder / f"field_0_x8_y-4_z5_a_MIP1_{tag}.h5", fields, meta)
 
