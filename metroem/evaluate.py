@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from metroem import __version__
+from metroem import __version__, versions
 from metroem.align import Pyramid, StageInput
 from metroem.data.dataset import PairRef, find_pairs, read_sample
 from metroem.data.known_warp import warp_section
@@ -154,7 +154,10 @@ def evaluate_dataset(request: EvaluateRequest) -> None:
             page.finish(about | _about_page(modules, curves), results)
     print_evaluation(results)
     if request.json is not None:
-        write_json(request.json, about | {"sets": results})
+        write_json(
+            request.json,
+            {"format_version": versions.FIGURES} | about | {"sets": results},
+        )
     for path in (request.json, request.report):
         if path is not None:
             logger.info("wrote %s", path)

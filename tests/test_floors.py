@@ -10,6 +10,7 @@ PACKAGE = Path(__file__).parents[1] / "metroem"
 # The floor of each part of the package, as design and README list them.
 FLOORS = {
     "errors": 0,
+    "versions": 0,
     "progress": 0,
     "cli": 0,
     "grid": 1,

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import h5py
 import numpy as np
 
+from metroem import versions
 from metroem.errors import DatasetError
 from metroem.grid import Grid
 from metroem.io.checksums import DEFECTS_KEY, check_pair, stored_checksums
@@ -24,7 +25,7 @@ from metroem.specs.filenames import FieldSetName, ImageSetName
 
 logger = logging.getLogger(__name__)
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = versions.SETS
 ALL = slice(None)
 Box = tuple[int, int, int, int, int, int]
 
@@ -126,16 +127,12 @@ class _PairFile:
             raise IndexError(f"{self.path}: pair {index} of {self.num_pairs}")
 
     def _check(self) -> None:
+        version = self.attributes.get("format_version", FORMAT_VERSION)
+        versions.check_version(version, FORMAT_VERSION, str(self.path), DatasetError)
         if self._stated("mip", self.mip) != self.mip:
             raise DatasetError(
                 f"{self.path}: named as mip {self.mip}, but it was written at mip "
                 f"{self.attributes['mip']}; give it its name back"
-            )
-        version = self._stated("format_version", FORMAT_VERSION)
-        if version > FORMAT_VERSION:
-            raise DatasetError(
-                f"{self.path}: format version {version}, this MetroEM reads up to "
-                f"{FORMAT_VERSION}; update MetroEM"
             )
         with self._main() as main:
             if self.verifies and stored_checksums(main.file) is None:

@@ -24,11 +24,12 @@ from typing import Any
 
 import torch
 
+from metroem import versions
 from metroem.errors import CheckpointError
 from metroem.io.replace import make_folder, replace_file, writing
 from metroem.training.distributed import check_same
+from metroem.training.earlier import upgrade
 
-STATE_VERSION = 1
 # Keys that states of earlier programs do not have.
 _ADDED = {"averages"}
 
@@ -117,7 +118,7 @@ class TrainingState:
 
 def save_state(path: Path, state: TrainingState) -> None:
     """Write a state; the file is there whole or not at all."""
-    tree = {"version": STATE_VERSION, **vars(state)}
+    tree = {"version": versions.STATE, **vars(state)}
     buffer = io.BytesIO()
     torch.save(tree, buffer)
     replace_file(path, buffer.getvalue())
@@ -131,7 +132,7 @@ def load_state(path: Path, settings: Mapping[str, Any]) -> TrainingState | None:
         settings: of the run that wants to go on.
 
     Raises:
-        CheckpointError: the file cannot be read, is of another version, or
+        CheckpointError: the file cannot be read, is of a newer version, or
             belongs to a run with other settings (the message names them).
         UsageError: the ranks of the run see different states.
     """
@@ -150,14 +151,14 @@ def _read_state(path: Path, settings: Mapping[str, Any]) -> TrainingState | None
         raise CheckpointError(
             f"{path}: cannot be read ({error}); start anew with --restart"
         ) from error
+    if isinstance(tree, dict) and "version" in tree:
+        versions.check_version(
+            tree["version"], versions.STATE, str(path), CheckpointError
+        )
     names = {f.name for f in dataclasses.fields(TrainingState)} | {"version"}
     if not isinstance(tree, dict) or not names - _ADDED <= set(tree) <= names:
         raise CheckpointError(f"{path}: not a training state; give --restart")
-    if tree.pop("version") != STATE_VERSION:
-        raise CheckpointError(
-            f"{path}: a state of another version; give --restart, or finish the run "
-            "with the version that began it"
-        )
+    del tree["version"]
     wrong = sorted(
         k for k, v in tree.items() if not isinstance(v, _KINDS.get(k, object))
     )
@@ -167,6 +168,7 @@ def _read_state(path: Path, settings: Mapping[str, Any]) -> TrainingState | None
             f"{path}: not a training state ({wrong or 'its place'} cannot be); give "
             "--restart"
         )
+    upgrade(tree)
     state = TrainingState(**tree)
     changed = [
         _change(key, state.settings.get(key), settings.get(key))

@@ -361,7 +361,7 @@ def test_a_file_renamed_to_another_mip_is_refused(image_path):
 def test_a_file_of_a_later_format_is_refused(image_path):
     with h5py.File(image_path, "r+") as file:
         file.attrs["format_version"] = 99
-    with pytest.raises(DatasetError, match="update MetroEM"):
+    with pytest.raises(DatasetError, match="upgrade metroem"):
         ImageSet(image_path)
 
 
