@@ -94,12 +94,12 @@ def _make(request: DatasetRequest, cutter: Cutter) -> None:
             cutter, folder, request.checkpoint_name, overwrite=request.overwrite
         )
     if not made.is_finished:
-        _make(made, cutter, request)
+        _make_missing(made, cutter, request)
     if request.verify and isinstance(made, PairFiles):
         made.check()
 
 
-def _make(
+def _make_missing(
     made: PairFiles | PairVolumes, cutter: Cutter, request: DatasetRequest
 ) -> None:
     def work(batch: list[Center]) -> None:
