@@ -18,6 +18,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+
 import train
 from metroem.aligner import Aligner
 from metroem.grid import Grid
