@@ -30,11 +30,11 @@ def check_version(
     """
     if isinstance(found, bool) or not isinstance(found, int) or found < 1:
         raise error(
-            f"{where}: format version {found!r}, expected a whole number, 1 to {known}; "
-            "the file is damaged: make it anew"
+            f"{where}: format version {found!r}, expected a whole number, 1 to "
+            f"{known}; the file is damaged: make it anew"
         )
     if found > known:
         raise error(
-            f"{where}: format version {found}, this MetroEM reads up to {known}; it was "
-            "written by a newer one: upgrade metroem"
+            f"{where}: format version {found}, this MetroEM reads up to {known}; it "
+            "was written by a newer one: upgrade metroem"
         )
