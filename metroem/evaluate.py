@@ -154,10 +154,8 @@ def evaluate_dataset(request: EvaluateRequest) -> None:
             page.finish(about | _about_page(modules, curves), results)
     print_evaluation(results)
     if request.json is not None:
-        write_json(
-            request.json,
-            {"format_version": versions.FIGURES} | about | {"sets": results},
-        )
+        version = {"format_version": versions.FIGURES}
+        write_json(request.json, version | about | {"sets": results})
     for path in (request.json, request.report):
         if path is not None:
             logger.info("wrote %s", path)

@@ -27,7 +27,9 @@ def upgrade(tree: dict[str, Any]) -> None:
     """
     if len(tree["sums"]) == _NUM_SUMS:
         tree["sums"] = [*tree["sums"][:_EPE_AT], float("nan"), *tree["sums"][_EPE_AT:]]
-    settings = {_RENAMED.get(key, key): v for key, v in tree["settings"].items()}
+    settings = dict(tree["settings"])
+    if _RENAMED.keys() <= settings.keys():
+        settings = {_RENAMED.get(key, key): value for key, value in settings.items()}
     phases = settings.get(_PHASES)
     if isinstance(phases, list):
         if any(", loss=LossSpec(" in str(phase) for phase in phases) and (
