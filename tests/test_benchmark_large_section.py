@@ -10,6 +10,7 @@ ROOT = Path(__file__).parents[1]
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_large_section_measures_tiles_and_the_whole():
     sizes = ["--sizes", "192", "544", "--made_px", "192", "--tile", "512", "256"]
     found = figures("large_section.py", *sizes)

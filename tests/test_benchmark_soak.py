@@ -46,6 +46,7 @@ def test_what_is_kept_is_noticed(soak, tmp_path, monkeypatch, kept, match):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_a_short_soak_ends_with_its_figures(soak, tmp_path):
     run = soak.prepare(tmp_path, 600)
     found = soak.watched(run, 0)

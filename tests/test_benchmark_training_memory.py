@@ -8,7 +8,7 @@ from tests.benchmark_runs import figures
 
 ROOT = Path(__file__).parents[1]
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.long]
 
 
 def test_training_memory_compares_training_with_its_network():

@@ -112,6 +112,7 @@ def test_a_stage_with_another_network_starts_afresh(run, caplog):
     assert found.keys() > before.keys() and "starts from those" not in caplog.text
 
 
+@pytest.mark.long
 def test_a_run_that_was_stopped_ends_with_the_same_bytes(run):
     other = twin_of(run)
     train.main(arguments(other, "--max_epochs", "1"))

@@ -118,6 +118,7 @@ def test_a_403(fails, bucket, kind, bad_for):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_connections_that_are_dropped_or_hang_or_never_come(fails, bucket):
     def served(bad, bad_for, kind):
         with serving(bucket, bad, bad_for) as server:
