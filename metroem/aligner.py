@@ -306,8 +306,7 @@ class Aligner(nn.Module):
                 # That state is of the warped src; the embeddings are not.
                 state = self.net.up_path(torch.cat((src, tgt), 1), 0, False, {})
         embeddings = {
-            level: Embedding.of(state["up"][str(level)]["output"], rows, cols, level)
-            for level in levels
+            level: Embedding.of(state, (rows, cols), level) for level in levels
         }
         coarse, trust = {}, None
         if getattr(self.net, "gives_whole_fields", False) and self.pass_field:

@@ -5,6 +5,7 @@ from typing import NamedTuple
 import torch.nn.functional as F
 from torch import Tensor
 
+from metroem.errors import PyramidError
 from metroem.field_search import Finetuned
 
 State = dict[str, dict[str, dict[str, Tensor]]]  # of a network
@@ -17,11 +18,26 @@ class Embedding(NamedTuple):
     tgt: Tensor  # likewise
 
     @classmethod
-    def of(cls, features: Tensor, rows: int, cols: int, level: int) -> "Embedding":
-        """The features of both, one after the other in the channels, unpadded."""
-        size = 2**level
-        features = features[..., : -(-rows // size), : -(-cols // size)]
-        return cls(*features.chunk(2, dim=1))
+    def of(cls, state: State, shape: tuple[int, int], level: int) -> "Embedding":
+        """The features of both, which lie one after the other in the channels.
+
+        Args:
+            state: of the network.
+            shape: (H, W) of the pair, unpadded.
+            level: of the features.
+
+        Raises:
+            PyramidError: the network has no such level.
+        """
+        up = state["up"]
+        if str(level) not in up:
+            raise PyramidError(
+                f"features of level {level} are wanted (`finetune_level` of the "
+                f"module's create.py); its network has levels {', '.join(up)}: name "
+                "one of them"
+            )
+        rows, cols = (-(-size // 2**level) for size in shape)
+        return cls(*up[str(level)]["output"][..., :rows, :cols].chunk(2, dim=1))
 
 
 class Prediction(NamedTuple):

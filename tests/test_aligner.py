@@ -68,6 +68,12 @@ def test_channel_0_of_the_embeddings_is_the_image(aligner):
     assert torch.equal(embeddings[0].tgt[:, :1], tgt)
 
 
+def test_features_of_a_level_that_the_network_lacks_are_refused(aligner):
+    image = texture(21, 30)
+    with pytest.raises(PyramidError, match="features of level 7.*levels 0, 1, 2:"):
+        aligner.predict(image, image, levels=(7,))
+
+
 @pytest.mark.parametrize("operators", OPERATORS)
 def test_both_images_pass_through_the_same_weights(tmp_path, operators):
     aligner = make_aligner(tmp_path, operators=operators)
