@@ -6,7 +6,7 @@ import sys
 import time
 from collections.abc import Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -32,6 +32,7 @@ from metroem.nets.loading import load_module
 from metroem.progress import progress
 from metroem.specs.filenames import FieldSetName
 from metroem.specs.pyramid import ModuleSpec
+from metroem.tiles import Tiling
 from metroem.training import distributed
 from metroem.training.memory import enough_memory
 from metroem.training.stopping import Stopped, StopRequest
@@ -299,6 +300,7 @@ def _field_of(
         sample.src,
         sample.tgt,
         sample.prior_field,
+        options=replace(aligner.options, tiling=Tiling()),
         defects=(sample.src_defects, sample.tgt_defects),
     )
     if not torch.isfinite(field).all():
