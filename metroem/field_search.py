@@ -190,12 +190,13 @@ class RecordedStep:
         if device.type != "cuda" or self._made == 1:
             self._step()
             return
-        if self._graph is None:
-            self._graph = torch.cuda.CUDAGraph()
-            # Other threads may bring samples to the GPU meanwhile.
-            with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
-                self._step()
-        self._graph.replay()
+        with torch.cuda.device(device):  # else it is recorded on the current one
+            if self._graph is None:
+                self._graph = torch.cuda.CUDAGraph()
+                # Other threads may bring samples to the GPU meanwhile.
+                with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
+                    self._step()
+            self._graph.replay()
 
 
 def _finer(change: Tensor, levels: int, *, like: Tensor) -> Tensor:

@@ -12,6 +12,8 @@ with torch for GPUs, keeps them on disk.
 # Kernels are written in Triton's language, whose types are not Python's.
 # pyright: reportArgumentType=false, reportGeneralTypeIssues=false
 
+import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -42,10 +44,22 @@ class Factors(NamedTuple):
     l2: float
 
 
+def _where_it_lies(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Run on the GPU of the first argument: Triton takes the one that is current."""
+
+    @functools.wraps(function)
+    def run(tensor: Tensor, *args: Any) -> Any:
+        with torch.cuda.device_of(tensor):
+            return function(tensor, *args)
+
+    return run
+
+
+@_where_it_lies
 def loss_and_gradient(
     field: Tensor, constants: Constants, factors: Factors
 ) -> tuple[Tensor, Tensor]:
-    """The loss of a field and its gradient.
+    """The loss of a field and its gradient, on the GPU where the field is.
 
     Args:
         field: (B, 2, H, W), pixels, float32.
@@ -92,6 +106,7 @@ def loss_and_gradient(
     return costs.sum(0) + l2 * squares, gradient
 
 
+@_where_it_lies
 def coarser(gradient: Tensor, scale: int) -> Tensor:
     """The gradient by a change that is so many times coarser, as bilinear has it.
 
