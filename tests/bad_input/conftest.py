@@ -22,6 +22,17 @@ def memory_is_bounded():
     assert grown / 2**20 < MOST_GIB
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport():
+    """What was printed may name files that are no UTF-8, which xdist cannot send."""
+    report = yield
+    report.sections = [
+        (name, text.encode(errors="backslashreplace").decode())
+        for name, text in report.sections
+    ]
+    return report
+
+
 def pytest_terminal_summary(terminalreporter):
     """One line a reader, and the sum."""
     if not TRIED:
