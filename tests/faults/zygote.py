@@ -34,6 +34,8 @@ def main():
     import torch
 
     torch.set_num_threads(1)
+    # What runs in the background of a shell was begun with Ctrl-C ignored.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     for name in IMPORTED:
         importlib.import_module(name)
     from metroem.training import generate
