@@ -168,7 +168,7 @@ def _read_state(path: Path, settings: Mapping[str, Any]) -> TrainingState | None
             f"{path}: not a training state ({wrong or 'its place'} cannot be); give "
             "--restart"
         )
-    upgrade(tree)
+    upgrade(tree, settings)
     state = TrainingState(**tree)
     changed = [
         _change(key, state.settings.get(key), settings.get(key))

@@ -1,10 +1,15 @@
 """States of earlier programs, brought to what this one expects."""
 
 import dataclasses
+import logging
 import re
+from collections.abc import Mapping
 from typing import Any
 
 from metroem.masks import SIMILARITY_RULES, SMOOTHNESS_RULES, MaskRules
+from metroem.training import distributed
+
+logger = logging.getLogger(__name__)
 
 _PHASES = "the phases of the schedule"
 _RENAMED = {"phases": _PHASES, "training pairs": "the pairs to train on"}
@@ -20,37 +25,61 @@ _LOSS_ENDS = re.compile(r"(pure_emb=(?:True|False))(?=, weight=|\))")
 _NUM_SUMS, _EPE_AT = 7, 4
 
 
-def upgrade(tree: dict[str, Any]) -> None:
+def upgrade(tree: dict[str, Any], wanted: Mapping[str, Any]) -> None:
     """Change a decoded state, whose kinds of values were checked, in place.
 
     The error of the field, unknown to states without it, becomes NaN.
+
+    Args:
+        tree: the state.
+        wanted: settings of the run that wants to go on; those of the state become
+            equal where only how they are written has changed since.
     """
     if len(tree["sums"]) == _NUM_SUMS:
         tree["sums"] = [*tree["sums"][:_EPE_AT], float("nan"), *tree["sums"][_EPE_AT:]]
     settings = dict(tree["settings"])
     if _RENAMED.keys() <= settings.keys():
         settings = {_RENAMED.get(key, key): value for key, value in settings.items()}
-    phases = settings.get(_PHASES)
-    if isinstance(phases, list):
-        if any(", loss=LossSpec(" in str(phase) for phase in phases) and (
-            settings.get("--batch_size") == 1
-        ):
-            settings["--batch_size"] = None  # one rank took one pair if not told
-        settings[_PHASES] = [_phase(phase) for phase in phases]
+    phases, now = settings.get(_PHASES), wanted.get(_PHASES)
+    if isinstance(phases, list) and isinstance(now, list) and len(phases) == len(now):
+        settings[_PHASES] = [
+            new if new in _forms(old) else old
+            for old, new in zip(phases, now, strict=True)
+        ]
+    if "averages" not in tree:
+        before, size = settings.get("--batch_size"), wanted.get("--batch_size")
+        if _is_same_size(before, size):
+            settings["--batch_size"] = size
     tree["settings"] = settings
 
 
-def _phase(text: Any) -> Any:
-    """A phase as `job` describes it now."""
-    if not isinstance(text, str):
-        return text
-    text = _LOSS_ENDS.sub(r"\1, iterations=50", text)
+def _is_same_size(before: Any, now: Any) -> bool:
+    """Whether a batch size of a state without averages may mean that of a run."""
+    if (before, now) == (1, None):
+        return True  # until 2026-11-22 22:39 one rank took one pair if not told
+    if before is None and now == distributed.world_size() > 1:
+        logger.warning(
+            "goes on with %d ranks; the state does not say how many began it", now
+        )
+        return True  # until 2026-11-25 21:07 the number of ranks was not kept
+    return False
+
+
+def _forms(phase: Any) -> list[Any]:
+    """What a phase may read as now, beside what it was written as."""
+    if not isinstance(phase, str):
+        return [phase]
+    text = _LOSS_ENDS.sub(r"\1, iterations=50", phase)
     if ", loss=LossSpec(" in text:
         text = text.replace(", iterations=50)", ", iterations=50, weight=1.0)")
-        # Masks of defects on tgt were not known, so that nothing counts them.
-        for rules in (SIMILARITY_RULES, SMOOTHNESS_RULES):
-            text = text.replace(_without_tgt_defects(rules), repr(rules))
-    return _ONE_LOSS.sub(_KEYS_BEFORE, text)
+        text = _ONE_LOSS.sub(_KEYS_BEFORE, text)
+    forms = [phase, text]
+    # Before 2026-11-22 23:33 masks of defects on tgt were not known. A schedule may
+    # have asked for just the rules that were the default then.
+    for rules in (SIMILARITY_RULES, SMOOTHNESS_RULES):
+        before = _without_tgt_defects(rules)
+        forms += [form.replace(before, repr(rules)) for form in forms]
+    return forms
 
 
 def _without_tgt_defects(rules: MaskRules) -> str:

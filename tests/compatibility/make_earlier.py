@@ -6,7 +6,8 @@ For each commit of `EARLIER`, in this project's environment:
     PYTHONPATH=/tmp/old-<sha> python tests/compatibility/make_earlier.py <sha>
 
 A training is stopped after its first step, so that its state is one to go on from,
-and the weights are those that it then has.
+and the weights are those that it then has. Another gives the lines of an epoch. Of two
+networks there are weights by formula, and the fields that the commit made of them.
 """
 
 import inspect
@@ -14,6 +15,7 @@ import json
 import shutil
 import sys
 import tempfile
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -34,7 +36,7 @@ from metroem.nets.checkpoint import checkpoint_path, save_weights
 from metroem.scaffold import init_pyramid
 
 # What each was the first, or the last, to write is said in docs/versions.md.
-EARLIER = ("a702686", "8016db9", "8ed16c9", "4104529")
+EARLIER = ("a702686", "8016db9", "2c41c25", "cd6cc5d", "8ed16c9", "4104529")
 FIXTURES = Path(__file__).parent / "fixtures" / "earlier"
 ROWS, COLS, PAIRS = 48, 64, 6
 VECTORS = (1.5, -2.25)  # along cols, along rows: whole hundredths of a pixel
@@ -75,6 +77,12 @@ def small_network() -> dict:
     }
 
 
+def correlation_network() -> dict:
+    """A network that searches, of two levels and a few weights."""
+    level = {"features": 2, "blocks": 1, "radius": [1], "hidden": 3, "dilations": [1]}
+    return {"type": "correlation", "levels": [level, level]}
+
+
 def write_sets(folder: Path) -> None:
     """Images at mip 1, a downloaded field, and one as written between stages."""
     frames = [
@@ -108,20 +116,41 @@ def arguments(folder: Path) -> list[str]:
 
 
 def train_one_step(folder: Path) -> None:
-    """Leave a training that was stopped after the first of its steps."""
+    """Leave a training that was stopped after its first step, and lines of another."""
     phase = {"lr": 1e-3, "num_epochs": 2, "smoothness": 5, "crop_size": 48}
     phases = [{**phase, "augmentations": [{"type": "random_transpose"}]}] * 2
     schedule = folder / "schedule.json"
     schedule.write_text(json.dumps({"1": phases}))
+    twin = folder / "twin"
+    for name in ("data", "pyramid"):
+        shutil.copytree(folder / name, twin / name)
+    shutil.copy(schedule, twin)
+    train.main([*arguments(twin), "--max_epochs", "1"])
+    shutil.copy(twin / "pyramid" / ".train" / "ck" / "metrics.jsonl", folder)
+    shutil.rmtree(twin)
     train.main([*arguments(folder), "--max_minutes", "1e-9"])
 
 
-def save_given_weights(folder: Path) -> None:
-    """Keep weights called "given": each layer rises evenly from -0.1 to 0.1."""
+def save_given_weights(folder: Path, spec: dict) -> None:
+    """Keep weights called "given", and the field that the network makes of a pair.
+
+    Each layer rises evenly from -0.1 to 0.1. Of the field there is each fourth pixel.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "model_spec.json").write_text(json.dumps(spec))
     net = Aligner(folder, operators="corrected").net
     for weight in net.parameters():
         weight.data = torch.linspace(-0.1, 0.1, weight.numel()).reshape(weight.shape)
     save_weights(net, checkpoint_path(folder, "given"))
+    np.save(folder / "given.npy", given_field(folder)[..., ::4, ::4])
+
+
+def given_field(folder: Path) -> np.ndarray:
+    """(2, ROWS, COLS) float32, pixels: of the weights "given" and the first pair."""
+    aligner = Aligner(folder, checkpoint_name="given", operators="corrected")
+    src, tgt = (torch.from_numpy(section(z))[None, None] for z in (5, 4))
+    with torch.no_grad():
+        return aligner.predict(src, tgt).field[0].numpy()
 
 
 def main(commit: str) -> None:
@@ -136,7 +165,9 @@ def main(commit: str) -> None:
         spec = module / "model" / "model_spec.json"
         spec.write_text(json.dumps(small_network()))
         train_one_step(folder)
-        save_given_weights(module / "model")
+        save_given_weights(module / "model", small_network())
+        if find_spec("metroem.nets.correlation") is not None:
+            save_given_weights(folder / "correlation", correlation_network())
         # h5 files are mostly empty where they are so small.
         shutil.make_archive(str(FIXTURES / commit), "zip", folder)
 

@@ -12,6 +12,8 @@ from metroem import versions
 from metroem.aligner import Aligner
 from metroem.errors import CheckpointError, DatasetError
 from metroem.io.h5 import FieldSet, ImageSet, verify
+from metroem.report.curves import read_curves
+from metroem.training import checkpoint, distributed
 from metroem.training.checkpoint import load_state
 from tests.compatibility.make_earlier import (
     COLS,
@@ -21,6 +23,7 @@ from tests.compatibility.make_earlier import (
     ROWS,
     VECTORS,
     arguments,
+    given_field,
     section,
 )
 
@@ -70,6 +73,38 @@ def test_weights_of_earlier_commits_are_loaded(folder):
         assert torch.equal(weight.data, wanted)
 
 
+def test_weights_of_earlier_commits_make_the_fields_that_they_made(folder):
+    (module,) = (folder / "pyramid").glob("0_*")
+    check_field(module / "model")
+
+
+def check_field(model):
+    made = np.load(model / "given.npy")
+    assert np.abs(made).max() > 0.01
+    # px; convolutions are summed in another order on another machine.
+    found = given_field(model)[..., ::4, ::4]
+    np.testing.assert_allclose(found, made, atol=1e-4)
+
+
+@pytest.mark.parametrize("commit", EARLIER[EARLIER.index("cd6cc5d") :])
+def test_networks_that_search_make_the_fields_that_they_made(tmp_path, commit):
+    shutil.unpack_archive(FIXTURES / f"{commit}.zip", tmp_path)
+    check_field(tmp_path / "correlation")
+
+
+def test_networks_that_search_of_before_their_votes_were_weighed_are_refused(tmp_path):
+    shutil.unpack_archive(FIXTURES / "2c41c25.zip", tmp_path)
+    with pytest.raises(CheckpointError, match="given.state.pth.tar.*tolerance"):
+        given_field(tmp_path / "correlation")
+
+
+def test_figures_of_earlier_commits_are_read(folder):
+    curves = {curve.figure: curve for curve in read_curves(folder / "metrics.jsonl")}
+    # An epoch of each of two phases.
+    assert curves["loss"].phases == (0, 1)
+    assert np.isfinite(curves["loss"].values["training"]).all()
+
+
 def test_a_training_of_an_earlier_commit_is_gone_on_with(folder):
     path = folder / "pyramid" / ".train" / "ck" / "stage_0.state.pt"
     before = torch.load(path, weights_only=True)
@@ -79,6 +114,60 @@ def test_a_training_of_an_earlier_commit_is_gone_on_with(folder):
     assert after["phase"] == 2
     (field,) = (folder / "data").glob("field_0_*_ck.h5")
     assert np.isfinite(FieldSet(field).read(0)).all()
+
+
+@pytest.fixture
+def state(request, tmp_path):
+    """The path of the state of a commit, and its content."""
+    shutil.unpack_archive(FIXTURES / f"{request.param}.zip", tmp_path)
+    path = tmp_path / "pyramid" / ".train" / "ck" / "stage_0.state.pt"
+    return path, torch.load(path, weights_only=True)
+
+
+def rewritten(state, **settings):
+    """A state whose settings are changed, saved, and these settings."""
+    path, tree = state
+    tree["settings"] = {**tree["settings"], **settings}
+    torch.save(tree, path)
+    return path, tree["settings"]
+
+
+PHASES = "the phases of the schedule"
+
+
+@pytest.mark.parametrize("state", ["2c41c25", "8016db9"], indirect=True)
+def test_rules_that_a_schedule_asked_for_stay_those_of_the_state(state, tmp_path):
+    # What was the default before masks of tgt were known, now asked for; this commit
+    # wrote it with the keys that phases have had since.
+    shutil.unpack_archive(FIXTURES / "2c41c25.zip", tmp_path / "later")
+    later = tmp_path / "later" / "pyramid" / ".train" / "ck" / "stage_0.state.pt"
+    settings = torch.load(later, weights_only=True)["settings"]
+    assert "tgt_defects" not in str(settings[PHASES])
+    path, _ = state
+    assert load_state(path, settings).step == 1
+    faster = [phase.replace("lr=0.001", "lr=0.002") for phase in settings[PHASES]]
+    with pytest.raises(CheckpointError, match="other settings: the phases"):
+        load_state(path, {**settings, PHASES: faster})
+
+
+@pytest.mark.parametrize("state", ["8016db9", "8ed16c9"], indirect=True)
+def test_a_batch_that_was_asked_for_stays_that_of_the_state(state):
+    path, settings = rewritten(state, **{"--batch_size": 1})
+    assert load_state(path, settings).step == 1
+    with pytest.raises(CheckpointError, match="--batch_size was 1, is 3"):
+        load_state(path, {**settings, "--batch_size": 3})
+
+
+@pytest.mark.parametrize("state", ["8ed16c9"], indirect=True)
+def test_a_state_that_does_not_say_how_many_ranks_began_it(state, monkeypatch, caplog):
+    path, settings = rewritten(state, **{"--batch_size": None})
+    now = {**settings, "--batch_size": 2}
+    with pytest.raises(CheckpointError, match="--batch_size was None, is 2"):
+        load_state(path, now)
+    monkeypatch.setattr(distributed, "world_size", lambda: 2)
+    monkeypatch.setattr(checkpoint, "check_same", lambda *_: None)
+    assert load_state(path, now).step == 1
+    assert "does not say how many began it" in caplog.text
 
 
 def test_newer_files_are_refused(tmp_path):

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 import train
+from metroem import cli
 from metroem.__main__ import main
 from metroem.data.dataset import find_pairs, read_sample
 from metroem.errors import DatasetError, MetroEMError
@@ -59,7 +60,8 @@ def written(tmp_path_factory):
 
 def stored_anew(source, target, how):
     """A copy of a set, its pairs stored in another way."""
-    target.write_bytes(source.read_bytes())
+    if target != source:
+        target.write_bytes(source.read_bytes())
     if how is None:
         return
     with h5py.File(target, "r+") as file:
@@ -98,6 +100,23 @@ def values_of(path):
         return None
 
 
+@pytest.fixture
+def failure(monkeypatch, capsys):
+    """What a command that exits with 1 says: one line."""
+
+    def found(call, arguments):
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as caught:
+            cli.run(lambda: call(arguments))
+        said = capsys.readouterr().err
+        assert caught.value.code == 1 and said.startswith("error: ")
+        assert "Traceback" not in said
+        return said
+
+    monkeypatch.setattr(cli.signal, "signal", lambda *_: None)
+    return found
+
+
 def refusal(call, *arguments, **more):
     with pytest.raises(DatasetError) as caught:
         call(*arguments, **more)
@@ -107,7 +126,7 @@ def refusal(call, *arguments, **more):
 @pytest.mark.parametrize("how", STORED)
 @pytest.mark.parametrize("name", [IMAGES, FIELDS])
 def test_each_flipped_bit_is_found_by_inspect_and_when_the_pair_is_read(
-    written, tmp_path, how, name
+    written, tmp_path, failure, how, name
 ):
     for other in (IMAGES, FIELDS):
         stored_anew(written / other, tmp_path / other, STORED[how])
@@ -121,8 +140,7 @@ def test_each_flipped_bit_is_found_by_inspect_and_when_the_pair_is_read(
         pair = flip_a_bit(tmp_path / name, chance)
         if values_of(tmp_path / name) == values:
             continue  # a bit that nothing hangs on, such as one that fills a byte up
-        said = refusal(main, ["inspect", str(tmp_path)])
-        assert f"{name}: pair {pair} " in said
+        assert f"{name}: pair {pair} " in failure(main, ["inspect", str(tmp_path)])
         kind = ImageSet if name == IMAGES else FieldSet
         said = refusal(kind(tmp_path / name, verifies=True).read, pair)
         assert f"{tmp_path / name}: pair {pair} " in said
@@ -178,11 +196,17 @@ def test_sets_of_the_original_have_nothing_to_check_and_say_so(tmp_path, caplog)
 
 @pytest.fixture
 def run(tmp_path):
-    """A pyramid and pairs of which the third was damaged."""
+    """A pyramid and pairs."""
     write_pairs(tmp_path / "data", mips=(0,), num_pairs=6, shape=(96, 160))
     init_pyramid(tmp_path / "pyramid", [0])
-    damage(tmp_path / "data" / IMAGES, 2)
     return tmp_path
+
+
+@pytest.fixture
+def damaged(run):
+    """Of the pairs the third has another value than was written."""
+    damage(run / "data" / IMAGES, 2)
+    return run
 
 
 def flags(run):
@@ -190,22 +214,40 @@ def flags(run):
     return [*paths, str(run / "data"), "--verify"]
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-def test_training_refuses_a_damaged_pair(run, workers):
-    more = ["--device", "cpu", "--num_workers", str(workers), "--val_pairs", "0"]
-    said = refusal(train.main, [*flags(run), *more])
-    assert f"{IMAGES}: pair 2 is not what was written: its checksum is" in said
-    assert "Traceback" not in said  # of a worker
+ONE_BY_ONE = ["--device", "cpu", "--val_pairs", "0", "--num_workers"]
+REFUSED = f"{IMAGES}: pair 2 is not what was written: its checksum is"
 
 
-def test_evaluation_refuses_a_damaged_pair(run):
-    said = refusal(main, ["evaluate", *flags(run), "--no_finetune"])
-    assert f"{IMAGES}: pair 2 is not what was written" in said
+@pytest.mark.parametrize("workers", ["0", "2"])
+def test_training_refuses_a_damaged_pair(damaged, failure, workers):
+    assert REFUSED in failure(train.main, [*flags(damaged), *ONE_BY_ONE, workers])
+
+
+def test_evaluation_refuses_a_damaged_pair(damaged, failure):
+    evaluation = ["evaluate", *flags(damaged), "--no_finetune"]
+    assert REFUSED in failure(main, evaluation)
+
+
+@pytest.mark.parametrize("how", ["gzip", "lzf"])
+def test_what_cannot_be_unpacked_is_refused_by_both(run, failure, how):
+    path = run / "data" / IMAGES
+    stored_anew(path, path, STORED[how] or {**STORED["gzip"], "compression": "lzf"})
+    good, chance = path.read_bytes(), random.Random(how)
+    pair = flip_a_bit(path, chance)
+    while values_of(path) is not None:  # one that HDF5 itself cannot unpack
+        path.write_bytes(good)
+        pair = flip_a_bit(path, chance)
+    for call, arguments in (
+        (train.main, [*flags(run), *ONE_BY_ONE, "0"]),
+        (main, ["evaluate", *flags(run), "--no_finetune"]),
+        (main, ["inspect", str(run / "data")]),
+    ):
+        assert f"{IMAGES}: pair {pair} cannot be read" in failure(call, arguments)
 
 
 @pytest.mark.slow
-def test_a_command_that_finds_a_damaged_pair_exits_with_1(run):
-    command = [sys.executable, "-m", "metroem", "inspect", str(run / "data")]
+def test_a_command_that_finds_a_damaged_pair_exits_with_1(damaged):
+    command = [sys.executable, "-m", "metroem", "inspect", str(damaged / "data")]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 1 and "Traceback" not in done.stderr
     assert f"{IMAGES}: pair 2 is not what was written" in done.stderr
