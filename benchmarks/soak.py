@@ -20,6 +20,7 @@ from typing import NamedTuple
 
 import numpy as np
 from made_run import make_run, train_command
+from scipy.stats import theilslopes
 
 from metroem import cli
 from metroem.demo import Run, environment
@@ -74,7 +75,8 @@ def run_benchmark(request: argparse.Namespace, folder: Path) -> None:
             f"{looks[-1].steps if looks else 0}: too few; give more --steps"
         )
     steps, kib, handles = (np.array(column) for column in zip(*counted, strict=True))
-    slope = slope_per_step(steps, kib) * 1000
+    # The median of the slopes between all points: a few far off do not count.
+    slope = float(theilslopes(kib, steps).slope) * 1000
     figures = {
         "steps": request.steps,
         "looks": len(counted),
@@ -147,19 +149,6 @@ def look_at(pid: int, run: Run) -> Look | None:
     if not resident:  # it is ending
         return None
     return Look(epochs * EPOCH_STEPS, int(resident[0].split()[1]), handles)
-
-
-def slope_per_step(steps: np.ndarray, values: np.ndarray) -> float:
-    """Slope of the line through points, by Theil and Sen: a few far off do not count.
-
-    Args:
-        steps: (N,) places.
-        values: (N,) what was found there.
-    """
-    first, second = np.triu_indices(len(steps), 1)
-    apart = steps[second] - steps[first]
-    slopes = (values[second] - values[first])[apart > 0] / apart[apart > 0]
-    return float(np.median(slopes))
 
 
 if __name__ == "__main__":

@@ -52,6 +52,7 @@ def test_an_untrained_pyramid_is_evaluated_as_a_user_calls_it(run, capsys):
     assert "x0_y0_z1_MIP0.h5: means over 2 pairs of 96x160 px at mip 0" in out
     assert "x0_y0_z1_MIP0.h5 pair 1 (z 2 on 1): CPC" in out
     written = json.loads((run / "figures.json").read_text())
+    assert written["format_version"] == 1
     assert written["no_finetune"] and written["chunk_px"] == 64
     (found,) = written["sets"]
     scores = [pair["score"] for pair in found["pairs"]]

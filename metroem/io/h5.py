@@ -30,7 +30,6 @@ name, and pair i is src z + i on tgt z + i - 1.
 
 from metroem.io.checksums import verify
 from metroem.io.h5_read import (
-    FORMAT_VERSION,
     Box,
     FieldSet,
     ImageSet,
@@ -47,7 +46,6 @@ from metroem.io.h5_write import (
 )
 
 __all__ = [
-    "FORMAT_VERSION",
     "Box",
     "FieldSet",
     "FieldSetMeta",

@@ -16,8 +16,8 @@ from pathlib import Path
 import h5py
 import numpy as np
 
-from metroem.io.checksums import main_dataset, pair_checksum
-from metroem.io.replace import drop_partials, make_folder, writing
+from metroem.io.checksums import CHECKSUM_KEY, main_dataset, pair_checksum
+from metroem.io.replace import drop_partials, make_folder, replacing
 
 # What HDF5 writes beside the values: what describes a file, and its index of chunks.
 _BESIDE, _BESIDE_A_CHUNK = 2**20, 256
@@ -36,26 +36,19 @@ def replacing_h5(path: Path) -> Iterator[h5py.File]:
         StorageError: the disk is full, or may not be written to.
     """
     make_folder(path.parent)
-    partial = path.with_name(f".{path.name}.tmp-{os.getpid()}")
-    try:
-        with writing(path):
-            with partial.open("wb") as raw:
-                _keep(raw.fileno(), _BESIDE)
-            with h5py.File(partial, "w") as file:
-                yield file
-            # After closing, since scaleoffset rounds when a chunk is written out.
-            with h5py.File(partial, "r+") as file:
-                if "checksum" not in file:
-                    pairs = range(len(main_dataset(file)))
-                    checksums = [pair_checksum(file, index) for index in pairs]
-                    file["checksum"] = np.array(checksums, np.uint32)
-            with partial.open("r+b") as raw:
-                raw.truncate(partial.stat().st_size)  # gives back what was kept
-                os.fsync(raw.fileno())
-            os.replace(partial, path)
-        drop_partials(path)
-    finally:
-        partial.unlink(missing_ok=True)
+    with replacing(path) as partial:
+        with partial.open("wb") as raw:
+            _keep(raw.fileno(), _BESIDE)
+        with h5py.File(partial, "w") as file:
+            yield file
+        # After closing, since scaleoffset rounds when a chunk is written out.
+        with h5py.File(partial, "r+") as file:
+            if CHECKSUM_KEY not in file:
+                pairs = range(len(main_dataset(file)))
+                checksums = [pair_checksum(file, index) for index in pairs]
+                file[CHECKSUM_KEY] = np.array(checksums, np.uint32)
+        os.truncate(partial, partial.stat().st_size)  # gives back what was kept
+    drop_partials(path)
 
 
 def keep_room(file: h5py.File) -> None:

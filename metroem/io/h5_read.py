@@ -25,7 +25,6 @@ from metroem.specs.filenames import FieldSetName, ImageSetName
 
 logger = logging.getLogger(__name__)
 
-FORMAT_VERSION = versions.SETS
 ALL = slice(None)
 Box = tuple[int, int, int, int, int, int]
 
@@ -127,8 +126,8 @@ class _PairFile:
             raise IndexError(f"{self.path}: pair {index} of {self.num_pairs}")
 
     def _check(self) -> None:
-        version = self.attributes.get("format_version", FORMAT_VERSION)
-        versions.check_version(version, FORMAT_VERSION, str(self.path), DatasetError)
+        version = self.attributes.get("format_version", versions.SETS)
+        versions.check_version(version, versions.SETS, str(self.path), DatasetError)
         if self._stated("mip", self.mip) != self.mip:
             raise DatasetError(
                 f"{self.path}: named as mip {self.mip}, but it was written at mip "

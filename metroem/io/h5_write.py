@@ -16,11 +16,12 @@ import h5py
 import numpy as np
 from numpy.typing import DTypeLike
 
+from metroem import versions
 from metroem.errors import DatasetError, FieldError
 from metroem.grid import Grid
 from metroem.io.checksums import DEFECTS_KEY
 from metroem.io.h5_making import keep_room, replacing_h5
-from metroem.io.h5_read import FORMAT_VERSION, Pair
+from metroem.io.h5_read import Pair
 from metroem.io.parts import as_json
 
 _CHUNK_PX = 512
@@ -100,7 +101,7 @@ class SetMeta:
     def attributes(self) -> dict:
         """What becomes the attributes of the file."""
         return {
-            "format_version": FORMAT_VERSION,
+            "format_version": versions.SETS,
             "source_path": self.source,
             "mip": self.mip,
             "command": self.command,

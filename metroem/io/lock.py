@@ -19,8 +19,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from metroem.errors import StorageError, disk_trouble
-from metroem.io.replace import writing
+from metroem.errors import StorageError
+from metroem.io.replace import folder_trouble, writing
 
 logger = logging.getLogger(__name__)
 
@@ -69,10 +69,7 @@ def _taken(lock: Path) -> int | None:
         except OSError as error:
             if error.errno in _READ_ONLY:
                 return None
-            raise disk_trouble(error, lock) or StorageError(
-                f"{lock.parent}: this folder cannot be made ({error.strerror}); name "
-                "another"
-            ) from error
+            raise folder_trouble(error, lock.parent) from error
         try:
             # Of a process: a lock of an open file would outlive it in its children.
             fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -6,9 +6,7 @@ whole, whatever killed the run that wrote it.
 """
 
 import json
-import os
 import shutil
-import threading
 from collections.abc import Mapping
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from metroem.errors import DatasetError
-from metroem.io.replace import make_folder, replace_file, writing
+from metroem.io.replace import make_folder, replace_file, replacing
 
 _REQUEST = "request.json"
 
@@ -101,20 +99,10 @@ class PartStore:
         Raises:
             StorageError: the disk is full, or may not be written to.
         """
-        path = self._path(key)
-        partial = path.with_name(
-            f".{path.name}.{os.getpid()}-{threading.get_ident()}.tmp"
-        )
-        try:
-            with writing(path), partial.open("wb") as file:
-                # numpy writes to a file itself, and then does not say why it failed.
-                through: Any = SimpleNamespace(write=file.write)
-                np.lib.format.write_array(through, array, allow_pickle=False)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(partial, path)
-        finally:
-            partial.unlink(missing_ok=True)
+        with replacing(self._path(key)) as partial, partial.open("wb") as file:
+            # numpy writes to a file itself, and then does not say why it failed.
+            through: Any = SimpleNamespace(write=file.write)
+            np.lib.format.write_array(through, array, allow_pickle=False)
 
     def load(self, key: str) -> np.ndarray:
         """The array of a key, memory-mapped and read-only.

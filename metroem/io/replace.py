@@ -2,6 +2,7 @@
 
 import glob
 import os
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -36,10 +37,14 @@ def make_folder(path: Path) -> None:
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        trouble = disk_trouble(error, path) or StorageError(
-            f"{path}: this folder cannot be made ({error.strerror}); name another"
-        )
-        raise trouble from error
+        raise folder_trouble(error, path) from error
+
+
+def folder_trouble(error: OSError, path: Path) -> StorageError:
+    """Why a folder cannot be made, for people."""
+    return disk_trouble(error, path) or StorageError(
+        f"{path}: this folder cannot be made ({error.strerror}); name another"
+    )
 
 
 @contextmanager
@@ -55,7 +60,8 @@ def replacing(path: Path) -> Iterator[Path]:
     Raises:
         StorageError: the disk is full, or may not be written to.
     """
-    partial = path.with_name(f".{path.name}.tmp-{os.getpid()}")
+    here = f"{os.getpid()}-{threading.get_ident()}"
+    partial = path.with_name(f".{path.name}.tmp-{here}")
     try:
         with writing(path):
             yield partial

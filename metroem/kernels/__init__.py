@@ -28,9 +28,9 @@ def _kernels_work(device: torch.device) -> bool:
     except Exception as error:  # it raises whatever its parts raise
         first_line = next(iter(str(error).strip().splitlines()), type(error).__name__)
         logger.warning(
-            "fields are finetuned some 7 times slower than they could be, since Triton "
-            "does not work on this machine: %s. It needs a C compiler, for example apt "
-            "install gcc",
+            "fields are finetuned 6 to 13 times slower than they could be, since "
+            "Triton does not work on this machine: %s. It needs a C compiler, for "
+            "example apt install gcc",
             first_line,
         )
         return False

@@ -22,7 +22,6 @@ import triton.language as tl
 from torch import Tensor
 
 _BLOCK = 256
-_OPTIONS: Any = {"num_warps": 4}
 
 
 class Constants(NamedTuple):
@@ -82,13 +81,12 @@ def loss_and_gradient(
         field, constants.table, constants.tgt, constants.tgt_weights, maps, sums,
         rows, cols, batch * size, batch * blocks,
         FEATURES=len(constants.tgt), PAD=constants.pad, MOVING=moving, BLOCK=_BLOCK,
-        **_OPTIONS,
     )  # fmt: skip
     gradient = torch.empty_like(field)
     strain = maps[7] if moving else maps
     _strain[grid](
         field, weights[1], constants.is_defined, strain, gradient, sums,
-        rows, cols, batch * blocks, MOVING=moving, BLOCK=_BLOCK, **_OPTIONS,
+        rows, cols, batch * blocks, MOVING=moving, BLOCK=_BLOCK,
     )  # fmt: skip
     value, similarity_total, rigidity_total, strained, squares = sums.sum(2)
     shares = torch.stack((similarity_total, rigidity_total))
@@ -101,7 +99,7 @@ def loss_and_gradient(
     l2 = factors.l2 / (2 * size)
     _combine[grid](
         field, maps, scalars, gradient, size, batch * size, batch, 2 * l2,
-        MOVING=moving, BLOCK=_BLOCK, **_OPTIONS,
+        MOVING=moving, BLOCK=_BLOCK,
     )  # fmt: skip
     return costs.sum(0) + l2 * squares, gradient
 
@@ -125,7 +123,7 @@ def coarser(gradient: Tensor, scale: int) -> Tensor:
     grid = (triton.cdiv(size[0] * size[1], _BLOCK), gradient.shape[0] * 2)
     _coarsen[grid](
         gradient.contiguous(), found, rows, cols, *size,
-        SCALE=scale, BLOCK=_BLOCK, **_OPTIONS,
+        SCALE=scale, BLOCK=_BLOCK,
     )  # fmt: skip
     return found
 

@@ -144,7 +144,6 @@ class StageTrainer:
             self._restore(state)
         self.model = prepared_model(self.aligner, self.settings)
         self.optimizer: PhaseOptimizer | None = None
-        self._has_state = state is not None
 
     def train(self) -> None:
         """Run the phases that are left, then mark the stage as done."""
@@ -165,8 +164,8 @@ class StageTrainer:
                 started = time.monotonic()
                 self._train_epoch(self.optimizer, samples)
                 epoch = state.epoch + 1
-                if not self._has_state:
-                    # A run that is killed before it has one begins anew: from the
+                if (state.phase, epoch) == (0, 1):
+                    # A run that is killed without a state begins anew: from the
                     # weights it began from, not from the best that replace them now.
                     self._save()
                 if epoch % phase.print_every == 0 or epoch == phase.num_epochs:
@@ -376,7 +375,6 @@ class StageTrainer:
         if self.optimizer is not None:
             self.optimizer.note_state(self.state)
         self.state.rng = torch.get_rng_state()
-        self._has_state = True
         if self.is_first_rank:
             save_state(self.run.state(self.job.module.stage), self.state)
 

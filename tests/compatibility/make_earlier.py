@@ -2,8 +2,8 @@
 
 For each commit of `EARLIER`, in this project's environment:
 
-    git worktree add --detach /tmp/old-<sha> <sha>
-    PYTHONPATH=/tmp/old-<sha> python tests/compatibility/make_earlier.py <sha>
+    git worktree add --detach ../old-<sha> <sha>
+    PYTHONPATH=../old-<sha> python tests/compatibility/make_earlier.py <sha>
 
 A training is stopped after its first step, so that its state is one to go on from,
 and the weights are those that it then has. Another gives the lines of an epoch. Of two
