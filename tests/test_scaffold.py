@@ -163,9 +163,10 @@ class TestFetch:
         with pytest.raises(PyramidError, match=r"my_model.*0_mip8in_rigid"):
             fetch(str(source / "my_model"), tmp_path / "mine")
 
-    @pytest.mark.parametrize("path", ["../evil.py", "/tmp/evil.py"])
-    def test_paths_that_lead_out_of_it_are_refused(self, tmp_path, monkeypatch, path):
-        files = [("0_mip5in_a/create.py", b""), (path, b"")]
+    @pytest.mark.parametrize("folder", ["..", "{tmp_path}"])
+    def test_paths_that_lead_out_of_it_are_refused(self, tmp_path, monkeypatch, folder):
+        evil = f"{folder.format(tmp_path=tmp_path)}/evil.py"
+        files = [("0_mip5in_a/create.py", b""), (evil, b"")]
         monkeypatch.setattr("metroem.scaffold._read_files", lambda source: files)
 
         with pytest.raises(PyramidError, match="evil"):
