@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from metroem.nets.block_means import block_means
 from metroem.nets.local_correlation import window_offsets
 
 # Sides of the neighbourhoods that votes are pooled over, px of the level.
@@ -74,10 +75,9 @@ def _pool(weighted: Tensor, size: int) -> Tensor:
         size: of the blocks that they are summed over first, px.
     """
     rows, cols = weighted.shape[-2:]
-    coarse = F.avg_pool2d(weighted, size, ceil_mode=True, count_include_pad=False)
-    coarse = F.avg_pool2d(coarse, 3, 1, 1, count_include_pad=False)
+    coarse = _weighted_mean(block_means(weighted, size))
     mean = F.interpolate(
-        _weighted_mean(coarse), scale_factor=size, mode="bilinear", align_corners=False
+        coarse, scale_factor=size, mode="bilinear", align_corners=False
     )
     return mean[..., :rows, :cols]
 

@@ -5,7 +5,13 @@ import torch
 import torch.nn.functional as F
 
 from metroem.data.sample import seeded_generator
-from metroem.nets.local_correlation import TILE, local_correlation, window_offsets
+from metroem.nets.local_correlation import (
+    TILE,
+    _correlation,
+    _correlation_backward,
+    local_correlation,
+    window_offsets,
+)
 
 
 def maps(batch, channels, rows, cols, dtype=torch.float32):
@@ -138,3 +144,18 @@ def test_nothing_given_is_written_to():
     before = a.clone(), b.clone()
     local_correlation(a, b, 2)
     assert torch.equal(a, before[0]) and torch.equal(b, before[1])
+
+
+@pytest.mark.parametrize(("batch", "channels", "rows", "cols", "radius"), SHAPES[1:4])
+@pytest.mark.parametrize("order", [torch.contiguous_format, torch.channels_last])
+def test_the_compiler_is_told_the_truth(batch, channels, rows, cols, radius, order):
+    pair = maps(batch, channels, rows, cols)
+    a, b = (x.contiguous(memory_format=order).requires_grad_() for x in pair)
+    leaves = (a, b, radius)
+    torch.library.opcheck(_correlation, leaves)
+    gradient = torch.randn_like(_correlation(*leaves))
+    torch.library.opcheck(
+        _correlation_backward,
+        (gradient, *leaves),
+        test_utils=("test_schema", "test_faketensor"),
+    )
