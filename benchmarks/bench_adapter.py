@@ -35,17 +35,17 @@ def first_stage(src: np.ndarray, tgt: np.ndarray, pyramid: str) -> np.ndarray:
 
 
 def finetuned_for(
-    src: np.ndarray, tgt: np.ndarray, pyramid: str, share: float
+    src: np.ndarray, tgt: np.ndarray, pyramid: str, steps: int
 ) -> np.ndarray:
-    """All stages, each with a share of the finetuning steps that it may make."""
+    """All stages, each finetuned by at most so many steps; 0: by none."""
     whole = load(pyramid)
-    if share == 0:
+    if steps == 0:
         return networks(src, tgt, pyramid)
     kept = [aligner.options for aligner in whole.aligners]
     try:
         for aligner, options in zip(whole.aligners, kept, strict=True):
-            steps = max(round(share * options.finetune_iter), 1)
-            aligner.options = replace(options, finetune_iter=steps)
+            most = min(steps, options.finetune_iter)
+            aligner.options = replace(options, finetune_iter=most)
         return whole.align(src, tgt)
     finally:
         for aligner, options in zip(whole.aligners, kept, strict=True):

@@ -34,7 +34,7 @@ from quality_bars import (
     bar_of_training,
     bars_of_cases,
 )
-from quality_cases import Cases, check, epe_by_share, picked
+from quality_cases import Cases, check, epe_by_steps, picked
 from quality_page import Page, Pair, write_page
 from quality_pictures import save_curves, save_pair
 from quality_request import ROOT, QualityRequest, build_parser
@@ -157,8 +157,8 @@ def score_distilled(request: QualityRequest) -> dict[str, object]:
     cases = Cases(request.bench, request.held_out, request.seed)
     distilled = str(request.distilled_path)
     figures: dict[str, object] = {
-        "without": epe_by_share(cases, records, request.pyramid),
-        "distilled": epe_by_share(cases, records, distilled),
+        "without": epe_by_steps(cases, records, request.pyramid),
+        "distilled": epe_by_steps(cases, records, distilled),
     }
     write_json(request.out / "distil.json", figures)
     return {}
@@ -219,7 +219,7 @@ def other_bars(
     distil = read_json(request.out / "distil.json")
     if distil:
         epes = [
-            {float(share): epe for share, epe in distil[key].items()}
+            {int(steps): epe for steps, epe in distil[key].items()}
             for key in ("without", "distilled")
         ]
         bars.append(bar_of_distilling(*epes))

@@ -64,24 +64,24 @@ def bar_of_training(seconds: float | None) -> Bar:
 
 
 def bar_of_distilling(
-    without: Mapping[float, float], distilled: Mapping[float, float]
+    without: Mapping[int, float], distilled: Mapping[int, float]
 ) -> Bar:
     """The demand on `distil`: at most a third of the finetuning.
 
     Args:
-        without: mean EPE by share of the finetuning steps, of the pyramid that
-            was not distilled.
+        without: mean EPE by the steps of finetuning that each stage may make, of
+            the pyramid that was not distilled.
         distilled: likewise, of the one that was.
     """
-    wanted = EQUAL_EPE * without[1.0]
-    shares = [
-        min((share for share, epe in epes.items() if epe <= wanted), default=None)
+    wanted = EQUAL_EPE * without[max(without)]
+    steps = [
+        min((most for most, epe in epes.items() if epe <= wanted), default=None)
         for epes in (without, distilled)
     ]
     found = None
-    if shares[0]:  # else the networks alone are as good: there is nothing to save
-        found = float("inf") if shares[1] is None else shares[1] / shares[0]
-    text = f"finetuning to {wanted:.2f} px, of that without `distil`"
+    if steps[0]:  # else the networks alone are as good: there is nothing to save
+        found = float("inf") if steps[1] is None else steps[1] / steps[0]
+    text = f"finetuning to {wanted:.2f} px, of {steps[0]} steps without `distil`"
     return Bar("distil: share of the finetuning", text, 1 / 3, found)
 
 

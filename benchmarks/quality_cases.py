@@ -17,7 +17,8 @@ from metroem.errors import UsageError
 
 logger = logging.getLogger("metroem.benchmarks.quality")
 
-SHARES = (0.0, 0.05, 0.1, 0.2, 0.3, 0.5, 1.0)  # of the finetuning steps
+# Steps of finetuning that each stage may make; the last is all that it makes.
+STEPS = (0, 1, 2, 3, 4, 5, 6, 8, 10, 15, 300)
 
 
 class Solved(NamedTuple):
@@ -124,18 +125,18 @@ def picked(results: Results, family: str) -> dict[str, Record]:
     return {name: records[place] for name, place in places.items()}
 
 
-def epe_by_share(
+def epe_by_steps(
     cases: Cases,
     records: Iterable[Record],
     pyramid: str,
-    shares: Sequence[float] = SHARES,
-) -> dict[float, float]:
-    """Mean EPE by the share of the finetuning steps that each stage may make."""
-    errors: dict[float, list[float]] = {share: [] for share in shares}
+    steps: Sequence[int] = STEPS,
+) -> dict[int, float]:
+    """Mean EPE by the steps of finetuning that each stage may make."""
+    errors: dict[int, list[float]] = {most: [] for most in steps}
     for record in records:
         case = cases.make(record)
         truth, valid, _ = case.truth()
-        for share in shares:
-            field = bench_adapter.finetuned_for(case.src, case.tgt, pyramid, share)
-            errors[share].append(float(np.hypot(*(field - truth))[valid].mean()))
-    return {share: statistics.fmean(found) for share, found in errors.items()}
+        for most in steps:
+            field = bench_adapter.finetuned_for(case.src, case.tgt, pyramid, most)
+            errors[most].append(float(np.hypot(*(field - truth))[valid].mean()))
+    return {most: statistics.fmean(found) for most, found in errors.items()}
