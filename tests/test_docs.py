@@ -87,6 +87,7 @@ def test_the_tutorial_ends_with_weights_a_report_fields_and_places(tutorial):
 
 
 @pytest.mark.slow
+@pytest.mark.long  # CI runs the same of the README: tests/clients/test_corgie.py
 @pytest.mark.skipif(
     not (ROOT / CORGIE).is_file(), reason="no corgie: make clients installs it"
 )
