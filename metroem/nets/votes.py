@@ -5,10 +5,9 @@ Source: robust means by reweighting as in Holland and Welsch 1977
 """
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from metroem.nets.block_means import block_means
+from metroem.nets.block_means import block_means, spread
 from metroem.nets.local_correlation import window_offsets
 
 # Sides of the neighbourhoods that votes are pooled over, px of the level.
@@ -75,10 +74,7 @@ def _pool(weighted: Tensor, size: int) -> Tensor:
         size: of the blocks that they are summed over first, px.
     """
     rows, cols = weighted.shape[-2:]
-    coarse = _weighted_mean(block_means(weighted, size))
-    mean = F.interpolate(
-        coarse, scale_factor=size, mode="bilinear", align_corners=False
-    )
+    mean = spread(_weighted_mean(block_means(weighted, size)), size)
     return mean[..., :rows, :cols]
 
 

@@ -3,13 +3,15 @@
 import sys
 import time
 import types
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from metroem.aligner import Aligner
-from metroem.errors import UsageError
+from metroem.errors import ResourceError, UsageError
 
 # What artificery runs its parsers under, which is no module that can be imported: the
 # compiler looks names of functions up there.
@@ -52,6 +54,29 @@ def check_compiles(aligner: Aligner, path: object) -> None:
             "leave the flag out, or say operators='corrected' in its create.py and "
             "train it anew"
         )
+
+
+@contextmanager
+def compiler_failures_named() -> Iterator[None]:
+    """Say what a network that torch.compile fails on can do without (ResourceError).
+
+    It compiles each size of samples when it first meets it, so a run may have begun.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        from torch._dynamo.exc import TorchDynamoException  # takes a second to load
+
+        if not isinstance(error, TorchDynamoException):
+            raise
+        cause = getattr(error, "inner_exception", error)
+        first_line = next(iter(str(cause).strip().splitlines()), "")
+        raise ResourceError(
+            "--compile: torch.compile failed on the network "
+            f"({type(cause).__name__}: {first_line}). The same command without the "
+            "flag goes on from the last save; another crop_size of the schedule or "
+            "another version of torch may compile"
+        ) from error
 
 
 def compile_network(aligner: Aligner, backend: Any = "inductor") -> None:

@@ -29,6 +29,7 @@ from metroem.training.checkpoint import (
     load_state,
     save_state,
 )
+from metroem.training.compiling import compiler_failures_named
 from metroem.training.job import StageJob
 from metroem.training.memory import enough_memory
 from metroem.training.model import inner_model, load_aligner, prepared_model
@@ -159,7 +160,11 @@ class StageTrainer:
         self.optimizer = PhaseOptimizer(
             self.aligner.net, phase, phase.num_epochs * num_updates, state
         )
-        with self._enough_memory(phase), closing(self._samples(phase)) as samples:
+        with (
+            compiler_failures_named(),
+            self._enough_memory(phase),
+            closing(self._samples(phase)) as samples,
+        ):
             while state.epoch < phase.num_epochs:
                 started = time.monotonic()
                 self._train_epoch(self.optimizer, samples)

@@ -4,9 +4,17 @@ import pytest
 import torch
 
 from metroem.data.sample import seeded_generator
-from metroem.nets.block_means import _opaque, _opaque_backward, block_means
+from metroem.nets.block_means import (
+    _block_means,
+    _block_means_backward,
+    _spread,
+    _spread_backward,
+    block_means,
+    spread,
+)
 
 SHAPES = [((1, 1, 7, 10), 3), ((2, 5, 16, 9), 4), ((1, 2, 3, 5), 8), ((2, 1, 6, 4), 1)]
+TWINS = [(block_means, _block_means), (spread, _spread)]
 
 
 def numbers(*shape):
@@ -23,29 +31,37 @@ def test_each_block_is_averaged_with_those_beside_it():
     torch.testing.assert_close(block_means(x, 2)[0, 0], expected)
 
 
+def test_blocks_are_spread_by_their_middles():
+    x = torch.tensor([[[[0.0, 4.0], [8.0, 12.0]]]])
+    # Pixels lie at 1/4 and 3/4 of the way between middles, and beyond the outer ones.
+    cols = torch.tensor([0.0, 1.0, 3.0, 4.0])
+    torch.testing.assert_close(spread(x, 2)[0, 0], cols + 2 * cols[:, None])
+
+
+@pytest.mark.parametrize(("plain", "opaque"), TWINS)
 @pytest.mark.parametrize(("shape", "size"), SHAPES)
-def test_what_compiled_networks_call_is_the_same(shape, size):
+def test_what_compiled_networks_call_is_the_same(plain, opaque, shape, size):
     x, twin = numbers(*shape), numbers(*shape)
-    plain, opaque = block_means(x, size), _opaque(twin, size)
-    assert torch.equal(plain, opaque)
-    weight = numbers(*plain.shape).detach()
-    for result in (plain, opaque):
+    results = plain(x, size), opaque(twin, size)
+    assert torch.equal(*results)
+    weight = numbers(*results[0].shape).detach()
+    for result in results:
         (result * weight).sum().backward()
     torch.testing.assert_close(twin.grad, x.grad)
 
 
+@pytest.mark.parametrize("opaque", [opaque for _, opaque in TWINS])
 @pytest.mark.parametrize(("shape", "size"), SHAPES)
-def test_the_compiler_is_told_the_truth(shape, size):
-    x = numbers(*shape)
-    torch.library.opcheck(_opaque, (x, size))
-    torch.library.opcheck(
-        _opaque_backward,
-        (torch.randn_like(_opaque(x, size)), size, *shape[-2:]),
-        test_utils=("test_schema", "test_faketensor"),
-    )
+@pytest.mark.parametrize("order", [torch.contiguous_format, torch.channels_last])
+def test_the_compiler_is_told_the_truth(opaque, shape, size, order):
+    x = numbers(*shape).detach().contiguous(memory_format=order).requires_grad_()
+    torch.library.opcheck(opaque, (x, size))
 
 
-def test_memory_in_another_order():
-    x = numbers(2, 5, 8, 12).detach().contiguous(memory_format=torch.channels_last)
-    torch.testing.assert_close(_opaque(x, 4), block_means(x, 4))
-    torch.library.opcheck(_opaque, (x.requires_grad_(), 4))
+@pytest.mark.parametrize(
+    ("backward", "more"), [(_block_means_backward, (7, 10)), (_spread_backward, ())]
+)
+def test_so_it_is_of_slopes(backward, more):
+    tests = ("test_schema", "test_faketensor")
+    gradient = numbers(2, 5, 3, 6 if not more else 4).detach()
+    torch.library.opcheck(backward, (gradient, 3, *more), test_utils=tests)

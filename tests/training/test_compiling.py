@@ -12,13 +12,14 @@ import torch
 
 import train
 from metroem.aligner import Aligner
-from metroem.errors import UsageError
+from metroem.errors import ResourceError, UsageError
 from metroem.scaffold import init_pyramid
 from metroem.training.activations import checkpoint_activations
 from metroem.training.compiling import (
     check_compiler,
     check_compiles,
     compile_network,
+    compiler_failures_named,
 )
 from tests.nets.specs import scalenet, write_spec
 from tests.nets.test_correlation import SMALL
@@ -78,6 +79,24 @@ def test_modules_with_stock_operators_are_refused_before_any_training(
     with pytest.raises(UsageError, match="0_mip1in_scalenet has stock operators"):
         train.main(arguments(tmp_path, "--compile"))
     assert not list(tmp_path.glob("pyramid/*/model/ck*"))
+
+
+def failing(graph, inputs):
+    raise AssertionError("index.is_vec")
+
+
+def test_a_network_that_torch_cannot_compile_is_named(tmp_path):
+    aligner = aligner_of(tmp_path, SMALL)
+    compile_network(aligner, failing)
+    with (
+        pytest.raises(
+            ResourceError, match="(?s)--compile: .*is_vec.* without the flag"
+        ),
+        compiler_failures_named(),
+    ):
+        passes(aligner, 24, 32)
+    with pytest.raises(RuntimeError, match="of its own"), compiler_failures_named():
+        raise RuntimeError("of its own")
 
 
 def passes(aligner, rows, cols):
