@@ -41,7 +41,8 @@ def window_offsets(radius: int, device: torch.device) -> Tensor:
 
 
 # Operations of their own, which torch.compile calls as they are: written out, with a
-# product for each row of a window, they took it minutes (torch 2.13, 2026-11).
+# product for each row of a window, each took it half a minute, not 3 s (torch 2.13,
+# 2026-11).
 @torch.library.custom_op("metroem::local_correlation", mutates_args=())
 def _correlation(a: Tensor, b: Tensor, radius: int) -> Tensor:
     rows, side = a.shape[-2], 2 * radius + 1

@@ -59,9 +59,13 @@ def test_the_compiler_is_told_the_truth(opaque, shape, size, order):
 
 
 @pytest.mark.parametrize(
-    ("backward", "more"), [(_block_means_backward, (7, 10)), (_spread_backward, ())]
+    ("backward", "shape", "more"),
+    [
+        (_block_means_backward, (2, 5, 3, 4), (7, 10)),  # the size of the pixels
+        (_spread_backward, (2, 5, 9, 12), ()),
+    ],
 )
-def test_so_it_is_of_slopes(backward, more):
+def test_so_it_is_of_slopes(backward, shape, more):
     tests = ("test_schema", "test_faketensor")
-    gradient = numbers(2, 5, 3, 6 if not more else 4).detach()
+    gradient = numbers(*shape).detach()
     torch.library.opcheck(backward, (gradient, 3, *more), test_utils=tests)
