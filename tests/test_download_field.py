@@ -285,6 +285,18 @@ def test_a_killed_download_goes_on_and_is_then_not_repeated(
     download(volume, "--channel_order", "yx", "--overwrite")
 
 
+def test_parts_of_a_download_killed_at_its_very_end_are_dropped(
+    tmp_path, download, monkeypatch
+):
+    volume = write_volume(tmp_path / "field", all_stored())
+    with monkeypatch.context() as patched:
+        patched.setattr(parts.PartStore, "remove", lambda self: None)
+        path = download(volume).path
+    assert len(list(path.parent.iterdir())) == 2
+    download(volume)
+    assert [p.name for p in path.parent.iterdir()] == [path.name]
+
+
 @pytest.mark.parametrize(
     ("flags", "match"),
     [

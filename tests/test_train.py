@@ -114,7 +114,11 @@ def test_a_finished_run_is_not_repeated_and_restart_repeats_it(run):
     train.main(arguments(run, "--max_epochs", "1"))
     before = digest(run)
     stamps = {p: p.stat().st_mtime_ns for p in run.glob("data/*.h5")}
+    # As if killed after the fields had their name, before their parts were gone.
+    left = run / "data/.field_0_x0_y0_z1_MIP1_ck.h5.parts"
+    left.mkdir()
     train.main(arguments(run, "--max_epochs", "1"))
+    assert not left.exists()
     assert stamps == {p: p.stat().st_mtime_ns for p in run.glob("data/*.h5")}
     train.main(arguments(run, "--max_epochs", "1", "--restart"))
     assert digest(run) == before

@@ -32,7 +32,7 @@ from metroem.errors import DatasetError, UsageError
 from metroem.grid import Grid
 from metroem.io.h5 import FieldSetMeta, PairFrame, write_field_set
 from metroem.io.lock import holding, lock_path
-from metroem.io.parts import PartStore
+from metroem.io.parts import PartStore, parts_folder
 from metroem.io.volume import Volume, cut, read_sections
 from metroem.specs.filenames import FieldSetName, ImageSetName, check_tag
 
@@ -193,6 +193,7 @@ class _FieldFile:
     def _make(self, wanted: dict) -> None:
         request = self.request
         if already_there(request.path, wanted, overwrite=request.overwrite):
+            PartStore.discard(parts_folder(request.path))  # of a run killed at its end
             return
         store = open_parts(request.path, wanted, overwrite=request.overwrite)
         self._fetch(store)

@@ -21,7 +21,7 @@ from metroem.errors import DatasetError
 from metroem.grid import Grid
 from metroem.io.h5 import FieldSet, ImageSetMeta, Pair, PairFrame, write_image_set
 from metroem.io.lock import holding, lock_path
-from metroem.io.parts import PartStore
+from metroem.io.parts import PartStore, parts_folder
 from metroem.io.volume import Volume, covering, cut, read_sections
 from metroem.normalize import GreyStatistics, normalize, tissue_statistics
 
@@ -95,6 +95,7 @@ class ImageFile:
 
     def _make(self, wanted: dict, overwrite: bool) -> None:
         if already_there(self.path, wanted, overwrite=overwrite):
+            PartStore.discard(parts_folder(self.path))  # of a run killed at its end
             return
         store = open_parts(self.path, wanted, overwrite=overwrite)
         self._fetch(store)

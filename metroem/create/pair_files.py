@@ -62,7 +62,7 @@ class PairFiles:
         there = [already_there(p, self._request, overwrite=overwrite) for p in paths]
         self.is_finished = all(there)
         if self.is_finished:
-            # Those of a run that was killed between the last file and its end.
+            # Those of a run killed at its end.
             PartStore.discard(parts_folder(self.image_path))
             return
         self._store = open_parts(self.image_path, self._request, overwrite=overwrite)

@@ -8,6 +8,7 @@ whole, whatever killed the run that wrote it.
 import json
 import shutil
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -120,7 +121,15 @@ class PartStore:
 
     @staticmethod
     def discard(folder: Path) -> None:
-        """Delete a folder of parts, whatever request they are of."""
+        """Delete a folder of parts, whatever request they are of.
+
+        The request goes last: were a run killed between, the next could take what
+        is left for its own.
+        """
+        for path in folder.glob("*"):
+            if path.name != _REQUEST:
+                with suppress(OSError):
+                    path.unlink()
         shutil.rmtree(folder, ignore_errors=True)
 
     def _path(self, key: str) -> Path:

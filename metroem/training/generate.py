@@ -126,6 +126,8 @@ def generate_fields(job: FieldJob, stop: StopRequest) -> None:
         done = torch.tensor([float(_is_done(path, request))], device=job.device)
         if distributed.largest(done).item():
             logger.info("%s: there already", path)
+            if distributed.rank() == 0:
+                PartStore.discard(parts_folder(path))  # of a run killed at its end
             continue
         aligner = aligner or _load(job)
         _generate_set(job, aligner, sources, request, stop)

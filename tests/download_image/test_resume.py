@@ -83,6 +83,15 @@ def test_a_killed_download_goes_on_where_it_was(tmp_path, download, monkeypatch)
     assert [p.name for p in path.parent.iterdir()] == [path.name]
 
 
+def test_parts_of_a_download_killed_at_its_very_end_are_dropped(download, monkeypatch):
+    with monkeypatch.context() as patched:
+        patched.setattr(parts.PartStore, "remove", lambda self: None)
+        (path,) = download("--mip", 0, "--patch_size", 64)
+    assert len(list(path.parent.iterdir())) == 2
+    download("--mip", 0, "--patch_size", 64)
+    assert [p.name for p in path.parent.iterdir()] == [path.name]
+
+
 @pytest.mark.parametrize("num_parts", [2, 4, 5, 6, 7, 15])
 def test_a_masked_download_killed_anywhere_becomes_the_same_file(
     tmp_path, download, monkeypatch, num_parts

@@ -2,6 +2,7 @@ import numpy as np
 import pytest
 
 from metroem.errors import DatasetError
+from metroem.io import parts
 from metroem.io.parts import PartStore, differences, parts_folder
 
 REQUEST = {"mips": (3, 5), "cv_path": "gs://somewhere", "suffix": None}
@@ -59,6 +60,25 @@ def test_removed_parts_are_gone(store):
     store.put("a", np.zeros(1))
     store.remove()
     assert not store.folder.exists()
+
+
+def test_a_folder_that_is_being_removed_says_to_the_last_what_it_holds(
+    store, monkeypatch
+):
+    # Else what is left could be taken for parts of the next request.
+    class Killed(BaseException):
+        pass
+
+    def killed(*args, **kwargs):
+        raise Killed
+
+    store.put("a", np.zeros(1))
+    (store.folder / ".b.npy.1-2.tmp").write_bytes(b"half")
+    with monkeypatch.context() as patched:
+        patched.setattr(parts.shutil, "rmtree", killed)
+        with pytest.raises(Killed):
+            store.remove()
+    assert [path.name for path in store.folder.iterdir()] == ["request.json"]
 
 
 def test_equal_requests_differ_in_nothing():
