@@ -321,6 +321,7 @@ def test_a_signal_saves_the_state_and_sets_the_exit_code(run, number, status):
 
 
 @pytest.mark.slow
+@pytest.mark.long  # test_train_again shows it of a small network
 def test_two_ranks_train_on_the_samples_of_one_process(run):
     write_pairs(run / "data", mips=(2, 1), num_pairs=7, shape=(192, 256))
     other = twin_of(run)
