@@ -19,6 +19,7 @@ FLOORS = {
     "both_ways": 1,
     "masks": 1,
     "normalize": 1,
+    "smoothing": 1,
     "springs": 1,
     "metrics": 1,
     "unfold": 1,

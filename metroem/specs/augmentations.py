@@ -184,7 +184,8 @@ class KnownWarp:
     Attributes:
         prob: probability; else the pair stays as it came.
         peak_px: largest displacement of the smooth part.
-        knot_px: shortest distance of its knots.
+        knot_px: shortest distance of its knots; of what is taken for natural
+            fields, the deviation of the Gaussian that they are smoothed by.
         shift_px: largest shift along rows and along cols.
         degrees: largest rotation.
         stretch: largest change of scale, as a share.
@@ -193,8 +194,8 @@ class KnownWarp:
         same: probability that both sides show one section, that of tgt. Its truth
             is exact whatever the stack.
         aligned: whether the pairs of the data set are aligned as they are, as
-            in FIB-SEM. If not, what the network itself makes of the pair before
-            the warp is taken for its natural field, without gradients.
+            in FIB-SEM. If not, the smooth part of what the network itself makes of
+            the pair before the warp is taken for its natural field.
         prior_px: largest error of the prior field that is made from the truth
             for stages that have one.
     """

@@ -1,6 +1,5 @@
 """What the losses of a phase say of a batch."""
 
-from collections.abc import Callable
 from dataclasses import replace
 
 import torch
@@ -8,7 +7,7 @@ import torch
 from metroem.aligner import Prediction
 from metroem.data.augment import random_field
 from metroem.data.sample import Sample
-from metroem.field import compose, warp
+from metroem.field import warp
 from metroem.finetuning import finetune, pair_maps
 from metroem.loss import (
     LossTerms,
@@ -27,46 +26,11 @@ from metroem.specs.losses import LossSpec
 from metroem.specs.schedule import Phase
 from metroem.springs import rigidity_map
 
-Predict = Callable[[Sample, tuple[int, ...]], Prediction]
-
 # "Before alignment" of a metric loss with pure_emb, as in the original.
 _PURE_EMBEDDING_WARP = RandomWarp(difficulty=2, min_disp=-50, max_disp=50)
 # What a pixel counts whose truth is known, but which one of the images does not
 # show: a network has to guess there, from what lies around.
 _UNSEEN_WEIGHT = 0.1
-
-
-def with_natural_field(sample: Sample, predict: Predict) -> Sample:
-    """Complete the truth of samples whose pairs are not aligned as they came.
-
-    What the network makes of the pair before the known warp is taken for its
-    natural field; 0 is, for samples that show one section twice. A network that
-    knows nothing yet would learn its own noise: it has to be trained on such
-    samples first.
-
-    Args:
-        sample: with `unwarped_src`, or left as it is.
-        predict: the network; its gradients are not recorded.
-    """
-    src, prior = sample.unwarped_src, sample.unwarped_prior
-    if src is None:
-        return sample
-    truth, valid = sample.truth, sample.truth_valid
-    assert truth is not None and valid is not None
-    sample = sample._replace(unwarped_src=None, unwarped_prior=None)
-    unknown = tissue_mask(src).flatten(1).any(1).nonzero()[:, 0]
-    if not len(unknown):
-        return sample
-    natural = torch.zeros_like(truth)
-    if prior is not None:
-        prior = prior[unknown]
-    before = Sample(src[unknown], sample.tgt[unknown], prior, sample.pair)
-    with torch.no_grad():
-        natural[unknown] = predict(before, ()).field
-    return sample._replace(
-        truth=compose(natural, truth),
-        truth_valid=warp(valid.float(), natural) > 0.999,
-    )
 
 
 def levels_wanted(phase: Phase, options: AlignerOptions) -> tuple[int, ...]:

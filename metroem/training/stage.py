@@ -33,7 +33,8 @@ from metroem.training.compiling import compiler_failures_named
 from metroem.training.job import StageJob
 from metroem.training.memory import enough_memory
 from metroem.training.model import inner_model, load_aligner, prepared_model
-from metroem.training.objectives import levels_wanted, phase_loss, with_natural_field
+from metroem.training.natural import with_natural_field
+from metroem.training.objectives import levels_wanted, phase_loss
 from metroem.training.optimising import PhaseOptimizer
 from metroem.training.priors import StagesBefore
 from metroem.training.step import (
@@ -225,7 +226,7 @@ class StageTrainer:
         def loss_of(sample: Sample) -> tuple[LossTerms, Tensor]:
             pairs.append(sample.pair)
             sample = self.before.with_prior(sample.to(self.settings.device))
-            sample = with_natural_field(sample, inner)
+            sample = with_natural_field(sample, inner, phase.known_warp)
             prediction = self.model(sample, levels)
             # Chance within a step is a function of its place, as its samples are.
             chance = key.generator(-1 - self.state.step)

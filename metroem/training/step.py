@@ -13,7 +13,8 @@ from metroem.data.sample import Sample, seeded_generator
 from metroem.loss import LossTerms
 from metroem.training.distributed import largest, rank, total, world_size
 from metroem.training.model import TrainingModel, inner_model
-from metroem.training.objectives import levels_wanted, phase_loss, with_natural_field
+from metroem.training.natural import with_natural_field
+from metroem.training.objectives import levels_wanted, phase_loss
 from metroem.training.priors import StagesBefore
 
 # A loss above this is taken for a failure, as in the original.
@@ -208,5 +209,5 @@ def _predict_held_out(
 ) -> tuple[Sample, Prediction]:
     """A held-out sample, complete, and what the network makes of it."""
     sample = before.with_prior(samples[index].to(device))
-    sample = with_natural_field(sample, model)
+    sample = with_natural_field(sample, model, samples.phase.known_warp)
     return sample, model(sample, levels_wanted(samples.phase, model.options))

@@ -6,20 +6,13 @@ import pytest
 import torch
 
 from metroem.aligner import Embedding, Prediction
-from metroem.data.known_warp import known_warp
-from metroem.data.sample import Sample, seeded_generator, stack_samples
-from metroem.field import compose, warp
+from metroem.data.sample import Sample, seeded_generator
 from metroem.loss import PairLoss, plain_loss, rigidity_map
-from metroem.masks import PairMaps, grow, weigh
+from metroem.masks import PairMaps, weigh
 from metroem.nets.options import AlignerOptions
-from metroem.specs.augmentations import KnownWarp
 from metroem.specs.losses import LossSpec
 from metroem.specs.schedule import Phase
-from metroem.training.objectives import (
-    levels_wanted,
-    phase_loss,
-    with_natural_field,
-)
+from metroem.training.objectives import levels_wanted, phase_loss
 
 ROWS, COLS = 48, 72
 KNOWN, PLAIN = LossSpec("known_warp"), LossSpec("plain")
@@ -160,107 +153,6 @@ def test_gradients_of_a_mix_lead_to_the_truth(sample):
     loss_of(mixed, sample, Prediction(field, {})).total.backward()
     # Less of the loss with more along cols, and with less along rows.
     assert field.grad[0, 0].sum() < 0 < field.grad[0, 1].sum()
-
-
-NATURAL = (4.0, -3.0)
-
-
-class Knows:
-    """A network that finds one natural field, and notes what it was shown."""
-
-    def __init__(self, field):
-        self.field, self.shown = field, []
-
-    def __call__(self, sample, levels):
-        assert not torch.is_grad_enabled() and levels == ()
-        self.shown.append(sample)
-        return Prediction(self.field.expand(len(sample.src), -1, -1, -1), {})
-
-
-def unaligned(seed, prior=None):
-    """src lies `NATURAL` from tgt, and is warped on top of that."""
-    rows, cols = 2 * ROWS, 2 * COLS
-    src = texture(rows, cols)
-    tgt = texture(rows, cols, d_cols=NATURAL[0], d_rows=NATURAL[1])
-    options = KnownWarp(prob=1, same=0, tear=0, peak_px=8, shift_px=4)
-    given = Sample(src, tgt, prior, (f"pair {seed}",))
-    return known_warp(given, options, seeded_generator(seed))
-
-
-@pytest.mark.parametrize("seed", range(4))
-def test_a_natural_field_completes_the_truth(seed):
-    known = unaligned(seed)
-    natural = constant(*NATURAL, 2 * ROWS, 2 * COLS)
-    done = with_natural_field(known, Knows(natural))
-
-    torch.testing.assert_close(done.truth, compose(natural, known.truth))
-    # h at the place in the natural src that belongs to a pixel of tgt.
-    expected = natural[..., 3:, :-4] + known.truth[..., :-3, 4:]
-    torch.testing.assert_close(done.truth[..., 3:, :-4], expected, atol=1e-3, rtol=0)
-    inside = ~grow(~done.truth_valid, 4)
-    error = (warp(done.src, done.truth) - done.tgt).abs()
-    # (1/7**2 + 1/9**2) / 8 and some hundredths of a pixel on a slope of 1/7 + 1/9.
-    assert inside.float().mean() > 0.4 and error[inside].max() < 0.02
-    before = (warp(known.src, known.truth) - known.tgt).abs()
-    assert before[inside].mean() > 0.1
-
-
-def test_the_network_is_shown_the_pair_before_the_warp():
-    prior = constant(1, 1, 2 * ROWS, 2 * COLS)
-    known = unaligned(1, prior)
-    network = Knows(constant(*NATURAL, 2 * ROWS, 2 * COLS))
-    done = with_natural_field(known, network)
-    (shown,) = network.shown
-    assert torch.equal(shown.src, texture(2 * ROWS, 2 * COLS))
-    assert torch.equal(shown.prior_field, prior) and torch.equal(shown.tgt, known.tgt)
-    assert done.unwarped_src is None and done.unwarped_prior is None
-    assert torch.equal(done.prior_field, known.prior_field)
-    assert torch.equal(done.src, known.src)
-
-
-def test_validity_moves_with_the_natural_field():
-    known = unaligned(2)
-    valid = torch.zeros_like(known.truth_valid)
-    valid[..., 20:40, 50:80] = True
-    natural = constant(*NATURAL, 2 * ROWS, 2 * COLS)
-    done = with_natural_field(known._replace(truth_valid=valid), Knows(natural))
-    expected = torch.zeros_like(valid)
-    expected[..., 23:43, 46:76] = True
-    assert torch.equal(done.truth_valid, expected)
-
-
-def test_each_pair_of_a_batch_gets_its_own_truth():
-    pairs = [unaligned(seed) for seed in range(3)]
-    network = Knows(constant(*NATURAL, 2 * ROWS, 2 * COLS))
-    done = with_natural_field(stack_samples(pairs), network)
-    assert len(network.shown) == 1
-    for i, pair in enumerate(pairs):
-        alone = with_natural_field(pair, network)
-        torch.testing.assert_close(done.truth[i : i + 1], alone.truth)
-
-
-def test_a_pair_of_one_section_has_no_natural_field():
-    pair, twice = unaligned(0), unaligned(1)
-    twice = twice._replace(unwarped_src=torch.zeros_like(twice.src))
-    network = Knows(constant(*NATURAL, 2 * ROWS, 2 * COLS))
-    done = with_natural_field(stack_samples([pair, twice]), network)
-    # Nor does the network spend time on it.
-    assert [len(shown.src) for shown in network.shown] == [1]
-    assert torch.equal(network.shown[0].src, pair.unwarped_src)
-    # Sampled in place: positions are rounded by 1e-5 px.
-    torch.testing.assert_close(done.truth[1:], twice.truth, atol=1e-3, rtol=0)
-    assert torch.equal(done.truth_valid[1:], twice.truth_valid)
-    alone = with_natural_field(pair, network)
-    torch.testing.assert_close(done.truth[:1], alone.truth)
-
-    network.shown.clear()
-    done = with_natural_field(twice, network)
-    assert not network.shown and torch.equal(done.truth, twice.truth)
-    assert done.unwarped_src is None and done.unwarped_prior is None
-
-
-def test_an_aligned_pair_is_left_as_it_is(sample):
-    assert with_natural_field(sample, Knows(sample.truth)) is sample
 
 
 def test_a_plain_loss_masks_as_the_rules_of_its_phase_say(sample):

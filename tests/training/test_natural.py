@@ -1,0 +1,187 @@
+"""What becomes of the natural field of a pair that is not aligned as it came."""
+
+import pytest
+import torch
+
+from metroem.aligner import Prediction
+from metroem.data.known_warp import known_warp
+from metroem.data.sample import Sample, seeded_generator, stack_samples
+from metroem.field import compose, pixel_positions, warp
+from metroem.masks import grow
+from metroem.specs.augmentations import KnownWarp
+from metroem.training.natural import with_natural_field
+
+ROWS, COLS = 96, 144
+D_COLS, D_ROWS = 4.0, -3.0
+WARP = KnownWarp(prob=1, same=0, tear=0, peak_px=8, shift_px=4, knot_px=16)
+
+
+def position():
+    col, row = pixel_positions(torch.zeros(1, 2, ROWS, COLS)).split(1, 1)
+    return row, col
+
+
+def texture(*, d_rows=0.0, d_cols=0.0):
+    row, col = position()
+    return torch.sin((row + d_rows) / 7) + torch.cos((col + d_cols) / 9) + 3
+
+
+def natural_field():
+    field = torch.tensor([D_COLS, D_ROWS]).view(1, 2, 1, 1)
+    return field.repeat(1, 1, ROWS, COLS)
+
+
+class Knows:
+    """A network that finds one natural field, and notes what it was shown."""
+
+    def __init__(self, field):
+        self.field, self.shown = field, []
+
+    def __call__(self, sample, levels):
+        assert not torch.is_grad_enabled() and levels == ()
+        self.shown.append(sample)
+        return Prediction(self.field.expand(len(sample.src), -1, -1, -1), {})
+
+
+def unaligned(seed, prior=None):
+    """src lies `natural_field` from tgt, and is warped on top of that."""
+    tgt = texture(d_cols=D_COLS, d_rows=D_ROWS)
+    given = Sample(texture(), tgt, prior, (f"pair {seed}",))
+    return known_warp(given, WARP, seeded_generator(seed))
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_natural_field_completes_the_truth(seed):
+    known, natural = unaligned(seed), natural_field()
+    done = with_natural_field(known, Knows(natural), WARP)
+
+    expected = compose(natural, known.truth)
+    torch.testing.assert_close(done.truth, expected, atol=1e-3, rtol=0)
+    # h at the place in the natural src that belongs to a pixel of tgt.
+    expected = natural[..., 3:, :-4] + known.truth[..., :-3, 4:]
+    torch.testing.assert_close(done.truth[..., 3:, :-4], expected, atol=2e-3, rtol=0)
+    inside = ~grow(~done.truth_valid, 4)
+    error = (warp(done.src, done.truth) - done.tgt).abs()
+    # (1/7**2 + 1/9**2) / 8 and some hundredths of a pixel on a slope of 1/7 + 1/9.
+    assert inside.float().mean() > 0.4 and error[inside].max() < 0.02
+    before = (warp(known.src, known.truth) - known.tgt).abs()
+    assert before[inside].mean() > 0.1
+
+
+def test_what_moves_to_and_fro_within_some_pixels_is_not_natural():
+    row, col = position()
+    fro = torch.cat((torch.sin(col / 3), torch.cos(row / 2)), 1)
+    known = unaligned(0)
+    done = with_natural_field(known, Knows(natural_field() + 1.5 * fro), WARP)
+    smooth = with_natural_field(known, Knows(natural_field()), WARP)
+    # exp(-(16 / 3)**2 / 2) is nothing; the borders see half a wave too much.
+    inner = (..., slice(36, -36), slice(36, -36))
+    off = (done.truth - smooth.truth)[inner]
+    assert off.abs().max() < 0.02
+    assert torch.equal(done.truth_valid[inner], smooth.truth_valid[inner])
+
+
+def test_what_is_slower_than_the_warps_is_natural():
+    row, col = position()
+    slow = torch.cat((torch.sin(row / 90), torch.cos(col / 90)), 1)
+    known, natural = unaligned(0), natural_field() + 6 * slow
+    done = with_natural_field(known, Knows(natural), WARP)
+    expected = compose(natural, known.truth)
+    # 1 - exp(-(16 / 90)**2 / 2) of 6 px, and at the borders as much again.
+    torch.testing.assert_close(done.truth, expected, atol=0.25, rtol=0)
+
+
+def test_a_tear_between_the_sections_is_nothing_to_learn():
+    row, col = position()
+    jump = 20.0 * (col >= 70)
+    known = unaligned(0)
+    torn = natural_field() + torch.cat((jump, torch.zeros_like(jump)), 1)
+    done = with_natural_field(known, Knows(torn), WARP)
+    calm = with_natural_field(known, Knows(natural_field()), WARP)
+    assert not done.truth_valid[..., 66:74].any()
+    # Left of it, beyond three deviations of the Gaussian, all is as without it.
+    left = (..., slice(None), slice(None, 70 - 3 * 16))
+    torch.testing.assert_close(done.truth[left], calm.truth[left], atol=0.1, rtol=0)
+    surely = ~grow(~calm.truth_valid, 1)
+    assert done.truth_valid[left][surely[left]].all()
+
+
+@pytest.mark.parametrize("side", ["src", "tgt"])
+def test_what_is_found_where_a_section_shows_nothing_does_not_count(side):
+    blank = torch.zeros(1, 1, ROWS, COLS, dtype=torch.bool)
+    blank[..., 80:] = True
+    given = Sample(texture(), texture(d_cols=D_COLS, d_rows=D_ROWS), None, ("a",))
+    given = given._replace(**{side: torch.where(blank, 0, getattr(given, side))})
+    known = known_warp(given, WARP, seeded_generator(1))
+    # In pixels of tgt: src is blank where it is read from beyond col 80.
+    nowhere = blank if side == "tgt" else blank.roll(-int(D_COLS), 3)
+    wild = torch.where(nowhere, 30.0, natural_field())
+    done = with_natural_field(known, Knows(wild), WARP)
+    calm = with_natural_field(known, Knows(natural_field()), WARP)
+    shown = (..., slice(None), slice(0, 70))
+    torch.testing.assert_close(done.truth[shown], calm.truth[shown], atol=0.02, rtol=0)
+
+
+def test_a_network_that_finds_nothing_but_noise_teaches_nothing():
+    noise = 40 * torch.randn(1, 2, ROWS, COLS, generator=seeded_generator(5))
+    done = with_natural_field(unaligned(0), Knows(noise), WARP)
+    assert done.truth_valid.float().mean() < 0.01
+
+
+def test_the_network_is_shown_the_pair_before_the_warp():
+    prior = torch.ones(1, 2, ROWS, COLS)
+    known = unaligned(1, prior)
+    network = Knows(natural_field())
+    done = with_natural_field(known, network, WARP)
+    (shown,) = network.shown
+    assert torch.equal(shown.src, texture())
+    assert torch.equal(shown.prior_field, prior) and torch.equal(shown.tgt, known.tgt)
+    assert done.unwarped_src is None and done.unwarped_prior is None
+    assert torch.equal(done.prior_field, known.prior_field)
+    assert torch.equal(done.src, known.src)
+
+
+def test_validity_moves_with_the_natural_field():
+    known = unaligned(2)
+    valid = torch.zeros_like(known.truth_valid)
+    valid[..., 20:40, 50:80] = True
+    known = known._replace(truth_valid=valid)
+    done = with_natural_field(known, Knows(natural_field()), WARP)
+    expected = torch.zeros_like(valid)
+    expected[..., 23:43, 46:76] = True
+    assert torch.equal(done.truth_valid, expected)
+
+
+def test_each_pair_of_a_batch_gets_its_own_truth():
+    pairs = [unaligned(seed) for seed in range(3)]
+    network = Knows(natural_field())
+    done = with_natural_field(stack_samples(pairs), network, WARP)
+    assert len(network.shown) == 1
+    for i, pair in enumerate(pairs):
+        alone = with_natural_field(pair, network, WARP)
+        torch.testing.assert_close(done.truth[i : i + 1], alone.truth)
+
+
+def test_a_pair_of_one_section_has_no_natural_field():
+    pair, twice = unaligned(0), unaligned(1)
+    twice = twice._replace(unwarped_src=torch.zeros_like(twice.src))
+    network = Knows(natural_field())
+    done = with_natural_field(stack_samples([pair, twice]), network, WARP)
+    # Nor does the network spend time on it.
+    assert [len(shown.src) for shown in network.shown] == [1]
+    assert torch.equal(network.shown[0].src, pair.unwarped_src)
+    # Sampled in place: positions are rounded by 1e-5 px.
+    torch.testing.assert_close(done.truth[1:], twice.truth, atol=1e-3, rtol=0)
+    assert torch.equal(done.truth_valid[1:], twice.truth_valid)
+    alone = with_natural_field(pair, network, WARP)
+    torch.testing.assert_close(done.truth[:1], alone.truth)
+
+    network.shown.clear()
+    done = with_natural_field(twice, network, WARP)
+    assert not network.shown and torch.equal(done.truth, twice.truth)
+    assert done.unwarped_src is None and done.unwarped_prior is None
+
+
+def test_an_aligned_pair_is_left_as_it_is():
+    sample = Sample(texture(), texture(), None, ("a",))
+    assert with_natural_field(sample, Knows(natural_field()), None) is sample
