@@ -2,11 +2,11 @@
 
 What the network itself finds between the two sections of a pair, before the known
 warp, is taken for their natural field, as far as it is smooth. Sections are cut and
-dried as smooth sheets, but for tears, while what they show moves from one to the next
-by itself: a neurite that runs obliquely by 1 to 2 px of 10 nm, here this way, there
+dried as smooth sheets, but for tears, while what they show moves by itself from one
+to the next: where neurites run obliquely by 1 to 2 px of 10 nm, here this way, there
 that way. A network that is told to follow what it followed before never learns to
-tell the two apart. Told the smooth part, it does. Error between neighbours after
-1,000 samples, and their part of it: 1.25 px, 1.9 px without (made tissue, 2026-11).
+tell the two apart. Told the smooth part, it does: 1.25 px off between neighbours after
+300 steps of 4 samples, 1.94 px without (made tissue, 2026-11).
 """
 
 from collections.abc import Callable
