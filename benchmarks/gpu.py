@@ -1,12 +1,14 @@
 r"""Training, finetuning, generation and loading beside the bare network, on one device.
 
 For each batch size, precision, and with and without torch.compile: the median time of
-a part, and what it is to its yardstick: the bare network for a step of training and for
-generation, the bare warp for a step of the finetuner. For training and finetuning the
-lines that make the host wait for the GPU are listed; on a CPU that is null.
+a part, and what it is to its yardstick: the bare network as torch runs it for a step of
+training and for generation, the bare warp for a step of the finetuner. Steps are made
+as `train.py` makes them, with the passes of the network recorded, and with those made
+by torch one operation at a time. For training and finetuning the lines that make the
+host wait for the GPU are listed; on a CPU that is null.
 
 Example:
-    python benchmarks/gpu.py --profile profile.txt
+    python benchmarks/gpu.py --compiled 1 16 --profile profile.txt
     python benchmarks/gpu.py --device cpu --size 64 --batches 1 2 --precisions fp32
 """
 
@@ -21,13 +23,14 @@ from typing import Any
 
 import gpu_parts
 import torch
-from gpu_parts import Bench, Part
+from gpu_parts import Bench, Kind, Part
 from side_by_side import LEAST_ROUNDS, parser
 from torch.profiler import ProfilerActivity, profile
 
 from metroem import cli
 from metroem.errors import UsageError
 
+_WARM_UP = 5  # rounds: passes are recorded in the fourth
 _COPY_BYTES = {"cuda": 2**30, "cpu": 2**26}
 
 
@@ -38,22 +41,29 @@ def build_parser() -> Any:
     add("--size", type=int, default=512, help="of a side, px (512)")
     add("--batches", type=int, nargs="+", default=[1, 2, 4, 8, 16])
     add("--precisions", nargs="+", default=["fp32", "bf16"], choices=["fp32", "bf16"])
-    add("--no_compile", action="store_true", help="leave torch.compile out")
+    add(
+        "--compiled",
+        type=int,
+        nargs="*",
+        default=[],
+        metavar="BATCH",
+        help="of the batches, those to measure with torch.compile, too (none)",
+    )
     add("--profile", type=Path, help="file for tables of torch's profiler")
     return made
 
 
 def seconds_of(parts: dict[str, Part], rounds: int, device: torch.device) -> dict:
-    """Median time of each part, in turn, after two rounds that do not count."""
+    """Median time of each part, in turn, after rounds that do not count."""
     taken: dict[str, list[float]] = {name: [] for name in parts}
-    for _ in range(rounds + 2):
+    for _ in range(rounds + _WARM_UP):
         for name, part in parts.items():
             wait(device)
             start = time.perf_counter()
             part()
             wait(device)
             taken[name].append(time.perf_counter() - start)
-    return {name: statistics.median(times[2:]) for name, times in taken.items()}
+    return {name: statistics.median(times[_WARM_UP:]) for name, times in taken.items()}
 
 
 def wait(device: torch.device) -> None:
@@ -70,17 +80,34 @@ def copy_bandwidth(device: torch.device, rounds: int) -> float:
 
 
 def time_network(bench: Bench, args: Any, precision: str, compiled: bool) -> dict:
+    as_torch_does = Kind(precision, compiled)
+    recorded = as_torch_does._replace(is_recorded=True)  # as train.py runs it
     parts = {
-        "bare_network": bench.bare_network(precision, compiled),
-        "train_step": bench.train_step(precision, compiled),
-        "forward": bench.forward(precision, compiled),
+        "bare_network": bench.bare_network(as_torch_does),
+        "bare_network_recorded": bench.bare_network(recorded),
+        "train_step_not_recorded": bench.train_step(as_torch_does),
+        "train_step": bench.train_step(recorded),
+        "default_step_not_recorded": bench.default_step(as_torch_does),
+        "default_step": bench.default_step(recorded),
+        "forward": bench.forward(as_torch_does),
+        "forward_recorded": bench.forward(recorded),
     }
     seconds = seconds_of(parts, args.rounds, bench.device)
+    steps = ("train_step", "default_step")
+    ratios = {
+        f"{name}_per_bare": seconds[name] / seconds["bare_network"] for name in steps
+    }
+    gains = {
+        f"{name}_gain": seconds[f"{name}_not_recorded"] / seconds[name]
+        for name in steps
+    }
     return {
         "seconds": seconds,
-        "train_step_per_bare": seconds["train_step"] / seconds["bare_network"],
+        **ratios,
+        **gains,
         "pairs_per_second": bench.batch / seconds["train_step"],
         "host_syncs": gpu_parts.host_syncs(parts["train_step"], bench.device),
+        "default_host_syncs": gpu_parts.host_syncs(parts["default_step"], bench.device),
     }
 
 
@@ -88,10 +115,11 @@ def time_rest(bench: Bench, args: Any) -> dict:
     """Generation, loading and the finetuner, in float32."""
     step, loss, start = bench.search()
     parts = {
-        "forward": bench.forward("fp32", False),
+        "forward": bench.forward(Kind("fp32")),
         "generate": bench.generate(finetune=False),
         "generate_finetuned": bench.generate(finetune=True),
         "load": bench.load(),
+        "load_default": bench.load_default(),
         "bare_warp": gpu_parts.bare_warp(loss, start),
         "finetuner_step": step,
         "finetuner_step_by_torch": bench.search_by_torch(),
@@ -115,12 +143,15 @@ def write_profile(bench: Bench, path: Path) -> None:
         kinds.append(ProfilerActivity.CUDA)
         key = "self_device_time_total"
     parts = {
-        "train_step": bench.train_step("fp32", False),
+        "train_step_not_recorded": bench.train_step(Kind("fp32")),
+        "train_step": bench.train_step(Kind("fp32", is_recorded=True)),
+        "default_step": bench.default_step(Kind("fp32", is_recorded=True)),
         "finetuner_step": bench.search()[0],
     }
     tables = []
     for name, part in parts.items():
-        part()
+        for _ in range(5):  # passes are recorded meanwhile
+            part()
         with profile(activities=kinds) as found:
             part()
             wait(bench.device)
@@ -150,7 +181,7 @@ def measure(args: Any, folder: Path) -> dict[str, Any]:
     for batch in args.batches:
         bench = Bench(folder, device, batch, args.size)
         for precision in args.precisions:
-            for compiled in (False,) if args.no_compile else (False, True):
+            for compiled in (False, True) if batch in args.compiled else (False,):
                 name = f"batch {batch}, {precision}{', compiled' if compiled else ''}"
                 rows[name] = time_network(bench, args, precision, compiled)
                 show(name, rows[name])

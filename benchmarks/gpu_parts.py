@@ -2,7 +2,9 @@
 
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 from unittest.mock import patch
 
 import numpy as np
@@ -14,20 +16,31 @@ from metroem.data.dataset import find_pairs
 from metroem.data.epoch import EpochKey, TrainingEpoch
 from metroem.data.sample import Sample, stack_samples
 from metroem.field_loss import FieldLoss, FinetuneOptions
-from metroem.field_search import RecordedStep, Search
+from metroem.field_search import Search
 from metroem.grid import Grid
 from metroem.io.h5 import ImageSetMeta, Pair, PairFrame, write_image_set
 from metroem.loss import LossTerms
 from metroem.masks import PairWeight
+from metroem.recording import RecordedStep
 from metroem.scaffold import init_pyramid
 from metroem.specs.losses import LossSpec
-from metroem.specs.schedule import Phase
+from metroem.specs.schedule import Phase, load_schedule
 from metroem.training.compiling import compile_network
 from metroem.training.model import TrainingModel
+from metroem.training.natural import with_natural_field
 from metroem.training.objectives import phase_loss
 from metroem.training.step import scores_of, train_step
 
 Part = Callable[[], object]
+
+
+class Kind(NamedTuple):
+    """How a network is run."""
+
+    precision: str  # "fp32" or "bf16"
+    is_compiled: bool = False
+    is_recorded: bool = False
+
 
 NUM_FEATURES = 7
 _MIP = 2
@@ -53,7 +66,7 @@ class Bench:
         self.device, self.batch, self.size = device, batch, size
         self._model_folder = module / "model"
         self.aligner = self._fresh_aligner()
-        self._compiled: dict[str, TrainingModel] = {}
+        self._compiled: dict[str, Aligner] = {}
         self.phase = Phase(
             lr=1e-4,
             num_epochs=1,
@@ -61,26 +74,33 @@ class Bench:
             crop_size=size,
             losses=(LossSpec(type="plain"),),
         )
+        # Pairs of the default schedule: the network's own field, too, is wanted.
+        default = load_schedule("scratch", None).phases[_MIP][1]
+        self.default_phase = replace(default, crop_size=size)
         self.pairs = find_pairs(folder, _MIP, stage=0, checkpoint_name="none")
-        self.sample: Sample = self._load().to(device)
+        self.sample: Sample = self._load(self.phase).to(device)
+        self.default_sample: Sample = self._load(self.default_phase).to(device)
 
     def _fresh_aligner(self) -> Aligner:
         torch.manual_seed(0)
         return Aligner(self._model_folder, operators="corrected").to(self.device)
 
-    def _load(self) -> Sample:
-        epoch = TrainingEpoch(
-            self.pairs, self.phase, EpochKey(0, 0, 0, 0), batch_size=self.batch
-        )
+    def _load(self, phase: Phase) -> Sample:
+        key = EpochKey(0, 0, 0, 0)
+        epoch = TrainingEpoch(self.pairs, phase, key, batch_size=self.batch)
         return stack_samples([epoch[i] for i in range(self.batch)])
 
     def load(self) -> Part:
         """Read, cut and stack a batch, and bring it to the device."""
-        return lambda: self._load().to(self.device)
+        return lambda: self._load(self.phase).to(self.device)
 
-    def bare_network(self, precision: str, compiled: bool) -> Part:
+    def load_default(self) -> Part:
+        """The same for the default schedule, augmented as it says."""
+        return lambda: self._load(self.default_phase).to(self.device)
+
+    def bare_network(self, kind: Kind) -> Part:
         """Forward and backward pass of the network alone."""
-        model = self._model(precision, compiled)
+        model = self._model(kind)
 
         def run() -> None:
             model.zero_grad(set_to_none=True)
@@ -88,22 +108,31 @@ class Bench:
 
         return run
 
-    def train_step(self, precision: str, compiled: bool) -> Part:
-        """A whole step of training: network, loss, checks, optimizer."""
-        model = self._model(precision, compiled)
-        optimizer = torch.optim.Adam(model.parameters(), lr=1e-4)
+    def train_step(self, kind: Kind) -> Part:
+        """A whole step of training by plain loss: network, loss, checks, optimizer."""
+        return self._step(kind, self.phase, self.sample)
+
+    def default_step(self, kind: Kind) -> Part:
+        """The same by the default schedule: with the network's own field, too."""
+        return self._step(kind, self.default_phase, self.default_sample)
+
+    def _step(self, kind: Kind, phase: Phase, given: Sample) -> Part:
+        model = self._model(kind).train()
+        optimizer = torch.optim.Adam(model.parameters(), lr=phase.lr, fused=True)
         generator = torch.Generator().manual_seed(0)
 
         def batch() -> tuple[LossTerms, Tensor]:
-            found = model(self.sample, ())
-            terms = phase_loss(self.phase, self.sample, found, generator)
+            sample = with_natural_field(given, model, phase.known_warp)
+            found = model(sample, ())
+            terms = phase_loss(phase, sample, found, generator)
             return terms, scores_of(found, terms, None)
 
-        return lambda: train_step([batch], optimizer, stop=0)
+        clip = phase.max_grad_norm
+        return lambda: train_step([batch], optimizer, stop=0, max_grad_norm=clip)
 
-    def forward(self, precision: str, compiled: bool) -> Part:
+    def forward(self, kind: Kind) -> Part:
         """Forward pass of the network alone, without gradients."""
-        model = self._model(precision, compiled)
+        model = self._model(kind)
 
         def run() -> None:
             with torch.no_grad():
@@ -139,14 +168,15 @@ class Bench:
 
         return run
 
-    def _model(self, precision: str, compiled: bool) -> TrainingModel:
-        if not compiled:
-            return TrainingModel(self.aligner, precision)
-        if precision not in self._compiled:
-            aligner = self._fresh_aligner()
-            compile_network(aligner)  # as `train.py --compile` does
-            self._compiled[precision] = TrainingModel(aligner, precision)
-        return self._compiled[precision]
+    def _model(self, kind: Kind) -> TrainingModel:
+        """As `train.py` makes it, but that it need not be recorded."""
+        aligner = self.aligner
+        if kind.is_compiled:
+            if kind.precision not in self._compiled:
+                self._compiled[kind.precision] = self._fresh_aligner()
+                compile_network(self._compiled[kind.precision])
+            aligner = self._compiled[kind.precision]
+        return TrainingModel(aligner, kind.precision, is_recorded=kind.is_recorded)
 
 
 def field_loss(device: torch.device, batch: int, size: int) -> tuple[FieldLoss, Tensor]:

@@ -7,7 +7,7 @@ steps reach the loss that took 300, 2026-11). Nothing waits for the host, so tha
 is kept busy.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -163,40 +163,6 @@ class Search:
         rate = rate / 2 ** (self._levels[index] - self._levels[0])
         step.mul_(_over(rate * root / (1 - 0.9**self.age)))
         self._changes[index].sub_(step)
-
-
-class RecordedStep:
-    """A step that a GPU repeats by itself once it has made one.
-
-    Starting the operations of a step one by one takes a host longer than they take a
-    GPU (H100, 512 px, 7 features: 4.5 and 0.6 ms, 2026-11).
-    """
-
-    def __init__(self, step: Callable[[], None]) -> None:
-        """Nothing is done yet.
-
-        Args:
-            step: reads and writes the same tensors each time, and never waits for
-                the GPU.
-        """
-        self._step = step
-        self._graph: torch.cuda.CUDAGraph | None = None
-        self._made = 0
-
-    def __call__(self, device: torch.device) -> None:
-        """Make it once, on the device where its tensors are."""
-        self._made += 1
-        # The first one compiles and allocates, which cannot be recorded.
-        if device.type != "cuda" or self._made == 1:
-            self._step()
-            return
-        with torch.cuda.device(device):  # else it is recorded on the current one
-            if self._graph is None:
-                self._graph = torch.cuda.CUDAGraph()
-                # Other threads may bring samples to the GPU meanwhile.
-                with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
-                    self._step()
-            self._graph.replay()
 
 
 def _finer(change: Tensor, levels: int, *, like: Tensor) -> Tensor:

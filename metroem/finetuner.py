@@ -19,8 +19,9 @@ from torch import Tensor
 from metroem.errors import FieldError, UsageError
 from metroem.field import check_field
 from metroem.field_loss import FieldLoss, FinetuneOptions
-from metroem.field_search import Finetuned, RecordedStep, Search
+from metroem.field_search import Finetuned, Search
 from metroem.masks import MaskRules, PairMaps, PairWeight, weigh
+from metroem.recording import RecordedStep
 from metroem.specs.schedule import parse_mask_rules
 
 logger = logging.getLogger(__name__)

@@ -36,9 +36,7 @@ def test_the_finetuner_is_timed_beside_the_original():
 def test_the_script_for_a_gpu_runs_on_a_cpu(tmp_path):
     small = ("--size", "64", "--batches", "1", "--precisions", "fp32", "--rounds", "7")
     table = tmp_path / "profile.txt"
-    found = figures(
-        "gpu.py", "--device", "cpu", *small, "--no_compile", "--profile", str(table)
-    )
+    found = figures("gpu.py", "--device", "cpu", *small, "--profile", str(table))
     assert found["rows"]["batch 1, fp32"]["host_syncs"] is None
     assert "finetuner_step" in table.read_text()
 

@@ -17,6 +17,7 @@ FLOORS = {
     "knots": 1,
     "field": 1,
     "both_ways": 1,
+    "recording": 1,
     "masks": 1,
     "normalize": 1,
     "smoothing": 1,

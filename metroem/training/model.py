@@ -3,7 +3,7 @@
 import logging
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from metroem.aligner import Aligner, Prediction
@@ -16,6 +16,7 @@ from metroem.training.activations import checkpoint_activations
 from metroem.training.checkpoint import RunFolder
 from metroem.training.compiling import compile_network
 from metroem.training.job import StageJob, TrainingSettings
+from metroem.training.recorded_passes import RecordedPasses
 
 logger = logging.getLogger(__name__)
 
@@ -23,20 +24,34 @@ logger = logging.getLogger(__name__)
 class TrainingModel(nn.Module):
     """An aligner as DDP wants it: one forward that gives all a loss needs."""
 
-    def __init__(self, aligner: Aligner, precision: str) -> None:
+    def __init__(
+        self, aligner: Aligner, precision: str, *, is_recorded: bool = False
+    ) -> None:
+        """Wrap it.
+
+        Args:
+            aligner: what is trained.
+            precision: "fp32" or "bf16" inside the network.
+            is_recorded: whether a GPU may repeat its passes by itself: see
+                `RecordedPasses`.
+        """
         super().__init__()
         self.net = aligner.net
         self.options = aligner.options
         self._predict = aligner.predict
         self._is_bf16 = precision == "bf16"
+        self._passes = RecordedPasses(self._pass, self.net) if is_recorded else None
 
     def forward(self, sample: Sample, levels: tuple[int, ...]) -> Prediction:
         """Field and embeddings of a batch; bf16 inside the network if asked."""
-        device = sample.src.device.type
-        with torch.autocast(device, torch.bfloat16, enabled=self._is_bf16):
-            prediction = self._predict(
-                sample.src, sample.tgt, sample.prior_field, levels=levels
-            )
+        run = self._passes or self._pass
+        return run(sample.src, sample.tgt, sample.prior_field, levels)
+
+    def _pass(
+        self, src: Tensor, tgt: Tensor, prior: Tensor | None, levels: tuple[int, ...]
+    ) -> Prediction:
+        with torch.autocast(src.device.type, torch.bfloat16, enabled=self._is_bf16):
+            prediction = self._predict(src, tgt, prior, levels=levels)
         embeddings = {
             level: type(pair)(pair.src.float(), pair.tgt.float())
             for level, pair in prediction.embeddings.items()
@@ -96,7 +111,14 @@ def prepared_model(aligner: Aligner, settings: TrainingSettings) -> nn.Module:
         checkpoint_activations(aligner.net)
     if settings.compiles:
         compile_network(aligner)
-    model = TrainingModel(aligner, settings.precision)
+    model = TrainingModel(
+        aligner,
+        settings.precision,
+        # Stock operators wait for the GPU; what is computed again suits batches that
+        # keep it busy.
+        is_recorded=aligner.operators == "corrected"
+        and not settings.checkpoints_activations,
+    )
     if distributed.world_size() == 1:
         return model
     is_cuda = settings.device.type == "cuda"
