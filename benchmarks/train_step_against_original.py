@@ -77,7 +77,7 @@ class Bench:
     """One pair and one network, for both.
 
     Attributes:
-        losses: of the last step of each.
+        losses: of the first step of each, before it has learned.
     """
 
     def __init__(self, folder: Path, size: int, threads: int) -> None:
@@ -115,12 +115,11 @@ class Bench:
             for name, bare in (("original", False), ("original, bare network", True)):
                 given = {**settings, "bare": bare}
                 contenders[name] = stack.enter_context(Original(task, given))
-            seconds = side_by_side.median_seconds(contenders, rounds)
             for name, contender in contenders.items():
                 found = contender()
                 value = found["loss"] if isinstance(found, dict) else found
                 self.losses[f"{loss}: {name}"] = value
-        return seconds
+            return side_by_side.median_seconds(contenders, rounds)
 
 
 if __name__ == "__main__":

@@ -28,12 +28,12 @@ def test_train_step_compares_each_kind_with_the_bare_network():
 def test_a_step_of_ours_minimises_what_the_original_does():
     found = figures(
         "train_step_against_original.py",
-        *("--size", "128", "--rounds", "7", "--loss", "metric"),
+        *("--size", "256", "--rounds", "7", "--loss", "metric"),
     )
     losses = found["losses"]
-    # The operators differ, and so do the samplers at the borders.
+    # Of fields that are still small: the operators and the samplers differ.
     original = losses["metric: original"]
-    assert losses["metric: ours"] == pytest.approx(original, rel=0.02)
+    assert losses["metric: ours"] == pytest.approx(original, rel=1e-3)
     assert found["metric: original / ours"] > 0
 
 
