@@ -47,6 +47,11 @@ def world_size() -> int:
     return int(os.environ["WORLD_SIZE"]) if is_launched() else 1
 
 
+def ranks_of_machine() -> int:
+    """How many of the ranks run on this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
 def restarts_allowed() -> int:
     """How often torchrun may start the ranks again after one has failed."""
     return int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0"))
@@ -116,8 +121,7 @@ def choose_device(device: str, gpus: Sequence[int]) -> torch.device:
     if device == "cpu" or (device == "auto" and not available):
         return torch.device("cpu")
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-    local_size = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    index = gpus[local_rank] if len(gpus) == local_size else local_rank
+    index = gpus[local_rank] if len(gpus) == ranks_of_machine() else local_rank
     if index >= available:
         raise UsageError(
             f"--device {device} --gpu {index}: this machine has {available} GPUs that "

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from metroem import pipeline
 from metroem.data.dataset import Split
 from metroem.errors import UsageError
 from metroem.pipeline import TrainRequest
@@ -126,3 +127,15 @@ def test_beginning_anew_is_refused_where_torchrun_restarts(tmp_path, monkeypatch
     with pytest.raises(UsageError, match="each restart of torchrun"):
         TrainRequest(tmp_path, tmp_path, restart=True)
     TrainRequest(tmp_path, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("cores", "ranks", "workers"), [(16, 1, 8), (16, 4, 4), (4, 1, 4), (2, 4, 1)]
+)
+def test_a_rank_with_a_gpu_reads_with_its_share_of_the_cores(
+    monkeypatch, cores, ranks, workers
+):
+    monkeypatch.setattr(os, "cpu_count", lambda: cores)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(ranks))
+    assert pipeline._workers_for(torch.device("cuda")) == workers
+    assert pipeline._workers_for(torch.device("cpu")) == 0
