@@ -18,6 +18,7 @@ from metroem.io.h5_write import (
     FieldSetMeta,
     check_shape,
     describe,
+    field_chunks,
     field_dataset,
 )
 from metroem.io.parts import PartStore
@@ -45,13 +46,21 @@ class FieldParts:
         self._store = PartStore(folder, request)
 
     def has(self, index: int) -> bool:
-        """Whether a whole field is there; one that cannot be read is dropped."""
+        """Whether a whole field is there; one that cannot be read is dropped.
+
+        One of other chunks, as a run of an earlier version left it, cannot be joined.
+        """
         path = self._path(index)
         if not path.is_file():
             return False
         try:
             with h5py.File(path, "r") as file:
-                return "checksum" in file
+                field = file.get("main")
+                return (
+                    "checksum" in file
+                    and isinstance(field, h5py.Dataset)
+                    and field.chunks == field_chunks(field.shape)
+                )
         except OSError:
             path.unlink(missing_ok=True)
             return False

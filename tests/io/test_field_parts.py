@@ -4,12 +4,12 @@ import pytest
 
 from metroem.errors import DatasetError, FieldError
 from metroem.grid import Grid
-from metroem.io import field_parts
+from metroem.io import field_parts, h5_write
 from metroem.io.field_parts import FieldParts
 from metroem.io.h5 import FieldSet, FieldSetMeta, PairFrame, verify, write_field_set
 from metroem.io.parts import parts_folder
 
-# More than one chunk of 512 along cols, the last one cut off.
+# More than one chunk of 256 px along cols, the last one cut off.
 SHAPE = (96, 700)
 NAME = "field_0_x0_y0_z1_MIP2_ck.h5"
 META = FieldSetMeta(
@@ -60,6 +60,19 @@ def test_joined_parts_are_the_set_that_one_process_writes(parts, tmp_path):
     found = FieldSet(tmp_path / NAME).read(1)
     # Rounded to 0.01 px; what is closer to 0 becomes 0.
     np.testing.assert_allclose(found, fields()[1], rtol=0, atol=0.01)
+
+
+def test_a_part_of_other_chunks_is_made_again(parts, tmp_path, monkeypatch):
+    """Its packed bytes would fill others. Earlier versions cut sets into 512 px."""
+    monkeypatch.setattr(h5_write, "_CHUNK_PX", 512)
+    parts.put(1, fields()[1])
+    monkeypatch.undo()
+    assert [parts.has(index) for index in range(3)] == [True, False, True]
+
+    parts.put(1, fields()[1])
+    list(parts.join(tmp_path / NAME, META))
+
+    assert parts.has(1) and verify(tmp_path / NAME) == []
 
 
 def test_a_part_that_is_broken_is_made_again(parts):

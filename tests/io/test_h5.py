@@ -213,7 +213,7 @@ def test_a_changed_byte_is_found(image_path):
 
 
 def test_a_section_that_two_pairs_share_is_in_both(tmp_path):
-    # More than a chunk of 512 px along one axis, less along the other.
+    # More than two chunks of 256 px along one axis, less than one along the other.
     rows, cols = 530, 37
     sections = np.random.default_rng(0).normal(size=(4, rows, cols)).astype(np.float32)
     sections[1, :, :9] = 0
