@@ -51,7 +51,7 @@ class StorageError(MetroEMError):
 
 
 class ResourceError(MetroEMError):
-    """Memory that does not suffice, or a process of the run that was killed."""
+    """Too little memory, a process that was killed, or what a device cannot do."""
 
 
 def disk_trouble(error: OSError, path: Path | None = None) -> StorageError | None:

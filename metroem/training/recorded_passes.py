@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from metroem.errors import ResourceError
 from metroem.prediction import Prediction
 from metroem.recording import recording
 
@@ -54,7 +55,11 @@ class RecordedPasses:
     def __call__(
         self, src: Tensor, tgt: Tensor, prior: Tensor | None, levels: tuple[int, ...]
     ) -> Prediction:
-        """The prediction; its tensors are the caller's, as if nothing were recorded."""
+        """The prediction; its tensors are the caller's, as if nothing were recorded.
+
+        Raises:
+            ResourceError: the network does what cannot be recorded.
+        """
         given = [src, tgt] if prior is None else [src, tgt, prior]
         if not _is_worth_it(given):
             return self._predict(src, tgt, prior, levels)
@@ -76,7 +81,17 @@ class RecordedPasses:
         ) -> Prediction:
             return self._predict(src, tgt, prior, levels)
 
-        return _Recorded(predict, self._net, given, self._passes)
+        try:
+            return _Recorded(predict, self._net, given, self._passes)
+        except RuntimeError as error:
+            if "captur" not in str(error):  # as CUDA calls it
+                raise
+            first_line = str(error).strip().splitlines()[0]
+            raise ResourceError(
+                "the GPU could not record the passes of this network "
+                f"({first_line}); the same command with --checkpoint_activations makes "
+                "them one by one, and goes on from the last save"
+            ) from error
 
 
 class _Passes:

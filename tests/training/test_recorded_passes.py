@@ -6,6 +6,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from metroem.aligner import Aligner
 from metroem.data.sample import Sample
+from metroem.errors import ResourceError
 from metroem.prediction import Prediction
 from metroem.scaffold import init_pyramid
 from metroem.training import recorded_passes
@@ -75,6 +76,32 @@ def test_each_kind_of_pass_is_recorded_when_it_comes_the_fourth_time(monkeypatch
             if count < 4:
                 passes(*images(), None, ())
     assert [one.calls for one in Noted.made] == [2, 2, 2, 2]
+
+
+@pytest.mark.parametrize(
+    ("said", "raised"),
+    [
+        ("CUDA error: operation not permitted when stream is capturing", ResourceError),
+        ("mat1 and mat2 have other shapes", RuntimeError),
+    ],
+)
+def test_a_network_that_cannot_be_recorded_is_an_error_that_says_what_to_do(
+    monkeypatch, said, raised
+):
+    def fails(*_):
+        raise RuntimeError(f"{said}\nand more")
+
+    monkeypatch.setattr(recorded_passes, "_is_worth_it", lambda given: True)
+    monkeypatch.setattr(recorded_passes, "_Recorded", fails)
+    monkeypatch.setattr(recorded_passes, "_Passes", lambda device: None)
+    net = Scales()
+    passes = RecordedPasses(net.predict, net)
+    for _ in range(3):
+        passes(*images(), None, ())
+    with pytest.raises(raised, match=said) as found:
+        passes(*images(), None, ())
+    is_ours = raised is ResourceError
+    assert ("--checkpoint_activations" in str(found.value)) == is_ours
 
 
 def test_weights_are_replaced_wherever_a_network_has_them(tmp_path):
