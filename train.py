@@ -52,7 +52,8 @@ def _add_machine_flags(parser: argparse.ArgumentParser) -> None:
     add("--port", type=int, default=8888, help="where the ranks of --gpu meet")
     add("--seed", type=int, default=0, help="of all chance (0)")
     add("--batch_size", type=int, help="pairs of a step over all ranks (one a rank)")
-    add("--num_workers", type=int, help="processes that read, a rank (GPU to 8, CPU 0)")
+    readers = "processes that read, a rank (up to 8 beside a GPU, else 0)"
+    add("--num_workers", type=int, help=readers)
     precision = "inside the network (fp32)"
     add("--precision", choices=("fp32", "bf16"), default="fp32", help=precision)
     average = (

@@ -30,7 +30,7 @@ from torch.profiler import ProfilerActivity, profile
 from metroem import cli
 from metroem.errors import UsageError
 
-_WARM_UP = 5  # rounds: passes are recorded in the fourth
+_WARM_UP = 5  # calls of each part: passes are recorded in the fourth
 _COPY_BYTES = {"cuda": 2**30, "cpu": 2**26}
 
 
@@ -150,7 +150,7 @@ def write_profile(bench: Bench, path: Path) -> None:
     }
     tables = []
     for name, part in parts.items():
-        for _ in range(5):  # passes are recorded meanwhile
+        for _ in range(_WARM_UP):
             part()
         with profile(activities=kinds) as found:
             part()

@@ -290,5 +290,5 @@ def _workers_for(device: torch.device) -> int:
     """How many processes read for a rank: those that its share of the cores can run."""
     if device.type == "cpu":
         return 0  # its cores have the network to compute
-    cores = os.cpu_count() or 1
+    cores = len(os.sched_getaffinity(0))  # a cluster may lend a part of them
     return min(_MOST_WORKERS, max(1, cores // distributed.ranks_of_machine()))

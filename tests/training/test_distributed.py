@@ -135,7 +135,7 @@ def test_beginning_anew_is_refused_where_torchrun_restarts(tmp_path, monkeypatch
 def test_a_rank_with_a_gpu_reads_with_its_share_of_the_cores(
     monkeypatch, cores, ranks, workers
 ):
-    monkeypatch.setattr(os, "cpu_count", lambda: cores)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(cores)))
     monkeypatch.setenv("LOCAL_WORLD_SIZE", str(ranks))
     assert pipeline._workers_for(torch.device("cuda")) == workers
     assert pipeline._workers_for(torch.device("cpu")) == 0
