@@ -124,5 +124,5 @@ def _forget_modules_below(folder: str) -> None:
     """
     for name, module in list(sys.modules.items()):
         file = getattr(module, "__file__", None)
-        if file and Path(file).is_relative_to(folder):
+        if file and file.startswith(folder + os.sep):
             del sys.modules[name]
