@@ -1,26 +1,18 @@
 """Benchmarks run as people run them, on little."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
-ROOT = Path(__file__).parents[1]
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
 
-def run(script, *arguments):
+def run(zygote, script, *arguments):
     """Run a script of `benchmarks/` to its end, whatever that is."""
-    return subprocess.run(
-        [sys.executable, str(ROOT / "benchmarks" / script), *arguments],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-    )
+    return zygote.run(BENCHMARKS.parent, [BENCHMARKS / script, *arguments])
 
 
-def figures(script, *arguments):
-    """The JSON of a benchmark's last line."""
-    done = run(script, *arguments)
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
-    return json.loads(done.stdout.splitlines()[-1])
+def figures(zygote, script, *arguments):
+    """The JSON of a benchmark's last line on stdout."""
+    done = run(zygote, script, *arguments)
+    assert done["status"] == 0, done["output"][-4000:]
+    return json.loads(done["printed"].splitlines()[-1])

@@ -5,6 +5,7 @@ it is imported. Triton reads when it is imported, which torch may do, whether it
 run kernels on a CPU: TRITON_INTERPRET=0 tests them on a GPU.
 """
 
+import atexit
 import logging
 import os
 import tempfile
@@ -12,9 +13,26 @@ from collections.abc import Iterator
 
 import pytest
 
+from tests.zygote import Zygote, wait_shorter
+
 _HOME = tempfile.TemporaryDirectory(prefix="metroem-tests-")
+atexit.register(_HOME.cleanup)
 os.environ["HOME"] = _HOME.name
 os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Keep tests that share what takes long to make in one process of xdist."""
+    for item in items:
+        folder = item.path.parent
+        shared = folder if folder.name == "faults" else item.path
+        item.add_marker(pytest.mark.xdist_group(str(shared)))
+
+
+@pytest.fixture(autouse=True, scope="session")
+def cloud_files() -> None:
+    """cloud-files, which tests do not wait for longer than it takes."""
+    wait_shorter()
 
 
 @pytest.fixture(autouse=True)
@@ -28,3 +46,11 @@ def package_log() -> Iterator[logging.Logger]:
         if handler not in before[0]:
             handler.close()
     package.handlers, package.level, package.propagate = before
+
+
+@pytest.fixture(scope="session")
+def zygote() -> Iterator[Zygote]:
+    """The process that forks commands; see tests/zygote.py."""
+    process = Zygote()
+    yield process
+    process.close()

@@ -24,24 +24,26 @@ def test_the_pair_has_masks_that_move_and_differ():
 
 @pytest.mark.slow
 @pytest.mark.skipif(not PYTHON.is_file(), reason=f"no {PYTHON}: make original")
-def test_the_finetuner_is_timed_beside_the_original():
-    found = figures("finetuner.py", "--size", "64", "--rounds", "7")
+def test_the_finetuner_is_timed_beside_the_original(zygote):
+    found = figures(zygote, "finetuner.py", "--size", "64", "--rounds", "7")
     assert set(found["seconds"]) >= {"original", "ours", "bare_warp"}
 
     whole = ("--whole", "--size", "96", "--num_iter", "40", "--seeds", "1")
-    assert 0 < figures("finetuner.py", *whole)["largest_loss_ratio"] < 2
+    assert 0 < figures(zygote, "finetuner.py", *whole)["largest_loss_ratio"] < 2
 
 
 @pytest.mark.slow
-def test_the_script_for_a_gpu_runs_on_a_cpu(tmp_path):
+def test_the_script_for_a_gpu_runs_on_a_cpu(tmp_path, zygote):
     small = ("--size", "64", "--batches", "1", "--precisions", "fp32", "--rounds", "7")
     table = tmp_path / "profile.txt"
-    found = figures("gpu.py", "--device", "cpu", *small, "--profile", str(table))
+    found = figures(
+        zygote, "gpu.py", "--device", "cpu", *small, "--profile", str(table)
+    )
     assert found["rows"]["batch 1, fp32"]["host_syncs"] is None
     assert "finetuner_step" in table.read_text()
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_without_a_gpu_the_script_says_so():
-    done = run("gpu.py")
-    assert done.returncode == 1 and "try --device cpu" in done.stdout + done.stderr
+def test_without_a_gpu_the_script_says_so(zygote):
+    done = run(zygote, "gpu.py")
+    assert done["status"] == 1 and "try --device cpu" in done["output"]

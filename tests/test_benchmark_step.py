@@ -15,8 +15,9 @@ needs_original = pytest.mark.skipif(
 )
 
 
-def test_train_step_compares_each_kind_with_the_bare_network():
+def test_train_step_compares_each_kind_with_the_bare_network(zygote):
     found = figures(
+        zygote,
         "train_step.py",
         *("--size", "96", "--rounds", "7", "--template", "correlation"),
     )
@@ -25,8 +26,9 @@ def test_train_step_compares_each_kind_with_the_bare_network():
 
 
 @needs_original
-def test_a_step_of_ours_minimises_what_the_original_does():
+def test_a_step_of_ours_minimises_what_the_original_does(zygote):
     found = figures(
+        zygote,
         "train_step_against_original.py",
         *("--size", "256", "--rounds", "7", "--loss", "metric"),
     )
@@ -38,8 +40,9 @@ def test_a_step_of_ours_minimises_what_the_original_does():
 
 
 @needs_original
-def test_time_to_quality_follows_both():
+def test_time_to_quality_follows_both(zygote):
     found = figures(
+        zygote,
         "time_to_quality.py",
         *("--size", "96", "--sections", "14", "--original_seconds", "1"),
         *("--train_flags", "--max_epochs", "1", "--batch_size", "25"),

@@ -23,23 +23,24 @@ SCHEDULE = {"1": [{**PHASE, "smoothness": 0, **KNOWN}]}
 pytestmark = pytest.mark.slow
 
 
-def test_download_bytes_reads_each_chunk_once():
-    assert figures("download_bytes.py")["read_per_needed"] <= 1.1
+def test_download_bytes_reads_each_chunk_once(zygote):
+    assert figures(zygote, "download_bytes.py")["read_per_needed"] <= 1.1
 
 
 @pytest.mark.long
-def test_kill_resume_ends_with_the_same_weights():
-    found = figures("kill_resume.py", "--kills", "2")
+def test_kill_resume_ends_with_the_same_weights(zygote):
+    found = figures(zygote, "kill_resume.py", "--kills", "2")
     assert found["calm"] == found["killed"] and len(found["calm"]) == 4
 
 
 @pytest.mark.long
 @pytest.mark.parametrize("natural", [False, True])
-def test_real_sections_scores_a_stack(tmp_path, natural):
+def test_real_sections_scores_a_stack(tmp_path, natural, zygote):
     stack = make_tissue(TissueRecipe(12, 288 + 48, 256 + 48))
     np.save(tmp_path / "stack.npy", stack)
     (tmp_path / "schedule.json").write_text(json.dumps(SCHEDULE))
     found = figures(
+        zygote,
         "real_sections.py",
         *("--stack", str(tmp_path / "stack.npy")),
         *("--train_params_path", str(tmp_path / "schedule.json")),
@@ -53,7 +54,7 @@ def test_real_sections_scores_a_stack(tmp_path, natural):
 
 @pytest.mark.skipif(SHARED is None, reason="METROEM_SHARED names no folder with peers")
 @pytest.mark.long
-def test_quality_trains_scores_and_writes_its_page(tmp_path):
+def test_quality_trains_scores_and_writes_its_page(tmp_path, zygote):
     bench = Path(SHARED or "") / "bench"
     np.save(tmp_path / "stack.npy", make_tissue(TissueRecipe(9, 160, 176)))
     phase = {**PHASE, "num_epochs": 1, "loss_spec": {"type": "plain"}}
@@ -70,6 +71,7 @@ def test_quality_trains_scores_and_writes_its_page(tmp_path):
     train_flags = ["--train_params_path", str(tmp_path / "schedule.json")]
 
     found = figures(
+        zygote,
         "quality.py",
         *("--stack", str(stack), "--bench", str(bench), "--out", str(tmp_path / "o")),
         *("--other_stack", str(stack), "--other_peers_json", str(peers)),

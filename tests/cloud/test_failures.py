@@ -3,8 +3,7 @@
 import itertools
 import json
 import os
-import subprocess
-import sys
+import shutil
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -15,21 +14,7 @@ from tests.cloud.servers import KEYS, s3_client, s3_server, serving
 from tests.export.sets import make_sets
 from tests.volumes import make_volume
 
-ROOT = Path(__file__).parents[2]
 LONGEST_S = 30
-# Runs a command as its script does, and says how long it took, less the imports.
-TIMED = """
-import atexit, runpy, sys, time
-import metroem.create.image, metroem.export.run
-sys.argv = sys.argv[1:]
-started = time.monotonic()
-atexit.register(lambda: print("seconds", time.monotonic() - started))
-if sys.argv[0] == "-m":
-    sys.argv = sys.argv[1:]
-    runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
-else:
-    runpy.run_path(sys.argv[0], run_name="__main__")
-"""
 DOWNLOAD = ["download_image.py", "--mip", "0", "--patch_size", "48"]
 DOWNLOAD += ["--z_start", "1", "--z_end", "3", "--dst_folder", "data", "--cv_path"]
 
@@ -44,27 +29,17 @@ def bucket(tmp_path):
 
 
 @pytest.fixture
-def fails(tmp_path):
-    """Runs a command with a HOME of its own; returns the one line it ends with."""
+def fails(tmp_path, zygote):
+    """Runs a command without credentials; returns the one line it ends with."""
 
     def run(*words, **environment):
-        home = tmp_path / "home"
-        home.mkdir(exist_ok=True)
         kept = {k: v for k, v in os.environ.items() if not k.startswith("AWS_")}
-        kept |= {"HOME": str(home), "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
         # Nobody answers there, so no cloud is asked who we are.
         kept |= {"AWS_EC2_METADATA_DISABLED": "true", "NO_GCE_CHECK": "true"}
-        words = [str(ROOT / words[0]) if words[0] != "-m" else "-m", *words[1:]]
-        done = subprocess.run(
-            [sys.executable, "-c", TIMED, *map(str, words)],
-            cwd=tmp_path,
-            env=kept | environment,
-            capture_output=True,
-            text=True,
-        )
-        assert done.returncode == 1, done.stderr
-        assert float(done.stdout.split("seconds")[-1]) < LONGEST_S
-        (line,) = done.stderr.splitlines()
+        done = zygote.run(tmp_path, words, environment=kept | environment)
+        assert done["status"] == 1, done["output"]
+        assert done["seconds"] < LONGEST_S
+        (line,) = done["errors"].splitlines()
         assert line.startswith("error: ")
         return line
 
@@ -146,7 +121,7 @@ def test_connections_that_are_dropped_or_hang_or_never_come(fails, bucket):
 
 def test_an_export_that_may_not_be_written(fails, tmp_path, bucket):
     make_sets(tmp_path / "sets")
-    command = ["-m", "metroem", "export-fields", "--dataset_path", "sets"]
+    command = ["metroem", "export-fields", "--dataset_path", "sets"]
     with serving(bucket, "403") as server:
         path, keys = paths(server.url)["s3"]
         line = fails(*command, "--dst_path", path, **keys)
@@ -154,8 +129,8 @@ def test_an_export_that_may_not_be_written(fails, tmp_path, bucket):
     assert "check that your credentials are right and allow it" in line
 
 
-def test_keys_come_from_the_environment_or_from_the_secrets(fails, tmp_path, bucket):
-    secrets = tmp_path / "home" / ".cloudvolume" / "secrets"
+def test_keys_come_from_the_environment_or_from_the_secrets(fails, bucket):
+    secrets = Path(os.environ["HOME"]) / ".cloudvolume" / "secrets"
     with serving(bucket, "403") as server:
         path, keys = paths(server.url)["s3"]
         fails(*DOWNLOAD, path, **keys)
@@ -164,7 +139,10 @@ def test_keys_come_from_the_environment_or_from_the_secrets(fails, tmp_path, buc
         mine = {"AWS_ACCESS_KEY_ID": "my-key", "AWS_SECRET_ACCESS_KEY": "b"}
         (secrets / "aws-secret.json").write_text(json.dumps(mine))
         server.keys.clear()
-        fails(*DOWNLOAD, path, AWS_ENDPOINT_URL_S3=server.url)
+        try:
+            fails(*DOWNLOAD, path, AWS_ENDPOINT_URL_S3=server.url)
+        finally:
+            shutil.rmtree(secrets)
         assert server.keys == {"my-key"}
 
 

@@ -14,6 +14,7 @@ import torch
 from metroem.io.h5 import verify
 from metroem.scaffold import init_pyramid
 from tests.make_dataset.conftest import OFFSET, PAIRS, SHAPE
+from tests.nets.specs import scalenet, write_spec
 from tests.pairs import write_pairs
 from tests.volumes import make_volume
 
@@ -74,8 +75,9 @@ def make_place(zygote, folder):
     commands = _downloads(folder)
     begin = starts["untrained"]
     write_pairs(begin / "data", mips=(2, 1), num_pairs=4, shape=(96, 128))
-    init_pyramid(begin / "one", [2], "scalenet")
-    init_pyramid(begin / "two", [2, 1], "scalenet")
+    for name, mips in (("one", [2]), ("two", [2, 1])):
+        for module in init_pyramid(begin / name, mips, "scalenet"):
+            write_spec(module / "model", scalenet(4, 6))
     warp = {"type": "warp", "min_disp": -3, "max_disp": 3}
     phases = [{**PHASE, "augmentations": [warp]}, {**PHASE, "num_epochs": 2}]
     (begin / "schedule.json").write_text(json.dumps({"1": phases}))
@@ -93,7 +95,7 @@ def make_place(zygote, folder):
             assert done["status"] == 0, done["output"]
             for path in start.glob("data/field_*"):
                 path.unlink()
-            write_pairs(start / "large", mips=(2, 1), num_pairs=2, shape=(256, 384))
+            write_pairs(start / "large", mips=(2, 1), num_pairs=2, shape=(192, 256))
         run = folder / f"calm-{name}"
         shutil.copytree(start, run)
         done = zygote.run(run, command)

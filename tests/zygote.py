@@ -3,11 +3,12 @@
 A fresh python takes seconds to import torch, a fork milliseconds. Torch is safe to
 fork here: the process that forks has run nothing, so it has one thread.
 
-Reads one JSON object a line: `command`, `folder`, `signal` (a number, None for none),
-`after` (seconds from the start to the signal), `hook` (a function of
-tests.faults.hooks, called before the command), `to_the_end` (with the end of
-python); answers with `status` (as
-subprocess has it), `seconds` and `output`.
+Reads one JSON object a line: `command` (its first word is a script of ours, `metroem`,
+or the path of any other script), `folder`, `environment` (all of it, None for that of
+this process), `signal` (a number, None for none), `after` (seconds from the start to
+the signal), `hook` (a function of tests.faults.hooks, called before the command),
+`to_the_end` (with the end of python); answers with `status` (as subprocess has it),
+`seconds`, `printed` (stdout), `errors` (stderr) and `output` (one after the other).
 """
 
 import atexit
@@ -15,18 +16,62 @@ import gc
 import importlib
 import json
 import os
+import runpy
 import signal
+import subprocess
 import sys
 import tempfile
 import threading
 import time
 import traceback
+from pathlib import Path
+from types import SimpleNamespace
 
+ROOT = Path(__file__).parents[1]
 TOO_LONG_S = 400.0
 # What commands import when they need it; torch._dynamo comes with an optimizer.
 IMPORTED = ("metroem.pipeline", "metroem.evaluate", "metroem.create.image")
 IMPORTED += ("metroem.create.field", "metroem.create.pairs")
 IMPORTED += ("torch._dynamo", "modelhouse", "artificery")
+
+
+def wait_shorter():
+    """Let cloud-files look every 2 ms whether its threads are done, not every 100.
+
+    It waits so at each load of a module and at each read of several chunks.
+    """
+    from cloudfiles import threaded_queue  # after HOME is set: it keeps that
+
+    threaded_queue.time = SimpleNamespace(
+        sleep=lambda seconds: time.sleep(min(seconds, 0.002))
+    )
+
+
+class Zygote:
+    """The process that forks commands, as tests have it."""
+
+    def __init__(self):
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "tests.zygote"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            cwd=ROOT,
+            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+        )
+        assert self._process.stdout.readline() == "ready\n"
+
+    def run(self, folder, command, **more):
+        """Run a command in a folder: its status, seconds and output."""
+        asked: dict = {"command": list(map(str, command)), "folder": str(folder)}
+        self._process.stdin.write(json.dumps(asked | more) + "\n")
+        self._process.stdin.flush()
+        return json.loads(self._process.stdout.readline())
+
+    def close(self):
+        self._process.stdin.close()
+        self._process.wait()
+        self._process.stdout.close()
 
 
 def main():
@@ -42,7 +87,9 @@ def main():
     from tests import commands
     from tests.faults import hooks
 
-    # Finetuning takes most of the time, and nothing is disturbed within it.
+    wait_shorter()
+
+    # Finetuning takes most of the time, and no test is about what it finds.
     generate.finetune_iterations = lambda stage: 8 // 2**stage
     mains = {name: module.main for name, module in commands.SCRIPTS.items()}
     mains["metroem"] = commands.metroem_main.main
@@ -59,36 +106,50 @@ def main():
 
 def attempt(asked, mains, hooks):
     """Run one command in a child, and send it a signal if that is asked for."""
-    with tempfile.TemporaryFile() as output:
+    with tempfile.TemporaryFile() as output, tempfile.TemporaryFile() as errors:
         started = time.monotonic()
         pid = os.fork()
         if pid == 0:
-            become(asked, mains, hooks, output)
+            become(asked, mains, hooks, output, errors)
         status = wait(pid, started, asked)
-        output.seek(0)
+        seconds = time.monotonic() - started
+        texts = []
+        for file in (output, errors):
+            file.seek(0)
+            texts.append(file.read().decode(errors="replace"))
         return {
             "status": status,
-            "seconds": time.monotonic() - started,
-            "output": output.read().decode(errors="replace"),
+            "seconds": seconds,
+            "printed": texts[0],
+            "errors": texts[1],
+            "output": "".join(texts),
         }
 
 
-def become(asked, mains, hooks, output):
+def become(asked, mains, hooks, output, errors):
     """Be the command, to the end of the process."""
     from metroem import cli
+
+    if asked.get("environment") is not None:
+        os.environ.clear()
+        os.environ.update(asked["environment"])
 
     os.setpgid(0, 0)
     os.chdir(asked["folder"])
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-    for number in (1, 2):
-        os.dup2(output.fileno(), number)
+    for number, file in ((1, output), (2, errors)):
+        os.dup2(file.fileno(), number)
     program, *arguments = asked["command"]
     sys.argv = [program, *arguments]
     code = 1
     try:
         if asked.get("hook"):
             getattr(hooks, asked["hook"])()
-        cli.run(lambda: mains[program](arguments))
+        if program in mains:
+            cli.run(lambda: mains[program](arguments))
+        else:
+            sys.path.insert(0, str(Path(program).parent))
+            runpy.run_path(program, run_name="__main__")
         code = 0
     except SystemExit as end:
         code = end.code or 0
