@@ -53,7 +53,7 @@ PAIRS = {
 @pytest.fixture
 def run(tmp_path):
     """A pyramid of two stages whose pairs lie 3 mip-0 pixels apart."""
-    write_pairs(tmp_path / "data", mips=(2, 1), num_pairs=6, shape=(192, 256))
+    write_pairs(tmp_path / "data", mips=(2, 1), num_pairs=6, shape=(160, 208))
     for path in init_pyramid(tmp_path / "pyramid", [2, 1], "correlation"):
         write_spec(path / "model", NETWORK)
     (tmp_path / "schedule.json").write_text(json.dumps({"1": [PHASE, PAIRS]}))

@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import subprocess
 
 import pytest
 import torch
@@ -12,7 +11,7 @@ from metroem.errors import MetroEMError
 from metroem.scaffold import init_pyramid
 from tests.nets.specs import scalenet, write_spec
 from tests.pairs import write_pairs
-from tests.test_train import arguments, command, digest, twin_of
+from tests.test_train import arguments, digest, twin_of
 
 PHASE = {
     "lr": 2e-3,
@@ -30,7 +29,7 @@ ONE_STAGE = ("--train_stages", "0", "--generate_field_stages", "0")
 @pytest.fixture
 def run(tmp_path):
     """A pyramid of one small module, and two sets of which one has small patches."""
-    write_pairs(tmp_path / "data", mips=(1,), num_pairs=6, shape=(96, 128))
+    write_pairs(tmp_path / "data", mips=(1,), num_pairs=6, shape=(96, 112))
     small = {"num_pairs": 6, "shape": (80, 72), "corner": (512, 512)}
     write_pairs(tmp_path / "data", mips=(1,), **small)
     (module,) = init_pyramid(tmp_path / "pyramid", [1], "scalenet")
@@ -93,19 +92,3 @@ def test_activations_computed_again_change_no_weight(run):
     train.main(arguments(run, *short))
     train.main(arguments(twin, *short, "--checkpoint_activations"))
     assert digest(run) == digest(twin)
-
-
-@pytest.mark.slow
-def test_two_ranks_average_and_accumulate_as_one_process_does(run):
-    twin = twin_of(run)
-    subprocess.run(command(run, *ONE_STAGE), check=True, capture_output=True)
-    done = subprocess.run(
-        [*command(twin, *ONE_STAGE), "--gpu", "0,1", "--port", "29417"],
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    a, b = (weights(folder, "last") for folder in (run, twin))
-    apart = torch.cat([(a[key] - b[key]).abs().flatten() for key in a])
-    # Rounding alone, see test_train.py; other samples would move all by 1e-3.
-    assert apart.median() < 1e-6 and apart.quantile(0.99) < 1e-4

@@ -1,18 +1,12 @@
 """download_image.py stopped, killed, repeated; and what it reads."""
 
 import itertools
-import os
-import signal
-import subprocess
 import sys
-import time
-from pathlib import Path
 
 import h5py
 import numpy as np
 import pytest
 
-import download_image
 from metroem.errors import DatasetError
 from metroem.io import parts
 from metroem.io.h5 import ImageSet, verify
@@ -156,33 +150,3 @@ def test_each_chunk_is_read_once_where_chunks_are_thick(
     assert len(count.times) == 2 * 4
     expected = patch(sections, 14, 64, 64)
     np.testing.assert_array_equal(ImageSet(path).read(2).src, expected)
-
-
-@pytest.mark.slow
-def test_a_download_killed_by_the_system_goes_on(tmp_path):
-    # Large enough that the kill falls between its first section and its last.
-    shape = (40, 1, 1024, 1280)
-    data = np.random.default_rng(0).integers(1, 255, shape, dtype=np.uint8)
-    volume = make_volume(tmp_path / "big", [data], chunk=(128, 128, 1))
-    script = Path(download_image.__file__)
-    command = [sys.executable, str(script), "--cv_path", volume, "--mip", "0"]
-    command += ["--patch_size", "1000", "--z_start", "1", "--z_end", "40"]
-    command += ["--dst_folder", str(tmp_path / "data"), "--normalize"]
-    env = os.environ | {"PYTHONPATH": str(script.parent)}
-    process = subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL)
-    store = tmp_path / "data" / ".x0_y0_z1_MIP0.h5.parts"
-    deadline = time.monotonic() + 60
-    while len(list(store.glob("image-*.npy"))) < 5 and time.monotonic() < deadline:
-        time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL
-
-    done = subprocess.run(command, env=env, capture_output=True, text=True, check=True)
-
-    assert "goes on with" in done.stdout
-    path = tmp_path / "data" / "x0_y0_z1_MIP0.h5"
-    assert verify(path) == []
-    assert not store.exists()
-    raw = data[39, 0, :1000, :1000].astype(float)
-    expected = (raw - raw.mean()) / raw.std()
-    np.testing.assert_allclose(ImageSet(path).read(38).src, expected, atol=1e-4)
