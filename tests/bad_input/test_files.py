@@ -134,7 +134,7 @@ def attribute(chance, file, name):
 
 
 @pytest.mark.parametrize("key", NAMES)
-@tried(700)
+@tried(200)
 @given(chance=SEEDS)
 def test_sets_with_something_else_in_them(tmp_path_factory, sound, key, chance):
     path = tmp_path_factory.getbasetemp() / NAMES[key]
@@ -150,7 +150,7 @@ def test_sets_with_something_else_in_them(tmp_path_factory, sound, key, chance):
 
 
 @pytest.mark.parametrize("key", NAMES)
-@tried(700)
+@tried(200)
 @given(chance=SEEDS)
 def test_sets_that_were_cut_short_or_damaged(tmp_path_factory, sound, key, chance):
     content = damaged(chance, (sound / NAMES[key]).read_bytes())
@@ -210,7 +210,7 @@ def damaged(chance, content):
     return bytes(content)
 
 
-@tried(800)
+@tried(250)
 @given(chance=SEEDS)
 def test_weights_that_are_nearly_right(tmp_path_factory, chance):
     path = tmp_path_factory.getbasetemp() / "a.state.pth.tar"
@@ -223,7 +223,7 @@ def test_weights_that_are_nearly_right(tmp_path_factory, chance):
             assert torch.equal(value, before[name])
 
 
-@tried(500)
+@tried(200)
 @given(chance=SEEDS)
 def test_training_states_that_are_nearly_right(tmp_path_factory, chance):
     path = tmp_path_factory.getbasetemp() / "state.pt"

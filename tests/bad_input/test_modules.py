@@ -241,7 +241,7 @@ def ends(command, place, pyramid):
     return ended, after.keys() - before.keys() - {str(place / "mark")}
 
 
-@tried(50)
+@tried(25)
 @given(**NEARLY)
 def test_modules_are_inspected_without_running_their_code(place, chance, spec, create):
     pyramid = made(place, {"spec": spec, "create": create}, change, chance)
@@ -249,7 +249,7 @@ def test_modules_are_inspected_without_running_their_code(place, chance, spec, c
     assert not added and not (place / "mark").exists()
 
 
-@tried(22)
+@tried(12)
 @given(**NEARLY)
 def test_modules_that_are_nearly_right_are_evaluated(place, chance, spec, create):
     pyramid = made(place, {"spec": spec, "create": create}, change, chance)
@@ -257,7 +257,7 @@ def test_modules_that_are_nearly_right_are_evaluated(place, chance, spec, create
     assert not added
 
 
-@tried(8)
+@tried(6)
 @given(**NEARLY)
 def test_modules_that_are_nearly_right_are_trained(place, chance, spec, create):
     pyramid = made(place, {"spec": spec, "create": create}, change, chance)

@@ -57,7 +57,7 @@ def nearly_named(draw):
     return name
 
 
-@tried(2500)
+@tried(600)
 @given(nearly_named())
 def test_names_are_read_back_as_they_were_or_not_at_all(name):
     for kind in (ImageSetName, FieldSetName):
@@ -72,7 +72,7 @@ def test_names_are_read_back_as_they_were_or_not_at_all(name):
         ends_well("file names", read)
 
 
-@tried(500)
+@tried(200)
 @given(nearly_named())
 def test_module_directories_are_taken_by_their_whole_name(name):
     ends_well("file names", lambda: ModuleSpec.from_path(Path(name)))
@@ -84,7 +84,7 @@ def folder(tmp_path_factory):
 
 
 @pytest.mark.parametrize("tree", SCHEDULES, ids=["scratch", "classic"])
-@tried(1000)
+@tried(300)
 @given(data=st.data())
 def test_schedules_that_are_nearly_right(folder, tree, data):
     text = data.draw(nearly(tree).map(encoded) | broken_text(json.dumps(tree)))
@@ -101,7 +101,7 @@ def use_schedule(schedule):
             assert phase.rate(0, 10) >= 0 and phase.num_epochs <= 2
 
 
-@tried(2000)
+@tried(500)
 @given(nearly(SPEC).map(encoded) | broken_text(json.dumps(SPEC)))
 def test_specs_that_are_nearly_right(folder, text):
     path = folder / "spec.json"
@@ -116,7 +116,7 @@ def test_specs_that_are_nearly_right(folder, text):
     ends_well("specs", read)
 
 
-@tried(1000)
+@tried(300)
 @given(broken_text(POINTS))
 def test_tables_of_points_that_are_nearly_right(folder, text):
     path = folder / "points.csv"
@@ -125,7 +125,7 @@ def test_tables_of_points_that_are_nearly_right(folder, text):
     ends_well("tables of points", lambda: read_points(path))
 
 
-@tried(200)
+@tried(80)
 @given(nearly(SPEC).map(encoded) | broken_text(json.dumps(SPEC)), broken_text(POINTS))
 def test_a_spec_is_written_whole_or_not_at_all(folder, template, points):
     (folder / "template.json").write_bytes(template)
@@ -143,7 +143,7 @@ def test_a_spec_is_written_whole_or_not_at_all(folder, template, points):
         load_spec(folder / "made.json")
 
 
-@tried(200)
+@tried(80)
 @given(st.lists(nearly_named(), max_size=3, unique=True))
 def test_pyramids_of_any_folders(tmp_path_factory, names):
     pyramid = tmp_path_factory.mktemp("pyramid")

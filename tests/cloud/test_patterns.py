@@ -49,7 +49,7 @@ COMMANDS = {
     "images, s3": (download_image, "raw", IMAGE),
     "fields, s3": (download_field, "field", FIELD),
 }
-NUM_SEEDS = 9
+NUM_SEEDS = {"downloads": 4, "exports": 9}
 
 
 @pytest.fixture(scope="module")
@@ -150,7 +150,7 @@ def ends(what, pattern, call, root):
 def test_downloads_end_whole_and_equal_or_name_what_failed(tmp_path, server, what):
     root = "s3:/" if "s3" in what else server.url
     download(server, what, tmp_path / "clean")
-    for seed in range(NUM_SEEDS):
+    for seed in range(NUM_SEEDS["downloads"]):
         dst = tmp_path / str(seed)
         with server.failing(Pattern(f"{what} {seed}")) as pattern:
             ended = ends(what, pattern, partial(download, server, what, dst), root)
@@ -164,7 +164,7 @@ def test_downloads_end_whole_and_equal_or_name_what_failed(tmp_path, server, wha
 def test_exports_are_written_whole_or_name_what_failed(tmp_path, server, folder):
     make_sets(tmp_path / "sets", num_pairs=2)
     export(tmp_path / "sets", tmp_path / "local")
-    for seed in range(NUM_SEEDS):
+    for seed in range(NUM_SEEDS["exports"]):
         dst = f"s3://vols/out{seed}"
         with server.failing(Pattern(seed, WRITE_FAULTS)) as pattern:
             call = partial(export, tmp_path / "sets", dst)
