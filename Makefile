@@ -15,6 +15,10 @@ BIN := $(VENV)/bin
 # What takes longer is left to CI; make test PYTEST_ARGS= runs all, -m long what CI
 # leaves out.
 PYTEST_ARGS ?= -m "not slow"
+# Two files of tests at a time, one thread each, in their order: files of few tests are
+# the longest and would come last.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup \
+    --no-loadscope-reorder
 INSTALLED := $(VENV)/.installed
 TOOLS := $(VENV)/.tools
 CLIENTS := $(VENV)-corgie
@@ -27,7 +31,7 @@ demo: $(INSTALLED)
 	$(BIN)/python -m metroem demo --folder demo
 
 test: $(TOOLS)
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(PYTEST) $(PYTEST_ARGS)
 
 lint: $(TOOLS)
 	$(BIN)/ruff check .

@@ -48,9 +48,9 @@ OF_CORGIE = [words for words in COMMANDS if words[0] == CORGIE]
 def smaller(words, folder):
     """A command on a volume in `folder`, with a smaller patch."""
     words = [w.replace("gs://my-bucket", str(folder)) for w in words]
-    words = [{"112": "48"}.get(w, w) for w in words]
+    words = [{"112": "32"}.get(w, w) for w in words]
     # corgie wants whole chunks of the volume, 128 px here.
-    return [w.replace("448", "192").replace("512", "256") for w in words]
+    return [w.replace("448", "128").replace("512", "256") for w in words]
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +64,7 @@ def tutorial(tmp_path_factory):
     write_volume(folder / "em", images, 3)
     (folder / "schedule.json").write_text(short_schedule())
     template = blocks(TUTORIAL, "json")[0].replace("gs://my-bucket", str(folder))
-    (folder / "template.json").write_text(template.replace("448", "192"))
+    (folder / "template.json").write_text(template.replace("448", "128"))
     (folder / "points.csv").write_text("x0,y0,z0\n100,108,5\n128,96,6\n")
     before = os.getcwd()
     os.chdir(folder)

@@ -40,7 +40,7 @@ def test_the_commands_of_the_readme_work_in_their_order(tmp_path, monkeypatch):
     for words in commands(README):
         words = [w.replace("gs://my-bucket", str(tmp_path)) for w in words]
         # A smaller patch, since all of this runs on a CPU.
-        words = [{"128": "48", "512": "192"}.get(w, w) for w in words]
+        words = [{"128": "32", "512": "128"}.get(w, w) for w in words]
         # Those are what .ci/run does and what tests/clients/test_corgie.py does.
         if words[0] not in ("make", "bash", CORGIE):
             run(words)
