@@ -11,6 +11,7 @@ import download_field
 import download_image
 import train
 from metroem import __main__ as metroem_main
+from tests.nets.specs import CORRELATION, write_spec
 
 ROOT = Path(__file__).parents[1]
 CORGIE = ".venv-corgie/bin/corgie"  # what make clients installs
@@ -56,13 +57,19 @@ def shortened(arguments):
 
 
 def run(words):
-    """Run one command; several ranks in processes of their own."""
+    """Run one command, pyramids of small networks; ranks in processes of their own."""
     match words:
+        case ["python", "-m", "metroem", "init", pyramid, *_]:
+            metroem_main.main(words[3:])
+            for module in Path(pyramid).glob("*_mip*"):
+                write_spec(module / "model", CORRELATION)
         case ["torchrun", *arguments] | ["python", *arguments] if (
             words[0] == "torchrun" or "--gpu" in words
         ):
             launcher = ["-m", "torch.distributed.run"] if words[0] == "torchrun" else []
+            stages = ["--train_stages", "0", "--generate_field_stages", "0"]
             command = [sys.executable, *launcher, *arguments, *shortened(arguments)]
+            command += stages
             script = command.index("train.py")
             command[script] = str(ROOT / "train.py")
             environment = {**os.environ, "PYTHONPATH": str(ROOT)}

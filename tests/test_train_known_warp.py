@@ -12,18 +12,10 @@ from metroem.scaffold import init_pyramid
 from metroem.specs.schedule import load_schedule
 from metroem.training.priors import StagesBefore
 from metroem.training.stage import StageTrainer
-from tests.nets.specs import write_spec
+from tests.nets.specs import CORRELATION, write_spec
 from tests.pairs import write_pairs
 from tests.test_train import arguments, digest, twin_of
 
-# Two levels, which learn in seconds.
-NETWORK = {
-    "type": "correlation",
-    "levels": [
-        {"features": 8, "radius": [2], "hidden": 16, "dilations": [1, 2]},
-        {"features": 12, "radius": [3], "hidden": 16, "dilations": [1, 2]},
-    ],
-}
 PHASE = {
     "lr": 3e-3,
     "num_epochs": 8,
@@ -55,7 +47,7 @@ def run(tmp_path):
     """A pyramid of two stages whose pairs lie 3 mip-0 pixels apart."""
     write_pairs(tmp_path / "data", mips=(2, 1), num_pairs=6, shape=(160, 208))
     for path in init_pyramid(tmp_path / "pyramid", [2, 1], "correlation"):
-        write_spec(path / "model", NETWORK)
+        write_spec(path / "model", CORRELATION)
     (tmp_path / "schedule.json").write_text(json.dumps({"1": [PHASE, PAIRS]}))
     return tmp_path
 
@@ -105,9 +97,9 @@ def test_a_stage_without_weights_starts_from_the_stage_before(run, caplog):
 
 def test_a_stage_with_another_network_starts_afresh(run, caplog):
     (run / "schedule.json").write_text(json.dumps({"1": [PAIRS]}))
-    levels = [*NETWORK["levels"], NETWORK["levels"][1]]
+    levels = [*CORRELATION["levels"], CORRELATION["levels"][1]]
     module = run / "pyramid" / "1_mip1in_correlation" / "model"
-    write_spec(module, {**NETWORK, "levels": levels})
+    write_spec(module, {**CORRELATION, "levels": levels})
     found, before = first_weights(run)
     assert found.keys() > before.keys() and "starts from those" not in caplog.text
 

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 import train
 from metroem.field import warp
 from metroem.scaffold import init_pyramid
+from tests.nets.specs import CORRELATION, write_spec
 from tests.pairs import SHIFT_PX, texture, write_pairs
 
 _PHASE = {
@@ -41,6 +42,8 @@ def trained_module(folder: Path, template: str) -> Path:
     """A module at mip 0 that finds shifts of some pixels."""
     write_pairs(folder / "data", mips=(0,), num_pairs=4, shape=(192, 256))
     (module,) = init_pyramid(folder / "pyramid", (0,), template)
+    if template == "correlation":
+        write_spec(module / "model", CORRELATION)
     (folder / "schedule.json").write_text(json.dumps({"0": [_SCHEDULES[template]]}))
     train.main(
         [
@@ -57,7 +60,7 @@ def trained_module(folder: Path, template: str) -> Path:
 def pyramid_of(path: Path, module: Path, mips: tuple[int, ...]) -> Path:
     """A pyramid whose modules all have the weights of one."""
     for stage in init_pyramid(path, mips, "correlation"):
-        shutil.copy(module / "model" / "checkpoint.state.pth.tar", stage / "model")
+        shutil.copytree(module / "model", stage / "model", dirs_exist_ok=True)
     return path
 
 

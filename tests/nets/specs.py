@@ -47,6 +47,16 @@ def scalenet(*channels: int) -> dict[str, Any]:
     }
 
 
+# Two levels of the template `correlation`, which learn in seconds.
+CORRELATION = {
+    "type": "correlation",
+    "levels": [
+        {"features": 8, "radius": [2], "hidden": 16, "dilations": [1, 2]},
+        {"features": 12, "radius": [3], "hidden": 16, "dilations": [1, 2]},
+    ],
+}
+
+
 def write_spec(folder: Path, spec: dict[str, Any]) -> Path:
     path = folder / "model_spec.json"
     path.write_text(json.dumps(spec))
