@@ -98,10 +98,7 @@ def _advice(error: Exception) -> str:
         return "free some space, then give the same command again"
     status = status_of(error)
     if isinstance(error, BrokenFileError):
-        return (
-            "what came is cut short or broken; the same command tries again, and goes "
-            "on where it was"
-        )
+        return error.advice
     if isinstance(error, NO_CREDENTIALS):
         return (
             "there are no credentials: put them into ~/.cloudvolume/secrets "
