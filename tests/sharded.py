@@ -8,6 +8,16 @@ from cloudvolume import CloudVolume, chunks
 from cloudvolume.datasource.precomputed.common import compressed_morton_code
 from cloudvolume.datasource.precomputed.sharding import ShardingSpecification
 
+from metroem.grid import Grid
+
+SHAPE = (4, 1, 40, 56)  # Z, C, X, Y: 3 x 4 x 2 chunks
+WHOLE = Grid(0, 0, 0, *SHAPE[2:])
+
+
+def tissue(shape=SHAPE, dtype=np.uint8):
+    """(Z, C, X, Y) of random values that are not 0."""
+    return np.random.default_rng(0).integers(1, 255, shape).astype(dtype)
+
 
 def make_sharded(
     folder: Path,

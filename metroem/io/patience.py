@@ -115,6 +115,8 @@ class _PatientAdapter(HTTPAdapter):
         if response.status_code == 403:
             response.close()
             response.raise_for_status()
+        if response.status_code == 404:
+            _ = response.content  # read, so that the connection is used again
         is_empty = response.headers.get("Content-Length") == "0"
         if response.status_code == 200 and "Range" in request.headers and not is_empty:
             response.close()

@@ -11,16 +11,10 @@ from metroem.__main__ import main
 from metroem.errors import DatasetError
 from metroem.grid import Grid
 from metroem.io.volume import Volume
-from tests.sharded import make_sharded
+from tests.sharded import SHAPE, WHOLE, make_sharded, tissue
 from tests.volumes import make_volume
 
-SHAPE = (4, 1, 40, 56)  # Z, C, X, Y: 3 x 4 x 2 chunks
-WHOLE = Grid(0, 0, 0, *SHAPE[2:])
 INDEX_BYTES = 2 * 16  # of two minishards
-
-
-def tissue(shape=SHAPE, dtype=np.uint8):
-    return np.random.default_rng(0).integers(1, 255, shape).astype(dtype)
 
 
 def read(path, grid=WHOLE, sections=range(SHAPE[0])):
