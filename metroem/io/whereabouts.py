@@ -12,7 +12,6 @@ from contextlib import contextmanager
 from typing import Any
 
 from cloudfiles import CloudFiles, interfaces
-from cloudvolume import chunks
 from cloudvolume.datasource.precomputed.image import rx
 
 TRY_AGAIN = (
@@ -93,7 +92,6 @@ def name_places() -> None:
         for name in ("get_file", "put_file"):
             setattr(interface, name, _naming(getattr(interface, name)))
     rx.download_chunk = _naming_chunks(rx.download_chunk)
-    chunks.decode = _of_one_shape(chunks.decode)
 
 
 def refuse_packed(cloudpath: str, name: str) -> None:
@@ -170,19 +168,3 @@ def _naming_chunks(download_chunk: Callable[..., Any]) -> Callable[..., Any]:
             return download_chunk(*given.args, **given.kwargs)
 
     return named
-
-
-def _of_one_shape(decode: Callable[..., Any]) -> Callable[..., Any]:
-    """cloud-volume's decoder, for which a chunk of another shape is an error.
-
-    Those that state their own shape would be cropped or repeated to the one wanted.
-    """
-
-    @functools.wraps(decode)
-    def decode_whole(content: Any, encoding: str, shape: Any, *args: Any, **more: Any):
-        array = decode(content, encoding, shape, *args, **more)
-        if (*array.shape, 1, 1)[:4] != tuple(shape):
-            raise ValueError(f"holds {array.shape} voxels, expected {tuple(shape)}")
-        return array
-
-    return decode_whole

@@ -90,3 +90,22 @@ def test_a_chunk_that_states_another_shape_is_neither_repeated_nor_cropped(shape
         chunks.decode(content, "npz", shape=(16, 16, 1, 1), dtype=np.uint8)
     same = chunks.decode(content, "npz", shape=shape, dtype=np.uint8)
     assert same.shape == shape and same.all()
+
+
+@pytest.mark.parametrize("dtype", [np.uint32, np.uint64])
+@pytest.mark.parametrize("num_labels", [1, 3, 40, 3000])
+def test_a_segmentation_that_is_cut_short_is_neither_other_labels_nor_a_crash(
+    dtype, num_labels
+):
+    prepare_storage()
+    shape, how = (20, 28, 9, 1), {"block_size": (8, 8, 8)}
+    chance = np.random.default_rng(0)
+    labels = chance.integers(0, num_labels, shape).astype(dtype, order="F")
+    content = chunks.encode(labels, "compressed_segmentation", **how)
+    how |= {"shape": shape, "dtype": dtype}
+    found = chunks.decode(content, "compressed_segmentation", **how)
+    np.testing.assert_array_equal(found, labels)
+    half = len(content) // 2
+    for size in (1, 3, 4, 8, 60, half, half + 1, *range(-16, 0)):
+        with pytest.raises(ValueError, match="bytes, .* are needed"):
+            chunks.decode(content[:size], "compressed_segmentation", **how)
