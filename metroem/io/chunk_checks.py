@@ -64,12 +64,8 @@ def check_segmentation(
         needed.append(start + 2 * num_blocks)
         if max(needed) > len(words):
             break
-        header = words[start : start + 2 * num_blocks].reshape(-1, 2)
-        num_bits, table, values = (
-            header[:, 0] >> 24,
-            header[:, 0] & 0xFFFFFF,
-            header[:, 1],
-        )
+        header, values = words[start : start + 2 * num_blocks].reshape(-1, 2).T
+        num_bits, table = header >> 24, header & 0xFFFFFF
         num_words = -(-num_bits * math.prod(block_size) // 32)
         needed.append((start + values + num_words).max())
         if max(needed) > len(words):

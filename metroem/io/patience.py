@@ -111,6 +111,8 @@ class _PatientAdapter(HTTPAdapter):
 
     def send(self, request: PreparedRequest, *args: Any, **kwargs: Any) -> Response:
         kwargs["timeout"] = kwargs.get("timeout") or (_CONNECT_S, PATIENCE_S)
+        if "Range" in request.headers:  # servers that compress send whole files
+            request.headers["Accept-Encoding"] = "identity"
         response = super().send(request, *args, **kwargs)
         if response.status_code == 403:
             response.close()

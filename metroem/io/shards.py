@@ -27,6 +27,11 @@ from metroem.io.whereabouts import (
     refuse_packed,
 )
 
+_COPY_AGAIN = (
+    "copy it again from where the volume was made, or, if the network cut it, give the "
+    "same command again, which goes on where it was"
+)
+
 
 class _Range(NamedTuple):
     """Some bytes of a shard."""
@@ -226,7 +231,7 @@ class _Shards:
                 raise
             place = place_of(error)
             what = "is shorter than its index says, or empty"
-            raise BrokenFileError(what, place=place) from error
+            raise BrokenFileError(what, _COPY_AGAIN, place=place) from error
 
     def _unpacked(self, shard: str, content: bytes, packing: str) -> bytes:
         with reading(place_in(self.folder, shard)):
@@ -240,5 +245,7 @@ class _Shards:
         what = f"is cut short: {end - start} bytes from byte {start} on are needed, "
         return self._broken(shard, what + f"{there} are there")
 
-    def _broken(self, shard: str, what: str, *advice: str) -> BrokenFileError:
-        return BrokenFileError(what, *advice, place=place_in(self.folder, shard))
+    def _broken(
+        self, shard: str, what: str, advice: str = _COPY_AGAIN
+    ) -> BrokenFileError:
+        return BrokenFileError(what, advice, place=place_in(self.folder, shard))

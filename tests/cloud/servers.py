@@ -21,7 +21,8 @@ class FolderHandler(SimpleHTTPRequestHandler):
         bad: what it does instead, for paths with `bad_for` in them: "403", "drop"
             the connection, or "hang".
         ranges: what it does when a part of a file is asked for: "ignored" gives the
-            whole file, as web servers may; "given"; "short" gives half of the part.
+            whole file, as web servers may; "given", but to those who take gzip, as
+            servers do that compress; "short" gives half of the part.
         keys: access keys that requests were signed with.
     """
 
@@ -35,7 +36,8 @@ class FolderHandler(SimpleHTTPRequestHandler):
         if "Credential=" in (signed := self.headers.get("Authorization", "")):
             self.keys.add(signed.split("Credential=")[1].split("/")[0])
         if not self.bad or self.bad_for not in self.path:
-            if "Range" in self.headers and self.ranges != "ignored":
+            packs = "gzip" in self.headers.get("Accept-Encoding", "")
+            if "Range" in self.headers and self.ranges != "ignored" and not packs:
                 self._give_range()
             else:
                 super().do_GET()

@@ -94,7 +94,7 @@ def test_a_shard_that_is_cut_short_anywhere_is_named(tmp_path, packing, codec, b
         shard.write_bytes(content[:size])
         said = refusal(path, whole, range(2))
         assert f"file://{shard}: is cut short: " in said
-        assert "what came is cut short or broken" in said
+        assert "copy it again from where the volume was made" in said
 
 
 @pytest.mark.parametrize("packing", ["raw", "gzip"])
