@@ -215,7 +215,9 @@ class Volume:
         with explained(self.flag, self.path), reading(place):
             is_sharded = volume.scale.get("sharding") is not None
             cutout = read_box(volume, box) if is_sharded else volume.download(box)
-        array = np.asarray(cutout).transpose(2, 3, 0, 1)
+        # Of a single voxel cloud-volume gives the channels first.
+        array = np.asarray(cutout).reshape(*box.size3(), self.num_channels)
+        array = array.transpose(2, 3, 0, 1)
         if inner == grid:
             return array
         whole = np.zeros(shape, self.dtype)
