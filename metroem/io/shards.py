@@ -41,19 +41,25 @@ class _Range(NamedTuple):
     end: int
 
 
-def read_box(volume: Any, box: Bbox) -> np.ndarray:
-    """Read a box of a sharded mip.
+def download(volume: Any, box: Bbox) -> np.ndarray:
+    """Read a box of a mip, sharded or not.
 
     Args:
         volume: cloud-volume's object, of that mip.
         box: voxels, inside the volume.
 
     Returns:
-        (X, Y, Z, C), the dtype of the volume; 0 in chunks that no shard lists.
+        (X, Y, Z, C), the dtype of the volume; 0 in chunks that are not there, or that
+        no shard lists.
 
     Raises:
         BrokenFileError: a shard does not hold what its index says.
+        Exception: what storage or cloud-volume raised.
     """
+    if volume.scale.get("sharding") is None:
+        # Of a single voxel it gives the channels first.
+        whole = *box.size3(), volume.num_channels
+        return np.asarray(volume.download(box)).reshape(whole)
     meta, mip = volume.meta, volume.mip
     bounds, size = meta.bounds(mip), meta.chunk_size(mip)
     hull = box.expand_to_chunk_size(size, offset=bounds.minpt)

@@ -14,7 +14,7 @@ from cloudvolume import Bbox, CloudVolume
 
 from metroem.errors import DatasetError
 from metroem.grid import Grid
-from metroem.io.shards import read_box
+from metroem.io.shards import download
 from metroem.io.storage import cloud_path, explained, prepare_storage
 from metroem.io.whereabouts import place_in, reading
 from metroem.progress import in_threads
@@ -213,11 +213,8 @@ class Volume:
         )
         volume, place = self._at(grid.mip), f"mip {grid.mip}, voxels {box}"
         with explained(self.flag, self.path), reading(place):
-            is_sharded = volume.scale.get("sharding") is not None
-            cutout = read_box(volume, box) if is_sharded else volume.download(box)
-        # Of a single voxel cloud-volume gives the channels first.
-        array = np.asarray(cutout).reshape(*box.size3(), self.num_channels)
-        array = array.transpose(2, 3, 0, 1)
+            cutout = download(volume, box)
+        array = np.asarray(cutout).transpose(2, 3, 0, 1)
         if inner == grid:
             return array
         whole = np.zeros(shape, self.dtype)
