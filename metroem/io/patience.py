@@ -29,6 +29,8 @@ from tenacity import RetryCallState, retry_if_exception, stop_before_delay
 from tenacity.wait import wait_random_exponential
 from urllib3.connection import HTTPConnection
 
+from metroem.io.whereabouts import BrokenFileError
+
 # Seconds until storage that does not answer, or hangs up, is given up; once it answers,
 # as long again for `LEAST_BYTES_PER_S`. Threads of cloud-files may begin another chunk
 # before they learn of it: twice that at most.
@@ -79,6 +81,17 @@ def limit_patience() -> None:
                 retrying.retry &= retry_if_exception(_may_pass)
 
 
+def ranges_ignored(place: str | None = None) -> BrokenFileError:
+    """The error of a server that sends whole files where a range is asked for."""
+    return BrokenFileError(
+        "the server ignores Range: it sends the whole file where a part was asked for",
+        "sharded volumes are read in parts, which nginx, Apache and S3 send "
+        "(`python -m http.server` does not): use one of them, or copy the volume to "
+        "local disk",
+        place=place,
+    )
+
+
 def status_of(error: BaseException) -> int | None:
     """The HTTP status that an error reports, None if it is of another kind."""
     if isinstance(error, ClientError):
@@ -92,15 +105,24 @@ def status_of(error: BaseException) -> int | None:
 class _PatientAdapter(HTTPAdapter):
     """Gives every request a time limit, which cloud-files does not.
 
-    A 403 is an error: cloud-files answers it as if nothing were stored there.
+    A 403 is an error: cloud-files answers it as if nothing were stored there. So is
+    the whole file, which may be huge, where a range of it was asked for.
     """
 
     def send(self, request: PreparedRequest, *args: Any, **kwargs: Any) -> Response:
         kwargs["timeout"] = kwargs.get("timeout") or (_CONNECT_S, PATIENCE_S)
+        if "Range" in request.headers:  # servers that compress send whole files
+            request.headers["Accept-Encoding"] = "identity"
         response = super().send(request, *args, **kwargs)
         if response.status_code == 403:
             response.close()
             response.raise_for_status()
+        if response.status_code == 404:
+            _ = response.content  # read, so that the connection is used again
+        is_empty = response.headers.get("Content-Length") == "0"
+        if response.status_code == 200 and "Range" in request.headers and not is_empty:
+            response.close()
+            raise ranges_ignored()
         return response
 
 
@@ -180,7 +202,7 @@ def _is_over(state: RetryCallState) -> bool:
 
 def _may_pass(error: BaseException) -> bool:
     """Whether the same request may succeed a little later."""
-    if isinstance(error, (*NO_CREDENTIALS, KeyError)):
+    if isinstance(error, (*NO_CREDENTIALS, KeyError, BrokenFileError)):
         return False
     status = status_of(error)
     return status is None or status >= 500 or status in _LATER

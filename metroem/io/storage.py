@@ -11,6 +11,7 @@ from pathlib import Path
 from cloudvolume.exceptions import InfoUnavailableError
 
 from metroem.errors import DatasetError
+from metroem.io.chunk_checks import check_chunks
 from metroem.io.patience import NO_CREDENTIALS, asked_pause, limit_patience, status_of
 from metroem.io.whereabouts import (
     BrokenFileError,
@@ -44,14 +45,15 @@ def cloud_path(path: str) -> str:
 def prepare_storage() -> None:
     """Call before a volume is opened.
 
-    Patience is limited, errors say which file they are about, a 403 is one, and
-    plain AWS keys will do.
+    Patience is limited, errors say which file they are about, a 403 is one, chunks
+    that do not fit are refused, and plain AWS keys will do.
     """
     if "AWS_ACCESS_KEY_ID" in os.environ:
         # cloud-files looks it up, though long-lived keys come without one.
         os.environ.setdefault("AWS_SESSION_TOKEN", "")
     limit_patience()
     name_places()
+    check_chunks()
 
 
 @contextmanager
@@ -98,10 +100,7 @@ def _advice(error: Exception) -> str:
         return "free some space, then give the same command again"
     status = status_of(error)
     if isinstance(error, BrokenFileError):
-        return (
-            "what came is cut short or broken; the same command tries again, and goes "
-            "on where it was"
-        )
+        return error.advice
     if isinstance(error, NO_CREDENTIALS):
         return (
             "there are no credentials: put them into ~/.cloudvolume/secrets "

@@ -14,6 +14,7 @@ from cloudvolume import Bbox, CloudVolume
 
 from metroem.errors import DatasetError
 from metroem.grid import Grid
+from metroem.io.shards import download
 from metroem.io.storage import cloud_path, explained, prepare_storage
 from metroem.io.whereabouts import place_in, reading
 from metroem.progress import in_threads
@@ -212,7 +213,7 @@ class Volume:
         )
         volume, place = self._at(grid.mip), f"mip {grid.mip}, voxels {box}"
         with explained(self.flag, self.path), reading(place):
-            cutout = volume.download(box)
+            cutout = download(volume, box)
         array = np.asarray(cutout).transpose(2, 3, 0, 1)
         if inner == grid:
             return array

@@ -11,15 +11,30 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from cloudfiles import interfaces
+from cloudfiles import CloudFiles, interfaces
 from cloudvolume.datasource.precomputed.image import rx
 
+TRY_AGAIN = (
+    "what came is cut short or broken; the same command tries again, and goes on where "
+    "it was"
+)
 _PLACE = "_metroem_place"
 _NETWORK = {"google", "botocore", "requests", "urllib3", "cloudvolume"}
 
 
 class BrokenFileError(Exception):
-    """A file that came, and is not what it should be."""
+    """A file that came, and is not what it should be.
+
+    Attributes:
+        advice: what to do.
+    """
+
+    def __init__(
+        self, message: str, advice: str = TRY_AGAIN, *, place: str | None = None
+    ) -> None:
+        super().__init__(message)
+        self.advice = advice
+        setattr(self, _PLACE, place)
 
 
 def place_of(error: BaseException) -> str | None:
@@ -48,7 +63,8 @@ def reading(place: str) -> Iterator[None]:
     except (MemoryError, json.JSONDecodeError):
         raise
     except Exception as error:
-        if place_of(error) is None and not is_storage_trouble(error):
+        known = isinstance(error, BrokenFileError) or is_storage_trouble(error)
+        if place_of(error) is None and not known:
             broken = BrokenFileError(f"{type(error).__name__}: {error}")
             setattr(broken, _PLACE, place)
             raise broken from error
@@ -76,6 +92,30 @@ def name_places() -> None:
         for name in ("get_file", "put_file"):
             setattr(interface, name, _naming(getattr(interface, name)))
     rx.download_chunk = _naming_chunks(rx.download_chunk)
+
+
+def refuse_packed(cloudpath: str, name: str) -> None:
+    """Refuse a file that is not there, but lies there compressed.
+
+    On local disk, cloud-volume keeps chunks as name.gz and finds them. Other storage
+    does not find them under the plain name; what is not found is black.
+
+    Raises:
+        BrokenFileError: as said.
+    """
+    # Without threads: those of cloud-files cost 0.1 s each time.
+    files = CloudFiles(cloudpath, progress=False, num_threads=0)
+    if files.protocol in ("file", "mem"):
+        return
+    for ending in interfaces.COMPRESSION_EXTENSIONS:
+        if files.exists(name + ending):
+            raise BrokenFileError(
+                f"is not there, but lies there compressed, with {ending} at its end",
+                "only local disk finds it so: decompress all such files there, copy "
+                "the volume with `cloudfiles cp -r`, or let the web server answer the "
+                "plain name with it and `Content-Encoding` (nginx: gzip_static always)",
+                place=place_in(cloudpath, name),
+            )
 
 
 def _give_place(error: BaseException, place: str) -> None:
@@ -114,17 +154,17 @@ def _naming_chunks(download_chunk: Callable[..., Any]) -> Callable[..., Any]:
         cloudpath, filename = (
             str(given.arguments[name]) for name in ("cloudpath", "filename")
         )
-        given.arguments["decode_fn"] = _not_empty(given.arguments["decode_fn"])
+        decode = given.arguments["decode_fn"]
+
+        def decode_what_came(meta: Any, box: Any, content: Any, *args: Any, **how: Any):
+            if content is None:
+                refuse_packed(cloudpath, filename)
+            elif len(content) == 0:
+                raise ValueError("the file is empty")
+            return decode(meta, box, content, *args, **how)
+
+        given.arguments["decode_fn"] = decode_what_came
         with reading(place_in(cloudpath, filename)):
             return download_chunk(*given.args, **given.kwargs)
 
     return named
-
-
-def _not_empty(decode: Callable[..., Any]) -> Callable[..., Any]:
-    def decode_what_came(meta: Any, box: Any, content: Any, *args: Any, **named: Any):
-        if content is not None and len(content) == 0:
-            raise ValueError("the file is empty")
-        return decode(meta, box, content, *args, **named)
-
-    return decode_what_came

@@ -20,11 +20,15 @@ class FolderHandler(SimpleHTTPRequestHandler):
     Attributes:
         bad: what it does instead, for paths with `bad_for` in them: "403", "drop"
             the connection, or "hang".
+        ranges: what it does when a part of a file is asked for: "ignored" gives the
+            whole file, as web servers may; "given", but to those who take gzip, as
+            servers do that compress; "short" gives half of the part.
         keys: access keys that requests were signed with.
     """
 
     bad = ""
     bad_for = ""
+    ranges = "ignored"
     released = threading.Event()
     keys: set[str] = set()
 
@@ -32,7 +36,11 @@ class FolderHandler(SimpleHTTPRequestHandler):
         if "Credential=" in (signed := self.headers.get("Authorization", "")):
             self.keys.add(signed.split("Credential=")[1].split("/")[0])
         if not self.bad or self.bad_for not in self.path:
-            super().do_GET()
+            packs = "gzip" in self.headers.get("Accept-Encoding", "")
+            if "Range" in self.headers and self.ranges != "ignored" and not packs:
+                self._give_range()
+            else:
+                super().do_GET()
         elif self.bad == "403":
             self.send_error(403)
         elif self.bad == "drop":
@@ -44,29 +52,49 @@ class FolderHandler(SimpleHTTPRequestHandler):
 
     do_PUT = do_GET
 
+    def _give_range(self):
+        path = Path(self.translate_path(self.path.split("?")[0]))
+        if not path.is_file():
+            self.send_error(404)
+            return
+        first, last = self.headers["Range"].removeprefix("bytes=").split("-")
+        part = path.read_bytes()[int(first) : int(last) + 1]
+        if not part:
+            self.send_error(416)
+            return
+        if self.ranges == "short":
+            part = part[: len(part) // 2]
+        self.send_response(206)
+        self.send_header("Content-Length", str(len(part)))
+        self.end_headers()
+        self.wfile.write(part)
+
     def send_error(self, code, message=None, explain=None):
-        names = {403: "AccessDenied", 404: "NoSuchKey"}
+        names = {403: "AccessDenied", 404: "NoSuchKey", 416: "InvalidRange"}
         body = _ERROR.format(names.get(code, "Error"), message).encode()
         self.send_response(code)
         self.send_header("Content-Type", "application/xml")
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
-        self.wfile.write(body)
+        if self.command != "HEAD":
+            self.wfile.write(body)
 
     def log_message(self, format, *args):
         pass
 
 
 @contextmanager
-def serving(folder: Path, bad: str = "", bad_for: str = "") -> Iterator[type]:
+def serving(
+    folder: Path, bad: str = "", bad_for: str = "", ranges: str = "ignored"
+) -> Iterator[type]:
     """A web server over a folder; its handler's class has `url` and `keys`."""
-    attributes = {"bad": bad, "bad_for": bad_for, "keys": set()}
+    attributes = {"bad": bad, "bad_for": bad_for, "keys": set(), "ranges": ranges}
     attributes["released"] = threading.Event()
     handler = type("Handler", (FolderHandler,), attributes)
     at = ("127.0.0.1", 0)
     with ThreadingHTTPServer(at, partial(handler, directory=str(folder))) as server:
         handler.url = f"http://127.0.0.1:{server.server_port}"
-        thread = threading.Thread(target=server.serve_forever)
+        thread = threading.Thread(target=server.serve_forever, args=(0.02,))
         thread.start()
         try:
             yield handler

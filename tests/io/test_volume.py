@@ -232,3 +232,10 @@ def test_after_a_failure_no_other_layer_is_begun(path, monkeypatch):
     with pytest.raises(DatasetError):
         read_sections(Volume(path), windows, print, parallel=1, what="read")
     assert begun == [range(10, 11)]
+
+
+def test_a_single_pixel_of_a_field_keeps_its_axes(tmp_path):
+    fields = np.random.default_rng(0).normal(size=(2, 2, 40, 56)).astype(np.float32)
+    volume = Volume(make_volume(tmp_path / "field", [fields]))
+    read = volume.read(Grid(0, 35, 7, 1, 1), range(1, 2))
+    np.testing.assert_array_equal(read, fields[1:, :, 35:36, 7:8])
