@@ -22,6 +22,10 @@ class BrokenFileError(Exception):
     """A file that came, and is not what it should be."""
 
 
+class InfoError(Exception):
+    """A volume that cannot be read as it says itself; the words follow its path."""
+
+
 def place_of(error: BaseException) -> str | None:
     """The file that an error is about, as far as is known."""
     return getattr(error, _PLACE, None)
@@ -45,7 +49,7 @@ def reading(place: str) -> Iterator[None]:
     """
     try:
         yield
-    except (MemoryError, json.JSONDecodeError):
+    except (MemoryError, json.JSONDecodeError, InfoError):
         raise
     except Exception as error:
         if place_of(error) is None and not is_storage_trouble(error):
