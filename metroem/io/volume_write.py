@@ -29,9 +29,11 @@ from metroem.io.storage import (
     explained,
     local_folder,
     prepare_storage,
+    split_format,
 )
 from metroem.io.volume import Volume, cut
 from metroem.io.whereabouts import place_in
+from metroem.io.zarr_n5 import open_arrays
 from metroem.normalize import coarsen_image
 
 # Where in an info what MetroEM says about a volume is kept.
@@ -199,6 +201,11 @@ class SectionWriter:
         with explained(flag, self.path, doing="written"):
             self._files = CloudFiles(self.path.removeprefix("precomputed://"))
             is_new = self._files.get("info") is None
+            if is_new and (there := open_arrays("", split_format(self.path)[1])):
+                raise DatasetError(
+                    f"{flag} {path}: is a {there.form} volume, which is only read; "
+                    "give another path"
+                )
             if is_new:
                 self._put_json("info", wanted.info(self.path))
         self._volume = Volume(self.path, flag=flag)

@@ -24,12 +24,11 @@ import zstandard
 from cloudfiles import CloudFiles
 from cloudvolume import Bbox
 
-from metroem.io.whereabouts import InfoError, place_in, reading
+from metroem.io.whereabouts import InfoError, place_in, place_of, reading
 
 logger = logging.getLogger(__name__)
 
 FORMATS = ("zarr", "zarr2", "zarr3", "n5")
-INSTALL = "pip install 'metroem[zarr]'"
 _AXES = "xyzct"
 _NM = {
     **dict.fromkeys(("nanometer", "nm"), 1.0),
@@ -41,8 +40,8 @@ _NM = {
     **dict.fromkeys(("meter", "m"), 1e9),
 }
 _NUMBERS = {"NaN": np.nan, "Infinity": np.inf, "-Infinity": -np.inf}
-# How much a start may lie off a whole pixel: floats in files are rounded.
-_OFF_PX = 0.01
+# How much a start may lie off a whole voxel: files hold rounded sizes.
+_OFF_PX = 0.1
 
 Json = Mapping[str, Any]
 Decoder = Callable[[Any], Any]
@@ -63,15 +62,18 @@ class ArrayVolume:
         self.unreadable: dict[int, str] = {}
         first = arrays[0]
         for array in arrays:
-            if (array.dtype, array.size("c")) != (first.dtype, first.size("c")):
+            if (array.dtype.name, array.size("c")) != (
+                first.dtype.name,
+                first.size("c"),
+            ):
                 raise InfoError(
-                    f"{array.folder or 'the array'} holds {array.size('c')} channels "
-                    f"of {array.dtype}, {first.folder} {first.size('c')} of "
-                    f"{first.dtype}; mips of a volume hold the same"
+                    f"{array.folder} holds {array.size('c')} channels of "
+                    f"{array.dtype.name}, {first.folder} {first.size('c')} of "
+                    f"{first.dtype.name}; expected the same in all mips"
                 )
         self.info = {
             "type": "image",
-            "data_type": first.dtype.newbyteorder("=").name,
+            "data_type": first.dtype.name,
             "num_channels": first.size("c"),
             "scales": [self._scale(mip) for mip in range(len(arrays))],
         }
@@ -130,12 +132,11 @@ class ArrayVolume:
                     *(self.place, axis, start, corner),
                 )
             begins = array.start.get(axis, 0.0) / nm
-            most = (factor - 1) / 2 + _OFF_PX * factor
+            most = (factor - 1) / 2 + _OFF_PX
             if corner % factor or not -_OFF_PX <= begins - start <= most:
                 self.unreadable[mip] = (
-                    f"begins at {axis} {begins:g} and mip 0 at {start:g} (mip-0 "
-                    f"voxels), so its voxels of {factor} are not those that MetroEM "
-                    "would read"
+                    f"begins at {axis} {begins:g}, mip 0 at {start:g} (mip-0 voxels); "
+                    f"expected the same for both, a multiple of {factor}"
                 )
             offsets.append(corner // factor)
         return {
@@ -185,6 +186,12 @@ class _Array:
     def __post_init__(self) -> None:
         if self.dtype.kind not in "biuf":
             raise InfoError(f"holds {self.dtype}; expected numbers")
+        try:
+            np.full((), self.fill, self.dtype)
+        except (ValueError, TypeError, OverflowError) as error:
+            raise InfoError(
+                f"has fill_value {self.fill!r}, which {self.dtype.name} does not hold"
+            ) from error
         known = set(self.axes) <= set(_AXES) and {"x", "y"} <= set(self.axes)
         if not known or len(set(self.axes)) < len(self.axes):
             raise InfoError(
@@ -244,18 +251,28 @@ def open_arrays(form: str, place: str) -> ArrayVolume | None:
         InfoError: it is there and is not read; the message says why.
     """
     files = _Metadata(place)
-    root = files.read("zarr.json", ".zattrs", ".zarray", "attributes.json")
-    zarr3, zattrs, zarray, n5 = root.values()
+    # One after the other: stores may answer 403 for what is not there.
     try:
-        if zarr3 is not None and form in ("", "zarr", "zarr3"):
-            return ArrayVolume("zarr", place, _zarr3(files, zarr3))
-        if (zattrs or zarray) and form in ("", "zarr", "zarr2"):
-            return ArrayVolume("zarr", place, _zarr2(files, zattrs or {}, zarray))
-        if n5 is not None and form in ("", "n5"):
-            return ArrayVolume("n5", place, _n5(files, n5))
+        if form in ("", "zarr", "zarr3"):
+            if (root := files.read("zarr.json")) is not None:
+                return ArrayVolume("zarr", place, _zarr3(files, root))
+        if form in ("", "zarr", "zarr2"):
+            root = files.read(".zattrs") or {}
+            array = None if "multiscales" in root else files.read(".zarray")
+            if root or array:
+                return ArrayVolume("zarr", place, _zarr2(files, root, array))
+        if form in ("", "n5"):
+            if (root := files.read("attributes.json")) is not None:
+                return ArrayVolume("n5", place, _n5(files, root))
         return None
-    except (KeyError, TypeError, IndexError, AttributeError, ValueError) as error:
-        if isinstance(error, InfoError):
+    except (
+        LookupError,
+        TypeError,
+        AttributeError,
+        ValueError,
+        ArithmeticError,
+    ) as error:
+        if place_of(error):  # the storage's
             raise
         raise InfoError(
             f"its metadata cannot be understood ({type(error).__name__}: {error})"
@@ -266,24 +283,22 @@ class _Metadata:
     """The JSON files of a Zarr or N5."""
 
     def __init__(self, place: str) -> None:
+        self._place = place
         self._files = CloudFiles(place, progress=False)
 
-    def read(self, *names: str) -> dict[str, Any]:
-        """What files hold, by name; None for those that are not there."""
-        contents: Any = self._files.get(names, return_dict=True)
-        found = {}
-        for name in names:
-            content = contents[name]
+    def read(self, name: str) -> Any:
+        """What a file holds; None if it is not there."""
+        with reading(place_in(self._place, name)):
+            content: Any = self._files.get(name)
             try:
-                found[name] = None if content is None else json.loads(content)
+                return None if content is None else json.loads(content)
             except ValueError as error:
                 raise InfoError(f"its {name} is not JSON: {error}") from error
-        return found
 
     def of(self, folder: str, name: str) -> Any:
         """What the file of one array holds."""
         path = _joined(folder, name)
-        if (found := self.read(path)[path]) is None:
+        if (found := self.read(path)) is None:
             raise InfoError(f"its {path} is not there")
         return found
 
@@ -293,13 +308,7 @@ def _zarr2(files: _Metadata, attributes: Json, array: Json | None) -> list[_Arra
     if array is not None:
         axes = attributes.get("_ARRAY_DIMENSIONS")
         return [_zarr2_array("", array, _names(axes, array["shape"]), {}, {})]
-    levels = _levels(attributes)
-    found = [files.of(level["path"], ".zarray") for level in levels]
-    placed = _placed(_multiscale(attributes), [one["shape"] for one in found])
-    return [
-        _zarr2_array(level["path"], one, *where)
-        for level, one, where in zip(levels, found, placed, strict=True)
-    ]
+    return [_zarr2_array(*mip) for mip in _mips(files, attributes, ".zarray")]
 
 
 def _zarr2_array(
@@ -333,33 +342,28 @@ def _zarr3(files: _Metadata, root: Json) -> list[_Array]:
         return [_zarr3_array("", root, _names(axes, root["shape"]), {}, {})]
     attributes = root.get("attributes") or {}
     attributes = attributes.get("ome", attributes)
-    levels = _levels(attributes)
-    found = [files.of(level["path"], "zarr.json") for level in levels]
-    placed = _placed(_multiscale(attributes), [one["shape"] for one in found])
-    return [
-        _zarr3_array(level["path"], one, *where)
-        for level, one, where in zip(levels, found, placed, strict=True)
-    ]
+    return [_zarr3_array(*mip) for mip in _mips(files, attributes, "zarr.json")]
 
 
 def _zarr3_array(
     folder: str, array: Json, axes: str, scale: Json, start: Json
 ) -> _Array:
-    for key, expected in (("chunk_grid", "regular"), ("chunk_key_encoding", None)):
-        name = array[key]["name"]
-        if name not in (expected, "default", "v2"):
-            raise InfoError(f"has a {key} {name!r}, which is not known")
+    grid, naming = array["chunk_grid"], array["chunk_key_encoding"]
+    is_v2 = naming["name"] == "v2"
+    if grid["name"] != "regular" or naming["name"] not in ("default", "v2"):
+        raise InfoError(
+            f"has chunk_grid {grid['name']!r} and chunk_key_encoding "
+            f"{naming['name']!r}; expected regular, and default or v2"
+        )
     if array.get("storage_transformers"):
         raise InfoError("has storage_transformers, which are not known")
-    naming = array["chunk_key_encoding"]
-    is_v2 = naming["name"] == "v2"
     separator = naming.get("configuration", {}).get("separator", "." if is_v2 else "/")
     layout, endian, decoders = _zarr3_codecs(array)
     return _Array(
         folder,
         axes,
         tuple(array["shape"]),
-        tuple(array["chunk_grid"]["configuration"]["chunk_shape"]),
+        tuple(grid["configuration"]["chunk_shape"]),
         _dtype(array["data_type"]).newbyteorder(endian),
         _fill(array.get("fill_value")),
         _joined(folder, "") + ("" if is_v2 else f"c{separator}"),
@@ -372,9 +376,9 @@ def _zarr3_array(
     )
 
 
-def _zarr3_codecs(array: Json) -> tuple[tuple[int, ...], str, tuple[Decoder, ...]]:
+def _zarr3_codecs(array: Json) -> tuple[tuple[int, ...], Any, tuple[Decoder, ...]]:
     """Layout in memory, byte order, and what undoes the compression."""
-    layout, endian = tuple(range(len(array["shape"]))), ""
+    layout, endian = tuple(range(len(array["shape"]))), None
     decoders: list[Decoder] = []
     for codec in array["codecs"]:
         name, settings = codec["name"], codec.get("configuration") or {}
@@ -384,16 +388,15 @@ def _zarr3_codecs(array: Json) -> tuple[tuple[int, ...], str, tuple[Decoder, ...
                 "CloudVolume"
             )
         if name == "transpose" and not endian:
-            order = {"C": layout, "F": layout[::-1]}.get(
-                str(settings["order"]), settings["order"]
-            )
-            layout = tuple(layout[axis] for axis in order)
+            layout = tuple(layout[axis] for axis in settings["order"])
         elif name == "bytes" and not endian:
             endian = ">" if settings.get("endian") == "big" else "<"
         elif endian:
             decoders.insert(0, _decoder(name, settings))
         else:
             raise InfoError(f"is stored with the codec {name}, which {_NOT}")
+    if endian is None:
+        raise InfoError("is stored without the codec bytes, which is not known")
     return layout, endian, tuple(decoders)
 
 
@@ -402,13 +405,15 @@ def _n5(files: _Metadata, root: Json) -> list[_Array]:
     if "dimensions" in root:
         found, folders = [root], [""]
     else:
-        found, folders = [], []
-        for level in itertools.count():
-            path = f"s{level}/attributes.json"
-            if (one := files.read(path)[path]) is None:
+        factors = root.get("downsamplingFactors", root.get("scales"))
+        folders = [f"s{level}" for level in range(len(factors or ()))]
+        found = [files.of(folder, "attributes.json") for folder in folders]
+        while factors is None:  # as many as there are
+            one = files.read(f"s{len(found)}/attributes.json")
+            if one is None:
                 break
+            folders.append(f"s{len(found)}")
             found.append(one)
-            folders.append(f"s{level}")
     if not found:
         raise InfoError(
             "holds no s0 and is no array; give the path of an array, or of the folder "
@@ -481,20 +486,27 @@ def _n5_place(
     }, {}
 
 
-def _multiscale(attributes: Json) -> Json:
+def _mips(
+    files: _Metadata, attributes: Json, name: str
+) -> list[tuple[str, Json, str, dict[str, float], dict[str, float]]]:
+    """Of each mip of an OME-Zarr: folder, metadata, axes, nm of a voxel and the first.
+
+    Args:
+        files: where the arrays are.
+        attributes: of the whole.
+        name: of the file of an array.
+    """
     if not attributes.get("multiscales"):
         raise InfoError(
             "holds no multiscales and is no array; give the path of an array or of "
             "an OME-Zarr image in it (it may be 0)"
         )
-    return attributes["multiscales"][0]
-
-
-def _levels(attributes: Json) -> list[dict[str, str]]:
-    """The folders of the mips of an OME-Zarr, the finest first."""
+    multiscale = attributes["multiscales"][0]
+    folders = [level["path"].strip("/") for level in multiscale["datasets"]]
+    arrays = [files.of(folder, name) for folder in folders]
+    placed = _placed(multiscale, [array["shape"] for array in arrays])
     return [
-        {"path": level["path"].strip("/")}
-        for level in _multiscale(attributes)["datasets"]
+        (*both, *where) for *both, where in zip(folders, arrays, placed, strict=True)
     ]
 
 
@@ -503,7 +515,7 @@ def _placed(
 ) -> list[tuple[str, dict[str, float], dict[str, float]]]:
     """Axes, nm of a voxel, and nm of the first one, of each mip of an OME-Zarr."""
     axes = multiscale.get("axes")
-    names = _names(axes and [_name(axis) for axis in axes], shapes[0])
+    names = "".join(map(_axis, axes)) if axes else _names(None, shapes[0])
     units = [_nm(axis.get("unit")) if _is_space(axis) else 1.0 for axis in axes or ()]
     found = []
     for level, shape in zip(multiscale["datasets"], shapes, strict=True):
@@ -540,8 +552,14 @@ def _names(axes: Sequence[str] | None, shape: Sequence[int]) -> str:
     return "tczyx"[-len(shape) :]
 
 
-def _name(axis: Any) -> str:
-    return axis if isinstance(axis, str) else axis["name"]
+def _axis(axis: Any) -> str:
+    """The letter of an axis of an OME-Zarr."""
+    about = axis if isinstance(axis, Mapping) else {"name": axis}
+    known = {"channel": "c", "time": "t"}
+    letter = known.get(about.get("type", ""), str(about["name"]).lower())
+    if len(letter) != 1:
+        raise InfoError(f"has an axis {about['name']!r}; expected x, y, z, c or t")
+    return letter
 
 
 def _is_space(axis: Any) -> bool:
@@ -600,11 +618,16 @@ def _decoder(name: str, settings: Json) -> Decoder:
             continue
         if module == "blosc":  # as cloud-volume has it
             return codecs.decompress
+        # Blosc's bytes say themselves how they are packed.
+        about = {} if name == "blosc" else settings
         try:
-            return codecs.get_codec({**settings, "id": name}).decode
+            return codecs.get_codec({**about, "id": name}).decode
         except (ValueError, TypeError) as error:
             raise InfoError(f"is stored with {name}, which {_NOT}") from error
-    raise InfoError(f"is stored with {name}, for which a package is missing: {INSTALL}")
+    raise InfoError(
+        f"is stored with {name}, for which a package is missing: pip install "
+        "'metroem[zarr]'"
+    )
 
 
 def _unzstd(content: bytes) -> bytes:

@@ -13,6 +13,8 @@ import download_image
 from metroem.errors import DatasetError
 from metroem.grid import Grid
 from metroem.io.volume import Volume
+from metroem.io.volume_write import NewVolume, SectionWriter
+from tests.commands import ROOT, blocks
 from tests.volumes import ReadCount, make_volume
 
 GREY = np.full((4, 1, 48, 40), 7, np.uint8)
@@ -210,3 +212,28 @@ def test_a_volume_that_moved_is_read_where_it_is(tmp_path):
     (tmp_path / "old/info").write_text(json.dumps({"redirect": path}))
     read = Volume(str(tmp_path / "old")).read(Grid(0, 0, 0, 48, 40), range(4))
     assert (read == 7).all()
+
+
+def test_a_volume_that_moved_is_not_written_to_where_it_was(tmp_path):
+    wanted = NewVolume(
+        *(1, "uint8", 0, Grid(0, 0, 0, 48, 40), range(4), (4.0, 4.0, 40.0))
+    )
+    path = make_volume(tmp_path / "new", [GREY])
+    (tmp_path / "old").mkdir()
+    (tmp_path / "old/info").write_text(json.dumps({"redirect": path}))
+    said = refused(lambda: SectionWriter(f"{tmp_path}/old", wanted, flag="--dst_path"))
+    assert said.startswith("--dst_path") and f"{path}; give that path" in said
+    assert [file.name for file in (tmp_path / "old").iterdir()] == ["info"]
+
+
+def test_images_become_a_volume_as_the_page_says(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "sections").mkdir()
+    for z in range(3):
+        image = Image.fromarray(np.full((30, 70), z + 1, np.uint8))
+        image.save(tmp_path / f"sections/{z}.png")
+    page = (ROOT / "docs/troubleshooting.md").read_text()
+    exec(blocks(page, "python")[0], {})
+    read = Volume("em").read(Grid(0, 0, 0, 70, 30), range(3))
+    assert (read[:, 0, 5, 6] == [1, 2, 3]).all()
+    Volume("em").check_mip("--mip", 3)

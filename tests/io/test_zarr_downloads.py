@@ -9,7 +9,7 @@ import pytest
 import download_field
 import download_image
 from metroem.__main__ import main
-from metroem.errors import UsageError
+from metroem.errors import DatasetError, UsageError
 from tests.cloud.servers import KEYS, s3_server, serving, upload
 from tests.export.sets import make_sets
 from tests.volumes import make_volume
@@ -224,3 +224,13 @@ def test_what_is_not_precomputed_gets_no_data_set(tmp_path, volumes, path):
     with pytest.raises(UsageError, match="^--dst_path .*is not written, only read"):
         main(["make-dataset", *words])
     assert [file.name for file in tmp_path.iterdir()] == ["spec.json"]
+
+
+def test_a_zarr_that_is_there_is_not_exported_to(tmp_path, values):
+    make_sets(tmp_path / "data")
+    ome_zarr_4(tmp_path / "em", values["em"])
+    before = sorted((tmp_path / "em").rglob("*"))
+    words = ["--dataset_path", str(tmp_path / "data"), "--dst_path"]
+    with pytest.raises(DatasetError, match="em: is a zarr volume, which is only read"):
+        main(["export-fields", *words, str(tmp_path / "em")])
+    assert sorted((tmp_path / "em").rglob("*")) == before

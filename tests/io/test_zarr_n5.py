@@ -5,10 +5,11 @@ import json
 
 import numpy as np
 import pytest
+from cloudfiles import interfaces
 
 from metroem.errors import DatasetError
 from metroem.grid import Grid
-from metroem.io.volume import Volume
+from metroem.io.volume import Volume, read_sections
 from tests.zarrs import (
     chunks_of,
     in_axes,
@@ -224,7 +225,7 @@ def test_a_mip_that_begins_elsewhere_is_refused_alone(tmp_path):
     put(tmp_path / "em/.zattrs", {"multiscales": about})
     volume = Volume(f"zarr://file://{tmp_path}/em")
     volume.check_mip("--mip", 0)
-    with pytest.raises(DatasetError, match="mip 1 begins at x 20 and mip 0 at 0"):
+    with pytest.raises(DatasetError, match="mip 1 begins at x 20, mip 0 at 0"):
         volume.check_mip("--mip", 1)
     with pytest.raises(DatasetError, match="mip 1 begins at x 20"):
         volume.read(Grid(1, 0, 0, 4, 5), range(1))
@@ -236,7 +237,7 @@ def test_a_mip_between_the_voxels_of_the_others_is_refused(tmp_path):
         write_zarr2(tmp_path / "em" / name, array, (2, 16, 32))
     about = multiscales(["0", "1"], start=[[0, 0, 8], [0, 0, 8]])
     put(tmp_path / "em/.zattrs", {"multiscales": about})
-    with pytest.raises(DatasetError, match="mip 1 begins at x 1 "):
+    with pytest.raises(DatasetError, match="mip 1 begins at x 1,"):
         Volume(f"zarr://file://{tmp_path}/em").check_mip("--mip", 1)
 
 
@@ -292,6 +293,9 @@ def no_scale(folder):
     put(folder / "attributes.json", {"n5": "2.5.0"})
 
 
+UNITS = [{"name": name, "type": "space", "unit": "parsec"} for name in "zyx"]
+
+
 @pytest.mark.parametrize(
     ("write", "said"),
     [
@@ -305,8 +309,13 @@ def no_scale(folder):
         (with_codecs("sharding_indexed"), "is sharded"),
         (with_codecs("bytes", "made_up"), "made_up"),
         (with_codecs("scale_offset", "bytes"), "the codec scale_offset"),
+        (with_codecs(), "without the codec bytes"),
         (of_ome(axes=["z", "y", "u"]), "has axes z, y, u"),
         (of_ome(axes=["y", "x"]), "has axes y, x"),
+        (of_ome(axes=["z", "row", "col"]), "has an axis 'row'"),
+        (of_ome(axes=["z", "z", "x"]), "has axes z, z, x"),
+        (of_ome(axes=UNITS), "has sizes in 'parsec'"),
+        (zarr2(fill=-1), "fill_value -1, which uint8 does not hold"),
         (
             of_ome(coordinateTransformations=[{"type": "affine"}]),
             "coordinateTransformation 'affine'",
@@ -385,3 +394,54 @@ def test_a_chunk_that_is_cut_short_is_named(tmp_path, content):
     (tmp_path / "em/1.0.1").write_bytes(content)
     with pytest.raises(DatasetError, match="em/1.0.1: .*cut short or broken"):
         read_all(tmp_path / "em")
+
+
+def test_the_metadata_that_are_not_needed_are_not_asked_for(tmp_path, monkeypatch):
+    # Some stores answer 403 for what is not there.
+    truth = made("uint8")
+    write_zarr2(tmp_path / "em/0", in_axes(truth, "zyx"), chunks_of("zyx"))
+    put(tmp_path / "em/.zattrs", {"multiscales": multiscales(["0"])})
+    write_n5(tmp_path / "n5/s0", in_axes(truth, "xyz"), chunks_of("xyz"))
+    put(tmp_path / "n5/attributes.json", {"downsamplingFactors": [[1, 1, 1]]})
+    missing = []
+    real = interfaces.FileInterface.get_file
+
+    def get_file(self, path, *args, **kwargs):
+        found = real(self, path, *args, **kwargs)
+        missing.extend([path] * (found[0] is None))
+        return found
+
+    monkeypatch.setattr(interfaces.FileInterface, "get_file", get_file)
+    same(read_all(f"zarr2://file://{tmp_path}/em"), truth)
+    same(read_all(f"n5://file://{tmp_path}/n5"), truth)
+    assert not missing
+
+
+def test_several_threads_read_at_a_time(tmp_path):
+    truth = made("uint16")
+    write_zarr2(tmp_path / "em", in_axes(truth, "zyx"), chunks_of("zyx"))
+    arrived = {}
+    read_sections(
+        Volume(f"zarr://file://{tmp_path}/em"),
+        {z: Grid(0, 3, 5, 60, 30) for z in range(5)},
+        lambda z, layers: arrived.update({z: layers.copy()}),
+        parallel=4,
+        what="read, layers",
+    )
+    for z in range(5):
+        np.testing.assert_array_equal(arrived[z][0], truth[3:63, 5:35, z, 0])
+
+
+def test_a_cellmap_n5_says_its_place_in_a_transform(tmp_path):
+    truth = made("uint8")
+    transform = {"axes": ["z", "y", "x"], "units": ["nm"] * 3}
+    transform |= {"scale": [40, 8, 8], "translate": [120, 480, 800]}
+    write_n5(
+        *(tmp_path / "em/s0", in_axes(truth, "xyz"), chunks_of("xyz")),
+        transform=transform,
+    )
+    put(tmp_path / "em/attributes.json", {})
+    same(read_all(f"n5://file://{tmp_path}/em"), truth)
+    volume = Volume(f"n5://file://{tmp_path}/em")
+    assert volume.extent() == (Grid(0, 100, 60, 70, 44), range(3, 8))
+    assert volume.resolution == (8, 8, 40)
