@@ -188,8 +188,7 @@ def _nothing_at(path: str) -> str:
     names = [path] if folder is None else sorted(file.name for file in folder.iterdir())
     images = [name for name in names if name.lower().endswith(_IMAGES)]
     if images:
-        what = f"{len(images)} image files ({PurePath(images[0]).name} ...)"
-        return f"no volume there, but {what}; {_WRITE}"
+        return f"no volume there, but images ({PurePath(images[0]).name} ...); {_WRITE}"
     return (
         "no volume there (its info file cannot be read); check the path, and that your "
         "credentials may read it"

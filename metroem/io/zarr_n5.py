@@ -626,7 +626,7 @@ def _decoder(name: str, settings: Json) -> Decoder:
             raise InfoError(f"is stored with {name}, which {_NOT}") from error
     raise InfoError(
         f"is stored with {name}, for which a package is missing: pip install "
-        "'metroem[zarr]'"
+        "metroem[zarr]"
     )
 
 

@@ -14,6 +14,7 @@ from metroem.grid import Grid
 from metroem.io.storage import cloud_path
 from metroem.io.volume import Volume
 from metroem.io.volume_write import write_field_volume, write_volume
+from metroem.report.page import neuroglancer_source
 from metroem.scaffold import fetch, init_pyramid
 from tests.export.sets import make_sets
 from tests.volumes import make_volume
@@ -128,6 +129,12 @@ def test_what_is_in_the_home_directory_is_read(home, tmp_path):
 def test_a_folder_that_cloud_volume_takes_for_another_is_refused(path):
     with pytest.raises(DatasetError, match="cloud-volume opens .* in its place"):
         cloud_path(path)
+
+
+def test_a_report_links_to_a_volume_of_any_name():
+    for path in ("gs://bucket/my data/démo", "zarr3://https://host/a b"):
+        expected = path if path.startswith("zarr3") else f"precomputed://{path}"
+        assert neuroglancer_source(path) == expected
 
 
 @pytest.mark.parametrize(

@@ -202,7 +202,7 @@ def test_a_folder_of_images_is_no_volume(tmp_path):
     for z in range(3):
         (tmp_path / f"z{z}.TIF").write_bytes(b"whatever")
     said = refused(Volume, str(tmp_path))
-    assert "3 image files (z0.TIF ...); make a CloudVolume of them" in said
+    assert "but images (z0.TIF ...); make a CloudVolume of them" in said
     assert "no such folder" in refused(Volume, str(tmp_path / "nothing"))
 
 
