@@ -8,6 +8,8 @@ import numpy as np
 from cloudvolume import chunks
 from cloudvolume.chunks import NEEDS_INSTALL, SUPPORTED_ENCODINGS
 from cloudvolume.datasource.precomputed.metadata import PrecomputedMetadata
+from cloudvolume.datasource.precomputed.sharding import ShardingSpecification
+from cloudvolume.exceptions import SpecViolation
 
 from metroem.io.whereabouts import InfoError
 
@@ -59,22 +61,26 @@ def check_info(info: Any) -> None:
     kind = str(info.get("@type", _VOLUME))
     if kind != _VOLUME:
         what = kind.removeprefix("neuroglancer_")
-        raise InfoError(f"is a layer of {what}; expected a volume of images or fields")
+        raise InfoError(f"is a layer of {what}; give the path of images or fields")
     if missing := [key for key in _OF_VOLUME if key not in info]:
         raise InfoError(_lacks(missing))
     if info["type"] not in ("image", "segmentation"):
         raise InfoError(
-            f"is a layer of type {info['type']!r}; expected a volume of images or "
-            "fields"
+            f"is a layer of type {info['type']!r}; give the path of images or fields"
         )
     try:
-        is_number = np.dtype(info["data_type"]).kind in "biuf"
+        is_number = np.dtype(str(info["data_type"])).kind in "biuf"
     except TypeError:
         is_number = False
     if not is_number:
         raise InfoError(
             f"its info file says data_type {info['data_type']!r}, which is not known; "
             "expected uint8, float32 or another of numpy's numbers"
+        )
+    if not isinstance(info["num_channels"], int) or info["num_channels"] < 1:
+        raise InfoError(
+            f"its info file says num_channels {info['num_channels']!r}; expected a "
+            "whole number, 1 or more"
         )
     if not isinstance(info["scales"], Sequence) or not info["scales"]:
         raise InfoError("its info file lists no scales; expected one a mip")
@@ -111,6 +117,11 @@ def _check_scale(mip: int, scale: Any) -> None:
                 f"its info file says {key} {value!r} of scale {mip}; expected three "
                 "numbers, along x, y and z"
             )
+        if key != "voxel_offset" and not min(value) > 0:
+            raise InfoError(
+                f"its info file says {key} {value!r} of scale {mip}; expected numbers "
+                "above 0"
+            )
 
 
 def _problem(scale: Mapping[str, Any], data_type: str) -> str | None:
@@ -129,6 +140,11 @@ def _problem(scale: Mapping[str, Any], data_type: str) -> str | None:
             f"has encoding {encoding} for {data_type}, and cloud-volume reads "
             f"{' or '.join(_HOLDS[encoding])} of it; copy the volume as raw"
         )
+    if scale.get("sharding") is not None:
+        try:
+            ShardingSpecification.from_dict(scale["sharding"])
+        except (SpecViolation, LookupError, TypeError, ValueError) as error:
+            return f"has a sharding that is not known ({type(error).__name__}: {error})"
     if encoding == "compressed_segmentation":
         if "compressed_segmentation_block_size" not in scale:
             return "lacks compressed_segmentation_block_size in its info file"

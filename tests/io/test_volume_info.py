@@ -130,6 +130,17 @@ def test_a_mip_that_can_be_decoded_is_read_beside_one_that_cannot(
         ({"scale": {"size": [48, 40]}}, r"size \[48, 40\] of scale 0"),
         ({"scale": {"chunk_sizes": []}}, r"chunk_sizes \[\] of scale 0"),
         ({"scale": {"resolution": None}}, "resolution None of scale 0"),
+        (
+            {"scale": {"chunk_sizes": [[0, 8, 1]]}},
+            r"chunk_sizes \[0, 8, 1\] of scale 0",
+        ),
+        ({"num_channels": None}, "num_channels None;"),
+        ({"data_type": None}, "data_type None, which is not known"),
+        ({"scale": {"sharding": {}}}, "has a sharding that is not known"),
+        (
+            {"scale": {"sharding": {"@type": "neuroglancer_uint64_sharded_v2"}}},
+            "has a sharding that is not known",
+        ),
         ({"@type": "neuroglancer_annotations_v1"}, "is a layer of annotations_v1;"),
         ({"@type": "neuroglancer_multilod_draco"}, "is a layer of multilod_draco;"),
         ({"@type": "neuroglancer_skeletons"}, "is a layer of skeletons;"),
