@@ -10,7 +10,6 @@ from pathlib import Path, PurePath
 
 import cloudfiles.paths
 from cloudvolume.exceptions import InfoUnavailableError
-from cloudvolume.paths import extract
 
 from metroem.errors import DatasetError, UsageError
 from metroem.io.patience import NO_CREDENTIALS, asked_pause, limit_patience, status_of
@@ -27,7 +26,8 @@ from metroem.io.whereabouts import (
 _ENDPOINT = re.compile(r"(?:\w+://)?s3://(https?://[^/]+)/?(.*)")
 # As neuroglancer has it: gs://bucket/em/|zarr2:
 _FORMAT_LAST = re.compile(r"(.+?)/*\|([\w-]+):")
-_PRECOMPUTED = ("", "precomputed", "neuroglancer-precomputed")
+# What cloud-volume takes for the first folder of a path, less the rest of its name.
+_FIRST_FOLDER = re.compile(r"[\w~.-]*\w")
 _READ = ("precomputed", "zarr", "zarr2", "zarr3", "n5")
 _IMAGES = (".png", ".tif", ".tiff", ".jpg", ".jpeg", ".bmp", ".npy", ".npz", ".mrc")
 _WRITE = (
@@ -40,9 +40,9 @@ _COLOURS = re.compile(r"\x1b\[[0-9;]*m")
 def split_format(path: str) -> tuple[str, str]:
     """The format that a path names, "" if it names none, and the path without it."""
     if match := _FORMAT_LAST.fullmatch(path):
-        path = f"{match[2]}://{match[1]}"
+        path = f"{match[2].removeprefix('neuroglancer-')}://{match[1]}"
     form, separator, place = path.partition("://")
-    known = separator and form in (*_PRECOMPUTED, *cloudfiles.paths.ALLOWED_FORMATS)
+    known = separator and form in cloudfiles.paths.ALLOWED_FORMATS
     return (form, place) if known else ("", path)
 
 
@@ -69,15 +69,15 @@ def cloud_path(path: str) -> str:
     if "://" not in place and form != "precomputed":
         place = f"file://{Path(place).expanduser().resolve()}"
     if (folder := local_folder(place)) is not None:
-        found = extract(f"file://{folder}")
-        if Path(found.basepath, found.layer) != folder:
+        first, *others = folder.parts[1:] or ("",)
+        if not others or not _FIRST_FOLDER.fullmatch(first):
             raise DatasetError(
-                f"{path}: cloud-volume opens {Path(found.basepath, found.layer)} in "
-                f"its place, since {folder.parts[1]!r} is not of letters and digits or "
-                f"is the whole path; move it into another folder, or link to it (ln -s "
-                f"{str(folder)!r} /tmp/em) and give file:///tmp/em"
+                f"{path}: cloud-volume takes it for another path, since its first "
+                f"folder, {first!r}, is all of it or has other characters than letters "
+                f"and digits; link to it (ln -s {str(folder)!r} /tmp/em) and give "
+                "file:///tmp/em"
             )
-    return place if form in ("", _PRECOMPUTED[-1]) else f"{form}://{place}"
+    return f"{form}://{place}" if form else place
 
 
 def check_source(flag: str, path: str) -> None:
@@ -97,14 +97,7 @@ def check_source(flag: str, path: str) -> None:
             f"{flag} {path}: {form}:// is {kind}; expected images, fields or a mask as "
             f"{', '.join(_READ)}"
         )
-    cloudfiles.paths.update_aliases_from_file()
-    known = cloudfiles.paths.ALLOWED_PROTOCOLS
-    scheme = place.partition("://")[0]
-    if "://" in place and scheme not in known:
-        raise DatasetError(
-            f"{flag} {path}: {scheme}:// is not known; expected one of "
-            f"{', '.join(known)}, or a local folder"
-        )
+    _check_scheme(flag, path)
     folder = local_folder(path)
     if folder is not None and folder.is_file():
         raise DatasetError(
@@ -117,10 +110,11 @@ def check_destination(flag: str, path: str) -> None:
     """Refuse to write anything but a precomputed volume, or where nobody can.
 
     Raises:
-        UsageError: as said.
+        DatasetError: see `cloud_path`; or an unknown scheme.
+        UsageError: another format, or a web server.
     """
     form, place = split_format(path)
-    if form not in _PRECOMPUTED:
+    if form not in ("", "precomputed"):
         raise UsageError(
             f"{flag} {path}: {form} is not written, only read; expected a path of a "
             "precomputed volume: gs://, s3:// or a local folder"
@@ -129,6 +123,20 @@ def check_destination(flag: str, path: str) -> None:
         raise UsageError(
             f"{flag} {path}: web servers take no files; give a local path, gs:// or "
             "s3://"
+        )
+    _check_scheme(flag, path)
+    if "://" in path:
+        cloud_path(path)
+
+
+def _check_scheme(flag: str, path: str) -> None:
+    scheme, separator, _ = split_format(path)[1].partition("://")
+    cloudfiles.paths.update_aliases_from_file()
+    known = cloudfiles.paths.ALLOWED_PROTOCOLS
+    if separator and scheme not in known:
+        raise DatasetError(
+            f"{flag} {path}: {scheme}:// is not known; expected one of "
+            f"{', '.join(known)}, or a local folder"
         )
 
 

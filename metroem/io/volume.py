@@ -59,8 +59,11 @@ class Volume:
         self._arrays: ArrayVolume | None = None
         with explained(flag, self.path), reading(place_in(self.path, "info")):
             self._info = self._open()
-            unreadable = unreadable_mips(self._info)
-            self._unreadable = self._arrays.unreadable if self._arrays else unreadable
+            self._unreadable = (
+                self._arrays.unreadable
+                if self._arrays is not None
+                else unreadable_mips(self._info)
+            )
             self.num_mips = len(self._info["scales"])
             if len(self._unreadable) == self.num_mips:
                 raise InfoError(self._unreadable[0])
@@ -310,18 +313,18 @@ class Volume:
             except InfoUnavailableError:
                 if form:
                     raise
-                if (arrays := open_arrays("", place)) is None:
-                    raise
-                self._arrays = arrays
-                self.path = f"{arrays.form}://{place}"
-                return arrays.info
-            if volume.meta.path.format != "precomputed":
-                raise InfoError(f"leads to {volume.info['redirect']}; give that path")
-            self.location = f"precomputed://{volume.meta.cloudpath}"
-            return volume.info
+            else:
+                if (found := volume.meta.path.format) != "precomputed":
+                    raise InfoError(
+                        f"leads to a volume of format {found}; give its path"
+                    )
+                self.location = f"precomputed://{volume.meta.cloudpath}"
+                return volume.info
         self._arrays = open_arrays(form, place)
         if self._arrays is None:
             raise InfoUnavailableError(place)
+        if not form:
+            self.path = f"{self._arrays.form}://{place}"
         return self._arrays.info
 
     def _check_readable(self, mip: int) -> None:

@@ -125,9 +125,11 @@ def test_what_is_in_the_home_directory_is_read(home, tmp_path):
     assert (tmp_path / "fetched/0_mip1in_correlation/create.py").is_file()
 
 
-@pytest.mark.parametrize("path", ["/my data/em", "/a+b/em", "file:///a b/em", "/em"])
+@pytest.mark.parametrize(
+    "path", ["/my data/em", "/a+b/em", "file:///a b/em", "/em", "/(x)/em", "/a-/em"]
+)
 def test_a_folder_that_cloud_volume_takes_for_another_is_refused(path):
-    with pytest.raises(DatasetError, match="cloud-volume opens .* in its place"):
+    with pytest.raises(DatasetError, match="cloud-volume takes it for another path"):
         cloud_path(path)
 
 
@@ -158,3 +160,13 @@ def test_a_flag_of_a_local_folder_takes_no_other_storage(words, capsys):
             "--z_end 2".split()
         )
     assert Path("p") == build_parser().parse_args(["init", "p", "--mip", "1"]).pyramid
+
+
+@pytest.mark.parametrize("flag", ["--dst_path", "--warped"])
+def test_a_destination_of_no_known_storage_is_refused_by_name(tmp_path, flag):
+    make_sets(tmp_path / "sets")
+    paths = {"--dst_path": str(tmp_path / "a")} | {flag: "ftp://host/a"}
+    words = [word for pair in paths.items() for word in pair]
+    with pytest.raises(DatasetError, match=f"{flag} .*ftp:// is not known"):
+        main(["export-fields", "--dataset_path", str(tmp_path / "sets"), *words])
+    assert [file.name for file in tmp_path.iterdir()] == ["sets"]
