@@ -77,6 +77,10 @@ class ArrayVolume:
             "num_channels": first.size("c"),
             "scales": [self._scale(mip) for mip in range(len(arrays))],
         }
+        if self.info["scales"][0]["resolution"] == [1, 1, 1]:
+            logger.warning(
+                "%s: says no size of its voxels, or 1 nm; that is what is taken", place
+            )
 
     def read(self, mip: int, box: Bbox) -> np.ndarray:
         """Read voxels.
@@ -337,7 +341,7 @@ def _zarr2_array(
 
 def _zarr3(files: _Metadata, root: Json) -> list[_Array]:
     """The arrays of Zarr 3: OME-Zarr 0.5, or one array alone."""
-    if root.get("node_type") == "array" or "shape" in root:
+    if root.get("node_type", "array") == "array":
         axes = root.get("dimension_names")
         return [_zarr3_array("", root, _names(axes, root["shape"]), {}, {})]
     attributes = root.get("attributes") or {}

@@ -461,3 +461,25 @@ def test_a_cellmap_n5_says_its_place_in_a_transform(tmp_path):
     volume = Volume(f"n5://file://{tmp_path}/em")
     assert volume.extent() == (Grid(0, 100, 60, 70, 44), range(3, 8))
     assert volume.resolution == (8, 8, 40)
+
+
+def test_a_group_that_repeats_its_first_array_is_no_array(tmp_path):
+    # cloud-volume writes them so.
+    truth = made("uint8")
+    write_zarr3(tmp_path / "em/0", in_axes(truth, "zyx"), chunks_of("zyx"))
+    array = json.loads((tmp_path / "em/0/zarr.json").read_text())
+    ome = {"version": "0.5", "multiscales": multiscales(["0"])}
+    group = {"node_type": "group", "attributes": {"ome": ome}}
+    put(tmp_path / "em/zarr.json", array | group)
+    same(read_all(f"zarr3://file://{tmp_path}/em"), truth)
+
+
+def test_an_array_that_says_no_sizes_warns(tmp_path, caplog):
+    zarr2()(tmp_path / "em")
+    assert Volume(str(tmp_path / "em")).resolution == (1, 1, 1)
+    assert "says no size of its voxels" in caplog.text
+    caplog.clear()
+    zarr2()(tmp_path / "ome/0")
+    put(tmp_path / "ome/.zattrs", {"multiscales": multiscales(["0"])})
+    assert Volume(str(tmp_path / "ome")).resolution == (8, 8, 40)
+    assert not caplog.text
