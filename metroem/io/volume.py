@@ -46,11 +46,18 @@ class Volume:
         dtype: as stored.
         resolution: nm of a mip-0 voxel along x, y, z.
 
+    Args:
+        path: of it.
+        flag: where the path came from.
+        is_read: False if only its bounds are wanted, which need no codec.
+
     Raises:
         DatasetError: it cannot be opened, or none of its mips can be read.
     """
 
-    def __init__(self, path: str, *, flag: str = "--cv_path") -> None:
+    def __init__(
+        self, path: str, *, flag: str = "--cv_path", is_read: bool = True
+    ) -> None:
         self.path = cloud_path(path)
         self.flag = flag
         self._local = threading.local()
@@ -65,7 +72,7 @@ class Volume:
                 else unreadable_mips(self._info)
             )
             self.num_mips = len(self._info["scales"])
-            if len(self._unreadable) == self.num_mips:
+            if is_read and len(self._unreadable) == self.num_mips:
                 raise InfoError(self._unreadable[0])
             self.num_channels = int(self._info["num_channels"])
             self.dtype = np.dtype(self._info["data_type"])

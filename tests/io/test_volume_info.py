@@ -10,6 +10,7 @@ from PIL import Image
 
 import download_field
 import download_image
+from metroem.__main__ import main
 from metroem.errors import DatasetError
 from metroem.grid import Grid
 from metroem.io.volume import Volume
@@ -248,3 +249,41 @@ def test_images_become_a_volume_as_the_page_says(tmp_path, monkeypatch):
     read = Volume("em").read(Grid(0, 0, 0, 70, 30), range(3))
     assert (read[:, 0, 5, 6] == [1, 2, 3]).all()
     Volume("em").check_mip("--mip", 3)
+
+
+@pytest.mark.parametrize("kind", ["image", "reference", "masks", "field"])
+def test_every_volume_of_a_spec_says_it(tmp_path, monkeypatch, kind):
+    monkeypatch.setitem(chunks.NEEDS_INSTALL, "png", "pyspng-seunglab")
+    em, field = GREY, np.ones((4, 2, 48, 40), np.uint8)
+    paths = {
+        name: make_volume(tmp_path / name, [field if name == "field" else em])
+        for name in ("image", "reference", "masks", "field")
+    }
+    data = field if kind == "field" else em
+    paths[kind] = changed(tmp_path / "png", data, scale={"encoding": "png"})
+    area = {"src_mip": 0, "dst_mip": 0, "x_size": 16, "y_size": 12}
+    side = {"x": 20, "y": 20}
+    spec = {
+        "image": {"path": paths["image"], "src_mip": 0}
+        | {"reference": {"path": paths["reference"], **area}},
+        "masks": [{"path": paths["masks"], "src_mip": 0, "threshold": 9}],
+        "field": {"path": paths["field"], "src_mip": 0},
+        **{"max_mip": 0, "dst_mip": 0, "x_size": 16, "y_size": 12},
+        "pairs": [[side | {"z": 2}, side | {"z": 1}]],
+    }
+    if kind != "field":
+        del spec["field"]
+    (tmp_path / "spec.json").write_text(json.dumps(spec))
+    words = ["--spec_path", str(tmp_path / "spec.json")]
+    said = refused(main, ["make-dataset", *words, "--dst_path", str(tmp_path / "d")])
+    assert said.startswith(kind if kind != "reference" else "image: reference")
+    assert f"{paths[kind]}: has encoding png" in said
+    assert not (tmp_path / "d").exists()
+
+
+def test_only_the_bounds_of_a_volume_need_no_package(tmp_path, monkeypatch):
+    monkeypatch.setitem(chunks.NEEDS_INSTALL, "png", "pyspng-seunglab")
+    path = changed(tmp_path / "png", scale={"encoding": "png"})
+    volume = Volume(path, flag="--like", is_read=False)
+    assert volume.extent() == (Grid(0, 0, 0, 48, 40), range(4))
+    assert "has encoding png" in refused(volume.read, Grid(0, 0, 0, 4, 5), range(1))

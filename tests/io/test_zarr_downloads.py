@@ -1,6 +1,7 @@
 """Zarr and N5 give every command what a CloudVolume of the same values gives."""
 
 import logging
+import shutil
 
 import h5py
 import numpy as np
@@ -176,8 +177,8 @@ def spec(volumes, form):
     }
 
 
-def test_make_dataset_takes_them_too(tmp_path, volumes, form):
-    for path, to in (("precomputed", "a"), (form, "b")):
+def test_make_dataset_takes_them_too(tmp_path, volumes):
+    for path, to in (("precomputed", "a"), ("zarr3", "b")):
         put(tmp_path / f"{to}.json", spec(volumes, path))
         words = ["--spec_path", str(tmp_path / f"{to}.json"), "--parallel", "3"]
         main(["make-dataset", *words, "--dst_path", str(tmp_path / to)])
@@ -193,7 +194,8 @@ def test_they_are_read_from_afar(tmp_path, volumes, form, storage, monkeypatch):
     else:
         logging.getLogger("werkzeug").setLevel(logging.ERROR)
         with s3_server() as url:
-            upload(url, volumes / form, form)
+            shutil.copytree(volumes / form / "em", tmp_path / "bucket/em")
+            upload(url, tmp_path / "bucket", form)
             for name, value in {**KEYS, "AWS_ENDPOINT_URL_S3": url}.items():
                 monkeypatch.setenv(name, value)
             images({"--cv_path": f"{form}://s3://{form}/em"}, tmp_path / "b")
