@@ -236,3 +236,10 @@ def test_a_zarr_that_is_there_is_not_exported_to(tmp_path, values):
     with pytest.raises(DatasetError, match="em: is a zarr volume, which is only read"):
         main(["export-fields", *words, str(tmp_path / "em")])
     assert sorted((tmp_path / "em").rglob("*")) == before
+
+
+def test_chunks_that_may_not_be_read_are_named(tmp_path, volumes):
+    with serving(volumes, "403", "/zarr3/em/s0/c/") as server:
+        path = f"zarr3://{server.url}/zarr3/em"
+        with pytest.raises(DatasetError, match="em/s0/c/.*403.*check that your cred"):
+            images({"--cv_path": path}, tmp_path / "a")
