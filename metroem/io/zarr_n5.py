@@ -323,19 +323,19 @@ def _zarr2_array(
     if array.get("order", "C") not in ("C", "F"):
         raise InfoError(f"has order {array['order']!r}; expected C or F")
     return _Array(
-        folder,
-        axes,
-        tuple(array["shape"]),
-        tuple(array["chunks"]),
-        _dtype(array["dtype"]),
-        _fill(array.get("fill_value")),
-        _joined(folder, ""),
-        array.get("dimension_separator", "."),
-        tuple(layout if array.get("order", "C") == "C" else reversed(layout)),
-        tuple(_decoder(one["id"], one) for one in reversed(codecs) if one),
-        False,
-        scale,
-        start,
+        folder=folder,
+        axes=axes,
+        shape=tuple(array["shape"]),
+        chunks=tuple(array["chunks"]),
+        dtype=_dtype(array["dtype"]),
+        fill=_fill(array.get("fill_value")),
+        prefix=_joined(folder, ""),
+        separator=array.get("dimension_separator", "."),
+        layout=tuple(layout if array.get("order", "C") == "C" else reversed(layout)),
+        decoders=tuple(_decoder(one["id"], one) for one in reversed(codecs) if one),
+        has_header=False,
+        scale=scale,
+        start=start,
     )
 
 
@@ -364,19 +364,19 @@ def _zarr3_array(
     separator = naming.get("configuration", {}).get("separator", "." if is_v2 else "/")
     layout, endian, decoders = _zarr3_codecs(array)
     return _Array(
-        folder,
-        axes,
-        tuple(array["shape"]),
-        tuple(grid["configuration"]["chunk_shape"]),
-        _dtype(array["data_type"]).newbyteorder(endian),
-        _fill(array.get("fill_value")),
-        _joined(folder, "") + ("" if is_v2 else f"c{separator}"),
-        separator,
-        layout,
-        decoders,
-        False,
-        scale,
-        start,
+        folder=folder,
+        axes=axes,
+        shape=tuple(array["shape"]),
+        chunks=tuple(grid["configuration"]["chunk_shape"]),
+        dtype=_dtype(array["data_type"]).newbyteorder(endian),
+        fill=_fill(array.get("fill_value")),
+        prefix=_joined(folder, "") + ("" if is_v2 else f"c{separator}"),
+        separator=separator,
+        layout=layout,
+        decoders=decoders,
+        has_header=False,
+        scale=scale,
+        start=start,
     )
 
 
@@ -427,7 +427,7 @@ def _n5(files: _Metadata, root: Json) -> list[_Array]:
     for level, (folder, array) in enumerate(zip(folders, found, strict=True)):
         axes = array.get("axes", root.get("axes"))
         axes = "".join(axes) if axes else _AXES[: len(array["dimensions"])]
-        nm, start = _n5_place(root, found, level)
+        nm, start = _n5_place(root, found, level, axes)
         arrays.append(_n5_array(folder, array, axes, nm, start))
     return arrays
 
@@ -443,51 +443,53 @@ def _n5_array(folder: str, array: Json, axes: str, scale: Json, start: Json) -> 
         raise InfoError(f"is compressed with lz4, which {_NOT}")
     dims = range(len(array["dimensions"]))
     return _Array(
-        folder,
-        axes,
-        tuple(array["dimensions"]),
-        tuple(array["blockSize"]),
-        _dtype(array["dataType"]).newbyteorder(">"),
-        0,
-        _joined(folder, ""),
-        "/",
-        tuple(reversed(dims)),
-        () if kind == "raw" else (_decoder(kind, {}),),
-        True,
-        scale,
-        start,
+        folder=folder,
+        axes=axes,
+        shape=tuple(array["dimensions"]),
+        chunks=tuple(array["blockSize"]),
+        dtype=_dtype(array["dataType"]).newbyteorder(">"),
+        fill=0,
+        prefix=_joined(folder, ""),
+        separator="/",
+        layout=tuple(reversed(dims)),
+        decoders=() if kind == "raw" else (_decoder(kind, {}),),
+        has_header=True,
+        scale=scale,
+        start=start,
     )
 
 
 def _n5_place(
-    root: Json, levels: Sequence[Json], level: int
+    root: Json, levels: Sequence[Json], level: int, axes: str
 ) -> tuple[dict[str, float], dict[str, float]]:
     """nm of a voxel, and of the first one, by axis."""
     first, this = levels[0], levels[level]
     if transform := this.get("transform"):
-        units = [_nm(unit) for unit in transform["units"]]
-        return tuple(  # type: ignore[return-value]
-            {
-                axis: value * unit
-                for axis, value, unit in zip(
-                    transform["axes"], transform[key], units, strict=True
-                )
-            }
-            for key in ("scale", "translate")
+        nm = dict(zip(transform["axes"], map(_nm, transform["units"]), strict=True))
+        scale = zip(nm.items(), transform["scale"], strict=True)
+        start = zip(nm.items(), transform["translate"], strict=True)
+        return (
+            {axis: value * unit for (axis, unit), value in scale},
+            {axis: value * unit for (axis, unit), value in start},
         )
     both = {**first, **root}
     unit: Any = both.get("units", "nm")
     nm = both.get("pixelResolution", both.get("resolution", (1, 1, 1)))
     if isinstance(nm, Mapping):
         nm, unit = nm["dimensions"], nm.get("unit", "nm")
-    units = [unit] * 3 if isinstance(unit, str) else unit
+    units = [unit] * len(nm) if isinstance(unit, str) else unit
+    sizes = [value * _nm(one) for value, one in zip(nm, units, strict=True)]
     factors = this.get("downsamplingFactors")
     if factors is None or not isinstance(factors[0], int | float):
         listed = root.get("downsamplingFactors", root.get("scales"))
         factors = listed[level] if listed else _factors(first, this, "dimensions")
-    return {
-        axis: nm[i] * _nm(units[i]) * factors[i] for i, axis in enumerate("xyz")
-    }, {}
+    fine, times = _by_axis(sizes, axes), _by_axis(factors, axes)
+    return {axis: fine[axis] * times[axis] for axis in "xyz" if axis in axes}, {}
+
+
+def _by_axis(values: Sequence[float], axes: str) -> dict[str, float]:
+    """One number an axis, or one each for x, y and z."""
+    return dict(zip(axes if len(values) == len(axes) else "xyz", values, strict=True))
 
 
 def _mips(

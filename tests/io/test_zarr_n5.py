@@ -175,6 +175,18 @@ def test_mips_keep_their_own_shape_chunks_and_names(tmp_path, version):
     assert volume.slabs(1, [0, 1, 2]) == [range(0, 1), range(1, 2), range(2, 3)]
 
 
+def test_mips_of_an_n5_are_as_coarse_as_their_shapes_say(tmp_path):
+    fine, coarse = made("float32", 2), made("float32", 2, size=(35, 22, 5))
+    for name, one in (("s0", fine), ("s1", coarse)):
+        write_n5(tmp_path / "em" / name, in_axes(one, "cxyz"), chunks_of("cxyz"))
+    about = {"axes": list("cxyz"), "resolution": [8, 8, 40], "units": ["nm"] * 3}
+    put(tmp_path / "em/attributes.json", about)
+    path = f"n5://file://{tmp_path}/em"
+    same(read_all(path, 1), coarse)
+    Volume(path).check_mip("--mip", 1)
+    assert Volume(path).resolution == (8, 8, 40)
+
+
 def test_mips_of_an_n5_are_as_coarse_as_it_says(tmp_path):
     fine, coarse = made("uint16"), made("uint16", size=(35, 22, 5))
     write_n5(tmp_path / "em/s0", in_axes(fine, "xyz"), (32, 16, 2))
