@@ -495,3 +495,19 @@ def test_an_array_that_says_no_sizes_warns(tmp_path, caplog):
     put(tmp_path / "ome/.zattrs", {"multiscales": multiscales(["0"])})
     assert Volume(str(tmp_path / "ome")).resolution == (8, 8, 40)
     assert not caplog.text
+
+
+@pytest.mark.parametrize("axes", [list("zyx"), None])
+def test_the_mips_of_an_old_ome_zarr_are_as_coarse_as_their_shapes_say(tmp_path, axes):
+    # Up to 0.3 it states no sizes, and up to 0.2 no axes: they are tczyx.
+    order = "".join(axes or "tczyx")
+    fine, coarse = made("uint8", size=(70, 45, 5)), made("uint8", size=(35, 22, 5))
+    for name, one in (("0", fine), ("1", coarse)):
+        write_zarr2(tmp_path / "em" / name, in_axes(one, order), chunks_of(order))
+    scales = {"version": "0.2", "datasets": [{"path": "0"}, {"path": "1"}]}
+    scales |= {"axes": axes} if axes else {}
+    put(tmp_path / "em/.zattrs", {"multiscales": [scales]})
+    path = f"zarr://file://{tmp_path}/em"
+    same(read_all(path), fine)
+    same(read_all(path, 1), coarse)
+    Volume(path).check_mip("--mip", 1)
