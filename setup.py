@@ -33,6 +33,7 @@ setup(
         "cachetools",  # modelhouse imports it and does not declare it
         "cloud-files",  # likewise
         "cloud-volume>=12",
+        "crc32c",  # this and zstandard come with cloud-files
         "google-auth",
         "h5py",
         "modelhouse>=0.1.4",
@@ -45,6 +46,10 @@ setup(
         "torch>=2.6",
         "torchfields>=0.1.2",
         "tqdm",
+        "zstandard",
     ],
-    extras_require={"tensorboard": ["tensorboard"]},  # of train.py --tensorboard
+    extras_require={
+        "tensorboard": ["tensorboard"],  # of train.py --tensorboard
+        "zarr": ["numcodecs"],  # of Zarr and N5 in blosc, lz4 and with filters
+    },
 )

@@ -87,7 +87,7 @@ def write_volume(path: Path, num_sections: int, chunk_z: int) -> None:
         chunk_size=chunk,
         volume_size=(_SIDE_PX, _SIDE_PX, num_sections),
     )
-    cloud_path = path.as_uri()
+    cloud_path = f"file://{path}"
     volume = CloudVolume(cloud_path, info=info, progress=False)
     volume.add_scale((2, 2, 1), chunk_size=chunk)
     volume.commit_info()

@@ -117,7 +117,7 @@ def write_volume(
         chunk_size=size,
         volume_size=(side, side, num_sections),
     )
-    path = (folder / "em").as_uri()
+    path = f"file://{folder / 'em'}"
     volume = CloudVolume(path, info=info, progress=False)
     for mip in sorted(_MIPS)[1:]:
         volume.add_scale((2**mip, 2**mip, 1), chunk_size=size)
@@ -139,7 +139,7 @@ def read_all(folder: Path, num_sections: int, patch_px: int) -> list[np.ndarray]
     for mip in _MIPS:
         start, side = _CORNER >> mip, patch_px >> mip
         volume = CloudVolume(
-            (folder / "em").as_uri(), mip=mip, progress=False, fill_missing=True
+            f"file://{folder / 'em'}", mip=mip, progress=False, fill_missing=True
         )
         box = Bbox((start, start, 0), (start + side, start + side, num_sections))
         found.append(np.asarray(volume.download(box)))

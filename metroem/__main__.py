@@ -144,6 +144,7 @@ def _command(commands, name, help_text, run) -> argparse.ArgumentParser:
     parser = commands.add_parser(
         name, help=help_text, description=help_text, allow_abbrev=False
     )
+    parser.register("type", Path, cli.local_path)
     parser.set_defaults(run=run)
     return parser
 

@@ -21,11 +21,26 @@ INTERRUPTED, TERMINATED = 130, 143
 
 def parser(description: str | None) -> argparse.ArgumentParser:
     """A parser without silent abbreviations whose help keeps its examples."""
-    return argparse.ArgumentParser(
+    made = argparse.ArgumentParser(
         description=description,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
+    made.register("type", Path, local_path)
+    return made
+
+
+def local_path(text: str) -> Path:
+    """A path on this machine, also as file://; what flags of type Path take.
+
+    Raises:
+        ArgumentTypeError: a path of other storage, which would become a folder.
+    """
+    if "://" not in text:
+        return Path(text)
+    if not text.startswith("file://"):
+        raise argparse.ArgumentTypeError(f"{text}: expected a path on this machine")
+    return Path(text.removeprefix("file://")).expanduser()
 
 
 def add_download_flags(parser: argparse.ArgumentParser) -> None:

@@ -7,6 +7,7 @@ as a user would, and the pyramid is scored on later sections against the truth.
 
 import logging
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -251,12 +252,13 @@ def run_steps(commands: Sequence[list[str]]) -> list[float]:
     """
     seconds = []
     for command in commands:
-        logger.info("\n$ python %s", " ".join(command))
+        typed = shlex.join(["python", *command])
+        logger.info("\n$ %s", typed)
         began = time.monotonic()
         result = subprocess.run([sys.executable, *command], env=environment())
         if result.returncode:
             raise MetroEMError(
-                f"python {' '.join(command)}\nended with exit code "
+                f"{typed}\nended with exit code "
                 f"{result.returncode}; what it said is above"
             )
         seconds.append(time.monotonic() - began)

@@ -11,6 +11,7 @@ from metroem.create.pair_volumes import PairVolumes
 from metroem.create.spec import Center, load_spec
 from metroem.errors import UsageError
 from metroem.io.lock import holding, lock_path
+from metroem.io.storage import check_destination, local_folder
 from metroem.progress import in_threads
 from metroem.specs.filenames import check_tag
 
@@ -48,6 +49,7 @@ class DatasetRequest:
             raise UsageError(f"--parallel {self.parallel}: must be >= 1")
         if not self.dst_path:
             raise UsageError("--dst_path: expected a folder or a cloud path")
+        check_destination("--dst_path", self.dst_path)
         if self.verify and "://" in self.dst_path:
             raise UsageError(
                 f"--verify: {self.dst_path} gets CloudVolumes, which have no "
@@ -77,12 +79,11 @@ def make_dataset(request: DatasetRequest) -> None:
 
 def _claimed(dst_path: str, cutter: Cutter) -> AbstractContextManager[None]:
     """The lock of what is made; cloud storage has none."""
-    local = dst_path.removeprefix("file://")
-    if "://" in local:
+    folder = local_folder(dst_path)
+    if folder is None:
         return nullcontext()
-    path = Path(local).expanduser()
-    is_volume = local != dst_path
-    return holding(lock_path(path if is_volume else image_path(cutter.spec, path)))
+    is_volume = "://" in dst_path
+    return holding(lock_path(folder if is_volume else image_path(cutter.spec, folder)))
 
 
 def _make(request: DatasetRequest, cutter: Cutter) -> None:

@@ -25,7 +25,9 @@ class Place:
 
     def __init__(self, request: ExportRequest, sets: Sequence[ExportedSet]) -> None:
         self._like = (
-            None if request.like is None else Volume(request.like, flag="--like")
+            None
+            if request.like is None
+            else Volume(request.like, flag="--like", is_read=False)
         )
         self.resolution = self._resolution(request, sets)
 

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from metroem.errors import UsageError
+from metroem.io.storage import check_destination
 from metroem.specs.filenames import check_tag
 
 FORMATS = ("cloudvolume", "sofima", "itk")
@@ -81,17 +82,9 @@ class ExportRequest:
                 )
         if self.resolution is not None and not min(self.resolution) > 0:
             raise UsageError(f"--resolution {self.resolution}: must be > 0, in nm")
-        self._check_written("--dst_path", self.dst_path)
+        check_destination("--dst_path", self.dst_path)
         if self.warped is not None:
-            self._check_written("--warped", self.warped)
-
-    @staticmethod
-    def _check_written(flag: str, path: str) -> None:
-        if path.removeprefix("precomputed://").startswith(("http://", "https://")):
-            raise UsageError(
-                f"{flag} {path}: web servers take no files; give a local path, gs:// "
-                "or s3://"
-            )
+            check_destination("--warped", self.warped)
 
     @property
     def notes(self) -> dict[str, Any]:

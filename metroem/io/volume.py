@@ -11,12 +11,21 @@ from typing import Any
 
 import numpy as np
 from cloudvolume import Bbox, CloudVolume
+from cloudvolume.exceptions import InfoUnavailableError
 
 from metroem.errors import DatasetError
 from metroem.grid import Grid
 from metroem.io.shards import download
-from metroem.io.storage import cloud_path, explained, prepare_storage
-from metroem.io.whereabouts import place_in, reading
+from metroem.io.storage import (
+    check_source,
+    cloud_path,
+    explained,
+    prepare_storage,
+    split_format,
+)
+from metroem.io.volume_info import unreadable_mips
+from metroem.io.whereabouts import InfoError, place_in, reading
+from metroem.io.zarr_n5 import FORMATS, ArrayVolume, open_arrays
 from metroem.progress import in_threads
 
 WHAT_TO_CHECK = (
@@ -29,29 +38,46 @@ class Volume:
     """A volume opened for reading sections.
 
     Attributes:
-        path: as cloud-volume opens it; plain paths become file://.
+        path: as cloud-volume opens it; plain paths become file://, and zarr:// or
+            n5:// where that is what is there.
+        location: of its chunks: the path, or where its info says that it is now.
         flag: where the path came from, for messages.
         num_mips: mips 0 .. num_mips - 1 are in its info.
         num_channels: 1 for images, 2 for fields.
         dtype: as stored.
         resolution: nm of a mip-0 voxel along x, y, z.
 
+    Args:
+        path: of it.
+        flag: where the path came from.
+        is_read: False if only its bounds are wanted, which need no codec.
+
     Raises:
-        DatasetError: it cannot be opened.
+        DatasetError: it cannot be opened, or none of its mips can be read.
     """
 
-    def __init__(self, path: str, *, flag: str = "--cv_path") -> None:
+    def __init__(
+        self, path: str, *, flag: str = "--cv_path", is_read: bool = True
+    ) -> None:
         self.path = cloud_path(path)
         self.flag = flag
         self._local = threading.local()
+        check_source(flag, self.path)
         prepare_storage()
+        self._arrays: ArrayVolume | None = None
         with explained(flag, self.path), reading(place_in(self.path, "info")):
-            volume: Any = CloudVolume(self.path, **_OPTIONS)
-            self._info = volume.info
-            self.num_mips = len(volume.available_mips)
-            self.num_channels = int(volume.num_channels)
-            self.dtype = np.dtype(volume.dtype)
-            x, y, z = (float(nm) for nm in volume.mip_resolution(0))
+            self._info = self._open()
+            self._unreadable = (
+                self._arrays.unreadable
+                if self._arrays is not None
+                else unreadable_mips(self._info)
+            )
+            self.num_mips = len(self._info["scales"])
+            if is_read and len(self._unreadable) == self.num_mips:
+                raise InfoError(self._unreadable[0])
+            self.num_channels = int(self._info["num_channels"])
+            self.dtype = np.dtype(self._info["data_type"])
+            x, y, z = (float(nm) for nm in self._info["scales"][0]["resolution"])
             self.resolution = x, y, z
 
     @property
@@ -70,6 +96,7 @@ class Volume:
                 f"{flag} {mip}: {self.path} has no such mip; available: "
                 f"{', '.join(str(m) for m in range(self.num_mips))}"
             )
+        self._check_readable(mip)
         coarse = self._at(0).mip_resolution(mip)
         ratio = [float(c / f) for c, f in zip(coarse, self.resolution, strict=True)]
         if not np.allclose(ratio, (2**mip, 2**mip, 1), rtol=0.01):
@@ -203,6 +230,7 @@ class Volume:
         Raises:
             DatasetError: the volume cannot be read.
         """
+        self._check_readable(grid.mip)
         shape = (len(sections), self.num_channels, *grid.shape)
         inner = self.clip(grid)
         if inner is None:
@@ -213,7 +241,10 @@ class Volume:
         )
         volume, place = self._at(grid.mip), f"mip {grid.mip}, voxels {box}"
         with explained(self.flag, self.path), reading(place):
-            cutout = download(volume, box)
+            if self._arrays is None:
+                cutout = download(volume, box)
+            else:
+                cutout = self._arrays.read(grid.mip, box)
         array = np.asarray(cutout).transpose(2, 3, 0, 1)
         if inner == grid:
             return array
@@ -275,9 +306,40 @@ class Volume:
         if mip not in opened:
             with explained(self.flag, self.path):
                 opened[mip] = CloudVolume(
-                    self.path, mip=mip, info=self._info, **_OPTIONS
+                    self.location, mip=mip, info=self._info, **_OPTIONS
                 )
         return opened[mip]
+
+    def _open(self) -> dict[str, Any]:
+        """Find out of which format it is, where, and what it says of itself."""
+        form, place = split_format(self.path)
+        # With a format, since cloud-volume else takes Zarr for its own.
+        self.location = f"precomputed://{place}"
+        if form not in FORMATS:
+            try:
+                volume: Any = CloudVolume(self.location, **_OPTIONS)
+            except InfoUnavailableError:
+                if form:
+                    raise
+            else:
+                if (found := volume.meta.path.format) != "precomputed":
+                    raise InfoError(
+                        f"leads to a volume of format {found}; give its path"
+                    )
+                self.location = f"precomputed://{volume.meta.cloudpath}"
+                return volume.info
+        self._arrays = open_arrays(form, place)
+        if self._arrays is None:
+            raise InfoUnavailableError(place)
+        if not form:
+            self.path = f"{self._arrays.form}://{place}"
+        return self._arrays.info
+
+    def _check_readable(self, mip: int) -> None:
+        if mip in self._unreadable:
+            raise DatasetError(
+                f"{self.flag} {self.path}: mip {mip} {self._unreadable[mip]}"
+            )
 
     def _bounds(self, mip: int) -> tuple[tuple[int, int], ...]:
         box = self._at(0).mip_bounds(mip)

@@ -23,8 +23,17 @@ from cloudvolume import CloudVolume
 from metroem.errors import DatasetError
 from metroem.grid import Grid
 from metroem.io.parts import differences
-from metroem.io.storage import cloud_path, explained, prepare_storage
+from metroem.io.storage import (
+    check_destination,
+    cloud_path,
+    explained,
+    local_folder,
+    prepare_storage,
+    split_format,
+)
 from metroem.io.volume import Volume, cut
+from metroem.io.whereabouts import place_in
+from metroem.io.zarr_n5 import open_arrays
 from metroem.normalize import coarsen_image
 
 # Where in an info what MetroEM says about a volume is kept.
@@ -76,7 +85,7 @@ def write_volume(
         chunk_size=(chunk_px, chunk_px, 1),
         volume_size=(*sections.shape[1:], len(sections)),
     )
-    volume = _with_mips(path.resolve().as_uri(), info, mips)
+    volume = _with_mips(cloud_path(str(path)), info, mips)
     volume.commit_info()
     for mip in range(mips):
         _write_mip(volume.cloudpath, mip, sections)
@@ -114,7 +123,7 @@ def write_field_volume(
         chunk_size=(128, 128, 1),
         volume_size=(*shape, len(fields)),
     )
-    created = _with_mips(path.resolve().as_uri(), info, mip + 1)
+    created = _with_mips(cloud_path(str(path)), info, mip + 1)
     created.commit_info()
     volume: Any = CloudVolume(created.cloudpath, mip=mip, progress=False)
     volume[:, :, :] = fields.transpose(2, 3, 0, 1).astype(np.float32)
@@ -179,21 +188,32 @@ class SectionWriter:
     def __init__(
         self, path: str, wanted: NewVolume, *, flag: str, overwrite: bool = False
     ) -> None:
+        check_destination(flag, path)
         prepare_storage()
         self.path, self.flag = cloud_path(path), flag
         self._overwrite, self._mip = overwrite, wanted.mip
-        self._folder: Path | None = None
-        if self.path.removeprefix("precomputed://").startswith("file://"):
-            self._folder = Path(self.path.split("file://", 1)[1])
+        self._folder = local_folder(self.path)
+        if self._folder is not None:
+            self.path = f"file://{self._folder}"
             self._folder.mkdir(parents=True, exist_ok=True)
             for left in self._folder.glob(f"{_STAGING}*"):  # of runs killed
                 shutil.rmtree(left, ignore_errors=True)
         with explained(flag, self.path, doing="written"):
             self._files = CloudFiles(self.path.removeprefix("precomputed://"))
             is_new = self._files.get("info") is None
+            if is_new and (there := open_arrays("", split_format(self.path)[1])):
+                raise DatasetError(
+                    f"{flag} {path}: is a {there.form} volume, which is only read; "
+                    "give another path"
+                )
             if is_new:
                 self._put_json("info", wanted.info(self.path))
         self._volume = Volume(self.path, flag=flag)
+        if place_in(self._volume.location, "") != place_in(self.path, ""):
+            raise DatasetError(
+                f"{flag} {path}: its info says that it is now at "
+                f"{self._volume.location}; give that path"
+            )
         if not is_new:
             self._check(wanted)
 

@@ -37,6 +37,10 @@ class BrokenFileError(Exception):
         setattr(self, _PLACE, place)
 
 
+class InfoError(Exception):
+    """A volume that cannot be read as it says itself; the words follow its path."""
+
+
 def place_of(error: BaseException) -> str | None:
     """The file that an error is about, as far as is known."""
     return getattr(error, _PLACE, None)
@@ -60,7 +64,7 @@ def reading(place: str) -> Iterator[None]:
     """
     try:
         yield
-    except (MemoryError, json.JSONDecodeError):
+    except (MemoryError, json.JSONDecodeError, InfoError):
         raise
     except Exception as error:
         known = isinstance(error, BrokenFileError) or is_storage_trouble(error)

@@ -31,7 +31,7 @@ _DATA = "<!-- data -->"
 # What neuroglancer can open from anywhere; a path on this machine is not.
 _SOURCE = re.compile(
     r"(?:(?P<format>precomputed|n5|zarr|zarr2|zarr3)://)?"
-    r"(?P<url>(?:gs|s3|https?)://\S+)"
+    r"(?P<url>(?:gs|s3|https?)://\S.*)"
 )
 
 

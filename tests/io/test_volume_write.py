@@ -14,7 +14,7 @@ def sections():
 
 
 def read(path, mip):
-    volume = CloudVolume(path.resolve().as_uri(), mip=mip, progress=False)
+    volume = CloudVolume(f"file://{path.resolve()}", mip=mip, progress=False)
     return volume, np.asarray(volume[:, :, :])[..., 0].transpose(2, 0, 1)
 
 
@@ -52,7 +52,7 @@ def test_fields_are_stored_with_the_displacement_along_y_first(tmp_path):
     # 101 x 77 px at mip 0 are 26 x 20 at mip 2.
     fields = np.random.default_rng(0).standard_normal((3, 2, 26, 20)).astype(np.float32)
     write_field_volume(tmp_path / "f", fields, 2, (101, 77))
-    path = (tmp_path / "f").resolve().as_uri()
+    path = f"file://{tmp_path / 'f'}"
     volume = CloudVolume(path, mip=2, progress=False)
     stored = np.asarray(volume[:, :, :])
     np.testing.assert_array_equal(stored[:, :, 1, 0], fields[1, 0])
