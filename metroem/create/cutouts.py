@@ -30,6 +30,7 @@ from metroem.normalize import coarsen_image, normalize
 
 logger = logging.getLogger(__name__)
 
+REFERENCE = 'a "reference" of the "image" to normalise by'  # what normalises a spec's
 Translation = tuple[int, int]
 Marks = dict[int, tuple[np.ndarray, np.ndarray]]
 
@@ -62,7 +63,7 @@ class Cutter:
         self.image.check_channels(1, "an image")
         self.image.check_mip("image: src_mip", spec.image.src_mip)
         if spec.image.reference is None:
-            warn_of_integers(self.image, '"image": a "reference" to normalise by')
+            warn_of_integers(self.image, REFERENCE)
         self._masks = [self._mask(mask) for mask in spec.masks]
         self.has_masks = bool(self._masks)
         self._reference: Reference | None = None

@@ -305,7 +305,9 @@ class _FieldFile:
     def _wanted(self) -> dict:
         """All that the content of the file depends on."""
         request, mask = self.request, self.mask
-        return {
+        # What src_mip means, where it is not said by the order of the scales.
+        mip_0 = {"resolution": self.volume.resolution} if self.volume.mips[0] else {}
+        return mip_0 | {
             "cv_path": self.volume.path,
             "src_mip": request.src_mip,
             "dst_mip": request.dst_mip,

@@ -85,6 +85,12 @@ def _frames(
                 f"--field_dset {fields.path}: has no pair of sections {pair[0]} and "
                 f"{pair[1]}; download it for the same --z_start and --z_end"
             )
+        there = fields.grid(index[pair])
+        if not (there.covers(grid) or grid.covers(there)):
+            raise DatasetError(
+                f"--field_dset {fields.path}: lies on {there}, the patch on {grid}; "
+                "download it for the same --x_offset and --y_offset"
+            )
         offsets = fields.offset(index[pair], 0), fields.offset(index[pair], 1)
         if any(value % (1 << grid.mip) for side in offsets for value in side):
             raise DatasetError(

@@ -124,7 +124,7 @@ class ImageFile:
             store.remove()
             raise
         self._check_reference(store)
-        if not self.request.normalize:
+        if not self.request.normalize and self.sources.image.dtype.kind == "f":
             images = (store.load(f"image-{z}") for z in self.windows)
             warn_unless_normalized(self.path, images, "--normalize")
         write_image_set(

@@ -56,7 +56,7 @@ def _resolution(
                 f"{in_nm(found[0])} and {in_nm(said)}, and a volume has one; put the "
                 "sets into a folder for each, and export them one by one"
             )
-    given = request.resolution and nm_of(request.resolution)
+    given = None if request.resolution is None else nm_of(request.resolution)
     if given and found and not same_resolution(given, found[0]):
         raise DatasetError(
             f"--resolution {in_nm(given)}: the sets in {request.dataset_path} say that "

@@ -5,6 +5,7 @@ scales that were never written, mip -1 (it takes the last). So mips, bounds and 
 checked here before anything is read.
 """
 
+import logging
 import math
 import threading
 from collections.abc import Callable, Iterator, Mapping
@@ -18,6 +19,8 @@ from metroem.grid import Grid, Resolution, in_nm, nm_of, same_resolution
 from metroem.io.storage import cloud_path, explained, prepare_storage
 from metroem.io.whereabouts import place_in, reading
 from metroem.progress import in_threads
+
+logger = logging.getLogger(__name__)
 
 WHAT_TO_CHECK = (
     "check the coordinates (mip-0 pixels), and that this mip was written: what is not "
@@ -73,6 +76,11 @@ class Volume:
             x, y, z = scales[0]
             times = 1 << only_mip if len(scales) == 1 else 1
             resolution = x / times, y / times, z
+            if times > 1:
+                logger.info(
+                    "%s: its only scale, %s, is taken for mip %d, so that mip 0 is %s",
+                    *(self.path, in_nm(scales[0]), only_mip, in_nm(resolution)),
+                )
         self.resolution = resolution
         self._scales = ", ".join(map(in_nm, scales))
         self._index = _index_of_mips(scales, resolution)
@@ -120,7 +128,7 @@ class Volume:
         finest = other.mips[0]
         here, there = self._box(mip), other._box(finest)
         # Both corners of a coarser mip may be rounded to its pixels.
-        slack = np.array([1 << max(mip, finest)] * 2 + [0])
+        slack = np.array([(1 << max(mip, finest)) - 1] * 2 + [0])
         differ = np.abs(np.diff(here, axis=1) - np.diff(there, axis=1))[:, 0]
         apart = np.abs(here[:, 0] - there[:, 0])
         if (differ <= 2 * slack).all() and (apart > slack).any():

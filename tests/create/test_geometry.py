@@ -101,8 +101,8 @@ def test_a_mask_of_other_sections_or_pixels_is_refused(tmp_path, em, download, f
 
 
 def test_a_mask_that_is_as_large_and_lies_elsewhere_is_refused(tmp_path, download, em):
-    mask = mask_of(tmp_path / "mask", (1, 1, 1), offset=(8, 0, 0))
-    with pytest.raises(DatasetError, match=r"begins at x, y, z \[8, 0, 0\].*voxel_off"):
+    mask = mask_of(tmp_path / "mask", (1, 1, 1), offset=(0, 1, 0))
+    with pytest.raises(DatasetError, match=r"begins at x, y, z \[0, 1, 0\].*voxel_off"):
         download(em, "--cv_path_defects", mask)
     shifted = mask_of(tmp_path / "other", (1, 1, 1), offset=(0, 0, 1))
     with pytest.raises(DatasetError, match="voxel_offset"):
@@ -116,6 +116,20 @@ def test_a_mask_that_does_not_reach_over_the_patch_is_refused(tmp_path, download
     few = make_scales(tmp_path / "few", {(1, 1, 1): np.zeros((5, 1, 96, 64), "u1")})
     with pytest.raises(DatasetError, match=r"sections 0\.\.\.6 .*holds 0\.\.\.4"):
         download(em, "--cv_path_defects", few)
+
+
+def test_corners_that_are_rounded_to_the_pixels_of_a_mip_are_one_place(
+    tmp_path, download
+):
+    sections = np.random.default_rng(0).integers(40, 200, (8, 1, 90, 66), "u1")
+    scales = {(1, 1, 1): sections, (4, 4, 1): sections[..., ::4, ::4][..., :23, :17]}
+    # As cloud-volume rounds: 13 // 4 and 7 // 4; the sizes up.
+    path = make_scales(tmp_path / "em", scales, offset=(13, 7, 0))
+    corner = ["--x_offset", 16, "--y_offset", 8]
+    mask = make_scales(
+        tmp_path / "mask", {(4, 4, 1): sections[..., :23, :17]}, offset=(13, 7, 0)
+    )
+    download(path, *corner, "--cv_path_defects", mask, "--mask_val", 190, mip=2, size=8)
 
 
 def test_a_coarse_mip_whose_offset_was_left_out_is_refused(tmp_path, download):
@@ -277,3 +291,11 @@ def test_make_dataset_reads_masks_by_their_resolution(tmp_path, em, monkeypatch)
     )
     with pytest.raises(DatasetError, match=r"pairs 0 .*the volume x 0\.\.\.48"):
         make("d")
+
+
+def test_a_field_set_of_another_place_moves_no_images(tmp_path, download, em):
+    volume = write_field(tmp_path / "field", 1)
+    path = get_field(tmp_path / "data", volume, src_mip=0, dst_mip=0).path
+    away = ["--x_offset", 64, "--field_dset", path]
+    with pytest.raises(DatasetError, match="--field_dset .* lies on .*, the patch on"):
+        download(em, *away, size=32)

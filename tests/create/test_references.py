@@ -225,3 +225,12 @@ def test_a_section_of_one_grey_level_is_blank_in_the_log_too(
     assert "4 sections, blank 25.0% (0.0%...100.0%)" in caplog.text
     assert "mostly blank: sections 2 (100%)" in caplog.text
     assert "sections [2] are of one grey level" in caplog.text
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.float32])
+def test_grey_levels_as_stored_are_named_by_make_dataset_too(
+    tmp_path, make, caplog, dtype
+):
+    make(make_volume(tmp_path / "em", [noisy().astype(dtype)]), None)
+    assert "train.py refuses" in caplog.text
+    assert 'give a "reference" of the "image"' in caplog.text

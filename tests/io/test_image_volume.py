@@ -200,3 +200,34 @@ def test_near_black_pixels_go_with_the_zeros_that_they_lie_among():
     assert (found[9, 14], found[9, 15]) == (0, 32)
     assert (found[15, 20], found[16, 21]) == (0, 3)
     assert (found != image).sum() == 5
+
+
+def test_images_and_their_reference_are_cleaned_by_every_command(tmp_path):
+    values = np.where(CRACK > -6, texture(150, 25), 0).astype(np.uint8)[:, None]
+    path = make_scales(
+        tmp_path / "em", {(1, 1, 1): values}, encoding="jpeg", chunk=(64, 64, 1)
+    )
+    words = ["--cv_path", path, "--dst_folder", tmp_path / "data", "--mip", 0]
+    words += ["--patch_size", 128, "--x_offset", 64, "--y_offset", 64, "--z_start", 1]
+    words += ["--z_end", 2, "--normalize", "--reference_size", 192]
+    download_image.main([str(word) for word in words])
+    (images,) = map(ImageSet, (tmp_path / "data").glob("*.h5"))
+    area = {"path": path, "src_mip": 0, "dst_mip": 0, "x_size": 192, "y_size": 192}
+    spec = {
+        "image": {"path": path, "src_mip": 0, "reference": area},
+        **{"max_mip": 0, "dst_mip": 0, "x_size": 128, "y_size": 128},
+        "pairs": [[{"x": 128, "y": 128, "z": 1}, {"x": 128, "y": 128, "z": 0}]],
+    }
+    (tmp_path / "spec.json").write_text(json.dumps(spec))
+    words = ["--spec_path", tmp_path / "spec.json", "--dst_path", tmp_path / "made"]
+    main(["make-dataset", *map(str, words)])
+    (made,) = map(ImageSet, (tmp_path / "made").glob("*.h5"))
+    around = values[1, 0, 32:224, 32:224].astype(float)
+    around = around[around != 0]
+    patch = values[1, 0, 64:192, 64:192].astype(float)
+    for image in (images.read(0).src, made.read(0).src):
+        assert (image[patch == 0] != 0).mean() < 0.005
+        tissue = patch != 0
+        expected = (patch - around.mean()) / around.std()
+        assert abs((image - expected)[tissue].mean()) < 0.02
+        assert abs(image[tissue].std() - expected[tissue].std()) < 0.02
