@@ -14,6 +14,7 @@ from metroem.create.download import marks_on, warn_of_integers
 from metroem.create.reference import (
     Moments,
     Reference,
+    has_contrast,
     measure,
     moments_of,
     no_reference,
@@ -152,7 +153,7 @@ class Cutter:
             if reference is not None:
                 whole = moments_of(area, grid, grid, patches[z].mip)
                 statistics = statistics_for([whole, *measured], fine[z], image)
-                if statistics is None and image.any():
+                if statistics is None and has_contrast(image):
                     lacking.append(z)
                     continue
                 image = normalize(torch.from_numpy(image), statistics).numpy()

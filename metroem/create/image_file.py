@@ -20,6 +20,7 @@ from metroem.create.image_request import ImageRequest
 from metroem.create.reference import (
     Moments,
     Reference,
+    has_contrast,
     measure,
     moments_of,
     no_reference,
@@ -261,7 +262,8 @@ class ImageFile:
         lacking = [
             z
             for z in self.windows
-            if store.load(f"image-{z}").any() and self._statistics(store, z) is None
+            if self._statistics(store, z) is None
+            and has_contrast(store.load(f"image-{z}"))
         ]
         for z in lacking:  # so that a second try reads them again
             store.drop(f"greys-{z}")
@@ -274,12 +276,11 @@ class ImageFile:
         shares, flat = {}, []
         for z in self.windows:
             image = store.load(f"image-{z}")
-            tissue = image[image != 0]
-            shares[z] = 1 - tissue.size / image.size
-            by_itself = self.request.normalize and self.reference is None
-            if by_itself and tissue.size and tissue.min() == tissue.max():
+            shares[z] = float((image == 0).mean())
+            by_itself = self.reference is None or self._statistics(store, z) is None
+            if self.request.normalize and by_itself and not has_contrast(image):
+                flat += [z] if shares[z] < 1 else []
                 shares[z] = 1.0
-                flat.append(z)
         if flat:
             logger.warning(
                 "%s: sections %s are of one grey level, which is no tissue: blank",

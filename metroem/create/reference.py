@@ -120,6 +120,12 @@ def moments_of(image: np.ndarray, grid: Grid, window: Grid, mip: int) -> Moments
     return Moments(tissue.size, float(tissue.mean()), float(tissue.var()))
 
 
+def has_contrast(image: np.ndarray) -> bool:
+    """Whether there is tissue, of more than one grey level."""
+    tissue = image[image != 0]
+    return bool(tissue.size and tissue.min() < tissue.max())
+
+
 def measure(image: np.ndarray, grid: Grid, patch: Grid) -> list[Moments]:
     """The moments of an area where the patch is, and of each sample.
 

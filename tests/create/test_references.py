@@ -213,14 +213,15 @@ def test_a_volume_that_is_normalised_already_is_no_cause_to_warn(
     assert "normalised" not in caplog.text
 
 
+@pytest.mark.parametrize("reference", [[], ["--reference_size", 128]])
 def test_a_section_of_one_grey_level_is_blank_in_the_log_too(
-    tmp_path, download, caplog
+    tmp_path, download, caplog, reference
 ):
     caplog.set_level("INFO", "metroem")
     sections = noisy(num=4)
     sections[2] = 128
     path = make_volume(tmp_path / "em", [sections])
-    images = download(path, "--normalize", z_end=4)
+    images = download(path, "--normalize", *reference, z_end=4)
     assert not images.read(1).src.any()
     assert "4 sections, blank 25.0% (0.0%...100.0%)" in caplog.text
     assert "mostly blank: sections 2 (100%)" in caplog.text

@@ -231,3 +231,12 @@ def test_images_and_their_reference_are_cleaned_by_every_command(tmp_path):
         expected = (patch - around.mean()) / around.std()
         assert abs((image - expected)[tissue].mean()) < 0.02
         assert abs(image[tissue].std() - expected[tissue].std()) < 0.02
+
+
+def test_dark_tissue_beside_no_data_stays_but_for_its_rim():
+    image = np.full((24, 30), 20, np.uint8)
+    image[:, :10] = 0
+    found = blank_traces(image)
+    # Of the 25 pixels around, 10 are 0 at the first pixel, 5 at the second.
+    assert not found[:, :12].any()
+    np.testing.assert_array_equal(found[:, 12:], 20)
