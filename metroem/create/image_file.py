@@ -175,7 +175,7 @@ class ImageFile:
             store: gets "image-<z>", "greys-<z>" (moments of the area, of the patch and
                 of each sample, at the mip of the area) and, with a defect mask,
                 "defects-<z>": the mask over the area of the image.
-            key: of the part that comes last, and so tells that both are there.
+            key: of the part that comes last.
             volume: where from.
             windows: by z, what is cut out, may be {}.
             areas: by z, what normalises, of the same mip; may be {}.
@@ -183,7 +183,8 @@ class ImageFile:
         hulls = {
             z: covering([grids[z] for grids in (windows, areas) if z in grids])
             for z in self.request.sections
-            if not store.has(f"{key}-{z}")
+            if (z in windows and not store.has(f"image-{z}"))
+            or (z in areas and not store.has(f"greys-{z}"))
         }
         masks = "mask" if key == "image" else "reference_mask"
         if self.sources.mask is not None:

@@ -14,6 +14,7 @@ from metroem.errors import DatasetError
 from metroem.grid import Grid
 from metroem.inspect import InspectRequest, inspect_dataset
 from metroem.io.h5 import ImageSet
+from metroem.io.parts import PartStore, parts_folder
 from tests import volumes
 
 SIDE = 256
@@ -162,6 +163,21 @@ def test_a_reference_that_lacks_sections_is_refused_and_names_them(
     # Once it is written, the same command goes on.
     make_volume(tmp_path / "em", [sections, None, averaged(sections, 2)])
     assert abs(download(path, *flags).read(0).src.mean()) < 0.2
+
+
+def test_a_download_that_1_0_0_left_unfinished_goes_on(tmp_path, download, monkeypatch):
+    path = make_volume(tmp_path / "em", [noisy()])
+    flags = [*AROUND, "--reference_size", SIDE]
+    with monkeypatch.context() as patched:
+        patched.setattr(PartStore, "remove", lambda self: None)
+        images = download(path, *flags)
+    expected = images.read(0).src
+    images.path.unlink()
+    parts = parts_folder(images.path)
+    for old in parts.glob("greys-*.npy"):  # mean and std, as 1.0.0 kept them
+        old.rename(old.with_name(old.name.replace("greys", "statistics")))
+        np.save(old.with_name(old.name.replace("greys", "statistics")), [1.0, 2.0])
+    np.testing.assert_array_equal(download(path, *flags).read(0).src, expected)
 
 
 def test_a_reference_that_is_blank_where_the_patch_is_is_refused(tmp_path, download):
