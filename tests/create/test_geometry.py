@@ -258,39 +258,47 @@ def test_like_must_have_the_pixels_of_the_sets(tmp_path, resolution):
         export(tmp_path / "data", tmp_path / "out", *words)
 
 
-def test_make_dataset_reads_masks_by_their_resolution(tmp_path, em, monkeypatch):
-    spec = {
-        "image": {"path": em, "src_mip": 0},
-        "masks": [{"path": mask_of(tmp_path / "a", (2, 2, 2), (4, 4, 1))}],
-        "max_mip": 2,
-        "dst_mip": 0,
-        "x_size": 64,
-        "y_size": 64,
-        "pairs": [[{"x": 32, "y": 32, "z": 4}, {"x": 32, "y": 32, "z": 3}]],
-    }
-    mask = spec["masks"][0]
-    mask |= {"src_mip": 2, "threshold": 1}
-
-    def make(folder):
-        (tmp_path / "spec.json").write_text(json.dumps(spec))
+@pytest.fixture
+def make(tmp_path, em):
+    def run(folder, **more):
+        spec = {
+            "image": {"path": em, "src_mip": 0},
+            **{"max_mip": 2, "dst_mip": 0, "x_size": 64, "y_size": 64},
+            "pairs": [[{"x": 32, "y": 32, "z": 4}, {"x": 32, "y": 32, "z": 3}]],
+        }
+        (tmp_path / "spec.json").write_text(json.dumps(spec | more))
         paths = ["--spec_path", str(tmp_path / "spec.json")]
         main(["make-dataset", *paths, "--dst_path", str(tmp_path / folder)])
-        (path,) = (tmp_path / folder).glob("x*.h5")
-        return ImageSet(path)
+        return tmp_path / folder / "x32_y32_z4_MIP0.h5"
 
-    marks = make("data").read_defects(0).src
-    np.testing.assert_array_equal(marks, expected_marks(0, 64)[3])
-    mask["src_mip"] = 1
+    return run
+
+
+def test_make_dataset_reads_masks_by_their_resolution(tmp_path, make):
+    def masks(path, src_mip):
+        return [{"path": path, "src_mip": src_mip, "threshold": 1}]
+
+    mask = mask_of(tmp_path / "a", (2, 2, 2), (4, 4, 1))
+    marks = ImageSet(make("data", masks=masks(mask, 2))).read_defects(0)
+    np.testing.assert_array_equal(marks.src, expected_marks(0, 64)[3])
     with pytest.raises(DatasetError, match="masks: src_mip 1: .*available: 2"):
-        make("b")
-    mask |= {"src_mip": 0, "path": mask_of(tmp_path / "c", (1, 1, 1), offset=(8, 0, 0))}
+        make("b", masks=masks(mask, 1))
+    moved = mask_of(tmp_path / "c", (1, 1, 1), offset=(8, 0, 0))
     with pytest.raises(DatasetError, match="voxel_offset"):
-        make("c")
-    mask["path"] = make_scales(
-        tmp_path / "d", {(1, 1, 1): np.zeros((8, 1, 48, 64), "u1")}
-    )
+        make("c", masks=masks(moved, 0))
+    part = make_scales(tmp_path / "d", {(1, 1, 1): np.zeros((8, 1, 48, 64), "u1")})
     with pytest.raises(DatasetError, match=r"pairs 0 .*the volume x 0\.\.\.48"):
-        make("d")
+        make("d", masks=masks(part, 0))
+
+
+def test_make_dataset_reads_a_field_of_one_coarse_scale(tmp_path, make):
+    volume = write_field(tmp_path / "field", 4, value=3.0)
+    field = {"path": volume, "src_mip": 2, "field_unit": "relative"}
+    images = ImageSet(make("data", field=field))
+    # 3 px of mip 2 are 12 of mip 0.
+    assert images.offset(0, 0) == (12, 12)
+    with pytest.raises(DatasetError, match="field: src_mip 0: .*available: 2"):
+        make("other", field=field | {"src_mip": 0})
 
 
 def test_a_field_set_of_another_place_moves_no_images(tmp_path, download, em):
