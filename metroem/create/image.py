@@ -48,7 +48,7 @@ def _open(request: ImageRequest) -> Sources:
     if request.has_reference:
         reference = ImageVolume(
             request.reference_path or request.cv_path,
-            flag="--reference_path",
+            flag="--reference_path" if request.reference_path else "--cv_path",
             resolution=image.resolution,
         )
         reference.check_channels(1, "an image")

@@ -69,7 +69,8 @@ class ImageVolume(Volume):
         for strip in self._strips(fine, len(sections)):
             layers = np.concatenate([rest, self._read_clean(strip, sections)], axis=2)
             whole = layers.shape[2] // step * step
-            made.append(_coarsened(layers[:, :, :whole], grid.mip - source))
+            if whole:
+                made.append(_coarsened(layers[:, :, :whole], grid.mip - source))
             rest = layers[:, :, whole:]
         return np.concatenate(made, axis=2)
 

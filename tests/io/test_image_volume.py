@@ -61,14 +61,16 @@ def test_a_mip_that_is_not_there_is_averaged_in_x_and_y(
         np.testing.assert_allclose(found[index, 0], averaged(section, mip), rtol=1e-6)
 
 
-def test_blocks_that_chunks_divide_are_read_once(tmp_path, sections, monkeypatch):
-    # Chunks of 30 px from x 22 on: their ends lie inside blocks of 4 px.
-    path = isotropic(tmp_path / "em", sections, offset=(22, -40, 6), chunk=(30, 30, 4))
+@pytest.mark.parametrize("x", [24, 48])
+def test_blocks_that_chunks_divide_are_read_once(tmp_path, sections, monkeypatch, x):
+    # Chunks of 30 px from x 20 on: their ends lie inside blocks of 4 px, and only 2 px
+    # from x 48.
+    path = isotropic(tmp_path / "em", sections, chunk=(30, 30, 4))
     monkeypatch.setattr(image_volume, "_STRIP_BYTES", 1)
     count = ReadCount(monkeypatch)
-    found = ImageVolume(path).read(Grid(2, 24, -40, 20, 20), range(6, 8))
+    found = ImageVolume(path).read(Grid(2, x, -40, 12, 20), range(6, 8))
     assert set(count.times.values()) == {1}
-    expected = averaged(sections[1, 0, 2:82], 2)
+    expected = averaged(sections[1, 0, x - 20 : x + 28], 2)
     np.testing.assert_allclose(found[1, 0], expected, rtol=1e-6)
 
 
