@@ -27,8 +27,9 @@ _BLOCK_PX = 8
 # 95: half of what was 0 beside tissue is 0 still, 99 % of the rest at most 2 px from
 # a 0; it is at most 23 of 255 at quality 85, 99 % below 53 at quality 50.
 _DARK, _AROUND_PX, _FEWEST_ZEROS = 32, 5, 5
-# Squares of 0 of this side are "no data"; around dark tissue there are single ones.
-_SOLID_PX = 3
+# "No data" holds a square of 0 of this side, or is so large and half of it 0, as cracks
+# of 3 to 8 px are. Around dark tissue there are single 0, and fewer of them.
+_SOLID_PX, _LARGE_PX, _SHARE = 3, 100, 0.5
 
 
 class ImageVolume(Volume):
@@ -113,8 +114,8 @@ def blank_traces(image: np.ndarray) -> np.ndarray:
     """Blank what a lossy encoding made of "no data" beside tissue.
 
     Errors of a block that holds both leave near-black pixels among the 0. They are
-    taken together with the 0 that they lie among, where some of these fill a square:
-    dark tissue that is not beside "no data" stays.
+    taken together with the 0 that they lie among, where these are "no data" and not
+    the darkest pixels of tissue.
 
     Args:
         image: (H, W) uint8, 0 = no data.
@@ -123,16 +124,19 @@ def blank_traces(image: np.ndarray) -> np.ndarray:
         (H, W) uint8; `image` itself where there is nothing to blank.
     """
     is_zero = image == 0
-    square = np.ones((_SOLID_PX, _SOLID_PX))
-    solid = is_zero & ndimage.binary_erosion(is_zero, square, border_value=1)
-    if not solid.any():
+    if not is_zero.any():
         return image
     share = ndimage.uniform_filter(is_zero.astype(np.float32), _AROUND_PX)
     among = share > (_FEWEST_ZEROS - 0.5) / _AROUND_PX**2
     labels = np.zeros(image.shape, np.int32)
     ndimage.label(is_zero | (among & (image < _DARK)), np.ones((3, 3)), labels)
-    is_blank = np.zeros(labels.max() + 1, bool)
+    area = np.bincount(labels.ravel())
+    num_zeros = np.bincount(labels[is_zero], minlength=len(area))
+    is_blank = (area >= _LARGE_PX) & (num_zeros >= _SHARE * area)
+    square = np.ones((_SOLID_PX, _SOLID_PX))
+    solid = is_zero & ndimage.binary_erosion(is_zero, square, border_value=1)
     is_blank[labels[solid]] = True
+    is_blank[0] = False
     return np.where(is_blank[labels], 0, image).astype(image.dtype)
 
 

@@ -121,7 +121,8 @@ PLACES = {
     "oblique edge": X + 0.3 * Y < 225,
     "disc": np.hypot(X - 128, Y - 128) < 105,
     "cracks of 12 px": np.abs(CRACK) >= 6,
-    "cracks of 6 px": np.abs(CRACK) >= 3,
+    "cracks of 8 px": np.abs(CRACK) >= 4,
+    "cracks of 4 px": np.abs(CRACK) >= 2,
 }
 
 
@@ -139,8 +140,8 @@ def test_no_data_beside_tissue_is_no_data_in_jpeg_too(tmp_path, there, mean, std
         tmp_path / "em", {(1, 1, 1): values}, encoding="jpeg", chunk=(64, 64, 1)
     )
     found = ImageVolume(path).read(Grid(0, 0, 0, PX, PX), range(3))[:, 0]
-    # Before: 35 to 47 % of cracks count as tissue, 2 % of a disc's outside. Where a
-    # narrow crack is cut off by a corner of what is read, no square of 0 fits in.
+    # Before: 35 to 47 % of cracks count as tissue, 2 % of a disc's outside. A stump of
+    # a narrow crack, cut off by a corner of what is read, is too small to tell.
     assert (found[:, ~there] != 0).mean() < 0.06
     assert (found[:, ~there & (X < 220)] != 0).mean() < 0.005
     tissue = found[:, there]
