@@ -1,8 +1,31 @@
-"""Where the pixels of an array lie in the volume."""
+"""Where the pixels of an array lie in the volume, and how large they are."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
 from metroem.errors import DatasetError
+
+Resolution = tuple[float, float, float]  # nm of a voxel along x, y, z
+
+
+def nm_of(values: Sequence[float]) -> Resolution:
+    """Three numbers as a resolution."""
+    x, y, z = (float(value) for value in values)
+    return x, y, z
+
+
+def in_nm(resolution: Resolution | None) -> str:
+    """A resolution in words, "8x8x40 nm"."""
+    if resolution is None:
+        return "not known"
+    return "x".join(f"{nm:g}" for nm in resolution) + " nm"
+
+
+def same_resolution(one: Resolution | None, other: Resolution | None) -> bool:
+    """Whether two resolutions agree to 1 %; one that is not known agrees with any."""
+    return one is None or other is None or np.allclose(one, other, rtol=0.01)
 
 
 @dataclass(frozen=True)
@@ -58,6 +81,13 @@ class Grid:
             and self.end[0] >= other.end[0]
             and self.end[1] >= other.end[1]
         )
+
+    def overlap(self, other: "Grid") -> "Grid | None":
+        """What two grids of one mip, whose pixels coincide, share; None if nothing."""
+        x, y = max(self.x, other.x), max(self.y, other.y)
+        x_end, y_end = (min(a, b) for a, b in zip(self.end, other.end, strict=True))
+        rows, cols = (x_end - x) >> self.mip, (y_end - y) >> self.mip
+        return Grid(self.mip, x, y, rows, cols) if min(rows, cols) > 0 else None
 
     def crop(self, row: int, col: int, rows: int, cols: int) -> "Grid":
         """The grid of `array[row : row + rows, col : col + cols]`."""

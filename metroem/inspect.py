@@ -10,6 +10,7 @@ import numpy as np
 
 from metroem.data.dataset import prior_path
 from metroem.errors import DatasetError
+from metroem.grid import in_nm, same_resolution
 from metroem.io.h5 import FieldSet, ImageSet, verify
 from metroem.normalize import GreyStatistics, looks_normalized
 from metroem.specs.filenames import FieldSetName, ImageSetName, check_tag
@@ -143,7 +144,9 @@ def _report_images(images: ImageSet) -> list[str]:
         problems.append(f"{name}: NaN or infinite grey levels")
     elif tissue.blank_pairs == images.num_pairs:
         problems.append(f"{name}: every pair has a side that is all blank")
-    elif not looks_normalized(GreyStatistics(tissue.mean, tissue.std)):
+    elif not images.has_reference and not looks_normalized(
+        GreyStatistics(tissue.mean, tissue.std)
+    ):
         problems.append(
             f"{name}: not normalised: tissue has mean {tissue.mean:.3g} and std "
             f"{tissue.std:.3g}, expected 0 and 1; download it with --normalize"
@@ -229,6 +232,7 @@ def _check_places(images: list[ImageSet]) -> list[str]:
 
 def _other_place(coarse: ImageSet, fine: ImageSet) -> Iterator[str]:
     """How the first pair that is another one in two mips differs."""
+    yield from _other_resolution(coarse, fine)
     if coarse.num_pairs != fine.num_pairs:
         yield (
             f"{coarse.num_pairs} pairs at mip {coarse.mip}, {fine.num_pairs} at mip "
@@ -246,6 +250,17 @@ def _other_place(coarse: ImageSet, fine: ImageSet) -> Iterator[str]:
         if not (a.covers(b) or b.covers(a)):
             yield f"pair {index} lies elsewhere at mip {fine.mip} ({b}) than {a}"
             return
+
+
+def _other_resolution(
+    one: ImageSet | FieldSet, other: ImageSet | FieldSet
+) -> Iterator[str]:
+    if not same_resolution(one.resolution, other.resolution):
+        yield (
+            f"mip-0 pixels of {in_nm(one.resolution)} at mip {one.mip}, of "
+            f"{in_nm(other.resolution)} in {other.path.name}; mips and coordinates of "
+            "the two must mean the same"
+        )
 
 
 def _check_fields_lie_on_images(contents: _Contents) -> list[str]:
@@ -269,6 +284,7 @@ def _check_fields_lie_on_images(contents: _Contents) -> list[str]:
 
 def _mismatch(fields: FieldSet, images: ImageSet) -> Iterator[str]:
     """What of the first pair that does not lie on its images is other there."""
+    yield from _other_resolution(fields, images)
     for index in range(fields.num_pairs):
         if fields.grid(index) != images.grid(index):
             yield (

@@ -52,6 +52,48 @@ def make_volume(
     return path
 
 
+def make_scales(
+    folder: Path,
+    scales: dict[tuple[int, int, int], np.ndarray],
+    *,
+    resolution: tuple[int, int, int] = (8, 8, 40),
+    offset: tuple[int, int, int] = (0, 0, 0),
+    encoding: str = "raw",
+    chunk: tuple[int, int, int] = (32, 32, 1),
+) -> str:
+    """Write a volume of scales of any factors and return its path.
+
+    Args:
+        folder: for the volume.
+        scales: by factor along x, y, z over `resolution`: (Z, C, X, Y). The first need
+            not be (1, 1, 1).
+        resolution: nm at factor (1, 1, 1).
+        offset: first voxel at factor (1, 1, 1), a multiple of all factors.
+        encoding: of all scales.
+        chunk: size in x, y, z.
+    """
+    infos = [
+        CloudVolume.create_new_info(
+            num_channels=data.shape[1],
+            layer_type="image",
+            data_type=str(data.dtype),
+            encoding=encoding,
+            resolution=[nm * by for nm, by in zip(resolution, factor, strict=True)],
+            voxel_offset=[at // by for at, by in zip(offset, factor, strict=True)],
+            chunk_size=chunk,
+            volume_size=(*data.shape[2:], data.shape[0]),
+        )
+        for factor, data in scales.items()
+    ]
+    info = {**infos[0], "scales": [one["scales"][0] for one in infos]}
+    path = f"file://{folder}"
+    CloudVolume(path, info=info, progress=False).commit_info()
+    for index, data in enumerate(scales.values()):
+        level = CloudVolume(path, mip=index, progress=False, compress=False)
+        level[:] = data.transpose(2, 3, 0, 1)
+    return path
+
+
 class ReadCount:
     """Counts the chunk files that are read, by path, and their bytes."""
 

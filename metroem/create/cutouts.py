@@ -10,17 +10,28 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from metroem.create.download import marks_on
-from metroem.create.reference import Reference
+from metroem.create.download import marks_on, warn_of_integers
+from metroem.create.reference import (
+    Moments,
+    Reference,
+    has_contrast,
+    measure,
+    moments_of,
+    no_reference,
+    samples_of,
+    statistics_for,
+)
 from metroem.create.spec import AreaSpec, Center, DatasetSpec, MaskSpec
 from metroem.create.stored_field import StoredField, mean_translation, residual_field
 from metroem.errors import DatasetError
 from metroem.grid import Grid
+from metroem.io.image_volume import ImageVolume
 from metroem.io.volume import Volume, covering, cut
-from metroem.normalize import coarsen_image, normalize, tissue_statistics
+from metroem.normalize import coarsen_image, normalize
 
 logger = logging.getLogger(__name__)
 
+REFERENCE = 'a "reference" of the "image" to normalise by'  # what normalises a spec's
 Translation = tuple[int, int]
 Marks = dict[int, tuple[np.ndarray, np.ndarray]]
 
@@ -49,9 +60,11 @@ class Cutter:
 
     def __init__(self, spec: DatasetSpec) -> None:
         self.spec = spec
-        self.image = Volume(spec.image.path, flag="image")
+        self.image = ImageVolume(spec.image.path, flag="image")
         self.image.check_channels(1, "an image")
         self.image.check_mip("image: src_mip", spec.image.src_mip)
+        if spec.image.reference is None:
+            warn_of_integers(self.image, REFERENCE)
         self._masks = [self._mask(mask) for mask in spec.masks]
         self.has_masks = bool(self._masks)
         self._reference: Reference | None = None
@@ -66,19 +79,23 @@ class Cutter:
             DatasetError: a section is outside of one of them, or a whole patch is
                 outside of image or field; the pair is named.
         """
-        volumes = [self.image, *(mask.volume for mask in self._masks)]
-        volumes += [self._reference.volume] if self._reference else []
-        fields = [self._field.volume] if self._field else []
-        fields += [self._profiled.volume] if self._profiled else []
+        volumes: list[tuple[Volume, int]] = [(self.image, self.spec.image.src_mip)]
+        volumes += [(mask.volume, mask.mip) for mask in self._masks]
+        for one in (self._reference, self._field, self._profiled):
+            volumes += [(one.volume, one.mip)] if one else []
         beyond = set()
         for index, pair in enumerate(self.spec.pairs):
             for center in pair:
-                for volume in (*volumes, *fields):
-                    _check_section(volume, index, center)
+                for volume, mip in volumes:
+                    _check_section(volume, mip, index, center)
                 patch = self.spec.patch(center)
-                if self.image.clip(patch) != patch:
+                inside = self.image.clip(patch)
+                if inside != patch:
                     beyond.add(index)
                 _check_place(self.image, patch, index)
+                for mask in self._masks:
+                    what = f"the patch of pairs {index}"
+                    mask.volume.check_covers(inside or patch, what, at=mask.mip)
                 if self._field is not None:
                     window = patch.cover(self._field.mip)
                     _check_place(self._field.volume, window, index)
@@ -125,15 +142,43 @@ class Cutter:
             areas = {z: reference.around(grid) for z, grid in patches.items()}
             of = reference.volume, reference.mip
         marks = self._marks(patches, areas)
+        fine = {} if reference is None else self._measure(areas)
+        lacking = []
         for z, stored, around in _read(self.image, windows, of, areas):
-            image = _coarsened(_tissue(stored[0]), self.spec.dst_mip - mip)
-            area = _tissue(around[0])
+            image = self._at_dst_mip(stored)
+            area, grid = _tissue(around[0]), areas[z]
+            measured = measure(area, grid, patches[z]) if reference else []
             if self.has_masks:
                 image[marks[z][0]] = area[marks[z][1]] = 0
             if reference is not None:
-                statistics = tissue_statistics(torch.from_numpy(area))
+                whole = moments_of(area, grid, grid, patches[z].mip)
+                statistics = statistics_for([whole, *measured], fine[z], image)
+                if statistics is None and has_contrast(image):
+                    lacking.append(z)
+                    continue
                 image = normalize(torch.from_numpy(image), statistics).numpy()
             yield z, image, marks[z][0] if self.has_masks else None
+        if lacking and reference is not None:
+            raise no_reference(reference, lacking, "src_mip")
+
+    def _measure(self, areas: Mapping[int, Grid]) -> dict[int, list[Moments]]:
+        """By z, the moments of each sample of an area, at the mip of the images."""
+        mip, dst_mip = self.spec.image.src_mip, self.spec.dst_mip
+        samples = {z: samples_of(area, dst_mip) for z, area in areas.items()}
+        found: dict[int, list[Moments]] = {z: [] for z in areas}
+        for number in range(max(map(len, samples.values()))):
+            grids = {z: s[number] for z, s in samples.items() if number < len(s)}
+            windows = {z: grid.at_mip(mip) for z, grid in grids.items()}
+            for z, stored in self.image.read_windows(windows):
+                image = self._at_dst_mip(stored)
+                found[z].append(moments_of(image, grids[z], grids[z], dst_mip))
+        return found
+
+    def _at_dst_mip(self, stored: np.ndarray) -> np.ndarray:
+        """(H, W) float32 of (1, H, W) as read, 0 where there is no data."""
+        image = torch.from_numpy(_tissue(stored[0]))[None, None]
+        levels = self.spec.dst_mip - self.spec.image.src_mip
+        return coarsen_image(image, levels)[0, 0].numpy()
 
     def _fields(
         self, patches: Mapping[int, Grid]
@@ -210,10 +255,12 @@ class Cutter:
         return Reference(volume, area.src_mip, *size.shape)
 
     def _volume(self, path: str, mip: int, flag: str, num_channels: int) -> Volume:
-        volume = Volume(path, flag=flag)
+        # Masks are compared with a threshold as they are stored.
+        kind = ImageVolume if flag.startswith("image") else Volume
+        volume = kind(path, flag=flag, resolution=self.image.resolution)
         volume.check_channels(num_channels, ("an image", "a field")[num_channels - 1])
         volume.check_mip(f"{flag}: src_mip", mip)
-        volume.check_same_scale(self.image)
+        volume.check_lies_on(self.image, mip)
         return volume
 
 
@@ -254,17 +301,13 @@ def _tissue(stored: np.ndarray) -> np.ndarray:
     return image
 
 
-def _coarsened(image: np.ndarray, levels: int) -> np.ndarray:
-    return coarsen_image(torch.from_numpy(image)[None, None], levels)[0, 0].numpy()
-
-
 def _moved(grid: Grid, translation: Translation) -> Grid:
     x, y = translation
     return Grid(grid.mip, grid.x + x, grid.y + y, grid.rows, grid.cols)
 
 
-def _check_section(volume: Volume, index: int, center: Center) -> None:
-    here = volume.sections
+def _check_section(volume: Volume, mip: int, index: int, center: Center) -> None:
+    here = volume.sections_at(mip)
     if center.z not in here:
         raise DatasetError(
             f"pairs {index}: section {center.z} is needed, {volume.flag} {volume.path} "

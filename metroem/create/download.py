@@ -4,16 +4,18 @@ import json
 import logging
 import shlex
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path, PurePath
 
 import h5py
 import numpy as np
+import torch
 
 from metroem.errors import DatasetError, UsageError
 from metroem.grid import Grid
 from metroem.io.parts import PartStore, differences, parts_folder
 from metroem.io.volume import WHAT_TO_CHECK, Volume, cut, read_sections
+from metroem.normalize import looks_normalized, tissue_statistics
 
 logger = logging.getLogger(__name__)
 
@@ -107,23 +109,47 @@ def open_parts(path: Path, wanted: Mapping, *, overwrite: bool) -> PartStore:
 class DefectMask:
     """A volume that marks folds, cracks and dirt.
 
-    Its mips and coordinates are those of the volume that it belongs to. A mip
-    beyond its last is made from the last; a mip that is in its info but was
-    never written reads as "no defect".
+    Its scales and coordinates are those of the volume that it belongs to. A mip
+    that it does not have is made from the next finer one, or else from the next
+    coarser one; a mip that is in its info but was never written reads as "no
+    defect".
 
     Attributes:
         volume: whose values are compared.
         value: values >= this are defects.
 
     Raises:
-        DatasetError: it cannot be opened, or its mip 0 is another's.
+        DatasetError: it cannot be opened, or none of its scales is a mip of the
+            volume that it belongs to.
     """
 
     def __init__(self, path: str, value: float, of: Volume) -> None:
-        self.volume = Volume(path, flag="--cv_path_defects")
+        self.volume = Volume(path, flag="--cv_path_defects", resolution=of.resolution)
         self.volume.check_channels(1, "a defect mask")
-        self.volume.check_same_scale(of)
-        self.value = value
+        self.value, self._of = value, of
+
+    def check(self, mip: int, windows: Mapping[int, Grid]) -> None:
+        """Refuse a mask that does not reach over what is masked by it.
+
+        Args:
+            mip: of what is masked.
+            windows: by z, what is read of the volume that the mask belongs to.
+
+        Raises:
+            DatasetError: so, or the mask lies elsewhere.
+        """
+        source = self._source_mip(mip)
+        self.volume.check_mip("mip", source)
+        self.volume.check_lies_on(self._of, source)
+        self.volume.check_sections(range(min(windows), max(windows) + 1), source)
+        for window in set(windows.values()):
+            if (inside := self._of.clip(window)) is not None:
+                self.volume.check_covers(inside, "what is masked", at=source)
+
+    def _source_mip(self, mip: int) -> int:
+        """The mip of the mask that is read for a mip of what is masked."""
+        finer = [m for m in self.volume.mips if m <= mip]
+        return finer[-1] if finer else self.volume.mips[0]
 
     def fetch(
         self, store: PartStore, windows: Mapping[int, Grid], prefix: str, parallel: int
@@ -137,7 +163,7 @@ class DefectMask:
             parallel: reads at a time.
         """
         missing = {
-            z: grid.at_mip(min(grid.mip, self.volume.num_mips - 1))
+            z: grid.cover(self._source_mip(grid.mip))
             for z, grid in windows.items()
             if not store.has(f"{prefix}-{z}")
         }
@@ -170,6 +196,41 @@ def marks_on(window: Grid, marked: np.ndarray, source: Grid) -> np.ndarray:
     fine = marked.repeat(1 << levels, 0).repeat(1 << levels, 1)
     grid = Grid(window.mip, source.x, source.y, fine.shape[0], fine.shape[1])
     return cut(fine, grid, window)
+
+
+def warn_of_integers(volume: Volume, cure: str) -> None:
+    """Say before anything is read that images will not be normalised.
+
+    Args:
+        volume: of images that are kept as stored.
+        cure: what is to be given.
+    """
+    if volume.dtype.kind in "iu":
+        logger.warning(
+            "%s %s: is %s and is kept as stored, which train.py refuses; give %s, or "
+            "normalise the files yourself",
+            *(volume.flag, volume.path, volume.dtype, cure),
+        )
+
+
+def warn_unless_normalized(
+    path: PurePath, images: Iterable[np.ndarray], cure: str
+) -> None:
+    """Say that images that are kept as stored are not normalised.
+
+    Args:
+        path: the file in the making.
+        images: as stored; the first that has tissue is looked at.
+        cure: what is to be given.
+    """
+    found = (tissue_statistics(torch.from_numpy(np.array(image))) for image in images)
+    first = next((statistics for statistics in found if statistics), None)
+    if first is not None and not looks_normalized(first):
+        logger.warning(
+            "%s: not normalised: tissue has mean %.3g and std %.3g, expected 0 and 1; "
+            "train.py refuses it; give %s",
+            *(path.name, first.mean, first.std, cure),
+        )
 
 
 def report_masked(name: str, store: PartStore, prefix: str) -> None:

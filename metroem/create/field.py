@@ -29,8 +29,8 @@ from metroem.create.stored_field import (
     residual_field,
 )
 from metroem.errors import DatasetError, UsageError
-from metroem.grid import Grid
-from metroem.io.h5 import FieldSetMeta, PairFrame, write_field_set
+from metroem.grid import Grid, Resolution
+from metroem.io.h5 import FieldSetMeta, ImageSet, PairFrame, write_field_set
 from metroem.io.lock import holding, lock_path
 from metroem.io.parts import PartStore, parts_folder
 from metroem.io.volume import Volume, cut, read_sections
@@ -123,11 +123,15 @@ class FieldRequest:
         return Grid(self.dst_mip, self.x_offset, self.y_offset, size, size)
 
     @property
+    def place_name(self) -> str:
+        """What the image sets that the fields are for are called, less their mip."""
+        corner = self.x_offset, self.y_offset, self.z_start
+        return self.place or ImageSetName(*corner, self.dst_mip).place
+
+    @property
     def path(self) -> Path:
         """The file."""
-        corner = self.x_offset, self.y_offset, self.z_start
-        place = self.place or ImageSetName(*corner, self.dst_mip).place
-        name = FieldSetName(0, place, self.dst_mip, self.suffix)
+        name = FieldSetName(0, self.place_name, self.dst_mip, self.suffix)
         return self.dst_folder / name.filename
 
 
@@ -152,6 +156,15 @@ def create_field_set(request: FieldRequest) -> Path:
     return request.path
 
 
+def _resolution_of_images(request: FieldRequest) -> Resolution | None:
+    """What the image sets that the fields are for say of mip 0; None: nothing."""
+    for path in sorted(request.dst_folder.glob("x*.h5")):
+        name = ImageSetName.parse(path.name)
+        if name is not None and name.place == request.place_name:
+            return ImageSet(path).resolution
+    return None
+
+
 class _FieldFile:
     """One field set in the making.
 
@@ -162,10 +175,14 @@ class _FieldFile:
 
     def __init__(self, request: FieldRequest) -> None:
         self.request = request
-        self.volume = Volume(request.cv_path)
+        self.volume = Volume(
+            request.cv_path,
+            resolution=_resolution_of_images(request),
+            only_mip=request.src_mip,
+        )
         self.volume.check_channels(2, "a field")
-        self.volume.check_sections(request.sections)
         self.volume.check_mip("--src_mip", request.src_mip)
+        self.volume.check_sections(request.sections, request.src_mip)
         form = FieldFormat(
             request.channel_order, request.field_unit, request.int16_scale
         )
@@ -178,7 +195,9 @@ class _FieldFile:
             self.mask = DefectMask(
                 request.cv_path_defects, request.mask_val, self.volume
             )
-            self.mask.volume.check_sections(request.sections)
+            self.mask.check(
+                request.src_mip, dict.fromkeys(request.sections, self.source)
+            )
 
     def make(self) -> None:
         """Download, write the file and drop the parts.
@@ -286,7 +305,9 @@ class _FieldFile:
     def _wanted(self) -> dict:
         """All that the content of the file depends on."""
         request, mask = self.request, self.mask
-        return {
+        # What src_mip means, where it is not said by the order of the scales.
+        mip_0 = {"resolution": self.volume.resolution} if self.volume.mips[0] else {}
+        return mip_0 | {
             "cv_path": self.volume.path,
             "src_mip": request.src_mip,
             "dst_mip": request.dst_mip,

@@ -2,13 +2,13 @@
 
 from pathlib import Path
 
-from metroem.create.download import DefectMask
+from metroem.create.download import DefectMask, warn_of_integers
 from metroem.create.image_file import ImageFile, Sources
 from metroem.create.image_request import ImageRequest
 from metroem.errors import DatasetError
-from metroem.grid import Grid
+from metroem.grid import Grid, in_nm, same_resolution
 from metroem.io.h5 import FieldSet, PairFrame
-from metroem.io.volume import Volume
+from metroem.io.image_volume import ImageVolume
 
 __all__ = ["ImageRequest", "create_image_sets"]
 
@@ -40,22 +40,35 @@ def create_image_sets(request: ImageRequest) -> list[Path]:
 
 
 def _open(request: ImageRequest) -> Sources:
-    image = Volume(request.cv_path)
+    image = ImageVolume(request.cv_path)
     image.check_channels(1, "an image")
-    image.check_sections(request.sections)
     mask = reference = fields = None
     if request.cv_path_defects is not None:
         mask = DefectMask(request.cv_path_defects, request.mask_val, image)
-        mask.volume.check_sections(request.sections)
     if request.has_reference:
-        reference = Volume(
-            request.reference_path or request.cv_path, flag="--reference_path"
+        reference = ImageVolume(
+            request.reference_path or request.cv_path,
+            flag="--reference_path" if request.reference_path else "--cv_path",
+            resolution=image.resolution,
         )
-        reference.check_same_scale(image)
-        reference.check_sections(request.sections)
+        reference.check_channels(1, "an image")
     if request.field_dset is not None:
         fields = FieldSet(Path(request.field_dset))
+        _check_resolution(fields, image)
+    if not request.normalize:
+        warn_of_integers(image, "--normalize")
     return Sources(image, mask, reference, fields)
+
+
+def _check_resolution(fields: FieldSet, image: ImageVolume) -> None:
+    if not same_resolution(fields.resolution, image.resolution):
+        raise DatasetError(
+            f"--field_dset {fields.path}: its mip-0 pixels are "
+            f"{in_nm(fields.resolution)}, those of --cv_path {image.path} "
+            f"{in_nm(image.resolution)}; download the fields from a volume whose "
+            "scales are mips of the images, into a folder that holds image sets of "
+            "these, which say what mip 0 is"
+        )
 
 
 def _frames(
@@ -71,6 +84,12 @@ def _frames(
             raise DatasetError(
                 f"--field_dset {fields.path}: has no pair of sections {pair[0]} and "
                 f"{pair[1]}; download it for the same --z_start and --z_end"
+            )
+        there = fields.grid(index[pair])
+        if not (there.covers(grid) or grid.covers(there)):
+            raise DatasetError(
+                f"--field_dset {fields.path}: lies on {there}, the patch on {grid}; "
+                "download it for the same --x_offset and --y_offset"
             )
         offsets = fields.offset(index[pair], 0), fields.offset(index[pair], 1)
         if any(value % (1 << grid.mip) for side in offsets for value in side):

@@ -14,28 +14,38 @@ from metroem.create.download import (
     open_parts,
     report_blank,
     report_masked,
+    warn_unless_normalized,
 )
 from metroem.create.image_request import ImageRequest
-from metroem.create.reference import Reference
+from metroem.create.reference import (
+    Moments,
+    Reference,
+    has_contrast,
+    measure,
+    moments_of,
+    no_reference,
+    samples_of,
+    statistics_for,
+)
 from metroem.errors import DatasetError
 from metroem.grid import Grid
 from metroem.io.h5 import FieldSet, ImageSetMeta, Pair, PairFrame, write_image_set
+from metroem.io.image_volume import ImageVolume
 from metroem.io.lock import holding, lock_path
 from metroem.io.parts import PartStore, parts_folder
 from metroem.io.volume import Volume, covering, cut, read_sections
-from metroem.normalize import GreyStatistics, normalize, tissue_statistics
+from metroem.normalize import GreyStatistics, normalize
+from metroem.progress import in_threads
 
 logger = logging.getLogger(__name__)
-
-_NOTHING = (float("nan"), float("nan"))
 
 
 class Sources(NamedTuple):
     """The volumes that a download reads, opened and checked."""
 
-    image: Volume
+    image: ImageVolume
     mask: DefectMask | None
-    reference: Volume | None
+    reference: ImageVolume | None
     fields: FieldSet | None
 
 
@@ -71,9 +81,11 @@ class ImageFile:
         Raises:
             DatasetError: as said.
         """
-        self.sources.image.check_mip("--mip", self.grid.mip)
-        self.sources.image.check_covers(self.grid, "the patch")
-        beyond = [z for z, w in self.windows.items() if self.sources.image.clip(w) != w]
+        image, mip = self.sources.image, self.grid.mip
+        image.check_mip("--mip", mip)
+        image.check_sections(self.request.sections, mip)
+        image.check_covers(self.grid, "the patch")
+        beyond = [z for z, w in self.windows.items() if image.clip(w) != w]
         if beyond:
             logger.warning(
                 "%s: --field_dset moves sections %s beyond the volume; blank there",
@@ -81,7 +93,12 @@ class ImageFile:
                 beyond,
             )
         if self.reference is not None:
-            self.reference.volume.check_mip("--reference_mip", self.reference.mip)
+            volume, at = self.reference.volume, self.reference.mip
+            volume.check_mip("--reference_mip", at)
+            volume.check_lies_on(image, at)
+            volume.check_sections(self.request.sections, at)
+        if self.sources.mask is not None:
+            self.sources.mask.check(mip, self.windows)
 
     def make(self) -> None:
         """Download, unless the file is there; then write it and drop the parts.
@@ -101,15 +118,16 @@ class ImageFile:
         self._fetch(store)
         if self.sources.mask is not None:
             report_masked(self.path.name, store, "mask")
-        shares = {
-            z: float((store.load(f"image-{z}") == 0).mean()) for z in self.windows
-        }
         try:
-            report_blank(self.path, self.sources.image.path, shares)
+            report_blank(self.path, self.sources.image.path, self._blank(store))
         except DatasetError:
             # So that a second try, with credentials, reads again.
             store.remove()
             raise
+        self._check_reference(store)
+        if not self.request.normalize and self.sources.image.dtype.kind == "f":
+            images = (store.load(f"image-{z}") for z in self.windows)
+            warn_unless_normalized(self.path, images, "--normalize")
         write_image_set(
             self.path,
             self._pairs(store),
@@ -139,8 +157,9 @@ class ImageFile:
         if (reference.volume.path, reference.mip) == (image.path, self.grid.mip):
             self._read(store, "image", image, self.windows, areas)
         else:
-            self._read(store, "statistics", reference.volume, {}, areas)
+            self._read(store, "greys", reference.volume, {}, areas)
             self._read(store, "image", image, self.windows, {})
+            self._measure(store, areas)
 
     def _read(
         self,
@@ -153,9 +172,10 @@ class ImageFile:
         """Read sections once, for what is cut out and for what normalises.
 
         Args:
-            store: gets "image-<z>", "statistics-<z>" and, with a defect mask,
+            store: gets "image-<z>", "greys-<z>" (moments of the area, of the patch and
+                of each sample, at the mip of the area) and, with a defect mask,
                 "defects-<z>": the mask over the area of the image.
-            key: of the part that comes last, and so tells that both are there.
+            key: of the part that comes last.
             volume: where from.
             windows: by z, what is cut out, may be {}.
             areas: by z, what normalises, of the same mip; may be {}.
@@ -163,7 +183,8 @@ class ImageFile:
         hulls = {
             z: covering([grids[z] for grids in (windows, areas) if z in grids])
             for z in self.request.sections
-            if not store.has(f"{key}-{z}")
+            if (z in windows and not store.has(f"image-{z}"))
+            or (z in areas and not store.has(f"greys-{z}"))
         }
         masks = "mask" if key == "image" else "reference_mask"
         if self.sources.mask is not None:
@@ -173,14 +194,18 @@ class ImageFile:
         def take(z: int, layers: np.ndarray) -> None:
             image = np.array(layers[0], order="C")
             image[~np.isfinite(image)] = 0
+            measured = []
+            if z in areas:
+                around = cut(image, hulls[z], areas[z])
+                measured = measure(around, areas[z], self.windows[z])
             if self.sources.mask is not None:
                 marked = store.load(f"{masks}-{z}")
                 image[marked] = 0
                 if z in windows:
                     store.put(f"defects-{z}", cut(marked, hulls[z], windows[z]))
             if z in areas:
-                area = cut(image, hulls[z], areas[z])
-                store.put(f"statistics-{z}", _statistics(area))
+                area = moments_of(image, hulls[z], areas[z], self.grid.mip)
+                store.put(f"greys-{z}", np.array([area, *measured]))
             if z in windows:
                 store.put(f"image-{z}", cut(image, hulls[z], windows[z]))
 
@@ -191,6 +216,78 @@ class ImageFile:
             parallel=self.request.parallel,
             what=f"{self.path.name}: {key}, layers of chunks",
         )
+
+    def _measure(self, store: PartStore, areas: Mapping[int, Grid]) -> None:
+        """Read the samples of the areas at the mip of the images: "sample<i>-<z>"."""
+        image, mip = self.sources.image, self.grid.mip
+        windows: dict[int, dict[int, Grid]] = {}
+        for z, area in areas.items():
+            for number, window in enumerate(samples_of(area, mip)):
+                if not store.has(f"sample{number}-{z}"):
+                    windows.setdefault(number, {})[z] = window
+
+        def take(item: tuple[int, range]) -> None:
+            number, slab = item
+            for z, layers in image.read_layer(windows[number], slab):
+                values = np.where(np.isfinite(layers[0]), layers[0], 0)
+                grid = windows[number][z]
+                moments = moments_of(values, grid, grid, mip)
+                store.put(f"sample{number}-{z}", np.array(moments))
+
+        items = [
+            (number, slab)
+            for number, grids in windows.items()
+            for slab in image.slabs(mip, sorted(grids))
+        ]
+        if items:
+            what = f"{self.path.name}: samples of the reference, layers of chunks"
+            in_threads(items, take, what, threads=self.request.parallel)
+
+    def _statistics(self, store: PartStore, z: int) -> GreyStatistics | None:
+        """What normalises a section; None where its reference has nothing."""
+        coarse = [Moments(*row) for row in store.load(f"greys-{z}")]
+        fine = [
+            Moments(*store.load(f"sample{number}-{z}"))
+            for number in range(len(coarse) - 2)
+        ]
+        return statistics_for(coarse, fine, store.load(f"image-{z}"))
+
+    def _check_reference(self, store: PartStore) -> None:
+        """Refuse a reference that has nothing where the images have tissue.
+
+        Raises:
+            DatasetError: so; the sections are named.
+        """
+        if self.reference is None:
+            return
+        lacking = [
+            z
+            for z in self.windows
+            if self._statistics(store, z) is None
+            and has_contrast(store.load(f"image-{z}"))
+        ]
+        for z in lacking:  # so that a second try reads them again
+            store.drop(f"greys-{z}")
+            store.drop(f"image-{z}")
+        if lacking:
+            raise no_reference(self.reference, lacking, "--reference_mip")
+
+    def _blank(self, store: PartStore) -> dict[int, float]:
+        """By z, the share of pixels that will be without data in the file."""
+        shares, flat = {}, []
+        for z in self.windows:
+            image = store.load(f"image-{z}")
+            shares[z] = float((image == 0).mean())
+            by_itself = self.reference is None or self._statistics(store, z) is None
+            if self.request.normalize and by_itself and not has_contrast(image):
+                flat += [z] if shares[z] < 1 else []
+                shares[z] = 1.0
+        if flat:
+            logger.warning(
+                "%s: sections %s are of one grey level, which is no tissue: blank",
+                *(self.path.name, flat),
+            )
+        return shares
 
     def _pairs(self, store: PartStore) -> Iterator[Pair]:
         """The pairs, each section normalised once while it is src and then tgt."""
@@ -225,10 +322,7 @@ class ImageFile:
             return raw.astype(np.float32)
         # A copy, since a part cannot be written to; as it is stored if 8 bit will do.
         image = np.array(raw, np.uint8 if raw.dtype == np.uint8 else np.float32)
-        statistics = None
-        if self.reference is not None:
-            mean, std = store.load(f"statistics-{z}").tolist()
-            statistics = GreyStatistics(mean, std) if std > 0 else None
+        statistics = self._statistics(store, z) if self.reference else None
         return normalize(torch.from_numpy(image), statistics).numpy()
 
     def _normalization(self) -> dict:
@@ -279,9 +373,3 @@ def _moved(frame: PairFrame, side: int) -> Grid:
     """Where one side of a pair is read."""
     grid, (x, y) = frame.grid, frame.offsets[side]
     return Grid(grid.mip, grid.x + x, grid.y + y, grid.rows, grid.cols)
-
-
-def _statistics(area: np.ndarray) -> np.ndarray:
-    """(2,) float64: mean and standard deviation of tissue, NaN without any."""
-    found = tissue_statistics(torch.from_numpy(area.astype(np.float32)))
-    return np.array(found or _NOTHING)

@@ -6,12 +6,13 @@ from pathlib import Path
 
 import numpy as np
 
-from metroem.create.cutouts import Cutout, Cutter
+from metroem.create.cutouts import REFERENCE, Cutout, Cutter
 from metroem.create.download import (
     already_there,
     command_line,
     open_parts,
     report_blank,
+    warn_unless_normalized,
 )
 from metroem.create.spec import Center, DatasetSpec
 from metroem.errors import DatasetError
@@ -131,6 +132,10 @@ class PairFiles:
             for index, images in enumerate(self._sides("image"))
         }
         report_blank(self.image_path, self._cutter.image.path, shares, "pairs")
+        spec, is_float = self._cutter.spec, self._cutter.image.dtype.kind == "f"
+        if spec.image.reference is None and is_float:
+            images = (image for images in self._sides("image") for image in images)
+            warn_unless_normalized(self.image_path, images, REFERENCE)
         if not self._cutter.has_masks:
             return
         masked = np.mean([np.mean(masks) for masks in self._sides("defects")])

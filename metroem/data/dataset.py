@@ -147,6 +147,7 @@ def open_prior(images: ImageSet, stage: int, checkpoint_name: str) -> FieldSet:
             f"{path}: fields of {fields.num_pairs} pairs, but {images.path} has "
             f"{images.num_pairs}; make them anew from these images"
         )
+    fields.check_resolution(images)
     for index in range(images.num_pairs):
         if fields.grid(index) != images.grid(index):
             raise DatasetError(
@@ -165,6 +166,8 @@ def open_prior(images: ImageSet, stage: int, checkpoint_name: str) -> FieldSet:
 
 
 def _check_normalized(ref: PairRef) -> None:
+    if ref.images.has_reference:
+        return
     found = tissue_statistics(torch.from_numpy(ref.images.read(ref.index).src))
     if found is not None and not looks_normalized(found):
         raise DatasetError(

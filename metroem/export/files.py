@@ -10,10 +10,10 @@ from typing import NamedTuple
 import numpy as np
 
 from metroem.errors import DatasetError
-from metroem.export.place import Place, Resolution
+from metroem.export.place import Place
 from metroem.export.request import ExportRequest
 from metroem.export.sections import ExportedSet
-from metroem.grid import Grid
+from metroem.grid import Grid, Resolution
 from metroem.io.replace import make_folder, replace_file
 
 logger = logging.getLogger(__name__)

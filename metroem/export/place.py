@@ -5,11 +5,9 @@ from collections.abc import Sequence
 from metroem.errors import DatasetError
 from metroem.export.request import ExportRequest
 from metroem.export.sections import ExportedSet
-from metroem.grid import Grid
+from metroem.grid import Grid, Resolution, in_nm, nm_of, same_resolution
 from metroem.io.h5 import Box
 from metroem.io.volume import Volume
-
-Resolution = tuple[float, float, float]
 
 
 class Place:
@@ -19,17 +17,25 @@ class Place:
         resolution: nm of a mip-0 voxel along x, y, z.
 
     Raises:
-        DatasetError: the sets do not say their resolution, or not all the same; or
-            --like cannot be read.
+        DatasetError: nothing says the resolution, or sets, --resolution and --like do
+            not say the same; or --like cannot be read.
     """
 
     def __init__(self, request: ExportRequest, sets: Sequence[ExportedSet]) -> None:
-        self._like = (
-            None
-            if request.like is None
-            else Volume(request.like, flag="--like", is_read=False)
-        )
-        self.resolution = self._resolution(request, sets)
+        resolution = _resolution(request, sets)
+        self._like = None
+        if request.like is not None:
+            self._like = Volume(
+                request.like, flag="--like", resolution=resolution, is_read=False
+            )
+            resolution = self._like.resolution
+        if resolution is None:
+            raise DatasetError(
+                f"{request.dataset_path}: nm of a mip-0 voxel are needed, and the sets "
+                "do not say it; give --resolution X Y Z, or --like and the volume of "
+                "the images"
+            )
+        self.resolution = resolution
 
     def bounds(self, boxes: Sequence[Box]) -> tuple[Grid, range]:
         """The area, at mip 0, and the sections of a new volume that holds `boxes`."""
@@ -39,23 +45,26 @@ class Place:
         x_end, y_end, z_end = (max(box[axis] for box in boxes) for axis in range(3, 6))
         return Grid(0, x, y, x_end - x, y_end - y), range(z, z_end)
 
-    def _resolution(
-        self, request: ExportRequest, sets: Sequence[ExportedSet]
-    ) -> Resolution:
-        if self._like is not None:
-            return self._like.resolution
-        if request.resolution is not None:
-            x, y, z = request.resolution
-            return x, y, z
-        found = {said for one in sets if (said := one.resolution()) is not None}
-        if len(found) != 1:
-            said = f"say {sorted(found)}" if found else "do not say it"
+
+def _resolution(
+    request: ExportRequest, sets: Sequence[ExportedSet]
+) -> Resolution | None:
+    """What the sets and --resolution say of mip 0; None: nothing."""
+    found = [said for one in sets if (said := one.resolution()) is not None]
+    for said in found:
+        if not same_resolution(said, found[0]):
             raise DatasetError(
-                f"{request.dataset_path}: nm of a mip-0 voxel are needed, and the sets "
-                f"{said}; give --resolution X Y Z, or --like and the volume of the "
-                "images"
+                f"{request.dataset_path}: for a mip-0 voxel its sets say "
+                f"{in_nm(found[0])} and {in_nm(said)}, and a volume has one; put the "
+                "sets into a folder for each, and export them one by one"
             )
-        return found.pop()
+    given = None if request.resolution is None else nm_of(request.resolution)
+    if given and found and not same_resolution(given, found[0]):
+        raise DatasetError(
+            f"--resolution {in_nm(given)}: the sets in {request.dataset_path} say that "
+            f"they have mip-0 voxels of {found[0]} nm; leave it out"
+        )
+    return given or (found[0] if found else None)
 
 
 def check_on_pixels(exported: ExportedSet) -> None:

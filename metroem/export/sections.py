@@ -9,6 +9,7 @@ import numpy as np
 
 from metroem.errors import DatasetError
 from metroem.export.request import ExportRequest
+from metroem.grid import Resolution
 from metroem.io.h5 import FieldSet, ImageSet, find_field_sets
 from metroem.specs.filenames import ImageSetName
 
@@ -55,14 +56,11 @@ class ExportedSet(NamedTuple):
         moved = np.array([y, x], np.float32) / (1 << self.fields.mip)
         return self.fields.read(index, side) + moved[:, None, None]
 
-    def resolution(self) -> tuple[float, float, float] | None:
+    def resolution(self) -> Resolution | None:
         """nm of a mip-0 voxel along x, y, z; None where the files do not say."""
-        for one in (self.fields, self.images):
-            found = None if one is None else one.attributes.get("resolution")
-            if found is not None:
-                x, y, z = (float(nm) for nm in found)
-                return x, y, z
-        return None
+        if self.images is None:
+            return self.fields.resolution
+        return self.fields.resolution or self.images.resolution
 
 
 def find_exported(request: ExportRequest) -> list[ExportedSet]:
@@ -112,6 +110,8 @@ def _with_images(fields: FieldSet, request: ExportRequest) -> ExportedSet:
             f"{fields.path}: {fields.num_pairs} pairs, its images {images.path.name} "
             f"have {images.num_pairs}; see metroem inspect"
         )
+    if images is not None:
+        fields.check_resolution(images)
     if images is None and request.warped is not None:
         raise DatasetError(
             f"--warped {request.warped}: {fields.path.name} has no image set of its "

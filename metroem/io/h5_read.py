@@ -11,7 +11,7 @@ import numpy as np
 
 from metroem import versions
 from metroem.errors import DatasetError
-from metroem.grid import Grid
+from metroem.grid import Grid, Resolution, in_nm, nm_of, same_resolution
 from metroem.io.checksums import DEFECTS_KEY, check_pair, stored_checksums
 from metroem.io.h5_open import (
     attributes_of,
@@ -69,6 +69,7 @@ class _PairFile:
         self.num_pairs = layout.shape[0]
         self.shape: tuple[int, int] = (layout.shape[-2], layout.shape[-1])
         self.attributes = layout.attributes
+        self.resolution = self._resolution()
         self._boxes, self._offsets = layout.boxes, layout.offsets
         self._check()
 
@@ -111,6 +112,32 @@ class _PairFile:
         if self._offsets is None:
             return 0, 0
         return int(self._offsets[index, side, 0]), int(self._offsets[index, side, 1])
+
+    def _resolution(self) -> Resolution | None:
+        """nm of a mip-0 voxel along x, y, z; None where the file does not say."""
+        found = self.attributes.get("resolution")
+        if found is None:
+            return None
+        try:
+            return nm_of(found)
+        except (TypeError, ValueError):
+            raise DatasetError(
+                f"{self.path}: resolution is {found!r}: expected nm along x, y, z"
+            ) from None
+
+    def check_resolution(self, other: "_PairFile") -> None:
+        """Refuse a set of one place whose mip-0 pixels are of another size.
+
+        Raises:
+            DatasetError: so; one that does not say its resolution is taken.
+        """
+        if not same_resolution(self.resolution, other.resolution):
+            raise DatasetError(
+                f"{self.path}: its mip-0 pixels are {in_nm(self.resolution)}, those of "
+                f"{other.path.name} {in_nm(other.resolution)}: mips and coordinates of "
+                "the two do not mean the same; download one of them again, from a "
+                "volume whose scales are mips of the other"
+            )
 
     @property
     def is_original(self) -> bool:
@@ -204,6 +231,7 @@ class ImageSet(_PairFile):
         shape: (H, W) of every image, pixels of `mip`.
         mip: of the images.
         attributes: all that the file says about itself; {} for the original's.
+        resolution: nm of a mip-0 voxel along x, y, z; None where it does not say.
         verifies: whether the checksum of a pair is checked before its first read.
         normalization: {"kind": "raw"}, {"kind": "tissue", "reference": ...}, or
             None where the file does not say.
@@ -226,6 +254,17 @@ class ImageSet(_PairFile):
         corner = name.x, name.y, name.z
         super().__init__(Path(path), corner, name.mip, verifies=verifies)
         self.normalization: dict | None = self._object("normalization")
+
+    @property
+    def has_reference(self) -> bool:
+        """Whether the file says that an area around the patch normalised it.
+
+        A pale or a dark place is then far from mean 0 and std 1.
+        """
+        said = self.normalization or {}
+        reference = said.get("reference")
+        area = reference.get("area") if isinstance(reference, dict) else None
+        return said.get("kind") == "tissue" and area == "around the patch"
 
     def read(self, index: int, rows: slice = ALL, cols: slice = ALL) -> Pair:
         """A pair, or a window of it; what is darker than `DARKEST` becomes 0."""
@@ -286,6 +325,7 @@ class FieldSet(_PairFile):
         mip: of the fields.
         num_sides: 2 when there is a field for tgt as well, else 1.
         attributes: all that the file says about itself; {} for the original's.
+        resolution: nm of a mip-0 voxel along x, y, z; None where it does not say.
         verifies: whether the checksum of a pair is checked before its first read.
 
     Raises:

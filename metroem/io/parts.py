@@ -115,6 +115,10 @@ class PartStore:
             raise DatasetError(f"{self._path(key)}: this part is missing or broken")
         return np.load(self._path(key), mmap_mode="r")
 
+    def drop(self, key: str) -> None:
+        """Forget a part, so that it is made again."""
+        self._path(key).unlink(missing_ok=True)
+
     def remove(self) -> None:
         """Delete the folder with all its parts."""
         self.discard(self.folder)

@@ -5,6 +5,8 @@ scales that were never written, mip -1 (it takes the last). So mips, bounds and 
 checked here before anything is read.
 """
 
+import logging
+import math
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -14,7 +16,7 @@ from cloudvolume import Bbox, CloudVolume
 from cloudvolume.exceptions import InfoUnavailableError
 
 from metroem.errors import DatasetError
-from metroem.grid import Grid
+from metroem.grid import Grid, Resolution, in_nm, nm_of, same_resolution
 from metroem.io.shards import download
 from metroem.io.storage import (
     check_source,
@@ -27,6 +29,8 @@ from metroem.io.volume_info import unreadable_mips
 from metroem.io.whereabouts import InfoError, place_in, reading
 from metroem.io.zarr_n5 import FORMATS, ArrayVolume, open_arrays
 from metroem.progress import in_threads
+
+logger = logging.getLogger(__name__)
 
 WHAT_TO_CHECK = (
     "check the coordinates (mip-0 pixels), and that this mip was written: what is not "
@@ -42,22 +46,34 @@ class Volume:
             n5:// where that is what is there.
         location: of its chunks: the path, or where its info says that it is now.
         flag: where the path came from, for messages.
-        num_mips: mips 0 .. num_mips - 1 are in its info.
+        mips: those that it has, in rising order. Mip m is the scale that is 2^m times
+            coarser than mip 0 in x and y, with the same z, wherever its info lists it.
         num_channels: 1 for images, 2 for fields.
         dtype: as stored.
         resolution: nm of a mip-0 voxel along x, y, z.
 
     Args:
-        path: of it.
-        flag: where the path came from.
+        path: see above.
+        flag: see above.
+        resolution: what mip 0 is, where something else says it: the volume of the
+            images, or their files. None: the first scale of the info is mip 0.
+        only_mip: which mip it is if it has one scale alone, and nothing says what
+            mip 0 is.
         is_read: False if only its bounds are wanted, which need no codec.
 
     Raises:
-        DatasetError: it cannot be opened, or none of its mips can be read.
+        DatasetError: it cannot be opened, or no scale is a mip of that resolution, or
+            none can be read.
     """
 
     def __init__(
-        self, path: str, *, flag: str = "--cv_path", is_read: bool = True
+        self,
+        path: str,
+        *,
+        flag: str = "--cv_path",
+        resolution: Resolution | None = None,
+        only_mip: int = 0,
+        is_read: bool = True,
     ) -> None:
         self.path = cloud_path(path)
         self.flag = flag
@@ -72,46 +88,86 @@ class Volume:
                 if self._arrays is not None
                 else unreadable_mips(self._info)
             )
-            self.num_mips = len(self._info["scales"])
-            if is_read and len(self._unreadable) == self.num_mips:
+            scales = [nm_of(scale["resolution"]) for scale in self._info["scales"]]
+            if is_read and len(self._unreadable) == len(scales):
                 raise InfoError(self._unreadable[0])
             self.num_channels = int(self._info["num_channels"])
             self.dtype = np.dtype(self._info["data_type"])
-            x, y, z = (float(nm) for nm in self._info["scales"][0]["resolution"])
-            self.resolution = x, y, z
+        if resolution is None:
+            x, y, z = scales[0]
+            times = 1 << only_mip if len(scales) == 1 else 1
+            resolution = x / times, y / times, z
+            if times > 1:
+                logger.info(
+                    "%s: its only scale, %s, is taken for mip %d, so that mip 0 is %s",
+                    *(self.path, in_nm(scales[0]), only_mip, in_nm(resolution)),
+                )
+        self.resolution = resolution
+        self._scales = ", ".join(map(in_nm, scales))
+        self._index = _index_of_mips(scales, resolution)
+        self.mips = sorted(self._index)
+        if not self.mips:
+            raise DatasetError(
+                f"{flag} {self.path}: its scales are {self._scales}; expected mips of "
+                f"the images, whose mip 0 is {in_nm(resolution)}: 1, 2, 4 ... times "
+                "that in x and y, with the same z; mips and coordinates of the two "
+                "must mean the same"
+            )
 
-    @property
-    def sections(self) -> range:
-        """The z's that it holds."""
-        return range(*self._bounds(0)[2])
+    def sections_at(self, mip: int) -> range:
+        """The z's that a mip holds."""
+        return range(*self._bounds(mip)[2])
 
     def check_mip(self, flag: str, mip: int) -> None:
-        """Refuse a mip that is not there or is not 2^mip times coarser.
+        """Refuse a mip that is not there, or lies elsewhere than the finest.
 
         Raises:
             DatasetError: as said.
         """
-        if not 0 <= mip < self.num_mips:
+        if mip not in self._index:
+            x, y, z = self.resolution
             raise DatasetError(
-                f"{flag} {mip}: {self.path} has no such mip; available: "
-                f"{', '.join(str(m) for m in range(self.num_mips))}"
+                f"{flag} {mip}: {self.path} has no such mip, of "
+                f"{in_nm((x * 2.0**mip, y * 2.0**mip, z))}; available: "
+                f"{', '.join(map(str, self.mips))}; its scales are {self._scales}"
             )
         self._check_readable(mip)
-        coarse = self._at(0).mip_resolution(mip)
-        ratio = [float(c / f) for c, f in zip(coarse, self.resolution, strict=True)]
-        if not np.allclose(ratio, (2**mip, 2**mip, 1), rtol=0.01):
+        self.check_lies_on(self, mip)
+
+    def check_lies_on(self, other: "Volume", mip: int) -> None:
+        """Refuse a mip that is as large as another volume and lies elsewhere.
+
+        Coordinates are absolute, so that a volume may hold a part of another. One
+        that is exactly as large and is shifted has a wrong voxel_offset.
+
+        Args:
+            other: what it belongs to; its finest mip is compared.
+            mip: of this volume.
+
+        Raises:
+            DatasetError: as said; both are named.
+        """
+        finest = other.mips[0]
+        here, there = self._box(mip), other._box(finest)
+        # Both corners of a coarser mip may be rounded to its pixels.
+        slack = np.array([(1 << max(mip, finest)) - 1] * 2 + [0])
+        differ = np.abs(np.diff(here, axis=1) - np.diff(there, axis=1))[:, 0]
+        apart = np.abs(here[:, 0] - there[:, 0])
+        if (differ <= 2 * slack).all() and (apart > slack).any():
             raise DatasetError(
-                f"{flag} {mip}: {self.path} is {ratio} times coarser there than at mip "
-                f"0; expected {[2**mip, 2**mip, 1]}: mips halve x and y and keep z"
+                f"{self.flag} {self.path}: mip {mip} begins at x, y, z "
+                f"{here[:, 0].tolist()}, {other.flag} {other.path} at "
+                f"{there[:, 0].tolist()} (mip-0 pixels, section), and is as large; "
+                "expected one place: correct voxel_offset in the info that is wrong"
             )
 
-    def check_sections(self, sections: range) -> None:
-        """Refuse sections that the volume does not hold.
+    def check_sections(self, sections: range, mip: int) -> None:
+        """Refuse sections that a mip of the volume does not hold.
 
         Raises:
             DatasetError: some are outside; the bounds are named.
         """
-        here = self.sections
+        here = self.sections_at(mip)
         if not (here.start <= sections.start and sections.stop <= here.stop):
             raise DatasetError(
                 f"{self.flag} {self.path}: sections {sections.start}..."
@@ -119,30 +175,35 @@ class Volume:
                 f"holds {here.start}...{here.stop - 1}; change --z_start or --z_end"
             )
 
-    def check_covers(self, grid: Grid, what: str) -> None:
+    def check_covers(self, grid: Grid, what: str, *, at: int | None = None) -> None:
         """Refuse an area that the volume does not hold.
 
         Args:
-            grid: the area, whose mip was checked.
+            grid: the area, of any mip.
             what: the area in words: "the patch".
+            at: the mip that is read; to less than a pixel, of either mip, bounds may
+                differ then. None: that of the grid.
 
         Raises:
             DatasetError: some of it is outside; the bounds are named.
         """
-        (x0, x1), (y0, y1), _ = self._bounds(grid.mip)
-        scale = 1 << grid.mip
+        mip = grid.mip if at is None else at
+        (x0, x1), (y0, y1), _ = self._box(mip).tolist()
+        slack = 0 if at is None else (1 << max(at, grid.mip)) - 1
         x_end, y_end = grid.end
         if not (
-            x0 * scale <= grid.x
-            and x_end <= x1 * scale
-            and y0 * scale <= grid.y
-            and y_end <= y1 * scale
+            x0 - slack <= grid.x
+            and x_end <= x1 + slack
+            and y0 - slack <= grid.y
+            and y_end <= y1 + slack
         ):
+            cure = "change --x_offset, --y_offset or the size"
+            if at is not None:
+                cure = "give a volume that covers it, or take another place"
             raise DatasetError(
                 f"{self.flag} {self.path}: {what} at mip {grid.mip} spans x {grid.x}..."
-                f"{x_end}, y {grid.y}...{y_end}, the volume x {x0 * scale}..."
-                f"{x1 * scale}, y {y0 * scale}...{y1 * scale} (mip-0 pixels, the end "
-                f"not included); change --x_offset, --y_offset or the size"
+                f"{x_end}, y {grid.y}...{y_end}, the volume x {x0}...{x1}, y {y0}..."
+                f"{y1} (mip-0 pixels, the end not included); {cure}"
             )
 
     def check_channels(self, expected: int, kind: str) -> None:
@@ -157,19 +218,6 @@ class Volume:
                 f"has {expected}"
             )
 
-    def check_same_scale(self, other: "Volume") -> None:
-        """Refuse a volume whose mip-0 pixels are not those of `other`.
-
-        Raises:
-            DatasetError: x or y resolution differ by more than 1%.
-        """
-        if not np.allclose(self.resolution[:2], other.resolution[:2], rtol=0.01):
-            raise DatasetError(
-                f"{self.flag} {self.path}: mip 0 is {self.resolution[:2]} nm, that of "
-                f"{other.path} {other.resolution[:2]} nm; mips and coordinates of the "
-                "two must mean the same"
-            )
-
     def clip(self, grid: Grid) -> Grid | None:
         """The part of a grid that the volume holds; None if there is none."""
         x, y, _ = self._bounds(grid.mip)
@@ -182,12 +230,11 @@ class Volume:
 
     def holds(self, z: int) -> bool:
         """Whether a section lies inside the volume."""
-        z0, z1 = self._bounds(0)[2]
-        return z0 <= z < z1
+        return z in self.sections_at(self.mips[0])
 
     def extent(self) -> tuple[Grid, range]:
         """All that the volume holds: the area, at mip 0, and the sections."""
-        (x0, x1), (y0, y1), (z0, z1) = self._bounds(0)
+        (x0, x1), (y0, y1), (z0, z1) = self._box(self.mips[0]).tolist()
         return Grid(0, x0, y0, x1 - x0, y1 - y0), range(z0, z1)
 
     @property
@@ -202,7 +249,7 @@ class Volume:
             grid: the area, inside the volume.
             z: a section that the volume holds.
         """
-        size = self._at(0).mip_chunk_size(grid.mip)
+        size = self._at(0).mip_chunk_size(self._index[grid.mip])
         corner = grid.x >> grid.mip, grid.y >> grid.mip, z
         shape = (*grid.shape, 1)
         spans = []
@@ -239,12 +286,13 @@ class Volume:
         box = Bbox(
             (x, y, sections.start), (x + inner.rows, y + inner.cols, sections.stop)
         )
-        volume, place = self._at(grid.mip), f"mip {grid.mip}, voxels {box}"
+        volume = self._at(self._index[grid.mip])
+        place = f"mip {grid.mip}, voxels {box}"
         with explained(self.flag, self.path), reading(place):
             if self._arrays is None:
                 cutout = download(volume, box)
             else:
-                cutout = self._arrays.read(grid.mip, box)
+                cutout = self._arrays.read(self._index[grid.mip], box)
         array = np.asarray(cutout).transpose(2, 3, 0, 1)
         if inner == grid:
             return array
@@ -293,22 +341,31 @@ class Volume:
         Returns:
             Ranges that cover all of `sections`, one a layer of chunks.
         """
-        thickness = int(self._at(0).mip_chunk_size(mip)[2])
-        start = int(self._at(0).mip_voxel_offset(mip)[2])
+        index = self._index[self.source_mip(mip)]
+        thickness = int(self._at(0).mip_chunk_size(index)[2])
+        start = int(self._at(0).mip_voxel_offset(index)[2])
         layers: dict[int, list[int]] = {}
         for z in sections:
             layers.setdefault((z - start) // thickness, []).append(z)
         return [range(zs[0], zs[-1] + 1) for zs in layers.values()]
 
-    def _at(self, mip: int) -> Any:
-        """cloud-volume's object, one a thread and mip; the info is fetched once."""
+    def source_mip(self, mip: int) -> int:
+        """The stored mip that another is read from: itself."""
+        return mip
+
+    def index_of(self, mip: int) -> int:
+        """Which scale of the info a mip is."""
+        return self._index[mip]
+
+    def _at(self, index: int) -> Any:
+        """cloud-volume's object, one a thread and scale; the info is fetched once."""
         opened = self._local.__dict__.setdefault("volumes", {})
-        if mip not in opened:
+        if index not in opened:
             with explained(self.flag, self.path):
-                opened[mip] = CloudVolume(
-                    self.location, mip=mip, info=self._info, **_OPTIONS
+                opened[index] = CloudVolume(
+                    self.location, mip=index, info=self._info, **_OPTIONS
                 )
-        return opened[mip]
+        return opened[index]
 
     def _open(self) -> dict[str, Any]:
         """Find out of which format it is, where, and what it says of itself."""
@@ -336,17 +393,33 @@ class Volume:
         return self._arrays.info
 
     def _check_readable(self, mip: int) -> None:
-        if mip in self._unreadable:
-            raise DatasetError(
-                f"{self.flag} {self.path}: mip {mip} {self._unreadable[mip]}"
-            )
+        if (problem := self._unreadable.get(self._index[mip])) is not None:
+            raise DatasetError(f"{self.flag} {self.path}: mip {mip} {problem}")
 
     def _bounds(self, mip: int) -> tuple[tuple[int, int], ...]:
-        box = self._at(0).mip_bounds(mip)
-        return tuple(
-            (int(low), int(high))
-            for low, high in zip(box.minpt, box.maxpt, strict=True)
-        )
+        """First and end pixel of a mip along x, y, z."""
+        source = self.source_mip(mip)
+        box = self._at(0).mip_bounds(self._index[source])
+        low, high = (list(map(int, at)) for at in (box.minpt, box.maxpt))
+        for axis in (0, 1):
+            low[axis] >>= mip - source
+            high[axis] = -(-high[axis] >> (mip - source))
+        return tuple(zip(low, high, strict=True))
+
+    def _box(self, mip: int) -> np.ndarray:
+        """(3, 2): first and end of a mip along x, y, z, mip-0 pixels and sections."""
+        return np.array(self._bounds(mip)) << np.array([[mip], [mip], [0]])
+
+
+def _index_of_mips(scales: list[Resolution], resolution: Resolution) -> dict[int, int]:
+    """By mip, the first scale that is it."""
+    found: dict[int, int] = {}
+    x, y, z = resolution
+    for index, nm in enumerate(scales):
+        mip = round(math.log2(nm[0] / x)) if min(x, nm[0]) > 0 else -1
+        if mip >= 0 and same_resolution(nm, (x * 2**mip, y * 2**mip, z)):
+            found.setdefault(mip, index)
+    return found
 
 
 # parallel=1: with more, cloud-volume starts processes anew for every read. It would

@@ -318,7 +318,7 @@ class SectionWriter:
     def _open(self, path: str) -> Any:
         return CloudVolume(
             path,
-            mip=self._mip,
+            mip=self._volume.index_of(self._mip),
             info=self._volume.info,
             compress=False,
             progress=False,

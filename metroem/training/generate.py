@@ -153,6 +153,7 @@ def target_sets(dataset: Path, sets: Sequence[ImageSet], mip: int) -> list[Image
                 f"same {images.num_pairs} pairs, which the next stage needs; download "
                 f"both mips in one call of download_image.py"
             )
+        target.check_resolution(images)
         found.append(target)
     return found
 
@@ -323,6 +324,7 @@ def _meta(job: FieldJob, target: ImageSet, request: dict[str, Any]) -> FieldSetM
         source=f"{job.weights} sha256 {request['weights_sha256']}",
         command=" ".join(sys.argv),
         request=as_json(request),
+        resolution=target.resolution,
         stage=job.module.stage,
         tag=job.checkpoint_name,
     )

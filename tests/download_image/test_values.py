@@ -109,8 +109,10 @@ def test_a_reference_area_around_the_patch_normalises_it(download, sections, mip
     size = 96 >> mip
     (path,) = download(*flags, "--reference_size", size, "--reference_mip", mip)
     # The patch is centred on x 112, y 16; 96 around it reach from 64 and -32 on.
-    area = patch(sections, 13, 96, 96, 64, -32)[:: 2**mip, :: 2**mip].astype(float)
-    expected = (patch(sections, 13, 32, 32) - area.mean()) / area.std()
+    area = patch(sections, 13, 96, 96, 64, -32).astype(float)
+    # The standard deviation is that of pixels of the patch's mip.
+    mean = area[:: 2**mip, :: 2**mip].mean()
+    expected = (patch(sections, 13, 32, 32) - mean) / area.std()
     np.testing.assert_allclose(ImageSet(path).read(1).src, expected, atol=1e-5)
     reference = ImageSet(path).normalization["reference"]
     assert (reference["mip"], reference["size_px"]) == (mip, size)
@@ -265,7 +267,7 @@ def test_flags_that_cannot_work_are_refused(download, flags, match):
 @pytest.mark.parametrize(
     ("flags", "match"),
     [
-        (["--mip", 2, "--patch_size", 64], "--mip 2.*available: 0, 1"),
+        (["--mip", 2, "--patch_size", 64], r"y 0...256, the volume x 64...320, y -32"),
         (["--mip", 0, "--patch_size", 200], r"y 0...200, the volume x 64...320, y -32"),
         (["--mip", 0, "--patch_size", 64, "--z_start", 10], "9...14.*holds 10...17"),
         (["--mip", 0, "--patch_size", 64, "--z_end", 19], "11...18.*holds 10...17"),
