@@ -67,10 +67,12 @@ class Aligner(nn.Module):
             pass_field: see above.
             checkpoint_name: weights are `<checkpoint_name>.state.pth.tar`.
             operators: "corrected" or "stock".
-            **options: any of `AlignerOptions`; others are ignored, since
-                callers hand theirs on to every module.
+            **options: any of `AlignerOptions`. Modules of the original, which have
+                stock operators, are finetuned unless `finetune` says otherwise, as
+                by metroem 0.1.2 and 0.1.3.
 
         Raises:
+            UsageError: an option that is not known, or cannot be.
             PyramidError: the spec is missing or cannot be built.
             CheckpointError: weights that do not fit the network.
         """
@@ -79,7 +81,10 @@ class Aligner(nn.Module):
         self.checkpoint_name = checkpoint_name
         self.pass_field = pass_field
         self.operators = operators
-        self.options = AlignerOptions().updated(options)
+        defaults = AlignerOptions(finetune=operators == "stock")
+        self.options = defaults.with_all(options)
+        if defaults.finetune and options.get("finetune") is None:
+            logger.info("fields are finetuned, as by the original: none said otherwise")
         spec_path = self.model_folder / "model_spec.json"
         self.net: Any = build_net(spec_path, operators=operators)
         self.net.name = checkpoint_name
