@@ -30,7 +30,15 @@ from metroem.nets.building import (
 )
 from metroem.nets.checkpoint import checkpoint_path, load_weights, save_weights
 from metroem.nets.options import AlignerOptions
-from metroem.prediction import Alignment, Embedding, Found, Prediction, State, or_zeros
+from metroem.prediction import (
+    Alignment,
+    Embedding,
+    Found,
+    Prediction,
+    State,
+    has_features,
+    or_zeros,
+)
 from metroem.tiles import predict_by_tiles
 from metroem.unfold import unfold
 
@@ -239,6 +247,14 @@ class Aligner(nn.Module):
             )
         result = as_torchfields(alignment.field)
         return (result, state) if given.get("return_state") else result
+
+    @torch.no_grad()
+    def has_features(self) -> bool:
+        """Whether the network gives what fields can be finetuned on; runs it once."""
+        blank = torch.zeros(1, 1, 1, 1, device=next(self.net.parameters()).device)
+        return has_features(
+            self._predict(blank, blank, None, ())[1], self.options.finetune_level
+        )
 
     def get_embeddings(
         self, img: Tensor, level: int = 0, preserve_zeros: bool = False

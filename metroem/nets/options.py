@@ -109,7 +109,7 @@ class AlignerOptions:
         if getattr(self, key) is None:
             return
         given = {name: _plain(getattr(self, name)) for name in replaced}
-        if clash := [n for n in replaced if given[n] != _plain(_default(n))]:
+        if clash := [n for n in replaced if given[n] != _plain(getattr(type(self), n))]:
             raise UsageError(
                 f"{key} and {clash[0]} ({given[clash[0]]}) are given: {key} replaces "
                 f"it; say in {key} what is meant, and leave {clash[0]} out"
@@ -180,10 +180,6 @@ class AlignerOptions:
             self,
             **{k: v for k, v in given.items() if k in known and v is not None},
         )
-
-
-def _default(name: str) -> Any:
-    return next(f.default for f in fields(AlignerOptions) if f.name == name)
 
 
 def _plain(value: Any) -> Any:
