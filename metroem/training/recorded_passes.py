@@ -21,6 +21,7 @@ from torch.autograd.function import once_differentiable
 from metroem.errors import ResourceError
 from metroem.prediction import Prediction
 from metroem.recording import recording
+from metroem.training.buffers import buffers_kept
 
 Predict = Callable[[Tensor, Tensor, Tensor | None, tuple[int, ...]], Prediction]
 
@@ -129,7 +130,8 @@ class _Recorded:
         weights = [p for p in net.parameters() if p.requires_grad]
         others = [nn.Parameter(p.detach()) for p in weights]
         with _replaced(net, dict(zip(weights, others, strict=True))):
-            predict(*self.given)  # in case that it has to be compiled for them
+            with buffers_kept(net):
+                predict(*self.given)  # in case that it has to be compiled for them
             with passes.recording(self.forward):
                 prediction = predict(*self.given)
         made = _tensors(prediction)
