@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from typing import Any
 
+import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -35,11 +36,14 @@ def _blocks(net: nn.Module) -> Iterator[nn.Module]:
 
 
 def _computed_again(block: nn.Module) -> Callable[..., Any]:
-    forward, more = block.forward, {}
-    if any(True for _ in block.buffers()):  # torch.compile takes no context_fn
-        more["context_fn"] = lambda: (nullcontext(), buffers_kept(block))
+    forward = block.forward
+    has_buffers = any(True for _ in block.buffers())
 
     def computed(*given: Any) -> Any:
+        more = {}
+        # Compiled, it writes into buffers once as it is; and takes no contexts.
+        if has_buffers and not torch.compiler.is_compiling():
+            more["context_fn"] = lambda: (nullcontext(), buffers_kept(block))
         return checkpoint(forward, *given, use_reentrant=False, **more)
 
     return computed

@@ -13,12 +13,14 @@ from metroem.scaffold import init_pyramid
 from metroem.training import recorded_passes, stage
 from metroem.training.activations import checkpoint_activations
 from metroem.training.buffers import buffers_kept, evaluating, restore_buffers
+from metroem.training.compiling import compile_network
 from metroem.training.model import TrainingModel
 from metroem.training.recorded_passes import RecordedPasses
 from tests.nets.specs import scalenet, write_spec
 from tests.pairs import write_pairs
 
 ROWS, COLS = 24, 40
+SLOW = pytest.mark.slow
 
 
 def with_batchnorm(spec):
@@ -68,7 +70,9 @@ def test_a_block_leaves_buffers_as_they_were(tmp_path):
     assert_equal(statistics(net), before)
 
 
-def test_recording_a_pass_leaves_statistics_as_they_were(tmp_path, monkeypatch):
+def test_recording_a_pass_leaves_statistics_and_chance_as_they_were(
+    tmp_path, monkeypatch
+):
     aligner = make_aligner(tmp_path)
     # What is recorded on a GPU is not done; here it is, once, and what comes first not.
     stub = SimpleNamespace(recording=lambda graph: nullcontext())
@@ -80,17 +84,27 @@ def test_recording_a_pass_leaves_statistics_as_they_were(tmp_path, monkeypatch):
     once = statistics(aligner.net)
     restore_buffers(list(zip(aligner.net.buffers(), before, strict=True)))
 
-    RecordedPasses(predict, aligner.net)._record(images(), ())
+    def draw_and_predict(*given):  # as a network with dropout
+        return predict(*given)._replace(trust=torch.rand(3))
+
+    torch.manual_seed(5)
+    recorded = RecordedPasses(draw_and_predict, aligner.net)._record(images(), ())
 
     assert_equal(statistics(aligner.net), once)
+    torch.manual_seed(5)
+    assert torch.equal(recorded.prediction.trust, torch.rand(3))
 
 
-def test_a_pass_computed_again_counts_once(tmp_path):
+@pytest.mark.parametrize("compiles", [False, pytest.param(True, marks=SLOW)])
+def test_a_pass_computed_again_counts_once(tmp_path, compiles):
     found = []
     for again in (False, True):
-        net = make_aligner(tmp_path).net
+        aligner = make_aligner(tmp_path)
+        net = aligner.net
         if again:
             checkpoint_activations(net)
+        if compiles:
+            compile_network(aligner, backend="aot_eager")
         net(x=torch.cat(images(), 1)).square().sum().backward()
         found.append(statistics(net))
     assert_equal(*found)
