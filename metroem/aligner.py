@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from metroem.both_ways import agree
 from metroem.boundary import read_given
+from metroem.errors import UsageError
 from metroem.field import compose, invert, warp
 from metroem.field_search import Finetuned
 from metroem.finetuner import as_torchfields, plain_batch
@@ -90,7 +91,10 @@ class Aligner(nn.Module):
         self.pass_field = pass_field
         self.operators = operators
         defaults = AlignerOptions(finetune=operators == "stock")
-        self.options = defaults.with_all(options)
+        try:
+            self.options = defaults.with_all(options)
+        except UsageError as error:
+            raise UsageError(f"{self.model_folder}: {error}") from None
         if defaults.finetune and options.get("finetune") is None:
             logger.info("fields are finetuned, as by the original: none said otherwise")
         spec_path = self.model_folder / "model_spec.json"

@@ -84,7 +84,7 @@ def _without_in_place(net: nn.Module) -> nn.Module:
         if type(module) is nn.ReLU:
             module.__class__ = _ReLU
         if getattr(module, "inplace", False):
-            module.inplace = False
+            module.inplace = False  # type: ignore[assignment]
     return net
 
 

@@ -59,8 +59,9 @@ def test_a_module_of_the_original_is_finetuned_unless_it_says_otherwise(
 ):
     # As by metroem 0.1.2 and 0.1.3.
     path = write_module(tmp_path / "0_mip8in_old", OLD_CREATE)
+    torch.manual_seed(0)
     with caplog.at_level(logging.INFO, "metroem"):
-        module = load_module(path, finetune_iter=5)
+        module = load_module(path, finetune_iter=30, finetune_sm=1.0)
     assert "finetuned, as by the original" in caplog.text
 
     field = module(**pair())
@@ -81,8 +82,15 @@ def test_a_module_of_ours_is_finetuned_when_asked(tmp_path):
 
 @pytest.mark.parametrize("operators", ["stock", "corrected"])
 def test_an_option_that_is_not_known_is_refused_by_its_name(tmp_path, operators):
-    with pytest.raises(UsageError, match="^finetune_itr: no option.*finetune_iter"):
+    says = f"^{tmp_path}: finetune_itr: no option of an aligner.*finetune_iter"
+    with pytest.raises(UsageError, match=says):
         make_aligner(tmp_path, operators=operators, finetune_itr=5)
+
+
+def test_the_module_that_hands_over_such_an_option_is_named(tmp_path):
+    path = write_module(tmp_path / "0_mip8in_old", OLD_CREATE)
+    with pytest.raises(UsageError, match=f"^{path}/model: gpu: no option"):
+        load_module(path, gpu=0)
 
 
 @pytest.mark.parametrize("name", ["finetune_knots", "none"])
