@@ -151,12 +151,13 @@ def _shrinks(module: nn.Module) -> int:
     """How many times smaller than its input the smallest map in a module is."""
     if isinstance(module, ScaleNet):
         coarsest = max(_levels(module), default=0)
-        return max(
+        nested = [
             2 ** int(level) * _shrinks(part)
             for kind in ("upmodules", "downmodules", "skiplinks")
             for level, part in getattr(module, f"level_{kind}").items()
             if int(level) <= coarsest
-        )
+        ]
+        return max(nested, default=1)
     if isinstance(module, _SHRINKING):
         stride = module.stride
         return max(stride) if isinstance(stride, tuple) else stride
