@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from metroem.both_ways import agree
 from metroem.boundary import read_given
+from metroem.errors import UsageError
 from metroem.field import compose, invert, warp
 from metroem.field_search import Finetuned
 from metroem.finetuner import as_torchfields, plain_batch
@@ -30,7 +31,15 @@ from metroem.nets.building import (
 )
 from metroem.nets.checkpoint import checkpoint_path, load_weights, save_weights
 from metroem.nets.options import AlignerOptions
-from metroem.prediction import Alignment, Embedding, Found, Prediction, State, or_zeros
+from metroem.prediction import (
+    Alignment,
+    Embedding,
+    Found,
+    Prediction,
+    State,
+    has_features,
+    or_zeros,
+)
 from metroem.tiles import predict_by_tiles
 from metroem.unfold import unfold
 
@@ -67,10 +76,12 @@ class Aligner(nn.Module):
             pass_field: see above.
             checkpoint_name: weights are `<checkpoint_name>.state.pth.tar`.
             operators: "corrected" or "stock".
-            **options: any of `AlignerOptions`; others are ignored, since
-                callers hand theirs on to every module.
+            **options: any of `AlignerOptions`. Modules of the original, which have
+                stock operators, are finetuned unless `finetune` says otherwise, as
+                by metroem 0.1.2 and 0.1.3.
 
         Raises:
+            UsageError: an option that is not known, or cannot be.
             PyramidError: the spec is missing or cannot be built.
             CheckpointError: weights that do not fit the network.
         """
@@ -79,7 +90,13 @@ class Aligner(nn.Module):
         self.checkpoint_name = checkpoint_name
         self.pass_field = pass_field
         self.operators = operators
-        self.options = AlignerOptions().updated(options)
+        defaults = AlignerOptions(finetune=operators == "stock")
+        try:
+            self.options = defaults.with_all(options)
+        except UsageError as error:
+            raise UsageError(f"{self.model_folder}: {error}") from None
+        if defaults.finetune and options.get("finetune") is None:
+            logger.info("fields are finetuned, as by the original: none said otherwise")
         spec_path = self.model_folder / "model_spec.json"
         self.net: Any = build_net(spec_path, operators=operators)
         self.net.name = checkpoint_name
@@ -234,6 +251,14 @@ class Aligner(nn.Module):
             )
         result = as_torchfields(alignment.field)
         return (result, state) if given.get("return_state") else result
+
+    @torch.no_grad()
+    def has_features(self) -> bool:
+        """Whether the network gives what fields can be finetuned on; runs it once."""
+        blank = torch.zeros(1, 1, 1, 1, device=next(self.net.parameters()).device)
+        return has_features(
+            self._predict(blank, blank, None, ())[1], self.options.finetune_level
+        )
 
     def get_embeddings(
         self, img: Tensor, level: int = 0, preserve_zeros: bool = False

@@ -163,8 +163,8 @@ def optimize_pre_post_ups(
             for d in (src_defects, tgt_defects)
         ),
     )
-    similarity_weight = weigh(_rules(mse_keys_to_apply, "mse_keys_to_apply"), maps)
-    smoothness_weight = weigh(_rules(sm_keys_to_apply, "sm_keys_to_apply"), maps)
+    similarity_weight = weigh(mask_rules(mse_keys_to_apply, "mse_keys_to_apply"), maps)
+    smoothness_weight = weigh(mask_rules(sm_keys_to_apply, "sm_keys_to_apply"), maps)
     if normalize:
         src = normalize_jointly(src, ~no_data[0])
         tgt = normalize_jointly(tgt, ~no_data[1])
@@ -231,6 +231,7 @@ def _marked(features: Tensor, no_data: Tensor) -> Tensor:
     return torch.cat((torch.where(no_data, 0.0, first), features[:, 1:]), 1)
 
 
-def _rules(spec: dict[str, Any] | None, where: str) -> MaskRules:
+def mask_rules(spec: dict[str, Any] | None, where: str) -> MaskRules:
+    """Mask rules as callers of the original write them; see `parse_mask_rules`."""
     # Through JSON, since callers write tuples where a schedule has lists.
     return parse_mask_rules(json.loads(json.dumps(spec or {})), where)

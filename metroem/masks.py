@@ -149,9 +149,9 @@ def _defects(side: str) -> MaskRule:
     return MaskRule(f"{side}_defects", strategy="eq", rings=((1, 0.0),))
 
 
-# The finetuner's rules in the original (`aligner.py`), also those of the stock
-# schedules: no similarity at "no data" and defects, free tearing at both. It leaves
-# the defects of tgt out, as if a fold of tgt had something to be aligned to.
+# The finetuner's rules in the original (`aligner.py`), also of schedules that name
+# none: no similarity at "no data" and defects, free tearing at both. It leaves the
+# defects of tgt out, as if a fold of tgt had something to be aligned to.
 SIMILARITY_RULES = MaskRules(
     src=(_no_data("src"), _defects("src")), tgt=(_no_data("tgt"), _defects("tgt"))
 )

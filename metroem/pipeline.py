@@ -236,7 +236,8 @@ def _check_compile(modules: list[ModuleSpec], device: torch.device) -> None:
     """Refuse --compile, before hours of work, where it cannot work."""
     check_compiler(device)
     for module in modules:
-        aligner: Aligner = load_module(module.path).aligner  # type: ignore[assignment]
+        loaded = load_module(module.path, finetune=False)
+        aligner: Aligner = loaded.aligner  # type: ignore[assignment]
         check_compiles(aligner, module.path)
 
 

@@ -11,6 +11,12 @@ from metroem.field_search import Finetuned
 State = dict[str, dict[str, dict[str, Tensor]]]  # of a network
 
 
+def has_features(state: State, level: int) -> bool:
+    """Whether a level gives src and tgt more than a channel each, the image's."""
+    level_state = state["up"].get(str(level))
+    return level_state is None or level_state["output"].shape[1] > 2
+
+
 class Embedding(NamedTuple):
     """Features of a pair at one level; channel 0 is the image itself."""
 
@@ -27,7 +33,7 @@ class Embedding(NamedTuple):
             level: of the features.
 
         Raises:
-            PyramidError: the network has no such level.
+            PyramidError: the network has no such level, or no features there.
         """
         up = state["up"]
         if str(level) not in up:
@@ -36,8 +42,18 @@ class Embedding(NamedTuple):
                 f"module's create.py); its network has levels {', '.join(up)}: name "
                 "one of them"
             )
+        output = up[str(level)]["output"]
+        if not has_features(state, level):
+            others = [key for key in up if has_features(state, int(key))]
+            raise PyramidError(
+                f"level {level} of the network gives the image alone, no features to "
+                f"compare; levels with features: {', '.join(others) or 'none'}. Name "
+                "one of them (`finetune_level` with `finetune_knots` in the module's "
+                "create.py, `levels` of a metric loss), or do not finetune "
+                "(finetune=False, --no_finetune)"
+            )
         rows, cols = (-(-size // 2**level) for size in shape)
-        return cls(*up[str(level)]["output"][..., :rows, :cols].chunk(2, dim=1))
+        return cls(*output[..., :rows, :cols].chunk(2, dim=1))
 
 
 class Prediction(NamedTuple):

@@ -214,8 +214,8 @@ class TestBoundary:
 
         assert field.shape == (1, 2, 21, 30)
 
-    def test_keywords_that_are_not_known_are_ignored(self, tmp_path):
-        aligner = make_aligner(tmp_path, gpu=3, deprecated=[1])
+    def test_layers_that_are_not_known_are_ignored(self, tmp_path):
+        aligner = make_aligner(tmp_path, finetune=False)
 
         aligner(
             src_img=texture(21, 30),

@@ -183,6 +183,8 @@ def random_field(
 
     Returns:
         (1, 2, H, W), pixels, within the range of the knots.
+
+    Source: the original's `augmentations.py`, for areas whose sides are powers of 2.
     """
     rows, cols = shape
     difficulty = options.difficulty
@@ -190,9 +192,14 @@ def random_field(
         difficulty = int(torch.randint(difficulty + 1, (), generator=generator))
     knots = 2**difficulty
     # One knot more on each side than the area has, so that it may be shifted.
-    displacements = torch.rand(1, 2, knots + 2, knots + 2, generator=generator)
+    drawn = knots + 2 if options.random_epicenters else knots
+    displacements = torch.rand(1, 2, drawn, drawn, generator=generator)
     spread = options.max_disp - options.min_disp
     displacements = options.min_disp + spread * displacements
+    if not options.random_epicenters:
+        # Beyond its outermost knots the field turns back; that of one knot is a shift.
+        mode = "reflect" if knots > 1 else "replicate"
+        displacements = F.pad(displacements, (1, 1, 1, 1), mode)
     step_rows, step_cols = math.ceil(rows / knots), math.ceil(cols / knots)
     field = F.interpolate(
         displacements,

@@ -3,19 +3,23 @@
 import contextlib
 import io
 import json
+import math
 import os
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import torch.nn.functional as F
 from artificery import Artificery
-from torch import nn
+from scalenet import ScaleNet
+from torch import Tensor, nn
 
 from metroem.errors import PyramidError
 from metroem.nets.operators import CORRECTED_PARSERS
 
 OPERATORS = ("corrected", "stock")
+_SHRINKING = (nn.AvgPool2d, nn.MaxPool2d, nn.Conv2d)  # by their stride
 
 
 def build_net(spec_path: Path, *, operators: str) -> nn.Module:
@@ -42,7 +46,7 @@ def build_net(spec_path: Path, *, operators: str) -> nn.Module:
     try:
         # artificery and scalenet print what they parse.
         with contextlib.redirect_stdout(io.StringIO()):
-            return builder.parse(spec_path.name)
+            return _without_in_place(builder.parse(spec_path.name))
     except PyramidError as error:
         raise PyramidError(f"{spec_path}: {error}") from error
     except Exception as error:  # artificery has no errors of its own
@@ -63,6 +67,34 @@ def stock_warnings_silenced() -> Iterator[None]:
         yield
 
 
+class _ReLU(nn.ReLU):
+    """A ReLU that leaves what it is given, and does not need what it gave.
+
+    Values and gradients are those of ReLU, which keeps its output for the backward
+    pass: `convblock` adds to that in place.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.threshold(x, 0.0, 0.0)
+
+
+def _without_in_place(net: nn.Module) -> nn.Module:
+    """Let no layer write into what others may still need."""
+    for module in net.modules():
+        if type(module) is nn.ReLU:
+            module.__class__ = _ReLU
+        if getattr(module, "inplace", False):
+            module.inplace = False  # type: ignore[assignment]
+    return net
+
+
+def _refuse_mask(spec: dict[str, Any], create_module: Any) -> nn.Module:
+    raise PyramidError(
+        "mask_output_based_on_input does not run on this version of torch (artificery "
+        'masks by bytes); take it out of the spec: "no data" is masked in the losses'
+    )
+
+
 class _Builder(Artificery):
     """artificery's builder, with files looked up beside the spec alone.
 
@@ -72,6 +104,7 @@ class _Builder(Artificery):
 
     def __init__(self, folder: Path) -> None:
         super().__init__()
+        self.parsers["mask_output_based_on_input"] = _refuse_mask
         self._root = self._folder = Path(os.path.normpath(folder))
 
     def parse(self, params_file: str) -> nn.Module:
@@ -100,17 +133,37 @@ def side_multiple(net: nn.Module, spec_path: Path) -> int:
     Raises:
         PyramidError: it has no levels.
     """
-    levels = [
-        int(level)
-        for part in ("level_upmodules", "level_downmodules")
-        for level in getattr(net, part, {})
-    ]
+    levels = _levels(net)
     if not levels:
         raise PyramidError(
             f"{spec_path}: no levels; expected a net of type scalenet with "
             "upmodules and downmodules"
         )
-    return 2 ** max(levels)
+    return _shrinks(net) if isinstance(net, ScaleNet) else 2 ** max(levels)
+
+
+def _levels(net: nn.Module) -> list[int]:
+    parts = ("level_upmodules", "level_downmodules")
+    return [int(level) for part in parts for level in getattr(net, part, {})]
+
+
+def _shrinks(module: nn.Module) -> int:
+    """How many times smaller than its input the smallest map in a module is."""
+    if isinstance(module, ScaleNet):
+        coarsest = max(_levels(module), default=0)
+        nested = [
+            2 ** int(level) * _shrinks(part)
+            for kind in ("upmodules", "downmodules", "skiplinks")
+            for level, part in getattr(module, f"level_{kind}").items()
+            if int(level) <= coarsest
+        ]
+        return max(nested, default=1)
+    if isinstance(module, _SHRINKING):
+        stride = module.stride
+        return max(stride) if isinstance(stride, tuple) else stride
+    parts = [_shrinks(part) for part in module.children()]
+    in_turn = isinstance(module, nn.Sequential)
+    return math.prod(parts) if in_turn else max(parts, default=1)
 
 
 def padding(

@@ -62,7 +62,8 @@ class RandomWarp:
         min_disp: least displacement of a knot, px.
         max_disp: largest displacement of a knot, px.
         randomize_d: draw the difficulty from 0..difficulty.
-        random_epicenters: shift the knots by a random part of their distance.
+        random_epicenters: shift the knots by a random part of their distance. Without
+            it they lie evenly, and one knot (difficulty 0) is a shift of the whole tgt.
     """
 
     prob: float = 1.0

@@ -1,10 +1,14 @@
 """Activations that are computed again in the backward pass, not kept for it."""
 
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from typing import Any
 
+import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
+
+from metroem.training.buffers import buffers_kept
 
 
 def checkpoint_activations(net: nn.Module) -> None:
@@ -18,7 +22,7 @@ def checkpoint_activations(net: nn.Module) -> None:
         net: with `level_upmodules` and `level_downmodules`.
     """
     for block in _blocks(net):
-        block.forward = _computed_again(block.forward)  # type: ignore[method-assign]
+        block.forward = _computed_again(block)  # type: ignore[method-assign]
 
 
 def _blocks(net: nn.Module) -> Iterator[nn.Module]:
@@ -31,8 +35,15 @@ def _blocks(net: nn.Module) -> Iterator[nn.Module]:
                 yield block
 
 
-def _computed_again(forward: Callable[..., Any]) -> Callable[..., Any]:
+def _computed_again(block: nn.Module) -> Callable[..., Any]:
+    forward = block.forward
+    has_buffers = any(True for _ in block.buffers())
+
     def computed(*given: Any) -> Any:
-        return checkpoint(forward, *given, use_reentrant=False)
+        more = {}
+        # Compiled, it writes into buffers once as it is; and takes no contexts.
+        if has_buffers and not torch.compiler.is_compiling():
+            more["context_fn"] = lambda: (nullcontext(), buffers_kept(block))
+        return checkpoint(forward, *given, use_reentrant=False, **more)
 
     return computed

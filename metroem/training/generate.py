@@ -197,7 +197,15 @@ def _load(job: FieldJob) -> Aligner:
         pass_field=True,
         finetune_iter=finetune_iterations(job.module.stage),
     )
-    return module.aligner.to(job.device).eval()  # type: ignore[union-attr]
+    aligner: Aligner = module.aligner.to(job.device).eval()  # type: ignore
+    if not aligner.has_features():
+        logger.warning(
+            "%s: level %d of its network gives the image alone, no features: fields "
+            "are not finetuned",
+            *(job.module.path, aligner.options.finetune_level),
+        )
+        aligner.options = replace(aligner.options, finetune=False)
+    return aligner
 
 
 def _generate_set(

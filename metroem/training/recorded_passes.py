@@ -21,6 +21,7 @@ from torch.autograd.function import once_differentiable
 from metroem.errors import ResourceError
 from metroem.prediction import Prediction
 from metroem.recording import recording
+from metroem.training.buffers import buffers_kept
 
 Predict = Callable[[Tensor, Tensor, Tensor | None, tuple[int, ...]], Prediction]
 
@@ -129,7 +130,10 @@ class _Recorded:
         weights = [p for p in net.parameters() if p.requires_grad]
         others = [nn.Parameter(p.detach()) for p in weights]
         with _replaced(net, dict(zip(weights, others, strict=True))):
-            predict(*self.given)  # in case that it has to be compiled for them
+            # In case that it has to be compiled for them. No update comes of this pass:
+            # it leaves no trace in statistics, nor in chance.
+            with buffers_kept(net), torch.random.fork_rng(_gpus(given)):
+                predict(*self.given)
             with passes.recording(self.forward):
                 prediction = predict(*self.given)
         made = _tensors(prediction)
@@ -211,6 +215,10 @@ def _is_worth_it(given: Sequence[Tensor]) -> bool:
     src = given[0]
     wants_gradient = torch.is_grad_enabled() and any(x.requires_grad for x in given)
     return src.is_cuda and src.numel() <= _MOST_PX and not wants_gradient
+
+
+def _gpus(given: Sequence[Tensor]) -> list[torch.device]:
+    return [given[0].device] if given[0].is_cuda else []
 
 
 def _tensors(prediction: Prediction) -> list[Tensor]:

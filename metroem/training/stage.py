@@ -21,6 +21,7 @@ from metroem.progress import progress
 from metroem.specs.pyramid import ModuleSpec
 from metroem.specs.schedule import Phase
 from metroem.training import distributed
+from metroem.training.buffers import evaluating, keep_buffers, restore_buffers
 from metroem.training.checkpoint import (
     RunFolder,
     TrainingState,
@@ -226,13 +227,15 @@ class StageTrainer:
         def loss_of(sample: Sample) -> tuple[LossTerms, Tensor]:
             pairs.append(sample.pair)
             sample = self.before.with_prior(sample.to(self.settings.device))
-            sample = with_natural_field(sample, inner, phase.known_warp)
+            with evaluating(inner):
+                sample = with_natural_field(sample, inner, phase.known_warp)
             prediction = self.model(sample, levels)
             # Chance within a step is a function of its place, as its samples are.
             chance = key.generator(-1 - self.state.step)
             terms = phase_loss(phase, sample, prediction, chance, inner.options)
             return terms, scores_of(prediction, terms, sample.prior_field)
 
+        kept = keep_buffers(self.aligner.net)
         step = train_step(
             (partial(loss_of, sample) for sample in islice(samples, phase.accumulate)),
             optimizer.adam,
@@ -243,6 +246,8 @@ class StageTrainer:
         )
         if step.taken:
             optimizer.note_update()
+        else:
+            restore_buffers(kept)
         suspects = compress(pairs, step.suspects)
         return step, [name for pair in suspects for name in pair]
 

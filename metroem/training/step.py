@@ -11,6 +11,7 @@ from metroem.aligner import Prediction
 from metroem.data.epoch import ValidationPairs
 from metroem.data.sample import Sample, seeded_generator
 from metroem.loss import LossTerms
+from metroem.training.buffers import evaluating
 from metroem.training.distributed import largest, rank, total, world_size
 from metroem.training.model import TrainingModel, inner_model
 from metroem.training.natural import with_natural_field
@@ -154,7 +155,7 @@ def validate(
     """Mean scores over the held-out pairs, which the ranks share.
 
     Args:
-        model: a `TrainingModel`, or DDP around one; left in training mode.
+        model: a `TrainingModel`, or DDP around one; left in the mode that it is in.
         samples: held out, of the phase whose loss is measured; without any there
             are no scores.
         before: the stages before, which give samples of known warps their prior.
@@ -165,17 +166,15 @@ def validate(
         return None
     phase = samples.phase
     inner = inner_model(model)
-    inner.eval()
     sums = torch.zeros(len(Scores._fields), device=device)
     for index in range(rank(), len(samples), world_size()):
-        with torch.no_grad():
+        with torch.no_grad(), evaluating(inner):
             sample, prediction = _predict_held_out(
                 inner, samples, index, before, device
             )
             chance = seeded_generator(seed, index)
             terms = phase_loss(phase, sample, prediction, chance, inner.options)
         sums += scores_of(prediction, terms, sample.prior_field)
-    inner.train()
     return Scores(*(total(sums) / len(samples)).tolist())
 
 
@@ -193,10 +192,8 @@ def first_held_out(
     if not len(samples):
         return None
     inner = inner_model(model)
-    inner.eval()
-    with torch.no_grad():
+    with torch.no_grad(), evaluating(inner):
         sample, prediction = _predict_held_out(inner, samples, 0, before, device)
-    inner.train()
     return HeldOut(sample, prediction.field)
 
 

@@ -44,7 +44,9 @@ def path(tmp_path_factory, numbers):
 def test_it_gives_the_field_that_it_always_gave(
     path, numbers, pass_field, prior, expected
 ):
-    module = load_module(path, checkpoint_name="ck", pass_field=pass_field)
+    module = load_module(
+        path, checkpoint_name="ck", pass_field=pass_field, finetune=False
+    )
 
     field = module(
         src_img=numbers["src"],
@@ -62,7 +64,7 @@ def test_it_gives_the_field_that_it_always_gave(
 def test_a_prior_is_not_counted_twice(path, numbers):
     # With pass_field=False the original warps src by the prior, hands the prior to the
     # network as well, and composes.
-    module = load_module(path, checkpoint_name="ck", pass_field=False)
+    module = load_module(path, checkpoint_name="ck", pass_field=False, finetune=False)
     pair = {"src_img": numbers["src"], "tgt_img": numbers["tgt"]}
 
     field = module(**pair, src_agg_field=numbers["prior"]).as_subclass(torch.Tensor)
@@ -73,7 +75,7 @@ def test_a_prior_is_not_counted_twice(path, numbers):
 
 
 def test_it_returns_the_state_that_it_always_gave(path, numbers):
-    module = load_module(path, checkpoint_name="ck")
+    module = load_module(path, checkpoint_name="ck", finetune=False)
 
     _, state = module(src_img=numbers["src"], tgt_img=numbers["tgt"], return_state=True)
 

@@ -245,3 +245,37 @@ def test_a_sample_takes_its_masks_to_a_device(sample):
     moved = marked.to(torch.device("meta"))
     assert moved.tgt_defects.device.type == "meta" and moved.src_defects is None
     assert moved.pair == ("a",)
+
+
+@pytest.mark.parametrize("randomize", [False, True])
+def test_one_knot_without_epicenters_shifts_the_whole_of_tgt(randomize):
+    options = RandomWarp(1.0, 0, -8, 12, randomize, random_epicenters=False)
+    shifts = []
+    for seed in range(20):
+        field = random_field((ROWS, COLS), options, seeded_generator(seed))
+        spread = field.amax((2, 3)) - field.amin((2, 3))
+        assert spread.max() < 1e-5
+        shifts.append(field[0, :, 0, 0])
+    low, high = torch.stack(shifts).aminmax(dim=0)
+    # 20 draws leave less than a third of the range at either end: (2/3)**20 < 4e-4.
+    assert (
+        (low < -1).all() and (high > 5).all() and low.min() >= -8 and high.max() <= 12
+    )
+    assert all(abs(float(cols - rows)) > 1e-3 for cols, rows in shifts)
+
+
+def test_without_epicenters_the_knots_lie_evenly_and_the_field_turns_back_beyond():
+    options = RandomWarp(1.0, 1, -8, 8, random_epicenters=False)
+    field = random_field((10, 18), options, seeded_generator(4))
+    # Knots at rows 2 and 7, at cols 4 and 13.
+    top, bottom = (field[..., row, :] for row in (2, 7))
+
+    def at(row, col):
+        down, right = (row - 2) / 5, (col - 4) / 9
+        left = torch.lerp(top[..., 4], bottom[..., 4], down)
+        return torch.lerp(left, torch.lerp(top[..., 13], bottom[..., 13], down), right)
+
+    assert not torch.allclose(at(2, 4), at(7, 13), atol=0.1)
+    torch.testing.assert_close(field[..., 3, 6], at(3, 6))
+    torch.testing.assert_close(field[..., 0, 6], at(2 * 2 - 0, 6))
+    torch.testing.assert_close(field[..., 3, 17], at(3, 2 * 13 - 17))

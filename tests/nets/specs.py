@@ -57,6 +57,15 @@ CORRELATION = {
 }
 
 
+def without_features() -> dict[str, Any]:
+    """A spec of two levels, whose level 0 is the image alone."""
+    spec = scalenet(4, 6)
+    del spec["upmodules"]["0"]
+    spec["downmodules"]["0"]["arch_desc"]["inner_module"] = convblock(2, 8, 2)
+    spec["upmodules"]["1"] = level(1, 6)[0]
+    return spec
+
+
 def write_spec(folder: Path, spec: dict[str, Any]) -> Path:
     path = folder / "model_spec.json"
     path.write_text(json.dumps(spec))

@@ -62,7 +62,7 @@ def test_a_fresh_module_loads(tmp_path):
 def test_a_published_module_loads_with_stock_operators(tmp_path):
     path = write_module(tmp_path / "0_mip8in_old", OLD_CREATE)
 
-    module = load_module(path, finetune=False, pass_field=True, gpu="0")
+    module = load_module(path, finetune=False, pass_field=True)
 
     assert module.aligner.operators == "stock"
     field = module(src_img=torch.rand(40, 56), tgt_img=torch.rand(40, 56))

@@ -14,24 +14,6 @@ from metroem.specs.schedule import MODES, Phase, load_schedule, parse_schedule
 PHASE = {"lr": 1e-3, "num_epochs": 5, "smoothness": 10}
 
 
-def test_the_classic_schedules_are_those_of_the_original():
-    classic = load_schedule("classic", None)
-    assert sorted(classic.phases) == [3, 4, 5, 6, 7]
-    plain, metric = classic.for_mip(5)
-    assert (plain.losses, plain.num_epochs, plain.lr) == ((LossSpec(),), 100, 3e-5)
-    assert (metric.num_epochs, metric.smoothness) == (4000, 25)
-    (loss,) = metric.losses
-    assert (loss.type, loss.pre_align_sample, loss.pre_align_weight) == (
-        *("metric", 32),
-        0.8,
-    )
-    assert metric.lr_schedule == "constant" and metric.max_grad_norm is None
-    (finetune,) = load_schedule("classic_finetune", None).for_mip(7)
-    assert finetune.lr == 5e-6
-    (warp,) = [a for a in finetune.augmentations if isinstance(a, RandomWarp)]
-    assert warp.prob == 0.8 and warp.max_disp == 12
-
-
 @pytest.mark.parametrize("mode", ["scratch", "aligned", "finetune"])
 @pytest.mark.parametrize("mip", [0, 2, 5])
 def test_our_schedules_know_the_truth_at_every_mip(mode, mip):

@@ -1,14 +1,22 @@
 """Fields of a stage; what comes before and after them is in tests/test_train.py."""
 
+import logging
 from types import SimpleNamespace
 
 import torch
 
 from metroem.grid import Grid
+from metroem.io.h5 import FieldSet, ImageSet
+from metroem.nets.loading import load_module
 from metroem.nets.options import AlignerOptions
 from metroem.prediction import Alignment
+from metroem.scaffold import init_pyramid
+from metroem.specs.pyramid import ModuleSpec
 from metroem.tiles import Tiling
-from metroem.training.generate import _field_of, _meta
+from metroem.training.generate import FieldJob, _field_of, _meta, generate_fields
+from metroem.training.stopping import StopRequest
+from tests.nets.specs import without_features, write_spec
+from tests.pairs import write_pairs
 
 
 def test_large_sections_are_shown_to_the_network_tile_by_tile():
@@ -46,3 +54,32 @@ def test_fields_state_the_resolution_of_their_images():
     job = SimpleNamespace(weights="weights", module=module, checkpoint_name="a")
     meta = _meta(job, target, {"weights_sha256": ""})  # type: ignore[arg-type]
     assert meta.attributes()["resolution"] == [4, 6, 40]
+
+
+def test_fields_of_a_network_without_features_are_those_that_it_gives(tmp_path, caplog):
+    write_pairs(tmp_path, mips=(0,), num_pairs=1, shape=(32, 48))
+    (path,) = init_pyramid(tmp_path / "pyramid", [0], "scalenet")
+    write_spec(path / "model", without_features())
+    options = path / "create.py"  # finetuned as by the original, on level 0
+    options.write_text(options.read_text().replace("OPTIONS | params", "params"))
+    torch.manual_seed(0)
+    module = load_module(path, finetune=False)
+    with torch.no_grad():  # fresh ones move nothing
+        for parameter in module.aligner.net.parameters():
+            parameter.mul_(3)
+    module.aligner.save_checkpoint(path / "model")
+    spec = ModuleSpec.from_path(path)
+    job = FieldJob(spec, None, tmp_path, "checkpoint", torch.device("cpu"))
+
+    with caplog.at_level(logging.INFO, "metroem"):
+        generate_fields(job, StopRequest(None))
+
+    (pair,) = [ImageSet(tmp_path / "x0_y0_z1_MIP0.h5").read(0)]
+    images = [torch.from_numpy(image)[None, None] for image in pair[:2]]
+    field = FieldSet(tmp_path / "field_0_x0_y0_z1_MIP0_checkpoint.h5").read(0)
+    expected = module.aligner.align(*images)[0]
+    assert expected.abs().mean() > 0.1
+    # Stored to 0.01 px.
+    torch.testing.assert_close(torch.from_numpy(field), expected, atol=0.011, rtol=0)
+    assert "0_mip0in_scalenet: level 0 of its network gives the image" in caplog.text
+    assert "nan" not in caplog.text

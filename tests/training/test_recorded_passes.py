@@ -13,6 +13,7 @@ from metroem.training import recorded_passes
 from metroem.training.compiling import compile_network
 from metroem.training.model import TrainingModel
 from metroem.training.recorded_passes import RecordedPasses
+from tests.training.test_buffers import make_aligner as with_statistics
 
 ROWS, COLS = 64, 96
 
@@ -273,3 +274,21 @@ def test_ranks_train_on_recorded_passes(tmp_path, without_tf32):
     finally:
         torch.distributed.destroy_process_group()
     assert len(model._passes._recorded) == 1
+
+
+@pytest.mark.gpu
+@needs_gpu
+def test_statistics_see_each_recorded_pass_once(tmp_path, without_tf32):
+    aligner = with_statistics(tmp_path).to("cuda")
+    model = TrainingModel(aligner, "fp32", is_recorded=True)
+    found = []
+    for run in (model._passes, model._pass):
+        for buffer in aligner.net.buffers():
+            buffer.zero_()
+        for seed in range(7):
+            given = (*(x.cuda() for x in images(2, seed=seed)), None)
+            gradients_of(run, aligner.net, given, ())
+        found.append([buffer.clone() for buffer in aligner.net.buffers()])
+    assert len(model._passes._recorded) == 1
+    for ours, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(ours, theirs)
