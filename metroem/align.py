@@ -14,6 +14,7 @@ from metroem.data.sample import Sample
 from metroem.errors import PyramidError, UsageError
 from metroem.field import move_field
 from metroem.grid import Grid
+from metroem.nets.checkpoint import check_weights
 from metroem.nets.loading import load_module
 from metroem.nets.options import AlignerOptions
 from metroem.normalize import coarsen_image, normalize, tissue_statistics
@@ -53,16 +54,25 @@ class Pyramid:
     def load(
         cls,
         path: str | Path,
-        checkpoint_name: str = "checkpoint",
+        checkpoint_name: str | None = "checkpoint",
         device: str | torch.device = "cpu",
     ) -> "Pyramid":
         """Load every module of a pyramid.
 
+        Args:
+            path: directory of the pyramid.
+            checkpoint_name: of the weights; None: untrained networks, whose weights
+                are torch's next random numbers (`torch.manual_seed`).
+            device: where they run.
+
         Raises:
             PyramidError: a directory that is no pyramid, or a broken module.
-            CheckpointError: weights that do not fit.
+            CheckpointError: weights that some module does not have, or that do not
+                fit.
         """
         modules = find_modules(Path(path))
+        if checkpoint_name is not None:
+            check_weights(modules, checkpoint_name, str(path))
         device = torch.device(device)
         aligners = [
             load_module(

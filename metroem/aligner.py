@@ -44,7 +44,7 @@ class Aligner(nn.Module):
         net: the network.
         model_folder: holds `model_spec.json` and the checkpoints. modelhouse
             loads a copy, so this may be gone once the module is loaded.
-        checkpoint_name: which weights; `save_checkpoint` writes them.
+        checkpoint_name: of the weights, also of those that `save_checkpoint` writes.
         pass_field: whether the network gets the prior field (True), or an src
             already warped by it (False).
         operators: "corrected" or "stock", see `metroem.nets.building`.
@@ -55,17 +55,21 @@ class Aligner(nn.Module):
         self,
         model_folder: str | Path,
         pass_field: bool = True,
-        checkpoint_name: str = "checkpoint",
+        checkpoint_name: str | None = "checkpoint",
         *,
         operators: str = "stock",
         **options: Any,
     ) -> None:
-        """Build the network and load its weights, or start with fresh ones.
+        """Build the network and load its weights.
+
+        Weights that are not there are fresh ones, with a warning: corgie and others
+        build modules that way, to train them or by mistake.
 
         Args:
             model_folder: folder of `model_spec.json`.
             pass_field: see above.
-            checkpoint_name: weights are `<checkpoint_name>.state.pth.tar`.
+            checkpoint_name: weights are `<checkpoint_name>.state.pth.tar`; None:
+                fresh weights, to be saved as "checkpoint".
             operators: "corrected" or "stock".
             **options: any of `AlignerOptions`; others are ignored, since
                 callers hand theirs on to every module.
@@ -76,22 +80,24 @@ class Aligner(nn.Module):
         """
         super().__init__()
         self.model_folder = Path(model_folder)
-        self.checkpoint_name = checkpoint_name
+        self.checkpoint_name = checkpoint_name or "checkpoint"
         self.pass_field = pass_field
         self.operators = operators
         self.options = AlignerOptions().updated(options)
         spec_path = self.model_folder / "model_spec.json"
         self.net: Any = build_net(spec_path, operators=operators)
-        self.net.name = checkpoint_name
+        self.net.name = self.checkpoint_name
         self._multiple = side_multiple(self.net, spec_path)
-        loaded = self.load_checkpoint(self.model_folder)
-        logger.info(
-            "%s operators, %s",
-            operators,
-            f"weights of {checkpoint_path(Path(), checkpoint_name)}"
-            if loaded
-            else f"no checkpoint {checkpoint_name!r}: fresh weights",
-        )
+        path = checkpoint_path(self.model_folder, self.checkpoint_name)
+        loaded = checkpoint_name is not None and self.load_checkpoint(path.parent)
+        weights = f"weights of {path.name}" if loaded else "fresh weights"
+        logger.info("%s operators, %s", operators, weights)
+        if checkpoint_name is not None and not loaded:
+            logger.warning(
+                "%s: not there, so the network is UNTRAINED and its fields are worth "
+                "nothing; give the checkpoint_name of weights that are there",
+                path,
+            )
 
     def predict(
         self,

@@ -17,10 +17,10 @@ from metroem.data.known_warp import warp_section
 from metroem.data.photometric import image_anew
 from metroem.data.sample import seeded_generator
 from metroem.distort import Truth
-from metroem.errors import CheckpointError, DatasetError, UsageError
+from metroem.errors import DatasetError, UsageError
 from metroem.field import move_field
 from metroem.io.h5 import ImageSet, find_image_sets
-from metroem.nets.checkpoint import checkpoint_path
+from metroem.nets.checkpoint import check_weights, weights_there
 from metroem.progress import progress
 from metroem.report.curves import Curve, read_curves
 from metroem.report.page import ReportPage, report_page
@@ -133,16 +133,17 @@ def evaluate_dataset(request: EvaluateRequest) -> None:
 
     Raises:
         PyramidError: the pyramid cannot be used.
-        CheckpointError: some modules have no such weights, while there are others.
+        CheckpointError: some modules have no such weights; a pyramid without any is
+            evaluated untrained, unless a name was asked for.
         DatasetError: a stage's mip has no images, or images too small to measure.
     """
     modules = find_modules(request.pyramid_path)
-    _check_weights(modules, request.checkpoint_name)
+    name = _checkpoint_name(modules, request)
     places = _find_places(request, modules)
     settings = {"chunk_px": CHUNK_PX, "border_px": BORDER_PX, "ring_px": RING_PX}
     about = vars(request) | settings
     device = choose_device("auto", ())
-    pyramid = Pyramid.load(request.pyramid_path, request.checkpoint_name, device)
+    pyramid = Pyramid.load(request.pyramid_path, name, device)
     curves = [] if request.report is None else _curves(request)
     with (
         nullcontext() if request.report is None else report_page(request.report) as page
@@ -178,27 +179,19 @@ def _about_page(
     return {"stages": stages, "curves": curves, "made": made, "version": __version__}
 
 
-def _check_weights(modules: Sequence[ModuleSpec], name: str) -> None:
-    """Refuse a name that some module has no weights of; warn if none has any."""
-    missing = [
-        module.name
-        for module in modules
-        if not checkpoint_path(module.weights_folder, name).is_file()
-    ]
-    end = checkpoint_path(Path(), "").name
-    there = {
-        path.name.removesuffix(end)
-        for module in modules
-        for path in module.weights_folder.glob(f"*{end}")
-    }
-    if missing and there:
-        raise CheckpointError(
-            f"--checkpoint_name {name}: {', '.join(missing)} has no such weights; "
-            f"those in the pyramid are {sorted(there)}; name one that all modules "
-            "have, or train the rest"
+def _checkpoint_name(
+    modules: Sequence[ModuleSpec], request: EvaluateRequest
+) -> str | None:
+    """Which weights; None for a pyramid that nobody has trained yet."""
+    name = request.checkpoint_name
+    if name == EvaluateRequest.checkpoint_name and not weights_there(modules):
+        logger.warning(
+            "%s: no module has weights: these figures are of UNTRAINED networks",
+            request.pyramid_path,
         )
-    if missing:
-        logger.warning("no module has weights: these are untrained networks")
+        return None
+    check_weights(modules, name, f"--checkpoint_name {name}")
+    return name
 
 
 def _find_places(
