@@ -15,7 +15,7 @@ from metroem.align import Pyramid, StageInput
 from metroem.data.dataset import PairRef, find_pairs, read_sample
 from metroem.data.known_warp import warp_section
 from metroem.data.photometric import image_anew
-from metroem.data.sample import seeded_generator
+from metroem.data.sample import Sample, seeded_generator
 from metroem.distort import Truth
 from metroem.errors import DatasetError, UsageError
 from metroem.field import move_field
@@ -28,17 +28,21 @@ from metroem.report.scores import print_evaluation, write_json
 from metroem.scoring import (
     BORDER_PX,
     CHUNK_PX,
+    NO_WARP_SCORE,
     RING_PX,
+    RING_SHARE,
     AlignedPair,
     Chunk,
     SetResult,
     Spot,
     WarpedSection,
     Where,
+    can_be_compared,
     mean_score,
     score_aligned,
     score_known,
     with_defects,
+    without_value,
 )
 from metroem.specs.augmentations import KnownWarp, Photometric
 from metroem.specs.filenames import check_tag
@@ -135,7 +139,8 @@ def evaluate_dataset(request: EvaluateRequest) -> None:
         PyramidError: the pyramid cannot be used.
         CheckpointError: some modules have no such weights; a pyramid without any is
             evaluated untrained, unless a name was asked for.
-        DatasetError: a stage's mip has no images, or images too small to measure.
+        DatasetError: a stage's mip has no images, images too small to measure, or
+            no pair that can be compared.
     """
     modules = find_modules(request.pyramid_path)
     name = _checkpoint_name(modules, request)
@@ -153,13 +158,19 @@ def evaluate_dataset(request: EvaluateRequest) -> None:
             results = [_evaluate_place(run, place) for place in places]
         if page is not None:
             page.finish(about | _about_page(modules, curves), results)
-    print_evaluation(results)
+    # Before anything is printed, which may fail.
     if request.json is not None:
         version = {"format_version": versions.FIGURES}
         write_json(request.json, version | about | {"sets": results})
+    print_evaluation(results)
     for path in (request.json, request.report):
         if path is not None:
             logger.info("wrote %s", path)
+    if all(len(r.pairs) == r.without_value for r in results):
+        raise DatasetError(
+            f"{request.dataset_path}: no pair can be compared: none has "
+            f"{CHUNK_PX} px of tissue with contrast in both sections, at the same place"
+        )
 
 
 def _curves(request: EvaluateRequest) -> list[Curve]:
@@ -239,6 +250,7 @@ def _evaluate_place(run: _Run, place: _Place) -> SetResult:
     )
     mean = mean_score([pair.score for pair in pairs])
     result = SetResult(images.path.name, images.mip, *images.shape, mean, pairs)
+    result = result._replace(without_value=without_value(pairs))
     if not run.request.known_warps:
         return result
     what = f"{images.path.name}, sections warped"
@@ -247,7 +259,9 @@ def _evaluate_place(run: _Run, place: _Place) -> SetResult:
         for index in progress(place.indices, what, total=len(place.indices))
     )
     mean_known = mean_score([section.score for section in known])
-    return result._replace(mean_known=mean_known, known=known)
+    return result._replace(
+        mean_known=mean_known, known=known, known_without_value=without_value(known)
+    )
 
 
 def _evaluate_pair(run: _Run, place: _Place, index: int) -> AlignedPair:
@@ -291,7 +305,10 @@ def _evaluate_warped(run: _Run, images: ImageSet, index: int) -> WarpedSection:
         for a, b in ((src, tgt), (section, section))
     )
     truth = Truth(warped.field, warped.valid)
-    score, worst = score_known(field, truth, warped.near, identity)
+    score, worst = NO_WARP_SCORE, None
+    on_itself = Sample(section, section, None, ())
+    if can_be_compared(on_itself, min_share=RING_SHARE):  # errors are of pixels
+        score, worst = score_known(field, truth, warped.near, identity)
     return WarpedSection(_where(images, index, (z, z), worst), score)
 
 
