@@ -240,7 +240,7 @@ class Pyramid:
 
 
 def _raw(image: Tensor) -> Tensor:
-    """Grey levels that nothing is lost of: float32, or float64 where that is too short.
+    """Grey levels as float32, or as float64 where float32 tells fewer apart.
 
     What float32 cannot hold (NaN, infinite, 1e39) is no data.
     """

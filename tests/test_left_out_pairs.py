@@ -161,9 +161,9 @@ def test_tables_say_how_many_are_left_out(evaluated, capsys):
     evaluate_dataset(request)
     out = capsys.readouterr().out
     assert "means over 2 pairs of 96x176 px" in out
-    assert "left out, no overlap or no contrast: 2 pairs" in out
+    assert "pairs left out, no overlap or no contrast: 2" in out
     assert "3 sections, each warped by a known field" in out
-    assert "left out, no overlap or no contrast: 1 sections" in out
+    assert "sections left out, no overlap or no contrast: 1" in out
     worst = out[out.index("worst pairs") :]
     assert "pair 1 (z 2 on 1)" in worst and "pair 2 (z 3 on 2)" in worst
     assert "pair 0 (z 1 on 0): CPC" not in worst and "pair 3" not in worst

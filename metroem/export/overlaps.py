@@ -121,19 +121,13 @@ class Overlaps:
         return same_set and one.grid == other.grid and one.tgt == other.tgt
 
     def _check_pair(self, one: Part, other: Part, shared: Grid) -> None:
-        first, second = sorted((one, other), key=self.parts.index)
-        where = (
-            f"{self._request.dataset_path}: section {one.z} has two fields at x "
-            f"{shared.x}...{shared.end[0]}, y {shared.y}...{shared.end[1]} (mip-0 "
-            f"pixels), {first} and {second}"
-        )
-        if first.tgt is not None and second.tgt is not None:
-            offsets = first.tgt - first.z, second.tgt - second.z
-            if offsets[0] != offsets[1]:
-                raise DatasetError(
-                    f"{where}; a volume holds one: give --tgt_offset {offsets[0]} or "
-                    f"--tgt_offset {offsets[1]}, and each a --dst_path of its own"
-                )
+        offsets = [p.tgt - p.z for p in (one, other) if p.tgt is not None]
+        if len(set(offsets)) > 1:
+            onto = " or ".join(f"--tgt_offset {o}" for o in sorted(offsets)[::-1])
+            raise DatasetError(
+                f"{self._two_fields(one, other, shared)}; a volume holds one: give "
+                f"{onto}, and each a --dst_path of its own"
+            )
         if self._request.overlap is not None:
             return
         apart = np.abs(
@@ -142,9 +136,17 @@ class Overlaps:
         ).max()
         if apart > _EQUAL_PX:
             raise DatasetError(
-                f"{where}, up to {apart:.2f} px apart; one of them counts there: give "
-                "--overlap first or --overlap last"
+                f"{self._two_fields(one, other, shared)}, up to {apart:.2f} px apart; "
+                "one of them counts there: give --overlap first or --overlap last"
             )
+
+    def _two_fields(self, one: Part, other: Part, shared: Grid) -> str:
+        first, second = sorted((one, other), key=self.parts.index)
+        return (
+            f"{self._request.dataset_path}: section {one.z} has two fields at x "
+            f"{shared.x}...{shared.end[0]}, y {shared.y}...{shared.end[1]} (mip-0 "
+            f"pixels), {first} and {second}"
+        )
 
 
 def _shared(one: Grid, other: Grid) -> Grid | None:

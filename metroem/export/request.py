@@ -67,7 +67,7 @@ class ExportRequest:
             ("--dtype", self.dtype, DTYPES),
             ("--channel_order", self.channel_order, ("yx", "xy")),
             ("--field_unit", self.field_unit, ("relative", "mip0")),
-            ("--overlap", self.overlap, (None, "first", "last")),
+            ("--overlap", self.overlap or "first", ("first", "last")),
         ):
             if value not in known:
                 raise UsageError(f"{flag} {value}: expected one of {', '.join(known)}")

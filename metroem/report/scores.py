@@ -137,7 +137,7 @@ def _print_known(mean: WarpScore) -> None:
 
 def _print_left_out(what: str, count: int) -> None:
     if count:
-        print(f"left out, no overlap or no contrast: {count} {what}")
+        print(f"{what} left out, no overlap or no contrast: {count}")
 
 
 def _print_made_worse(
