@@ -236,6 +236,8 @@ def _check_weights(
     """Refuse to finetune what has no weights; a run that goes on has its own."""
     if request.train_mode not in FINETUNING_MODES:
         return
+    mode, path = request.train_mode, request.pyramid_path
+    a_copy = f"python -m metroem fetch {path} COPY, then --pyramid_path COPY"
     to_begin = []
     for module in to_train:
         has_begun = run.state(module.stage).is_file()
@@ -243,11 +245,10 @@ def _check_weights(
             to_begin.append(module)
         elif request.restart and not run.weights(module.stage, "initial").is_file():
             raise CheckpointError(
-                f"--train_mode {request.train_mode}: stage {module.stage} began from "
-                f"fresh weights, and --restart would begin there again; train it with "
-                "--train_mode scratch, or go on without --restart"
+                f"--train_mode {mode} --restart: stage {module.stage} began from fresh "
+                f"weights, and would begin there again; finetune a copy: {a_copy}"
             )
-    where = f"--train_mode {request.train_mode}"
+    where = f"--train_mode {mode} (a run beside another: {a_copy})"
     check_weights(to_begin, request.checkpoint_name, where)
 
 

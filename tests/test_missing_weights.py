@@ -102,7 +102,7 @@ def test_finetuning_begins_from_weights_alone(tmp_path, mode, name, lacking):
     write_pairs(tmp_path / "data", mips=(1, 0), num_pairs=1, shape=(64, 96))
     path = trained(tmp_path / "p", stages=(0,))
     before = sorted(path.rglob("*.tar"))
-    match = f"--train_mode {mode}: {lacking}.*has no weights '{name}'.*'mine'"
+    match = f"--train_mode {mode} .*fetch .*/p COPY.*: {lacking}.*'{name}'.*'mine'"
     with pytest.raises(CheckpointError, match=match):
         train_it(tmp_path, "--checkpoint_name", name, mode=mode)
     assert sorted(path.rglob("*.tar")) == before
@@ -126,9 +126,17 @@ def test_a_fresh_training_begins_without_weights_and_warns_of_none(run, caplog):
     with pytest.raises(CheckpointError, match="new.state.pth.tar: is gone, though"):
         train_it(run, *flags, mode="custom")
     with pytest.raises(
-        CheckpointError, match="began from fresh weights, and --restart"
+        CheckpointError, match=r"began from fresh weights.*fetch \S+ COPY"
     ):
         train_it(run, "--checkpoint_name", "new", "--restart")
+
+
+def test_a_copy_of_a_trained_pyramid_is_finetuned(tmp_path, caplog):
+    write_pairs(tmp_path / "data", mips=(1, 0), num_pairs=1, shape=(64, 96))
+    fetch(str(trained(tmp_path / "trained")), tmp_path / "p")
+    flags = ["--checkpoint_name", "mine", "--train_stages", "0"]
+    train_it(tmp_path, *flags, "--max_minutes", "1e-6")
+    assert "weights of mine.state.pth.tar" in caplog.text
 
 
 def test_a_module_that_comes_without_weights_is_named(tmp_path, caplog):
