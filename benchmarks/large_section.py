@@ -100,6 +100,7 @@ def _measure(
     figures: dict[str, Any] = {}
     for name, tile in tilings.items():
         request = {"pyramid": str(pyramid), "tile": tile, "finetune": args.finetune}
+        request["is_trained"] = args.pyramid is not None
         request |= {"pair": str(folder / "pair.npy"), "out": str(folder / name)}
         figures[name] = _in_process(folder / "request.json", request)
         held = figures[name]["mib"] * 2**20
@@ -128,7 +129,8 @@ def _run_one(path: Path) -> None:
     request = json.loads(path.read_text())
     torch.set_num_threads(1)
     torch.manual_seed(0)  # untrained pyramids get their weights as they are loaded
-    pyramid = metroem.Pyramid.load(request["pyramid"])
+    name = "checkpoint" if request["is_trained"] else None
+    pyramid = metroem.Pyramid.load(request["pyramid"], checkpoint_name=name)
     pyramid = replace(pyramid, tiling=Tiling(*request["tile"]))
     src, tgt = np.load(request["pair"])
     before, start = _peak_mib(), time.perf_counter()

@@ -185,7 +185,8 @@ def works(folder: Path, args: argparse.Namespace) -> Iterator[tuple[str, Work]]:
     for ms in args.step_ms:
         yield f"{ms:g} ms asleep", lambda _, ms=ms: time.sleep(ms / 1000)
     path = init_pyramid(folder / "pyramid", [_MIP])[0]
-    aligner: Aligner = load_module(path, finetune=False).aligner  # type: ignore
+    loaded = load_module(path, checkpoint_name=None, finetune=False)
+    aligner: Aligner = loaded.aligner  # type: ignore[assignment]
     model, phase = TrainingModel(aligner, "fp32").train(), phase_of(args)
     optimizer = torch.optim.Adam(aligner.net.parameters(), lr=phase.lr)
 

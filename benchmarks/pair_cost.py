@@ -65,6 +65,7 @@ def of_side(folder: Path, side: int, figures: dict[str, object]) -> dict[str, fl
     (module,) = find_modules(run.pyramid)
     loaded = load_module(
         module.path,
+        checkpoint_name=None,
         finetune=True,
         pass_field=True,
         finetune_iter=finetune_iterations(0),

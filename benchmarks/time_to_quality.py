@@ -137,7 +137,7 @@ class Bench:
         """Run train.py until the error is halved, or for so many seconds."""
         pyramid = self.folder / "pyramid"
         (module,) = init_pyramid(pyramid, [MIP])
-        aligner = load_module(module, checkpoint_name="none", finetune=False).aligner
+        aligner = load_module(module, checkpoint_name=None, finetune=False).aligner
         weights = RunFolder.of(pyramid, "checkpoint").weights(0, "last")
         command = [sys.executable, script("train.py"), "--pyramid_path", str(pyramid)]
         command += ["--dataset_path", str(self.folder / "data"), *flags]

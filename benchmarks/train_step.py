@@ -62,7 +62,7 @@ def fresh_aligner(template: str, folder: Path) -> Aligner:
     """The network of a template with fresh weights."""
     (path,) = init_pyramid(folder, [MIP], template)
     torch.manual_seed(0)
-    loaded = load_module(path, checkpoint_name="checkpoint", finetune=False)
+    loaded = load_module(path, checkpoint_name=None, finetune=False)
     return loaded.aligner  # type: ignore[return-value]
 
 

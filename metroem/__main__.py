@@ -110,6 +110,10 @@ def _add_export(commands) -> None:
     add("--like", help=like)
     nm = {"type": float, "nargs": 3, "metavar": ("X", "Y", "Z")}
     add("--resolution", **nm, help="nm of a mip-0 voxel, if the sets do not say")
+    onto = "only fields onto the section so far from src, for example -1 (all)"
+    add("--tgt_offset", type=int, help=onto)
+    which = "whose values count where several pairs cover a pixel (must be equal)"
+    add("--overlap", choices=("first", "last"), help=which)
     add("--overwrite", action="store_true", help="replace what is there")
 
 

@@ -1,5 +1,6 @@
 """A whole pyramid applied to one pair of images."""
 
+import operator
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -7,13 +8,16 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import ArrayLike
 from torch import Tensor
 
 from metroem.aligner import Aligner
+from metroem.boundary import as_array
 from metroem.data.sample import Sample
 from metroem.errors import PyramidError, UsageError
 from metroem.field import move_field
 from metroem.grid import Grid
+from metroem.nets.checkpoint import check_weights
 from metroem.nets.loading import load_module
 from metroem.nets.options import AlignerOptions
 from metroem.normalize import coarsen_image, normalize, tissue_statistics
@@ -53,16 +57,25 @@ class Pyramid:
     def load(
         cls,
         path: str | Path,
-        checkpoint_name: str = "checkpoint",
+        checkpoint_name: str | None = "checkpoint",
         device: str | torch.device = "cpu",
     ) -> "Pyramid":
         """Load every module of a pyramid.
 
+        Args:
+            path: directory of the pyramid.
+            checkpoint_name: of the weights; None: untrained networks, whose weights
+                are torch's next random numbers (`torch.manual_seed`).
+            device: where they run.
+
         Raises:
             PyramidError: a directory that is no pyramid, or a broken module.
-            CheckpointError: weights that do not fit.
+            CheckpointError: weights that some module does not have, or that do not
+                fit.
         """
         modules = find_modules(Path(path))
+        if checkpoint_name is not None:
+            check_weights(modules, checkpoint_name, str(path))
         device = torch.device(device)
         aligners = [
             load_module(
@@ -81,12 +94,14 @@ class Pyramid:
         )
 
     def align(
-        self, src: np.ndarray, tgt: np.ndarray, mip: int = 0, finetune: bool = True
+        self, src: ArrayLike, tgt: ArrayLike, mip: int = 0, finetune: bool = True
     ) -> np.ndarray:
         """The field that warps src onto tgt.
 
         Args:
-            src: (H, W) raw grey levels of any dtype at `mip`, 0 = no data.
+            src: (H, W) raw grey levels at `mip`, 0 = no data, as are NaN, infinite and
+                masked pixels; an array, tensor, PIL image or list of any kind of
+                whole numbers or floats.
             tgt: (H, W), likewise.
             mip: of the images.
             finetune: let each stage improve its field on the pair itself.
@@ -95,16 +110,16 @@ class Pyramid:
             (2, H, W) float32, pull, pixels of `mip`, channel 0 along cols.
 
         Raises:
-            UsageError: images that are not 2-d or differ in shape.
+            UsageError: images that are no grey levels, not 2-d, without pixels, or
+                that differ in shape; or a mip that is no whole number >= 0.
             PyramidError: a stage that needs a finer mip than `mip`.
         """
-        inputs = self._inputs(src, tgt, mip)
+        inputs, full = self._inputs(src, tgt, mip)
         found = self.run(inputs, finetune)[-1]
-        full = Grid(mip, 0, 0, *src.shape)
         return _moved(found, inputs[-1].grid, full)[0].cpu().numpy()
 
     def fields(
-        self, src: np.ndarray, tgt: np.ndarray, mip: int = 0, finetune: bool = True
+        self, src: ArrayLike, tgt: ArrayLike, mip: int = 0, finetune: bool = True
     ) -> list[np.ndarray]:
         """What each stage makes of a pair; arguments and errors as `align`.
 
@@ -112,8 +127,7 @@ class Pyramid:
             One (2, H, W) float32 field a stage, pixels of `mip`; the last is
             the field of the pyramid.
         """
-        inputs = self._inputs(src, tgt, mip)
-        full = Grid(mip, 0, 0, *src.shape)
+        inputs, full = self._inputs(src, tgt, mip)
         return [
             _moved(field, stage.grid, full)[0].cpu().numpy()
             for field, stage in zip(self.run(inputs, finetune), inputs, strict=True)
@@ -189,31 +203,50 @@ class Pyramid:
                 prior = _moved(found[-1], inputs[stage - 1].grid, given.grid)
             yield self.aligners[stage], given, prior
 
-    def _inputs(self, src: np.ndarray, tgt: np.ndarray, mip: int) -> list[StageInput]:
-        """What each stage reads of a raw pair."""
-        self._check(src, tgt, mip)
+    def _inputs(
+        self, src: ArrayLike, tgt: ArrayLike, mip: int
+    ) -> tuple[list[StageInput], Grid]:
+        """What each stage reads of a raw pair, and the grid of the pair."""
+        try:
+            mip = operator.index(mip)
+        except TypeError:
+            raise UsageError(f"mip {mip!r}: expected a whole number") from None
         images = [
-            torch.as_tensor(np.ascontiguousarray(image), dtype=torch.float32)
-            for image in (src, tgt)
+            torch.from_numpy(as_array(image, name))
+            for image, name in ((src, "src"), (tgt, "tgt"))
         ]
+        self._check(images[0].shape, images[1].shape, mip)
+        images = [_raw(image) for image in images]
         inputs = []
         for stage_mip in self.mips:
             at_mip = [_image_at(image, stage_mip - mip) for image in images]
             grid = Grid(stage_mip, 0, 0, *at_mip[0].shape[-2:])
             inputs.append(StageInput(Sample(at_mip[0], at_mip[1], None, ()), grid))
-        return inputs
+        return inputs, Grid(mip, 0, 0, *images[0].shape)
 
-    def _check(self, src: np.ndarray, tgt: np.ndarray, mip: int) -> None:
-        if src.ndim != 2 or src.shape != tgt.shape:
+    def _check(self, src: Sequence[int], tgt: Sequence[int], mip: int) -> None:
+        if len(src) != 2 or src != tgt or 0 in src:
             raise UsageError(
-                f"src {src.shape} and tgt {tgt.shape}: expected two images [rows, "
-                "cols] of the same shape"
+                f"src {tuple(src)} and tgt {tuple(tgt)}: expected two images [rows, "
+                "cols] of the same shape, with pixels"
             )
+        if mip < 0:
+            raise UsageError(f"mip {mip}: expected 0 (full resolution) or more")
         if mip > self.mips[-1]:
             raise PyramidError(
                 f"the images are at mip {mip}, but the stages read mips "
                 f"{list(self.mips)}: images at mip {self.mips[-1]} or finer are needed"
             )
+
+
+def _raw(image: Tensor) -> Tensor:
+    """Grey levels as float32, or as float64 where float32 tells fewer apart.
+
+    What float32 cannot hold (NaN, infinite, 1e39) is no data.
+    """
+    is_long = image.dtype in (torch.int64, torch.float64)
+    image = image.double() if is_long else image.float()
+    return torch.where(torch.isfinite(image.float()), image, 0.0)
 
 
 def _image_at(image: Tensor, levels: int) -> Tensor:
@@ -223,7 +256,7 @@ def _image_at(image: Tensor, levels: int) -> Tensor:
     coarse = torch.cat(bands, -2) if levels else image[None, None]
     statistics = tissue_statistics(coarse)
     if statistics is None:
-        return torch.zeros_like(coarse)
+        return torch.zeros_like(coarse, dtype=torch.float32)
     bands = [normalize(band, statistics) for band in coarse.split(_BAND_ROWS, -2)]
     return torch.cat(bands, -2)
 

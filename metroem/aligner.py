@@ -7,7 +7,8 @@ forms in, a torchfields `Field` out.
 """
 
 import logging
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -16,21 +17,22 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from metroem.both_ways import agree
-from metroem.boundary import read_given
+from metroem.boundary import read_given, read_image
 from metroem.errors import UsageError
-from metroem.field import compose, invert, warp
+from metroem.field import compose, fill_not_finite, invert, warp
 from metroem.field_search import Finetuned
-from metroem.finetuner import as_torchfields, plain_batch
+from metroem.finetuner import as_torchfields
 from metroem.finetuning import Defects, finetune, pair_maps
 from metroem.masks import has_tissue
 from metroem.nets.building import (
     build_net,
     padding,
     side_multiple,
-    stock_warnings_silenced,
+    stock_operators_at_work,
 )
 from metroem.nets.checkpoint import checkpoint_path, load_weights, save_weights
 from metroem.nets.options import AlignerOptions
+from metroem.normalize import finite_or_no_data
 from metroem.prediction import (
     Alignment,
     Embedding,
@@ -53,7 +55,7 @@ class Aligner(nn.Module):
         net: the network.
         model_folder: holds `model_spec.json` and the checkpoints. modelhouse
             loads a copy, so this may be gone once the module is loaded.
-        checkpoint_name: which weights; `save_checkpoint` writes them.
+        checkpoint_name: of the weights, also of those that `save_checkpoint` writes.
         pass_field: whether the network gets the prior field (True), or an src
             already warped by it (False).
         operators: "corrected" or "stock", see `metroem.nets.building`.
@@ -64,17 +66,21 @@ class Aligner(nn.Module):
         self,
         model_folder: str | Path,
         pass_field: bool = True,
-        checkpoint_name: str = "checkpoint",
+        checkpoint_name: str | None = "checkpoint",
         *,
         operators: str = "stock",
         **options: Any,
     ) -> None:
-        """Build the network and load its weights, or start with fresh ones.
+        """Build the network and load its weights.
+
+        Weights that are not there are fresh ones, with a warning: corgie and others
+        build modules that way, to train them or by mistake.
 
         Args:
             model_folder: folder of `model_spec.json`.
             pass_field: see above.
-            checkpoint_name: weights are `<checkpoint_name>.state.pth.tar`.
+            checkpoint_name: weights are `<checkpoint_name>.state.pth.tar`; None:
+                fresh weights, to be saved as "checkpoint".
             operators: "corrected" or "stock".
             **options: any of `AlignerOptions`. Modules of the original, which have
                 stock operators, are finetuned unless `finetune` says otherwise, as
@@ -87,7 +93,7 @@ class Aligner(nn.Module):
         """
         super().__init__()
         self.model_folder = Path(model_folder)
-        self.checkpoint_name = checkpoint_name
+        self.checkpoint_name = checkpoint_name or "checkpoint"
         self.pass_field = pass_field
         self.operators = operators
         defaults = AlignerOptions(finetune=operators == "stock")
@@ -98,17 +104,20 @@ class Aligner(nn.Module):
         if defaults.finetune and options.get("finetune") is None:
             logger.info("fields are finetuned, as by the original: none said otherwise")
         spec_path = self.model_folder / "model_spec.json"
-        self.net: Any = build_net(spec_path, operators=operators)
-        self.net.name = checkpoint_name
+        # float32, whatever torch's default is.
+        self.net: Any = build_net(spec_path, operators=operators).float()
+        self.net.name = self.checkpoint_name
         self._multiple = side_multiple(self.net, spec_path)
-        loaded = self.load_checkpoint(self.model_folder)
-        logger.info(
-            "%s operators, %s",
-            operators,
-            f"weights of {checkpoint_path(Path(), checkpoint_name)}"
-            if loaded
-            else f"no checkpoint {checkpoint_name!r}: fresh weights",
-        )
+        path = checkpoint_path(self.model_folder, self.checkpoint_name)
+        loaded = checkpoint_name is not None and self.load_checkpoint(path.parent)
+        weights = f"weights of {path.name}" if loaded else "fresh weights"
+        logger.info("%s operators, %s", operators, weights)
+        if checkpoint_name is not None and not loaded:
+            logger.warning(
+                "%s: not there, so the network is UNTRAINED and its fields are worth "
+                "nothing; give the checkpoint_name of weights that are there",
+                path,
+            )
 
     def predict(
         self,
@@ -167,9 +176,11 @@ class Aligner(nn.Module):
             (B, 2, H, W), pixels; the prior (or zeros) for a pair of which
             one side is blank.
         """
-        with torch.no_grad():
-            options = options or self.options
-            return self._align(src, tgt, prior, options=options, defects=defects)[0]
+        options = options or self.options
+        with _no_inference_mode():
+            images = finite_or_no_data(src), finite_or_no_data(tgt)
+            prior = _finite(prior)
+            return self._align(*images, prior, options=options, defects=defects)[0]
 
     def align_both_ways(
         self,
@@ -197,6 +208,9 @@ class Aligner(nn.Module):
             to src; modules finetuned both ways start it from the first prior's inverse.
         """
         options = options or self.options
+        with _no_inference_mode():
+            src, tgt = finite_or_no_data(src), finite_or_no_data(tgt)
+            priors = _finite(priors[0]), _finite(priors[1])
         alive = has_tissue(src) & has_tissue(tgt)
         both = options.finetune and options.finetune_both_ways and bool(alive.any())
         if not both:
@@ -204,11 +218,11 @@ class Aligner(nn.Module):
             there = self.align(src, tgt, priors[0], options=options, defects=defects)
             back = self.align(tgt, src, priors[1], options=options, defects=swapped)
             return there, back
-        with torch.no_grad():
+        with _no_inference_mode():
             found = self._search(src, tgt, priors[0], options, defects)
-        assert found.backward is not None
-        there = self._finished(found.forward, found.backward)
-        back = self._finished(found.backward, found.forward)
+            assert found.backward is not None
+            there = self._finished(found.forward, found.backward)
+            back = self._finished(found.backward, found.forward)
         before = or_zeros(priors[0], src), or_zeros(priors[1], src)
         return torch.where(alive, there, before[0]), torch.where(alive, back, before[1])
 
@@ -223,7 +237,7 @@ class Aligner(nn.Module):
         """The boundary to corgie and to code written for the original.
 
         Args:
-            src_img: (H, W) to (B, 1, H, W), any dtype and layout.
+            src_img: (H, W) to (B, 1, H, W), any dtype and layout, tensor or array.
             tgt_img: likewise.
             src_agg_field: prior field, (2, H, W) or (B, 2, H, W), pixels, or
                 None.
@@ -240,15 +254,20 @@ class Aligner(nn.Module):
             The whole field, prior included, as a torchfields `Field`,
             (B, 2, H, W), pixels; with `return_state` a tuple of it and the
             network's state, {} for blank pairs.
+
+        Raises:
+            UsageError: images, or masks, that are none or differ in shape.
+            FieldError: a prior that is no field of the images.
         """
-        options, (src, tgt), prior, defects = read_given(
-            self.options, (src_img, tgt_img), src_agg_field, given
-        )
-        self.to(src_img.device)
-        with torch.set_grad_enabled(options.train and torch.is_grad_enabled()):
-            alignment, state = self._align(
-                src, tgt, prior, options=options, defects=defects
+        with _no_inference_mode(torch.is_grad_enabled()):
+            options, (src, tgt), prior, defects = read_given(
+                self.options, (src_img, tgt_img), src_agg_field, given
             )
+            self.to(src.device)
+            with torch.set_grad_enabled(options.train and torch.is_grad_enabled()):
+                alignment, state = self._align(
+                    src, tgt, _finite(prior), options=options, defects=defects
+                )
         result = as_torchfields(alignment.field)
         return (result, state) if given.get("return_state") else result
 
@@ -273,7 +292,7 @@ class Aligner(nn.Module):
         Returns:
             (C - 1, H / 2**level, W / 2**level), rounded up.
         """
-        image = plain_batch(img).float()
+        image = read_image(img, "img").float()
         with torch.no_grad():
             embeddings = self.predict(image, image, levels=(level,)).embeddings
         features = embeddings[level].src[0, 1:]
@@ -347,7 +366,7 @@ class Aligner(nn.Module):
         The state holds every activation: left there, it would keep the memory
         of one call until the next one is done.
         """
-        quiet = stock_warnings_silenced if self.operators == "stock" else nullcontext
+        quiet = stock_operators_at_work if self.operators == "stock" else nullcontext
         given = {} if tile_px is None else {"tile_px": tile_px}
         with quiet():
             field = self.net(x=torch.cat((src, tgt), 1), in_field=prior, **given)
@@ -422,3 +441,21 @@ class Aligner(nn.Module):
         features = found.embeddings.pop  # none are kept here while that is at work
         tuned = finetune(found.field, features(level), maps, options, trust=found.trust)
         return tuned.field, tuned, state
+
+
+@contextmanager
+def _no_inference_mode(records: bool = False) -> Iterator[None]:
+    """Let the finetuner take gradients, which torch.inference_mode forbids.
+
+    Args:
+        records: whether gradients are recorded outside of the finetuner too.
+    """
+    with torch.inference_mode(False), torch.set_grad_enabled(records):
+        yield
+
+
+def _finite(prior: Tensor | None) -> Tensor | None:
+    """A prior field, finite, that gradients may be taken beside."""
+    if prior is None:
+        return None
+    return fill_not_finite(prior.clone() if prior.is_inference() else prior)

@@ -9,8 +9,10 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any, TextIO, cast
 
 from metroem.errors import MetroEMError, disk_trouble
 
@@ -117,15 +119,66 @@ def confirms(question: str) -> bool:
     return sys.stdin.readline().strip().lower() in ("y", "yes")
 
 
+class _UnreadOutput:
+    """stdout or stderr whose reader may go away, as in `| head`.
+
+    What nobody reads any more is dropped, and the command does its work to the end:
+    its files are written and its exit code is right.
+    """
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        """Write as the stream does."""
+        return self._try(self._stream.write, text) or 0
+
+    def flush(self) -> None:
+        """Flush as the stream does."""
+        self._try(self._stream.flush)
+
+    def _try(self, action: Callable[..., Any], *arguments: str) -> Any:
+        try:
+            return action(*arguments)
+        except BrokenPipeError:
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, self._stream.fileno())
+            os.close(nowhere)
+            self._stream.flush()  # what it has kept goes there, too
+
+
+@contextmanager
+def _readers_may_leave() -> Iterator[None]:
+    """Let readers of stdout and stderr close them while a command runs."""
+    streams = sys.stdout, sys.stderr
+    wrapped = [stream and cast(TextIO, _UnreadOutput(stream)) for stream in streams]
+    sys.stdout, sys.stderr = wrapped
+    try:
+        yield
+    finally:
+        for stream in wrapped:
+            if stream is not None:
+                stream.flush()  # python's own, at the end, would complain
+        sys.stdout, sys.stderr = streams
+
+
 def run(main: Callable[[], None]) -> None:
     """Run a command and exit with the code that says how it ended.
 
     Errors of ours end as one line on stderr; any other exception is a bug and
     keeps its traceback. SIGTERM unwinds like Ctrl-C, so that work in progress
-    is closed in order.
+    is closed in order. Output that nobody reads any more ends nothing.
     """
-    configure_logging()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(TERMINATED))
+    with _readers_may_leave():
+        configure_logging()
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(TERMINATED))
+        _run(main)
+
+
+def _run(main: Callable[[], None]) -> None:
     try:
         main()
     except MetroEMError as error:

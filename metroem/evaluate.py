@@ -15,12 +15,12 @@ from metroem.align import Pyramid, StageInput
 from metroem.data.dataset import PairRef, find_pairs, read_sample
 from metroem.data.known_warp import warp_section
 from metroem.data.photometric import image_anew
-from metroem.data.sample import seeded_generator
+from metroem.data.sample import Sample, seeded_generator
 from metroem.distort import Truth
-from metroem.errors import CheckpointError, DatasetError, UsageError
+from metroem.errors import DatasetError, UsageError
 from metroem.field import move_field
 from metroem.io.h5 import ImageSet, find_image_sets
-from metroem.nets.checkpoint import checkpoint_path
+from metroem.nets.checkpoint import check_weights, weights_there
 from metroem.progress import progress
 from metroem.report.curves import Curve, read_curves
 from metroem.report.page import ReportPage, report_page
@@ -28,17 +28,21 @@ from metroem.report.scores import print_evaluation, write_json
 from metroem.scoring import (
     BORDER_PX,
     CHUNK_PX,
+    NO_WARP_SCORE,
     RING_PX,
+    RING_SHARE,
     AlignedPair,
     Chunk,
     SetResult,
     Spot,
     WarpedSection,
     Where,
+    can_be_compared,
     mean_score,
     score_aligned,
     score_known,
     with_defects,
+    without_value,
 )
 from metroem.specs.augmentations import KnownWarp, Photometric
 from metroem.specs.filenames import check_tag
@@ -133,16 +137,18 @@ def evaluate_dataset(request: EvaluateRequest) -> None:
 
     Raises:
         PyramidError: the pyramid cannot be used.
-        CheckpointError: some modules have no such weights, while there are others.
-        DatasetError: a stage's mip has no images, or images too small to measure.
+        CheckpointError: some modules have no such weights; a pyramid without any is
+            evaluated untrained, unless a name was asked for.
+        DatasetError: a stage's mip has no images, images too small to measure, or
+            no pair that can be compared.
     """
     modules = find_modules(request.pyramid_path)
-    _check_weights(modules, request.checkpoint_name)
+    name = _checkpoint_name(modules, request)
     places = _find_places(request, modules)
     settings = {"chunk_px": CHUNK_PX, "border_px": BORDER_PX, "ring_px": RING_PX}
     about = vars(request) | settings
     device = choose_device("auto", ())
-    pyramid = Pyramid.load(request.pyramid_path, request.checkpoint_name, device)
+    pyramid = Pyramid.load(request.pyramid_path, name, device)
     curves = [] if request.report is None else _curves(request)
     with (
         nullcontext() if request.report is None else report_page(request.report) as page
@@ -152,13 +158,19 @@ def evaluate_dataset(request: EvaluateRequest) -> None:
             results = [_evaluate_place(run, place) for place in places]
         if page is not None:
             page.finish(about | _about_page(modules, curves), results)
-    print_evaluation(results)
+    # Before anything is printed, which may fail.
     if request.json is not None:
         version = {"format_version": versions.FIGURES}
         write_json(request.json, version | about | {"sets": results})
+    print_evaluation(results)
     for path in (request.json, request.report):
         if path is not None:
             logger.info("wrote %s", path)
+    if all(len(r.pairs) == r.without_value for r in results):
+        raise DatasetError(
+            f"{request.dataset_path}: no pair can be compared: none has "
+            f"{CHUNK_PX} px of tissue with contrast in both sections, at the same place"
+        )
 
 
 def _curves(request: EvaluateRequest) -> list[Curve]:
@@ -178,27 +190,19 @@ def _about_page(
     return {"stages": stages, "curves": curves, "made": made, "version": __version__}
 
 
-def _check_weights(modules: Sequence[ModuleSpec], name: str) -> None:
-    """Refuse a name that some module has no weights of; warn if none has any."""
-    missing = [
-        module.name
-        for module in modules
-        if not checkpoint_path(module.weights_folder, name).is_file()
-    ]
-    end = checkpoint_path(Path(), "").name
-    there = {
-        path.name.removesuffix(end)
-        for module in modules
-        for path in module.weights_folder.glob(f"*{end}")
-    }
-    if missing and there:
-        raise CheckpointError(
-            f"--checkpoint_name {name}: {', '.join(missing)} has no such weights; "
-            f"those in the pyramid are {sorted(there)}; name one that all modules "
-            "have, or train the rest"
+def _checkpoint_name(
+    modules: Sequence[ModuleSpec], request: EvaluateRequest
+) -> str | None:
+    """Which weights; None for a pyramid that nobody has trained yet."""
+    name = request.checkpoint_name
+    if name == EvaluateRequest.checkpoint_name and not weights_there(modules):
+        logger.warning(
+            "%s: no module has weights: these figures are of UNTRAINED networks",
+            request.pyramid_path,
         )
-    if missing:
-        logger.warning("no module has weights: these are untrained networks")
+        return None
+    check_weights(modules, name, f"--checkpoint_name {name}")
+    return name
 
 
 def _find_places(
@@ -246,6 +250,7 @@ def _evaluate_place(run: _Run, place: _Place) -> SetResult:
     )
     mean = mean_score([pair.score for pair in pairs])
     result = SetResult(images.path.name, images.mip, *images.shape, mean, pairs)
+    result = result._replace(without_value=without_value(pairs))
     if not run.request.known_warps:
         return result
     what = f"{images.path.name}, sections warped"
@@ -254,7 +259,9 @@ def _evaluate_place(run: _Run, place: _Place) -> SetResult:
         for index in progress(place.indices, what, total=len(place.indices))
     )
     mean_known = mean_score([section.score for section in known])
-    return result._replace(mean_known=mean_known, known=known)
+    return result._replace(
+        mean_known=mean_known, known=known, known_without_value=without_value(known)
+    )
 
 
 def _evaluate_pair(run: _Run, place: _Place, index: int) -> AlignedPair:
@@ -298,7 +305,10 @@ def _evaluate_warped(run: _Run, images: ImageSet, index: int) -> WarpedSection:
         for a, b in ((src, tgt), (section, section))
     )
     truth = Truth(warped.field, warped.valid)
-    score, worst = score_known(field, truth, warped.near, identity)
+    score, worst = NO_WARP_SCORE, None
+    on_itself = Sample(section, section, None, ())
+    if can_be_compared(on_itself, min_share=RING_SHARE):  # errors are of pixels
+        score, worst = score_known(field, truth, warped.near, identity)
     return WarpedSection(_where(images, index, (z, z), worst), score)
 
 

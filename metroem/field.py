@@ -11,8 +11,10 @@ Outside its grid a field is continued by its border and an image by zeros ("no
 data"). Coordinates are those of pixel centres (torch: align_corners=False).
 """
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from scipy import ndimage
 from torch import Tensor
 
 from metroem.errors import FieldError
@@ -83,7 +85,7 @@ def sample(
     rows, cols = image.shape[-2:]
     # float32 throughout: in bf16 a position beyond 256 px is off by a pixel.
     # Written where it is: a tensor of Python's numbers makes the host wait for a GPU.
-    size = torch.full((2,), float(cols), device=image.device)
+    size = torch.full((2,), float(cols), dtype=torch.float32, device=image.device)
     size[1].fill_(rows)
     grid = (2 * positions.float().permute(0, 2, 3, 1) + 1) / size - 1
     # Positions far outside all read the same, but torch 2.13 on a CPU crashes in
@@ -239,3 +241,25 @@ def move_field(field: Tensor, source: Grid, target: Grid) -> Tensor:
     mip0 = (pixels + 0.5) * 2**target.mip + corner.view(1, 2, 1, 1)
     positions = mip0 / 2**source.mip - 0.5
     return scale * sample(field, field, positions, padding="border")
+
+
+def fill_not_finite(field: Tensor) -> Tensor:
+    """A field whose NaN and infinite vectors are the nearest finite ones.
+
+    Args:
+        field: (B, 2, H, W).
+
+    Returns:
+        (B, 2, H, W), 0 throughout where no vector of a sample is finite.
+    """
+    broken = ~torch.isfinite(field).all(1)
+    if not bool(broken.any()):
+        return field
+    filled = torch.zeros_like(field)
+    for at in (~broken).flatten(1).any(1).nonzero().flatten().tolist():
+        nearest = ndimage.distance_transform_edt(
+            broken[at].cpu().numpy(), return_distances=False, return_indices=True
+        )
+        rows, cols = torch.from_numpy(np.asarray(nearest, np.int64)).to(field.device)
+        filled[at] = field[at][:, rows, cols]
+    return filled

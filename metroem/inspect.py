@@ -12,7 +12,7 @@ from metroem.data.dataset import prior_path
 from metroem.errors import DatasetError
 from metroem.grid import in_nm, same_resolution
 from metroem.io.h5 import FieldSet, ImageSet, verify
-from metroem.normalize import GreyStatistics, looks_normalized
+from metroem.normalize import DARKEST, GreyStatistics, looks_normalized
 from metroem.specs.filenames import FieldSetName, ImageSetName, check_tag
 from metroem.specs.pyramid import find_modules
 
@@ -159,12 +159,12 @@ def _measure(images: ImageSet) -> _Tissue:
     blank_pairs = 0
     defects = []
     for index in range(images.num_pairs):
-        sides = images.read(index)
+        tissue = images.read_stored(index).astype(np.float64)
+        tissue[tissue < DARKEST] = 0
         masks = images.read_defects(index)
         if masks is not None:
             defects.append(np.mean(masks))
-        blank_pairs += not all(side.any() for side in sides)
-        tissue = np.stack(sides).astype(np.float64)
+        blank_pairs += not all(side.any() for side in tissue)
         count += np.count_nonzero(tissue)
         total += tissue.sum()
         squares += (tissue**2).sum()

@@ -110,14 +110,15 @@ class Bending:
 def _interpolation(size: int, spacing: int) -> Tensor:
     """(size, number of knots): what each knot is worth at each pixel."""
     count = -(-size // spacing)
-    position = ((torch.arange(size) + 0.5) / spacing - 0.5).clamp(0, count - 1)
+    pixels = torch.arange(size, dtype=torch.float32)
+    position = ((pixels + 0.5) / spacing - 0.5).clamp(0, count - 1)
     distance = position[:, None] - torch.arange(count)
     return (1 - distance.abs()).clamp(min=0)
 
 
 def _differences_of(count: int, like: Tensor) -> Tensor:
     """(count - 1, count): differences of neighbours."""
-    return _differences(torch.eye(count, device=like.device))
+    return _differences(torch.eye(count, dtype=torch.float32, device=like.device))
 
 
 def _differences(matrix: Tensor) -> Tensor:

@@ -112,7 +112,7 @@ class MaskRule:
         if self.channel is not None and values.shape[1] > 1:
             values = values[:, self.channel : self.channel + 1]
         masked = ~self.counts(values).all(dim=1, keepdim=True)
-        weight = torch.where(masked, self.mask_value, 1.0)
+        weight = torch.where(masked, self.mask_value, 1.0).float()
         for pixels, ring_weight in self.rings:
             grown = grow(masked, pixels)
             weight = torch.where(grown & ~masked & (weight == 1), ring_weight, weight)

@@ -16,6 +16,8 @@ from torch import Tensor
 from metroem.field import check_field, compose, invert
 from metroem.masks import grow
 
+_ROUNDED = 1e-12  # of a mean of squares, float64
+
 
 class EndpointError(NamedTuple):
     """|field - true field| over the valid pixels, in pixels."""
@@ -116,7 +118,7 @@ def chunked_correlation(
 
     Returns:
         (B, 1, H // chunk_px, W // chunk_px) float64 in -1..1; NaN in chunks
-        that do not count, 0 in chunks without contrast.
+        that do not count, 0 in chunks of which one side has no contrast.
     """
     weight = valid.double()
 
@@ -128,11 +130,14 @@ def chunked_correlation(
     a, b = a.double() * weight, b.double() * weight
     mean_a, mean_b = mean(a) / scale, mean(b) / scale
     covariance = mean(a * b) / scale - mean_a * mean_b
-    variances = (mean(a * a) / scale - mean_a**2) * (mean(b * b) / scale - mean_b**2)
-    has_contrast = variances > 1e-16
-    correlation = torch.where(
-        has_contrast, covariance / variances.clamp(min=1e-16).sqrt(), 0.0
+    squares_a, squares_b = mean(a * a) / scale, mean(b * b) / scale
+    variance_a, variance_b = squares_a - mean_a**2, squares_b - mean_b**2
+    # What rounding leaves of the variance of one grey level is no contrast.
+    has_contrast = (variance_a > _ROUNDED * squares_a) & (
+        variance_b > _ROUNDED * squares_b
     )
+    deviations = torch.where(has_contrast, variance_a * variance_b, 1.0).sqrt()
+    correlation = torch.where(has_contrast, covariance / deviations, 0.0)
     return torch.where(share >= min_share, correlation, float("nan"))
 
 

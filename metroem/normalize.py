@@ -101,6 +101,13 @@ def normalize_given(images: Sequence[Tensor], wanted: bool | str) -> list[Tensor
     ]
 
 
+def finite_or_no_data(image: Tensor) -> Tensor:
+    """An image of any shape and type, 0 ("no data") where it is NaN or infinite."""
+    if not image.is_floating_point():
+        return image
+    return torch.where(torch.isfinite(image), image, 0.0)
+
+
 def keep_no_data(changed: Tensor, image: Tensor) -> Tensor:
     """A changed image, exactly 0 where it was before and nowhere else.
 

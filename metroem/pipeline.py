@@ -14,13 +14,20 @@ import torch
 from metroem import cli
 from metroem.aligner import Aligner
 from metroem.data.dataset import Split, find_pairs, image_sets_at, split_pairs
-from metroem.errors import UsageError
+from metroem.errors import CheckpointError, UsageError
 from metroem.io.lock import holding, lock_path
+from metroem.nets.checkpoint import check_weights
 from metroem.nets.loading import load_module
 from metroem.report.board import Board
 from metroem.specs.filenames import check_tag
 from metroem.specs.pyramid import ModuleSpec, find_modules, select_stages
-from metroem.specs.schedule import Phase, Schedule, check_decay, load_schedule
+from metroem.specs.schedule import (
+    FINETUNING_MODES,
+    Phase,
+    Schedule,
+    check_decay,
+    load_schedule,
+)
 from metroem.training import distributed
 from metroem.training.checkpoint import RunFolder
 from metroem.training.compiling import check_compiler, check_compiles
@@ -188,6 +195,7 @@ def _run_stages(
     to_generate = select_stages(
         modules, request.generate_field_stages, "--generate_field_stages"
     )
+    _check_weights(request, to_train, run)
     if request.restart:
         if distributed.rank() == 0:
             for module in to_train:
@@ -222,6 +230,28 @@ def _run_stages(
     logger.info("done: %s", request.pyramid_path)
 
 
+def _check_weights(
+    request: TrainRequest, to_train: list[ModuleSpec], run: RunFolder
+) -> None:
+    """Refuse to finetune what has no weights; a run that goes on has its own."""
+    if request.train_mode not in FINETUNING_MODES:
+        return
+    mode, path = request.train_mode, request.pyramid_path
+    a_copy = f"python -m metroem fetch {path} COPY, then --pyramid_path COPY"
+    to_begin = []
+    for module in to_train:
+        has_begun = run.state(module.stage).is_file()
+        if not has_begun:
+            to_begin.append(module)
+        elif request.restart and not run.weights(module.stage, "initial").is_file():
+            raise CheckpointError(
+                f"--train_mode {mode} --restart: stage {module.stage} began from fresh "
+                f"weights, and would begin there again; finetune a copy: {a_copy}"
+            )
+    where = f"--train_mode {mode} (a run beside another: {a_copy})"
+    check_weights(to_begin, request.checkpoint_name, where)
+
+
 def _phases(
     request: TrainRequest, schedule: Schedule, module: ModuleSpec
 ) -> tuple[Phase, ...]:
@@ -236,7 +266,7 @@ def _check_compile(modules: list[ModuleSpec], device: torch.device) -> None:
     """Refuse --compile, before hours of work, where it cannot work."""
     check_compiler(device)
     for module in modules:
-        loaded = load_module(module.path, finetune=False)
+        loaded = load_module(module.path, checkpoint_name=None, finetune=False)
         aligner: Aligner = loaded.aligner  # type: ignore[assignment]
         check_compiles(aligner, module.path)
 

@@ -100,6 +100,12 @@ def fetch(
                 (folder / inside).write_bytes(content)
         size = sum(map(len, files.values()))
         logger.info("copied %s: %d files, %.1f MB", path / name, len(files), size / 1e6)
+        if not any(inside.endswith(".state.pth.tar") for inside in files):
+            logger.warning(
+                "%s: came without weights, so it is untrained; expected "
+                "model/<checkpoint_name>.state.pth.tar in %s",
+                *(path / name, source),
+            )
     return [path / name for name in modules]
 
 

@@ -1,5 +1,6 @@
 """What a field is worth on one pair, and means of that over pairs."""
 
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple, TypeVar
 
@@ -53,7 +54,8 @@ class PairScore(NamedTuple):
     """Figures of a pair without a truth, or their means over pairs.
 
     CPC is the mean correlation of chunks of CHUNK_PX, "before" that without
-    alignment, over the same pixels. What is not known is NaN.
+    alignment, over the same pixels. What is not known is NaN: all of it for a pair
+    that cannot be compared, see `can_be_compared`, so that no mean takes it in.
     """
 
     cpc_before: float
@@ -82,6 +84,11 @@ class WarpScore(NamedTuple):
     folds_ppm: float  # of the pixels whose truth is known
     identity_px: float  # mean length of the field from the section to itself
     made_worse: float  # 1 if the mean endpoint error rose, else 0
+
+
+NO_SCORE = PairScore(*[NAN] * len(PairScore._fields))
+_NO_ERROR = EndpointError(*[NAN] * len(EndpointError._fields))
+NO_WARP_SCORE = WarpScore(_NO_ERROR, _NO_ERROR, NAN, NAN, NAN, NAN)
 
 
 class Chunk(NamedTuple):
@@ -135,6 +142,8 @@ class SetResult(NamedTuple):
     pairs: tuple[AlignedPair, ...]
     mean_known: WarpScore | None = None  # None where none were asked for
     known: tuple[WarpedSection, ...] = ()
+    without_value: int = 0  # pairs that cannot be compared, and are in no mean
+    known_without_value: int = 0  # sections, likewise
 
 
 def score_pair(
@@ -181,6 +190,8 @@ def score_aligned(
     Returns:
         The figures, and the chunk of the lowest correlation; None where none counts.
     """
+    if not can_be_compared(sample):
+        return NO_SCORE, None
     sample = with_defects(sample)
     none = torch.zeros_like(forward)
     valid = comparable(sample, [none, forward])
@@ -227,6 +238,8 @@ def score_known(
         The figures, and the chunk of the largest mean error; None where none counts.
     """
     valid = truth.valid & _inside_border(truth.valid)
+    if not valid.any():
+        return NO_WARP_SCORE, None
     before = endpoint_error(torch.zeros_like(field), truth.field, valid)
     after = endpoint_error(field, truth.field, valid)
     score = WarpScore(
@@ -244,6 +257,27 @@ def score_known(
 def mean_score(scores: Sequence[ScoreT]) -> ScoreT:
     """The mean of each figure over the pairs that have it."""
     return _mean(scores)
+
+
+def without_value(scored: Sequence[AlignedPair] | Sequence[WarpedSection]) -> int:
+    """How many pairs, or sections, have no figures."""
+    return sum(math.isnan(one.score.made_worse) for one in scored)
+
+
+def can_be_compared(sample: Sample, *, min_share: float = 0.5) -> bool:
+    """Whether the images of a pair say anything about a field.
+
+    They do where, as they lie, a chunk has tissue of both, with contrast. Defects that
+    the sample does not know of are not looked for.
+
+    Args:
+        sample: of batch size 1.
+        min_share: share of the chunk's pixels that must be tissue of both.
+    """
+    none = torch.zeros_like(sample.src).expand(-1, 2, -1, -1)
+    valid = comparable(sample, [none])
+    found = correlation(sample, none, valid, min_share=min_share)
+    return bool((found.nan_to_num() != 0).any())
 
 
 def correlation(

@@ -54,7 +54,7 @@ def _moments(
     count: int, size: int, deviation_px: float, like: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(pixels, blocks) each: a Gaussian times distances to the power 0, 1 and 2."""
-    pixels = torch.arange(float(count), device=like.device)
+    pixels = torch.arange(count, dtype=torch.float32, device=like.device)
     firsts = pixels[::size]
     sizes = (count - firsts).clamp(max=size)
     apart = (firsts + (sizes - 1) / 2 - pixels[:, None]) / deviation_px

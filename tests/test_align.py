@@ -22,7 +22,7 @@ def pyramid(tmp_path_factory):
     path = tmp_path_factory.mktemp("align") / "pyramid"
     # Untrained, it leaves all to the finetuner.
     init_pyramid(path, [2, 1, 0], "scalenet")
-    return Pyramid.load(path)
+    return Pyramid.load(path, checkpoint_name=None)
 
 
 def pair(d_cols, d_rows):

@@ -24,7 +24,7 @@ def pyramid(tmp_path_factory):
     path = tmp_path_factory.mktemp("both") / "pyramid"
     torch.manual_seed(0)
     init_pyramid(path, [1, 0])
-    return Pyramid.load(path)
+    return Pyramid.load(path, checkpoint_name=None)
 
 
 @pytest.fixture

@@ -144,7 +144,7 @@ def pyramid(tmp_path_factory):
     torch.manual_seed(1)
     path = tmp_path_factory.mktemp("tiles") / "pyramid"
     init_pyramid(path, [2, 0], "correlation")
-    return Pyramid.load(path)
+    return Pyramid.load(path, checkpoint_name=None)
 
 
 def pair(rows, cols):

@@ -6,10 +6,9 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from scipy import ndimage
 
 from metroem.errors import DatasetError, UsageError
-from metroem.field import move_field
+from metroem.field import fill_not_finite, move_field
 from metroem.grid import Grid
 from metroem.io.volume import Volume
 
@@ -150,23 +149,7 @@ def residual_field(
         (2, H, W) float32 on the patch, pixels of its mip, channel 0 along cols.
     """
     x, y = translation
-    left = _filled(displacements) - np.array([y, x], np.float32)[:, None, None]
-    field = torch.from_numpy(left)[None] / (1 << source.mip)
+    filled = fill_not_finite(torch.from_numpy(displacements.copy())[None])
+    left = filled - torch.tensor([y, x], dtype=filled.dtype)[:, None, None]
+    field = left / (1 << source.mip)
     return move_field(field, source, patch)[0].numpy()
-
-
-def _filled(vectors: np.ndarray) -> np.ndarray:
-    """A (2, H, W) field whose NaN and infinite vectors are the nearest finite ones.
-
-    0 throughout when none is finite.
-    """
-    broken = ~np.isfinite(vectors).all(0)
-    if not broken.any():
-        return vectors
-    if broken.all():
-        return np.zeros_like(vectors)
-    nearest = ndimage.distance_transform_edt(
-        broken, return_distances=False, return_indices=True
-    )
-    rows, cols = np.asarray(nearest)
-    return vectors[:, rows, cols]

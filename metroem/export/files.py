@@ -32,6 +32,7 @@ class Stack(NamedTuple):
     grid: Grid
     first: int  # z of the first section
     vectors: np.ndarray
+    tgt_offset: int | None = None  # None: all fields of the set have the same
 
 
 def write_files(request: ExportRequest, sets: Sequence[ExportedSet]) -> None:
@@ -44,9 +45,11 @@ def write_files(request: ExportRequest, sets: Sequence[ExportedSet]) -> None:
     place = Place(request, sets) if request.format == "itk" else None
     folder = Path(request.dst_path).expanduser()
     for one in sets:
-        for stack in stacks(one):
+        for stack in stacks(one, request.overlap):
             last = stack.first + stack.vectors.shape[1] - 1
             corner = f"x{stack.grid.x}_y{stack.grid.y}_z{stack.first}-{last}"
+            if stack.tgt_offset is not None:
+                corner += f"_tgt{stack.tgt_offset:+d}"
             path = folder / f"{one.fields.path.stem}_{corner}"
             if place is None:
                 _keep(path.with_name(f"{path.name}.json"), _json(stack), request)
@@ -58,20 +61,31 @@ def write_files(request: ExportRequest, sets: Sequence[ExportedSet]) -> None:
             logger.info("%s: %d sections", path, stack.vectors.shape[1])
 
 
-def stacks(exported: ExportedSet) -> Iterator[Stack]:
-    """The fields of a set, those of neighbouring sections on one grid together."""
+def stacks(exported: ExportedSet, overlap: str | None = None) -> Iterator[Stack]:
+    """The fields of a set, those of neighbouring sections on one grid together.
+
+    Fields onto tgts of other distances are stacks of their own.
+
+    Args:
+        exported: the set.
+        overlap: which of two pairs of the same sections counts: "first" or "last".
+    """
     fields = exported.fields
-    found: dict[Grid, dict[int, tuple[int, int]]] = {}
+    has_several = len(exported.offsets_to_tgt()) > 1
+    found: dict[tuple[Grid, int | None], dict[int, tuple[int, int]]] = {}
     for index, side in exported.sides():
         if exported.has_field(side):
             z = fields.sections(index)[side]
-            found.setdefault(fields.grid(index), {})[z] = index, side
-    for grid, by_z in found.items():
+            onto = exported.offset_to_tgt(index) if has_several else None
+            by_z = found.setdefault((fields.grid(index), onto), {})
+            if z not in by_z or overlap == "last":
+                by_z[z] = index, side
+    for (grid, onto), by_z in found.items():
         for run in _runs(sorted(by_z)):
             vectors = [exported.displacements(*by_z[z]) for z in run]
             # (z, channel, rows = x, cols = y), channel 0 along y.
             turned = np.stack(vectors)[:, ::-1].transpose(1, 0, 3, 2)
-            yield Stack(grid, run.start, np.ascontiguousarray(turned))
+            yield Stack(grid, run.start, np.ascontiguousarray(turned), onto)
 
 
 def npy_bytes(vectors: np.ndarray) -> bytes:
@@ -148,6 +162,8 @@ def _json(stack: Stack) -> bytes:
         "stride": 1,
         "start_xyz": [grid.x >> grid.mip, grid.y >> grid.mip, stack.first],
     }
+    if stack.tgt_offset is not None:
+        place["tgt_offset"] = stack.tgt_offset
     return json.dumps(place, indent=1).encode()
 
 

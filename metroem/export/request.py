@@ -33,6 +33,11 @@ class ExportRequest:
         like: volume whose bounds and resolution the new ones get; None: the bounds
             of what is written.
         resolution: nm of a mip-0 voxel along x, y, z; None: as the sets say.
+        tgt_offset: only pairs whose tgt lies so many sections above src (-1: one
+            below); None: all, which a volume cannot hold where one section has fields
+            onto several.
+        overlap: whose values count where several pairs cover a pixel: of the "first"
+            or of the "last"; None: such pairs are refused if they differ.
         overwrite: replace what is there.
 
     Raises:
@@ -51,6 +56,8 @@ class ExportRequest:
     warped: str | None = None
     like: str | None = None
     resolution: list[float] | None = None
+    tgt_offset: int | None = None
+    overlap: str | None = None
     overwrite: bool = False
 
     def __post_init__(self) -> None:
@@ -61,6 +68,7 @@ class ExportRequest:
             ("--dtype", self.dtype, DTYPES),
             ("--channel_order", self.channel_order, ("yx", "xy")),
             ("--field_unit", self.field_unit, ("relative", "mip0")),
+            ("--overlap", self.overlap or "first", ("first", "last")),
         ):
             if value not in known:
                 raise UsageError(f"{flag} {value}: expected one of {', '.join(known)}")
@@ -89,10 +97,14 @@ class ExportRequest:
     @property
     def notes(self) -> dict[str, Any]:
         """What the values of the field volume are, in words of download_field.py."""
-        notes = {
+        notes: dict[str, Any] = {
             "kind": "fields",
             "direction": "pull",
             "channel_order": self.channel_order,
             "field_unit": self.field_unit,
         }
-        return notes | ({"int16_scale": QUARTER} if self.dtype == "int16" else {})
+        if self.dtype == "int16":
+            notes["int16_scale"] = QUARTER
+        if self.tgt_offset is not None:
+            notes["tgt_offset"] = self.tgt_offset
+        return notes

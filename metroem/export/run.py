@@ -2,6 +2,7 @@
 
 from metroem.create.download import command_line
 from metroem.export.files import write_files
+from metroem.export.overlaps import Overlaps
 from metroem.export.request import ExportRequest
 from metroem.export.sections import find_exported
 from metroem.export.volumes import write_volumes
@@ -16,11 +17,13 @@ def export_fields(request: ExportRequest) -> None:
     export that was killed goes on where it was, and one that is there is left.
 
     Raises:
-        DatasetError: there are no such fields, or what is to be written to holds
-            something else.
+        DatasetError: there are no such fields, two of them belong to one place of
+            what is written, or that holds something else.
     """
     sets = find_exported(request)
+    overlaps = Overlaps(request, sets)
+    overlaps.check()
     if request.format == "cloudvolume":
-        write_volumes(request, sets, command_line())
+        write_volumes(request, sets, overlaps, command_line())
     else:
         write_files(request, sets)

@@ -9,7 +9,7 @@ import numpy as np
 
 from metroem.errors import DatasetError
 from metroem.export.request import ExportRequest
-from metroem.grid import Resolution
+from metroem.grid import Grid, Resolution
 from metroem.io.h5 import FieldSet, ImageSet, find_field_sets
 from metroem.specs.filenames import ImageSetName
 
@@ -21,20 +21,39 @@ class ExportedSet(NamedTuple):
 
     fields: FieldSet
     images: ImageSet | None  # of the fields' place and mip
+    tgt_offset: int | None = None  # whose pairs are exported; None: all
 
     def sides(self) -> Iterator[tuple[int, int]]:
-        """Pair and side of each section, once, in rising order of pairs.
+        """Pair and side of each section, in rising order of pairs.
 
-        tgt of a pair is src of the pair before where pairs are consecutive.
+        tgt of a pair is src of the pair before where pairs are consecutive. A section
+        comes once; as src of several pairs it comes once a pair where fields belong
+        to a pair, as those that training writes do.
         """
-        grids = [self.fields.grid(index) for index in range(len(self.fields))]
-        sections = [self.fields.sections(index) for index in range(len(self.fields))]
-        seen = {(z, grid) for (z, _), grid in zip(sections, grids, strict=True)}
-        for index, ((_, z_tgt), grid) in enumerate(zip(sections, grids, strict=True)):
-            if (z_tgt, grid) not in seen:
-                seen.add((z_tgt, grid))
+        pairs = [
+            (index, self.fields.grid(index), *self.fields.sections(index))
+            for index in range(len(self.fields))
+            if self.tgt_offset in (None, self.offset_to_tgt(index))
+        ]
+        as_src = {(z_src, grid) for _, grid, z_src, _ in pairs}
+        seen: set[tuple[int, Grid]] = set()
+        for index, grid, z_src, z_tgt in pairs:
+            if (z_tgt, grid) not in as_src and (z_tgt, grid) not in seen:
                 yield index, 1
-            yield index, 0
+            if self.fields.num_sides == 1 or (z_src, grid) not in seen:
+                yield index, 0
+            seen |= {(z_tgt, grid), (z_src, grid)}
+
+    def offset_to_tgt(self, index: int) -> int:
+        """How many sections tgt of a pair lies above src; mostly -1."""
+        z_src, z_tgt = self.fields.sections(index)
+        return z_tgt - z_src
+
+    def offsets_to_tgt(self) -> list[int]:
+        """Those of all pairs, sorted; a field volume's fields have none ([])."""
+        if self.fields.num_sides == 2:
+            return []
+        return sorted({self.offset_to_tgt(i) for i in range(len(self.fields))})
 
     def has_field(self, side: int) -> bool:
         """Whether there is a field for src (0) or tgt (1)."""
@@ -94,7 +113,14 @@ def find_exported(request: ExportRequest) -> list[ExportedSet]:
     logger.info(
         "fields of stage %d at mip %d: %d sets", stage, chosen[0].mip, len(chosen)
     )
-    return [_with_images(one, request) for one in chosen]
+    found = [_with_images(one, request) for one in chosen]
+    if not any(True for one in found for _ in one.sides()):
+        there = {one.offset_to_tgt(i) for one in found for i in range(len(one.fields))}
+        raise DatasetError(
+            f"--tgt_offset {request.tgt_offset}: {folder} has no such pairs, those "
+            f"there are have {', '.join(map(str, sorted(there)))}; give one of them"
+        )
+    return found
 
 
 def _with_images(fields: FieldSet, request: ExportRequest) -> ExportedSet:
@@ -123,7 +149,7 @@ def _with_images(fields: FieldSet, request: ExportRequest) -> ExportedSet:
             "images were moved; taken as not moved",
             *(fields.path.name, fields.mip),
         )
-    return ExportedSet(fields, images)
+    return ExportedSet(fields, images, request.tgt_offset)
 
 
 def _is_of(path: Path, place: str, mip: int) -> bool:

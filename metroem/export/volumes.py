@@ -7,6 +7,7 @@ import numpy as np
 import torch
 
 from metroem.errors import DatasetError
+from metroem.export.overlaps import Overlaps, Part
 from metroem.export.place import Place, check_on_pixels
 from metroem.export.request import QUARTER, ExportRequest
 from metroem.export.sections import ExportedSet
@@ -20,9 +21,18 @@ logger = logging.getLogger(__name__)
 
 
 def write_volumes(
-    request: ExportRequest, sets: Sequence[ExportedSet], command: str
+    request: ExportRequest,
+    sets: Sequence[ExportedSet],
+    overlaps: Overlaps,
+    command: str,
 ) -> None:
     """Write the volumes that a request asks for; what is there already is left.
+
+    Args:
+        request: what is asked for.
+        sets: what is exported.
+        overlaps: of them, checked.
+        command: for the provenance.
 
     Raises:
         DatasetError: a volume cannot be written, holds other values, or is of
@@ -37,10 +47,10 @@ def write_volumes(
         writers.append(_ImageWriter(request, sets, place))
     for writer in writers:
         for one in sets:
-            total = sum(1 for _ in one.sides())
+            parts = [part for part in overlaps.parts if part.exported is one]
             what = f"{one.fields.path.name}: {writer.what}, sections"
-            for index, side in progress(one.sides(), what, total=total):
-                writer.put(one, index, side)
+            for part in progress(parts, what, total=len(parts)):
+                writer.put(part, overlaps)
         writer.finish(sets, command)
 
 
@@ -69,16 +79,11 @@ class _FieldWriter:
             request.dst_path, wanted, flag="--dst_path", overwrite=request.overwrite
         )
 
-    def put(self, exported: ExportedSet, index: int, side: int) -> None:
+    def put(self, part: Part, overlaps: Overlaps) -> None:
         """Write the field of one section, if it has one."""
-        if not exported.has_field(side):
-            return
-        fields = exported.fields
-        self._writer.put(
-            self._stored(exported, index, side),
-            fields.grid(index),
-            fields.sections(index)[side],
-        )
+        if part.has_field:
+            values = overlaps.paint(part, Part.displacements, lambda other: other.grid)
+            self._writer.put(self._stored(values, part), part.grid, part.z)
 
     def finish(self, sets: Sequence[ExportedSet], command: str) -> None:
         """Say in the provenance what was written, and how to read it."""
@@ -91,11 +96,10 @@ class _FieldWriter:
             *(request.channel_order, request.field_unit),
         )
 
-    def _stored(self, exported: ExportedSet, index: int, side: int) -> np.ndarray:
+    def _stored(self, values: np.ndarray, part: Part) -> np.ndarray:
         """(2, H, W) as the volume holds it."""
-        request, fields = self._request, exported.fields
+        request, fields = self._request, part.exported.fields
         # cols run along the volume's y, so the displacement along y comes first.
-        values = exported.displacements(index, side)
         if request.channel_order == "xy":
             values = values[::-1]
         if request.field_unit == "mip0":
@@ -106,7 +110,7 @@ class _FieldWriter:
         most = np.iinfo(np.int16).max
         if (longest := float(np.abs(quarters).max())) > most:
             raise DatasetError(
-                f"--dtype int16: {fields.path.name}, pair {index}: a displacement of "
+                f"--dtype int16: {part}: a displacement of "
                 f"{longest * QUARTER:.0f} px, int16 holds up to {most * QUARTER:.0f}; "
                 "give --dtype float32"
             )
@@ -143,20 +147,12 @@ class _ImageWriter:
             for name in ("before", "after")
         )
 
-    def put(self, exported: ExportedSet, index: int, side: int) -> None:
+    def put(self, part: Part, overlaps: Overlaps) -> None:
         """Write one section to both; without a field it stays as it is."""
-        images = _images(exported)
-        image = images.read(index)[side]
-        x, y, z, *_ = images.box(index, side)
-        grid = exported.fields.grid(index)
-        there = Grid(grid.mip, x, y, *images.shape)
-        self._before.put(image[None], there, z)
-        if not exported.has_field(side):
-            self._after.put(image[None], there, z)
-            return
-        field = torch.from_numpy(exported.fields.read(index, side))[None]
-        warped = warp(torch.from_numpy(image)[None, None], field)
-        self._after.put(warped[0].numpy(), grid, z)
+        before = overlaps.paint(part, _image, _image_grid)
+        self._before.put(before, _image_grid(part), part.z)
+        after = overlaps.paint(part, _warped, _warped_grid)
+        self._after.put(after, _warped_grid(part), part.z)
 
     def finish(self, sets: Sequence[ExportedSet], command: str) -> None:
         """Say in the provenance what was written."""
@@ -168,6 +164,30 @@ class _ImageWriter:
 def _images(exported: ExportedSet) -> ImageSet:
     assert exported.images is not None  # find_exported refuses what lacks them
     return exported.images
+
+
+def _image(part: Part) -> np.ndarray:
+    """(1, H, W) as it was read."""
+    return _images(part.exported).read(part.index)[part.side][None]
+
+
+def _image_grid(part: Part) -> Grid:
+    """Where it was read."""
+    x, y, *_ = _images(part.exported).box(part.index, part.side)
+    return Grid(part.grid.mip, x, y, *part.grid.shape)
+
+
+def _warped(part: Part) -> np.ndarray:
+    """(1, H, W) warped by its field, if it has one."""
+    image = _image(part)
+    if not part.has_field:
+        return image
+    field = torch.from_numpy(part.exported.fields.read(part.index, part.side))[None]
+    return warp(torch.from_numpy(image)[None], field)[0].numpy()
+
+
+def _warped_grid(part: Part) -> Grid:
+    return part.grid if part.has_field else _image_grid(part)
 
 
 def _describe(

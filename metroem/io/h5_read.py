@@ -267,11 +267,17 @@ class ImageSet(_PairFile):
         return said.get("kind") == "tissue" and area == "around the patch"
 
     def read(self, index: int, rows: slice = ALL, cols: slice = ALL) -> Pair:
-        """A pair, or a window of it; what is darker than `DARKEST` becomes 0."""
-        with self._pair(index) as main:
-            pair = np.asarray(main[index, :, rows, cols], dtype=np.float32)
-        pair[pair < DARKEST] = 0
+        """A pair, or a window of it; 0 where darker than `DARKEST` or not finite."""
+        pair = self.read_stored(index, rows, cols)
+        pair[~((pair >= DARKEST) & (pair < np.inf))] = 0
         return Pair(pair[0], pair[1])
+
+    def read_stored(
+        self, index: int, rows: slice = ALL, cols: slice = ALL
+    ) -> np.ndarray:
+        """(2, h, w) float32: a pair, or a window of it, as the file has it."""
+        with self._pair(index) as main:
+            return np.asarray(main[index, :, rows, cols], dtype=np.float32)
 
     def read_defects(
         self, index: int, rows: slice = ALL, cols: slice = ALL

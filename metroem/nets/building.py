@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from artificery import Artificery
 from scalenet import ScaleNet
@@ -56,15 +57,21 @@ def build_net(spec_path: Path, *, operators: str) -> nn.Module:
 
 
 @contextlib.contextmanager
-def stock_warnings_silenced() -> Iterator[None]:
-    """Keep torch quiet on what stock operators are known to do.
+def stock_operators_at_work() -> Iterator[None]:
+    """Let stock operators find torch as they need it, and keep it quiet on them.
 
-    They leave align_corners to its default in each call of grid_sample.
+    They leave align_corners to its default in each call of grid_sample, and make
+    tensors of torch's default type, which must be that of the network.
     """
+    default = torch.get_default_dtype()
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".*align_corners.*", UserWarning)
         warnings.filterwarnings("ignore", "Ambiguous Residual", UserWarning)
-        yield
+        torch.set_default_dtype(torch.float32)
+        try:
+            yield
+        finally:
+            torch.set_default_dtype(default)
 
 
 class _ReLU(nn.ReLU):

@@ -1,6 +1,7 @@
 """Weights of one module: `<name>.state.pth.tar`, a bare state_dict."""
 
 import io
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,11 +10,52 @@ from torch import Tensor, nn
 
 from metroem.errors import CheckpointError
 from metroem.io.replace import replace_file
+from metroem.specs.pyramid import ModuleSpec
+
+_ENDING = ".state.pth.tar"
 
 
 def checkpoint_path(folder: Path, name: str) -> Path:
     """Where the weights called `name` lie in a module's `model` folder."""
-    return folder / f"{name}.state.pth.tar"
+    return folder / f"{name}{_ENDING}"
+
+
+def weights_there(modules: Sequence[ModuleSpec]) -> list[str]:
+    """Names of the weights that any of some modules has, sorted."""
+    return sorted(
+        {
+            path.name.removesuffix(_ENDING)
+            for module in modules
+            for path in module.weights_folder.glob(f"*{_ENDING}")
+            if path.name[0] != "."
+        }
+    )
+
+
+def check_weights(modules: Sequence[ModuleSpec], name: str, where: str) -> None:
+    """Refuse modules without the weights that are to be used.
+
+    Args:
+        modules: all of them must have weights.
+        name: of the weights.
+        where: who asks for them, for the message.
+
+    Raises:
+        CheckpointError: some module has none of this name; it is named.
+    """
+    missing = [
+        module
+        for module in modules
+        if not checkpoint_path(module.weights_folder, name).is_file()
+    ]
+    if missing:
+        names = ", ".join(module.path.name for module in missing)
+        raise CheckpointError(
+            f"{where}: {names} has no weights {name!r} (expected "
+            f"{checkpoint_path(missing[0].weights_folder, name)}); the pyramid has "
+            f"{weights_there(modules) or 'none'}: give a checkpoint_name that all "
+            "modules have, or train first (train.py --train_mode scratch)"
+        )
 
 
 def save_weights(net: nn.Module, path: Path) -> None:

@@ -19,7 +19,7 @@ logger = logging.getLogger(__name__)
 
 
 def load_module(
-    path: str | Path, *, checkpoint_name: str = "checkpoint", **params: Any
+    path: str | Path, *, checkpoint_name: str | None = "checkpoint", **params: Any
 ) -> nn.Module:
     """Load a module directory: run its `create.py` on a copy, by modelhouse.
 
@@ -30,7 +30,8 @@ def load_module(
 
     Args:
         path: module directory, local or any path cloud-files opens.
-        checkpoint_name: which weights.
+        checkpoint_name: which weights; fresh ones, with a warning, where they are not
+            there, and without one for None.
         **params: further arguments of its `create`.
 
     Returns:

@@ -38,7 +38,7 @@ const COLUMNS = [
   { label: "cycle p95, px", of: (p) => p.score.cycle_p95_px, digits: 2, worst: "high" },
   { label: "swap p95, px", of: (p) => p.score.swap_p95_px, digits: 2, worst: "high" },
   { label: "folds, ppm", of: (p) => p.score.folds_ppm, digits: 1, worst: "high" },
-  { label: "compared, %", of: (p) => 100 * p.score.counted, digits: 0, worst: "low" },
+  { label: "compared, %", of: (p) => (hasValue(p) ? 100 * p.score.counted : 0), digits: 0, worst: "low" },
 ];
 
 function gain(pair) {
@@ -46,9 +46,15 @@ function gain(pair) {
   return cpc === null || before === null ? null : cpc - before;
 }
 
-/** Ids of the pairs, the worst by one column first; what is not known is worst. */
+/** Whether a pair can be compared at all: it has tissue with contrast on both sides. */
+function hasValue(pair) {
+  return pair.score.made_worse !== null;
+}
+
+/** Ids of the pairs, the worst by one column first; what is not known is worst, but last without a value. */
 function worstFirst(pairs, column, reversed) {
   const rank = (pair) => {
+    if (!hasValue(pair)) return Infinity;
     const value = column.of(pair);
     if (typeof value !== "number") return -Infinity;
     return column.worst === "low" ? value : -value;
@@ -74,9 +80,10 @@ function fillAbout(about) {
 function fillTiles(data) {
   const all = (of) => mean(data.pairs.map(of));
   const worse = data.pairs.filter((pair) => pair.score.made_worse).length;
+  const compared = data.pairs.filter(hasValue).length;
   const tiles = [
     [`${shown(all((p) => p.score.cpc_before), 3)} \u2192 ${shown(all((p) => p.score.cpc), 3)}`, "CPC before and after"],
-    [`${worse} of ${data.pairs.length}`, "pairs made worse"],
+    [`${worse} of ${compared}`, "pairs made worse"],
     [shown(all((p) => p.score.cycle_p95_px), 2), "cycle error p95, px"],
     [shown(all((p) => p.score.swap_p95_px), 2), "swap error p95, px"],
     [shown(all((p) => p.score.folds_ppm), 1), "folds off defects, ppm"],
@@ -85,6 +92,9 @@ function fillTiles(data) {
   if (known.length) {
     const epe = (which) => shown(mean(known.map((section) => section.score[which].mean)), 2);
     tiles.push([`${epe("before")} \u2192 ${epe("after")}`, "EPE of known warps, px"]);
+  }
+  if (compared < data.pairs.length) {
+    tiles.push([`${data.pairs.length - compared}`, "pairs left out: no overlap or no contrast"]);
   }
   for (const [figure, label] of tiles) {
     byId("tiles").append(make("div", { class: "tile" }, make("b", {}, figure), make("span", {}, label)));
@@ -124,6 +134,7 @@ function fillSets(data) {
   const columns = [
     { label: "image set", of: (set) => set.file },
     { label: "pairs", of: (set) => data.pairs.filter((pair) => pair.where.file === set.file).length, digits: 0 },
+    { label: "left out", of: (set) => set.without_value, digits: 0 },
     { label: "px", of: (set) => `${set.rows} \u00d7 ${set.cols} at mip ${set.mip}` },
     { label: "CPC before", of: (set) => set.mean.cpc_before, digits: 3 },
     { label: "CPC", of: (set) => set.mean.cpc, digits: 3 },
@@ -141,7 +152,7 @@ function fillSets(data) {
 function fillKnown(data) {
   const known = data.sets.flatMap((set) => set.known);
   byId("known-section").hidden = !known.length;
-  known.sort((a, b) => b.score.after.mean - a.score.after.mean);
+  known.sort((a, b) => (b.score.after.mean ?? -1) - (a.score.after.mean ?? -1));
   const error = (which, key) => (section) => section.score[which][key];
   const columns = [
     { label: "section", of: (section) => `${section.where.file}, z ${section.where.z_tgt}` },
@@ -150,7 +161,7 @@ function fillKnown(data) {
     { label: "median", of: error("after", "median"), digits: 2 },
     { label: "p95", of: error("after", "p95"), digits: 2 },
     { label: "p99", of: error("after", "p99"), digits: 2 },
-    { label: "> 8 px, %", of: (section) => 100 * section.score.after.above_eight, digits: 2 },
+    { label: "> 8 px, %", of: ({ score }) => (score.made_worse === null ? null : 100 * score.after.above_eight), digits: 2 },
     { label: "near defects", of: (section) => section.score.near_px, digits: 2 },
     { label: "folds, ppm", of: (section) => section.score.folds_ppm, digits: 1 },
     { label: "on itself", of: (section) => section.score.identity_px, digits: 3 },
@@ -228,6 +239,7 @@ function fillPairs(data, order, sorting, onSort, onOpen) {
     const row = make("tr", {}, make("td", {}, make("img", { src: pair.thumb, alt: "", loading: "lazy" })), make("td", {}, link));
     row.append(make("td", {}, `${pair.where.z_src} on ${pair.where.z_tgt}`));
     for (const { of, digits } of COLUMNS) row.append(make("td", { class: "number" }, shown(of(pair), digits)));
+    if (!hasValue(pair)) row.cells[1].append(make("span", { class: "bad" }, "left out"));
     if (pair.score.made_worse) row.cells[1].append(make("span", { class: "bad" }, "made worse"));
     row.addEventListener("click", () => onOpen(id));
     body.append(row);

@@ -199,7 +199,7 @@ function fillFigures(pair) {
     ["length of the field, px", shown(score.length_px, 2), ""],
     ["folds off defects, ppm", "", shown(score.folds_ppm, 1)],
     ["determinant p1, p99", shown(score.det_p01, 2), shown(score.det_p99, 2)],
-    ["compared, %", "", shown(100 * score.counted, 0)],
+    ["compared, %", "", hasValue(pair) ? shown(100 * score.counted, 0) : "none"],
   ];
   const lines = rows.map(([name, ...cells]) => {
     const tag = name ? "td" : "th";

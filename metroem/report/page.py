@@ -10,6 +10,7 @@ at.
 import base64
 import hashlib
 import json
+import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -67,7 +68,9 @@ class ReportPage:
         self._write_json(f"pair-{len(self._rows)}", drawn.pictures)
         self._sets.setdefault(images.path.name, _about_set(images))
         x, y, *_ = images.box(pair.where.pair, 1)
-        more = {"corner": [x, y], "thumb": drawn.thumb, "stage_cpc": drawn.stage_cpc}
+        has_value = not math.isnan(pair.score.made_worse)
+        stage_cpc = drawn.stage_cpc if has_value else [None] * len(fields)
+        more = {"corner": [x, y], "thumb": drawn.thumb, "stage_cpc": stage_cpc}
         self._rows.append(plain(pair) | plain(more))
 
     def finish(self, about: Mapping[str, Any], results: Sequence[SetResult]) -> None:

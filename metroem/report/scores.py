@@ -10,9 +10,11 @@ from metroem.io.replace import make_folder, replace_file
 from metroem.scoring import (
     CHUNK_PX,
     RING_PX,
+    AlignedPair,
     PairScore,
     Score,
     SetResult,
+    WarpedSection,
     WarpScore,
     Where,
 )
@@ -53,15 +55,19 @@ def print_evaluation(results: Sequence[SetResult]) -> None:
     """
     for result in results:
         size = f"{result.rows}x{result.cols} px at mip {result.mip}"
-        print(f"\n{result.file}: means over {len(result.pairs)} pairs of {size}")
-        _print_pairs(result.mean)
-        worse = sum(pair.score.made_worse for pair in result.pairs)
-        _print_row("pairs made worse", f"{worse:.0f} of {len(result.pairs)}")
+        count = len(result.pairs) - result.without_value
+        print(f"\n{result.file}: means over {count} pairs of {size}")
+        _print_left_out("pairs", result.without_value)
+        if count:
+            _print_pairs(result.mean)
+            _print_made_worse("pairs", result.pairs, count)
         if result.mean_known is not None:
-            print(f"{len(result.known)} sections, each warped by a known field")
-            _print_known(result.mean_known)
-            worse = sum(section.score.made_worse for section in result.known)
-            _print_row("sections made worse", f"{worse:.0f} of {len(result.known)}")
+            count = len(result.known) - result.known_without_value
+            print(f"{count} sections, each warped by a known field")
+            _print_left_out("sections", result.known_without_value)
+            if count:
+                _print_known(result.mean_known)
+                _print_made_worse("sections", result.known, count)
     _print_worst(results)
 
 
@@ -129,20 +135,42 @@ def _print_known(mean: WarpScore) -> None:
     _print_row("section on itself, px", f"{mean.identity_px:.3f}")
 
 
+def _print_left_out(what: str, count: int) -> None:
+    if count:
+        print(f"{what} left out, no overlap or no contrast: {count}")
+
+
+def _print_made_worse(
+    what: str, scored: Sequence[AlignedPair] | Sequence[WarpedSection], count: int
+) -> None:
+    worse = sum(one.score.made_worse == 1 for one in scored)
+    _print_row(f"{what} made worse", f"{worse} of {count}")
+
+
 def _print_row(name: str, *cells: str) -> None:
     print(f"{name:<28}" + "".join(f"{cell:>10}" for cell in cells))
 
 
 def _print_worst(results: Sequence[SetResult]) -> None:
     """The pairs of the lowest CPC, then the sections of the largest EPE."""
-    pairs = [pair for result in results for pair in result.pairs]
+    pairs = [
+        pair
+        for result in results
+        for pair in result.pairs
+        if not math.isnan(pair.score.made_worse)
+    ]
     # What has no figure (NaN) first: nothing was left to compare.
     pairs.sort(key=lambda pair: (pair.score.cpc == pair.score.cpc, pair.score.cpc))
     print("\nworst pairs (x, y: middle of the worst chunk, mip-0 pixels)")
     for where, score in pairs[:WORST_SHOWN]:
         cpc = f"CPC {score.cpc:.3f}, before {score.cpc_before:.3f}"
         print(f"  {_in_words(where)}: {cpc}{_spot(where, '.3f')}")
-    known = [section for result in results for section in result.known]
+    known = [
+        section
+        for result in results
+        for section in result.known
+        if not math.isnan(section.score.made_worse)
+    ]
     if known:
         known.sort(key=lambda section: -section.score.after.mean)
         print("worst sections warped by a known field")

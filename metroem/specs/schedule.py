@@ -44,6 +44,7 @@ MODES = (
     "classic_finetune",
     "custom",
 )
+FINETUNING_MODES = ("finetune", "classic_finetune")  # which begin from weights
 LR_SCHEDULES = ("constant", "cosine")
 DEFAULT_CROP_PX = 1024
 _LAST_SHARE = 0.01  # of the learning rate, at the end of a cosine

@@ -80,7 +80,10 @@ def load_aligner(job: StageJob, run: RunFolder, *, is_fresh: bool) -> Aligner:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(job.settings.seed + module.stage)
         loaded = load_module(
-            module.path, checkpoint_name=name, finetune=False, pass_field=True
+            module.path,
+            checkpoint_name=name if initial.is_file() else None,
+            finetune=False,
+            pass_field=True,
         )
     aligner: Aligner = loaded.aligner.to(job.settings.device)  # type: ignore
     fits = getattr(aligner.net, "fits_any_stage", False)

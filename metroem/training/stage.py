@@ -13,7 +13,7 @@ from torch import Tensor
 from metroem.data.epoch import EpochKey, ValidationPairs, num_steps
 from metroem.data.loading import PhaseSamples, read_ahead
 from metroem.data.sample import Sample
-from metroem.errors import DatasetError
+from metroem.errors import CheckpointError, DatasetError
 from metroem.io.replace import drop_partials, make_folder, replace_file
 from metroem.loss import LossTerms
 from metroem.nets.checkpoint import checkpoint_path, save_weights
@@ -83,6 +83,14 @@ def train_stage(
     if distributed.rank() == 0:
         _drop_partials(job, run)
     state = load_state(run.state(job.module.stage), job.fingerprint())
+    best = checkpoint_path(job.module.weights_folder, job.settings.checkpoint_name)
+    has_weights = state and (state.phase >= len(job.phases) or state.best is not None)
+    if has_weights and not best.is_file():
+        raise CheckpointError(
+            f"{best}: is gone, though stage {job.module.stage} was trained; put it "
+            f"back (the last weights are {run.weights(job.module.stage, 'last')}), or "
+            "begin anew with --restart"
+        )
     if state is not None and state.phase >= len(job.phases):
         logger.info("stage %d: trained already", job.module.stage)
         return

@@ -6,7 +6,7 @@ from torch import nn
 
 from metroem.errors import PyramidError
 from metroem.field import compose, downsample_field, warp
-from metroem.nets.building import build_net, stock_warnings_silenced
+from metroem.nets.building import build_net, stock_operators_at_work
 from metroem.nets.operators import RefineField, WarpSource
 from tests.nets.specs import scalenet, write_spec
 
@@ -147,7 +147,7 @@ def test_corrected_and_stock_agree_where_fields_are_small_and_far_from_the_borde
         nets.append(build_net(spec, operators=operators))
     pair = torch.rand(1, 2, 64, 64)
 
-    with stock_warnings_silenced():
+    with stock_operators_at_work():
         corrected, stock = (net(x=pair) for net in nets)
 
     # Fresh nets find about 0.1 px: orders differ by its square, scales by 1/32.
