@@ -262,14 +262,15 @@ def _split(request: TrainRequest, module: ModuleSpec) -> Split:
 
 def _check_images(request: TrainRequest, modules: list[ModuleSpec]) -> None:
     """Refuse, before hours of work, what a later stage would fail for."""
-    wanted = {
-        *(request.train_stages or range(len(modules))),
-        *(request.generate_field_stages or range(len(modules))),
-    }
+    writing = {*(request.generate_field_stages or range(len(modules)))}
+    wanted = {*(request.train_stages or range(len(modules))), *writing}
     used = [module for module in modules if module.stage in wanted]
     for module in used:
         sets = image_sets_at(request.dataset_path, module.in_mip)
         target_sets(request.dataset_path, sets, used[-1].in_mip)
+        if module.stage in writing:  # at the mip of the next stage
+            following = modules[min(module.stage + 1, len(modules) - 1)]
+            target_sets(request.dataset_path, sets, following.in_mip)
 
 
 def _settings(request: TrainRequest, device: torch.device) -> TrainingSettings:

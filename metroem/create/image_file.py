@@ -19,9 +19,16 @@ from metroem.create.image_request import ImageRequest
 from metroem.create.reference import Reference
 from metroem.errors import DatasetError
 from metroem.grid import Grid
-from metroem.io.h5 import FieldSet, ImageSetMeta, Pair, PairFrame, write_image_set
+from metroem.io.h5 import (
+    FieldSet,
+    ImageSet,
+    ImageSetMeta,
+    Pair,
+    PairFrame,
+    write_image_set,
+)
 from metroem.io.lock import holding, lock_path
-from metroem.io.parts import PartStore, parts_folder
+from metroem.io.parts import PartStore, as_json, parts_folder
 from metroem.io.volume import Volume, covering, cut, read_sections
 from metroem.normalize import GreyStatistics, normalize, tissue_statistics
 
@@ -83,15 +90,34 @@ class ImageFile:
         if self.reference is not None:
             self.reference.volume.check_mip("--reference_mip", self.reference.mip)
 
+    def may_move(self) -> bool:
+        """Whether the images that are there would differ in where they are read."""
+        try:
+            found = ImageSet(self.path).request
+        except DatasetError:
+            return False
+        wanted = as_json(self._wanted())
+        return found != wanted == found | {"offsets": wanted["offsets"]}
+
+    def _is_unmoved(self) -> bool:
+        """Whether the images that are there would be these if a field moved them."""
+        return self.may_move() and ImageSet(self.path).request["offsets"] is None
+
     def make(self) -> None:
         """Download, unless the file is there; then write it and drop the parts.
+
+        Images that are the same but were not moved by a field are replaced.
 
         Raises:
             DatasetError: see `create_image_sets`.
             StorageError: another run makes it, or the disk is full.
         """
         with holding(lock_path(self.path)):
-            self._make(self._wanted(), self.request.overwrite)
+            overwrite = self.request.overwrite
+            if self.path.exists() and self._is_unmoved():
+                logger.info("%s: not moved yet, replaced (--field_dset)", self.path)
+                overwrite = True
+            self._make(self._wanted(), overwrite)
 
     def _make(self, wanted: dict, overwrite: bool) -> None:
         if already_there(self.path, wanted, overwrite=overwrite):
