@@ -97,7 +97,9 @@ def refusal(call, *args):
     return str(caught.value)
 
 
-def test_the_readme_of_the_original_in_its_order_in_one_folder(run, monkeypatch):
+def test_the_readme_of_the_original_in_its_order_in_one_folder(
+    run, monkeypatch, caplog
+):
     run(image_line("0 1", "40 24"))
     unmoved = images_in(f"data/{PLACE}_MIP0.h5")
     run(field_line())
@@ -113,9 +115,12 @@ def test_the_readme_of_the_original_in_its_order_in_one_folder(run, monkeypatch)
     train_pyramid(TrainRequest(Path("pyramid"), Path("data"), **one, device="cpu"))
     assert trained
 
+    # Each line once more, as in a script that was stopped: nothing is read.
     count = ReadCount(monkeypatch)
-    run(image_line("1", "24", MOVE))
-    assert not count.times
+    for line in (image_line("0 1", "40 24"), field_line(), image_line("1", "24", MOVE)):
+        run(line)
+    assert not count.times and offsets(0) == offsets(1) == EXPECTED
+    assert f"data/{PLACE}_MIP0.h5: is there already, moved by a field" in caplog.text
 
 
 @pytest.mark.parametrize("anchor", ["corner", "center"])

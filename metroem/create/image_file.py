@@ -99,14 +99,11 @@ class ImageFile:
         wanted = as_json(self._wanted())
         return found != wanted == found | {"offsets": wanted["offsets"]}
 
-    def _is_unmoved(self) -> bool:
-        """Whether the images that are there would be these if a field moved them."""
-        return self.may_move() and ImageSet(self.path).request["offsets"] is None
-
     def make(self) -> None:
         """Download, unless the file is there; then write it and drop the parts.
 
-        Images that are the same but were not moved by a field are replaced.
+        Images that are the same but were not moved by the field are replaced; those
+        that one has moved since are kept.
 
         Raises:
             DatasetError: see `create_image_sets`.
@@ -114,9 +111,17 @@ class ImageFile:
         """
         with holding(lock_path(self.path)):
             overwrite = self.request.overwrite
-            if self.path.exists() and self._is_unmoved():
-                logger.info("%s: not moved yet, replaced (--field_dset)", self.path)
-                overwrite = True
+            if not overwrite and self.may_move():
+                if self.sources.fields is None:
+                    logger.warning(
+                        "%s: is there already, moved by a field (--field_dset); kept. "
+                        "Take another --dst_folder or --suffix for images that are not",
+                        self.path,
+                    )
+                    return
+                if ImageSet(self.path).request["offsets"] is None:
+                    logger.info("%s: not moved yet, replaced (--field_dset)", self.path)
+                    overwrite = True
             self._make(self._wanted(), overwrite)
 
     def _make(self, wanted: dict, overwrite: bool) -> None:
