@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from metroem.data.sample import Sample
@@ -256,12 +257,15 @@ def read_sample(ref: PairRef, crop: Grid) -> Sample:
     Returns:
         A sample of batch size 1.
     """
-    if not ref.moves_tgt:
-        return _read_as_stored(ref, crop)
-    area = reached(ref.grid, crop, read_prior(ref, 1, crop))
-    sample = _read_as_stored(ref, area)
-    sample = _warp_tgt(sample, read_prior(ref, 1, area))
-    return sample.window(*window_of(crop, area))
+    if ref.moves_tgt:
+        field = read_prior(ref, 1, crop)
+        area = reached(ref.grid, crop, field)
+        sample = _warp_tgt(_read_images(ref, area), field, *window_of(crop, area))
+    else:
+        sample = _read_images(ref, crop)
+    if ref.prior is None:
+        return sample
+    return sample._replace(prior_field=read_prior(ref, 0, crop))
 
 
 def read_prior(ref: PairRef, side: int, crop: Grid) -> Tensor:
@@ -298,21 +302,25 @@ def _batch(image: np.ndarray) -> Tensor:
     return torch.from_numpy(image)[None, None]
 
 
-def _read_as_stored(ref: PairRef, crop: Grid) -> Sample:
+def _read_images(ref: PairRef, crop: Grid) -> Sample:
     window = window_of(crop, ref.grid)
     src, tgt = map(_batch, ref.images.read(ref.index, *window))
     masks = ref.images.read_defects(ref.index, *window)
     defects = (None, None) if masks is None else tuple(map(_batch, masks))
-    prior = None if ref.prior is None else read_prior(ref, 0, crop)
-    return Sample(src, tgt, prior, (ref.name,), *defects)
+    return Sample(src, tgt, None, (ref.name,), *defects)
 
 
-def _warp_tgt(sample: Sample, field: Tensor) -> Sample:
+def _warp_tgt(sample: Sample, field: Tensor, rows: slice, cols: slice) -> Sample:
+    """A window of a sample, after tgt is warped by the field of that window."""
+    height, width = sample.tgt.shape[-2:]
+    around = (cols.start, width - cols.stop, rows.start, height - rows.stop)
+    field = F.pad(field, around)  # what it is there does not show in the window
     defects = sample.tgt_defects
-    return sample._replace(
+    sample = sample._replace(
         tgt=_warp_tissue(sample.tgt, field),
         tgt_defects=None if defects is None else warp_mask(defects, field),
     )
+    return sample.window(rows, cols)
 
 
 def _warp_tissue(image: Tensor, field: Tensor) -> Tensor:
