@@ -268,7 +268,7 @@ def _check_fields_lie_on_images(contents: _Contents) -> list[str]:
         else:
             problems += [f"{name}: {why}" for why in _mismatch(fields, of)]
         try:
-            check_sides(fields)
+            check_sides(fields, fields.path.parent)
         except DatasetError as error:
             problems.append(str(error))
     return problems

@@ -203,6 +203,8 @@ def _run_stages(
                 settings.batch_of(phase)  # refused before hours of work
             split = _split(request, module)
             before = tuple(m for m in modules if m.stage < module.stage)
+            if any(ref.moves_tgt for ref in split.training):
+                before = ()  # priors come from a download, not from stage 0
             stage = StageJob(module, phases, split, settings, before)
             train_stage(stage, run, stop, watch)
             distributed.barrier()

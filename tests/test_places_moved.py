@@ -123,6 +123,22 @@ def test_the_readme_of_the_original_in_its_order_in_one_folder(
     assert f"data/{PLACE}_MIP0.h5: is there already, moved by a field" in caplog.text
 
 
+def test_stages_before_do_not_make_the_priors_of_a_download(run, monkeypatch):
+    run(field_line())
+    run(image_line("1", "24", MOVE))
+    init_pyramid(Path("pyramid"), [2, 1])
+    jobs = []
+    monkeypatch.setattr(
+        "metroem.pipeline.train_stage", lambda job, *a: jobs.append(job)
+    )
+    monkeypatch.setattr("metroem.pipeline.generate_fields", lambda *a: None)
+    one = {"train_stages": [1], "generate_field_stages": [1], "val_pairs": 0}
+    name = {"checkpoint_name": "precomputed", "device": "cpu"}
+    train_pyramid(TrainRequest(Path("pyramid"), Path("data"), **one, **name))
+    (job,) = jobs
+    assert job.module.stage == 1 and job.before == ()
+
+
 @pytest.mark.parametrize("anchor", ["corner", "center"])
 def test_mips_moved_along_are_as_if_they_were_asked_for(run, anchor):
     run(field_line("--place", f"{PLACE}_{anchor}"))

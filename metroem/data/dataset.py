@@ -167,31 +167,36 @@ def open_prior(images: ImageSet, stage: int, checkpoint_name: str) -> FieldSet:
                 f"side {side}, but its images were moved by {moved}; download them "
                 f"with --field_dset: {command_to_move(images, path)}"
             )
-    check_sides(fields)
+    check_sides(fields, images.path.parent)
     return fields
 
 
-def check_sides(fields: FieldSet) -> None:
+def check_sides(fields: FieldSet, folder: Path) -> None:
     """Refuse fields of src alone where the stage before had fields of tgt too.
 
     Version 1.0.0 wrote such: it saw tgt warped and left out by what.
+
+    Args:
+        fields: of any stage.
+        folder: where those of the stage before may lie, too.
 
     Raises:
         DatasetError: so.
     """
     name = fields.name
     before = (name.stage - 1, name.place, name.tag)
-    for path in fields.path.parent.glob(f"field_{name.stage - 1}_*.h5"):
-        other = FieldSetName.parse(path.name)
-        if other is None or (other.stage, other.place, other.tag) != before:
-            continue
-        if fields.num_sides < FieldSet(path).num_sides:
-            raise DatasetError(
-                f"{fields.path}: has no fields of tgt, while {path.name}, which it was "
-                "made from, has: an earlier version left them out; write it anew with "
-                f"train.py --checkpoint_name {name.tag} --generate_field_stages "
-                f"{name.stage}"
-            )
+    for near in {fields.path.parent, folder}:
+        for path in near.glob(f"field_{name.stage - 1}_*.h5"):
+            other = FieldSetName.parse(path.name)
+            if other is None or (other.stage, other.place, other.tag) != before:
+                continue
+            if fields.num_sides < FieldSet(path).num_sides:
+                raise DatasetError(
+                    f"{fields.path}: has no fields of tgt, while {path.name}, which it "
+                    "was made from, has: an earlier version left them out; write it "
+                    f"anew with train.py --checkpoint_name {name.tag} "
+                    f"--generate_field_stages {name.stage}"
+                )
 
 
 def _check_normalized(ref: PairRef) -> None:
