@@ -91,7 +91,7 @@ class ImageFile:
             self.reference.volume.check_mip("--reference_mip", self.reference.mip)
 
     def may_move(self) -> bool:
-        """Whether the images that are there would differ in where they are read."""
+        """Whether the images that are there differ in where they were read alone."""
         try:
             found = ImageSet(self.path).request
         except DatasetError:
@@ -119,7 +119,7 @@ class ImageFile:
                         self.path,
                     )
                     return
-                if ImageSet(self.path).request["offsets"] is None:
+                if ImageSet(self.path).request.get("offsets") is None:
                     logger.info("%s: not moved yet, replaced (--field_dset)", self.path)
                     overwrite = True
             self._make(self._wanted(), overwrite)
