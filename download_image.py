@@ -5,7 +5,8 @@ Pair i has section z_start + i as src and the section before it as tgt. Files ar
 float32 as stored; give --normalize unless the volume is normalised already (mean
 0, std 1 over tissue, 0 = no data), as with any uint8 volume.
 
-A download that was stopped goes on with the same command.
+A download that was stopped goes on with the same command. --field_dset moves the
+images; those that are there unmoved are replaced, the other mips of the place too.
 
 Example:
     python download_image.py --cv_path gs://bucket/em --dst_folder data \

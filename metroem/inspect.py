@@ -8,10 +8,11 @@ from typing import NamedTuple
 
 import numpy as np
 
-from metroem.data.dataset import prior_path
+from metroem.data.dataset import check_sides, prior_path
 from metroem.errors import DatasetError
 from metroem.grid import in_nm, same_resolution
 from metroem.io.h5 import FieldSet, ImageSet, verify
+from metroem.io.moved import command_to_move, moved_apart, unlike_offsets
 from metroem.normalize import DARKEST, GreyStatistics, looks_normalized
 from metroem.specs.filenames import FieldSetName, ImageSetName, check_tag
 from metroem.specs.pyramid import find_modules
@@ -250,6 +251,8 @@ def _other_place(coarse: ImageSet, fine: ImageSet) -> Iterator[str]:
         if not (a.covers(b) or b.covers(a)):
             yield f"pair {index} lies elsewhere at mip {fine.mip} ({b}) than {a}"
             return
+    if apart := moved_apart(coarse, fine):
+        yield f"mip {fine.mip}: {apart}"
 
 
 def _other_resolution(
@@ -279,6 +282,10 @@ def _check_fields_lie_on_images(contents: _Contents) -> list[str]:
             )
         else:
             problems += [f"{name}: {why}" for why in _mismatch(fields, of)]
+        try:
+            check_sides(fields, fields.path.parent)
+        except DatasetError as error:
+            problems.append(str(error))
     return problems
 
 
@@ -298,16 +305,13 @@ def _mismatch(fields: FieldSet, images: ImageSet) -> Iterator[str]:
                 f"{images.sections(index)}"
             )
             return
-        # What is made between stages has one side, and nothing taken out.
-        for side in range(2 if fields.num_sides == 2 else 0):
-            taken, moved = fields.offset(index, side), images.offset(index, side)
-            if taken != moved and not images.is_original:
-                yield (
-                    f"pair {index}: {taken} mip-0 px (x, y) were taken out of the "
-                    f"field, its images were moved by {moved}; download the images "
-                    "with --field_dset"
-                )
-                return
+        for _, taken, moved in unlike_offsets(fields, images, index):
+            yield (
+                f"pair {index}: {taken} mip-0 px (x, y) were taken out of the field, "
+                f"its images were moved by {moved}; download the images with "
+                f"--field_dset: {command_to_move(images, fields.path)}"
+            )
+            return
 
 
 def _find_unfinished(folder: Path) -> list[str]:

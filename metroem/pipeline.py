@@ -211,6 +211,8 @@ def _run_stages(
                 settings.batch_of(phase)  # refused before hours of work
             split = _split(request, module)
             before = tuple(m for m in modules if m.stage < module.stage)
+            if any(ref.moves_tgt for ref in split.training):
+                before = ()  # priors come from a download, not from stage 0
             stage = StageJob(module, phases, split, settings, before)
             train_stage(stage, run, stop, watch)
             distributed.barrier()
@@ -293,14 +295,15 @@ def _split(request: TrainRequest, module: ModuleSpec) -> Split:
 
 def _check_images(request: TrainRequest, modules: list[ModuleSpec]) -> None:
     """Refuse, before hours of work, what a later stage would fail for."""
-    wanted = {
-        *(request.train_stages or range(len(modules))),
-        *(request.generate_field_stages or range(len(modules))),
-    }
+    writing = {*(request.generate_field_stages or range(len(modules)))}
+    wanted = {*(request.train_stages or range(len(modules))), *writing}
     used = [module for module in modules if module.stage in wanted]
     for module in used:
         sets = image_sets_at(request.dataset_path, module.in_mip)
         target_sets(request.dataset_path, sets, used[-1].in_mip)
+        if module.stage in writing:  # at the mip of the next stage
+            following = modules[min(module.stage + 1, len(modules) - 1)]
+            target_sets(request.dataset_path, sets, following.in_mip)
 
 
 def _settings(request: TrainRequest, device: torch.device) -> TrainingSettings:

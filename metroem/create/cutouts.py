@@ -188,12 +188,11 @@ class Cutter:
         if field is None or profiled is None:
             yield from ((z, (None, (0, 0))) for z in patches)
             return
-        assert self.spec.field is not None
         reference = self._field_area
         windows = {z: field.window(grid) for z, grid in patches.items()}
         areas = {z: reference.around(grid) for z, grid in patches.items()}
         marks = self._marks(areas, areas)
-        mip = self.spec.field.reference.dst_mip
+        mip = self.spec.translation_mip
         of = profiled.volume, profiled.mip
         for z, stored, around in _read(field.volume, windows, of, areas):
             counts = ~marks[z][1] if marks else np.ones(areas[z].shape, bool)

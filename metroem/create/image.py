@@ -1,5 +1,7 @@
 """Image sets from a CloudVolume: one file a mip, pairs of neighbouring sections."""
 
+import logging
+from dataclasses import replace
 from pathlib import Path
 
 from metroem.create.download import DefectMask, warn_of_integers
@@ -7,17 +9,24 @@ from metroem.create.image_file import ImageFile, Sources
 from metroem.create.image_request import ImageRequest
 from metroem.errors import DatasetError
 from metroem.grid import Grid, in_nm, same_resolution
-from metroem.io.h5 import FieldSet, PairFrame
+from metroem.io.h5 import FieldSet, ImageSet, PairFrame
 from metroem.io.image_volume import ImageVolume
+from metroem.io.moved import moved_apart
+from metroem.specs.filenames import ImageSetName
 
 __all__ = ["ImageRequest", "create_image_sets"]
+
+logger = logging.getLogger(__name__)
 
 
 def create_image_sets(request: ImageRequest) -> list[Path]:
     """Download the image sets of a request; those that are there are kept.
 
     Each section is read once. What was read is kept beside the file in the
-    making, so a run that was killed goes on where it was.
+    making, so a run that was killed goes on where it was. With a field set, images
+    that are there and are the same but for having been moved are replaced, and so
+    are those of the place's other mips: a place is moved as a whole, or its stages
+    do not fit together.
 
     Returns:
         The files, one a mip.
@@ -27,16 +36,58 @@ def create_image_sets(request: ImageRequest) -> list[Path]:
             blank, or a file is there that other arguments made.
     """
     sources = _open(request)
+    wider = _with_other_mips(request, sources.fields)
     # Everything is checked before anything is read.
     files = [
-        ImageFile(request, sources, grid, _frames(request, sources.fields, grid))
-        for grid in request.grids()
+        ImageFile(wider, sources, grid, _frames(wider, sources.fields, grid))
+        for grid in wider.grids()
     ]
+    files = [one for one in files if one.grid.mip in request.mips or one.may_move()]
     for file in files:
         file.check()
     for file in files:
         file.make()
+    _warn_of_others(request)
     return [file.path for file in files]
+
+
+def _with_other_mips(request: ImageRequest, fields: FieldSet | None) -> ImageRequest:
+    """The request with those mips of its place that are there and could be moved."""
+    if fields is None:
+        return request
+    mips, sizes = list(request.mips), list(request.patch_sizes)
+    for images in _others(request):
+        step = 1 << images.mip
+        moved = (fields.offset(i, side) for i in range(len(fields)) for side in (0, 1))
+        corner = (request.x_offset, request.y_offset)
+        if not any(value % step for at in (*moved, corner) for value in at):
+            mips.append(images.mip)
+            sizes.append(images.shape[0])
+    return replace(request, mips=mips, patch_sizes=sizes)
+
+
+def _warn_of_others(request: ImageRequest) -> None:
+    """Name the mips of the place that were not moved as those of the request."""
+    made = ImageSet(request.path(request.mips[0]))
+    for images in _others(request):
+        if len(images) == len(made) and (apart := moved_apart(made, images)):
+            logger.warning("%s: %s", images.path, apart)
+
+
+def _others(request: ImageRequest) -> list[ImageSet]:
+    """The image sets of the place of a request that are there, of other mips."""
+    place = ImageSetName.parse(request.path(0).name)
+    assert place is not None
+    named = [
+        (path, name)
+        for path in sorted(request.dst_folder.glob("*.h5"))
+        if (name := ImageSetName.parse(path.name)) is not None
+    ]
+    return [
+        ImageSet(path)
+        for path, name in named
+        if name.place == place.place and name.mip not in request.mips
+    ]
 
 
 def _open(request: ImageRequest) -> Sources:

@@ -29,10 +29,17 @@ from metroem.create.reference import (
 )
 from metroem.errors import DatasetError
 from metroem.grid import Grid
-from metroem.io.h5 import FieldSet, ImageSetMeta, Pair, PairFrame, write_image_set
+from metroem.io.h5 import (
+    FieldSet,
+    ImageSet,
+    ImageSetMeta,
+    Pair,
+    PairFrame,
+    write_image_set,
+)
 from metroem.io.image_volume import ImageVolume
 from metroem.io.lock import holding, lock_path
-from metroem.io.parts import PartStore, parts_folder
+from metroem.io.parts import PartStore, as_json, parts_folder
 from metroem.io.volume import Volume, covering, cut, read_sections
 from metroem.normalize import GreyStatistics, normalize
 from metroem.progress import in_threads
@@ -100,15 +107,39 @@ class ImageFile:
         if self.sources.mask is not None:
             self.sources.mask.check(mip, self.windows)
 
+    def may_move(self) -> bool:
+        """Whether the images that are there differ in where they were read alone."""
+        try:
+            found = ImageSet(self.path).request
+        except DatasetError:
+            return False
+        wanted = as_json(self._wanted())
+        return found != wanted == found | {"offsets": wanted["offsets"]}
+
     def make(self) -> None:
         """Download, unless the file is there; then write it and drop the parts.
+
+        Images that are the same but were not moved by the field are replaced; those
+        that one has moved since are kept.
 
         Raises:
             DatasetError: see `create_image_sets`.
             StorageError: another run makes it, or the disk is full.
         """
         with holding(lock_path(self.path)):
-            self._make(self._wanted(), self.request.overwrite)
+            overwrite = self.request.overwrite
+            if not overwrite and self.may_move():
+                if self.sources.fields is None:
+                    logger.warning(
+                        "%s: is there already, moved by a field (--field_dset); kept. "
+                        "Take another --dst_folder or --suffix for images that are not",
+                        self.path,
+                    )
+                    return
+                if ImageSet(self.path).request.get("offsets") is None:
+                    logger.info("%s: not moved yet, replaced (--field_dset)", self.path)
+                    overwrite = True
+            self._make(self._wanted(), overwrite)
 
     def _make(self, wanted: dict, overwrite: bool) -> None:
         if already_there(self.path, wanted, overwrite=overwrite):

@@ -5,7 +5,8 @@
               channel_order, field_unit, int16_scale: what its values are. May be
               left out as a whole
     masks     list of path, src_mip, threshold: values >= threshold are blanked
-    max_mip   corners of all patches are multiples of 2^max_mip
+    max_mip   corners of all patches are multiples of 2^max_mip, and so are the
+              translations of a field whose reference is left out
     dst_mip, x_size, y_size    mip and size of the images that are made
     pairs     list of [src, tgt], each x, y, z of its centre, mip-0 pixels
 
@@ -117,6 +118,19 @@ class DatasetSpec:
             for at, size in zip(center[:2], (self.x_size, self.y_size), strict=True)
         )
         return Grid(self.dst_mip, x, y, self.x_size, self.y_size)
+
+    @property
+    def translation_mip(self) -> int:
+        """The mip whose pixels the translations of the field are: its reference's.
+
+        Where the patch is profiled, `max_mip`, as its corner is of: all mips of the
+        same pairs have to be moved alike.
+        """
+        assert self.field is not None
+        area = self.field.reference
+        patch = (self.dst_mip, self.x_size, self.y_size)
+        is_patch = (area.dst_mip, area.x_size, area.y_size) == patch
+        return self.max_mip if is_patch else area.dst_mip
 
     def as_request(self) -> dict:
         """What the content of the files depends on; pairs as a digest, since

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from metroem.data.sample import Sample
@@ -14,6 +15,7 @@ from metroem.errors import DatasetError
 from metroem.field import warp
 from metroem.grid import Grid
 from metroem.io.h5 import FieldSet, ImageSet, find_image_sets
+from metroem.io.moved import command_to_move, unlike_offsets
 from metroem.masks import warp_mask
 from metroem.normalize import looks_normalized, tissue_statistics
 from metroem.specs.filenames import FieldSetName
@@ -41,6 +43,11 @@ class PairRef(NamedTuple):
     def grid(self) -> Grid:
         """Where the pair lies."""
         return self.images.grid(self.index)
+
+    @property
+    def moves_tgt(self) -> bool:
+        """Whether there is a field for tgt too, which warps it when it is read."""
+        return self.prior is not None and self.prior.num_sides == 2
 
 
 class Split(NamedTuple):
@@ -132,7 +139,8 @@ def open_prior(images: ImageSet, stage: int, checkpoint_name: str) -> FieldSet:
 
     Raises:
         DatasetError: they are missing, belong to another place or number of
-            pairs, or have had a translation taken out that the images do not have.
+            pairs, have had a translation taken out that the images do not have, or
+            lack the fields of tgt that those before them have.
     """
     path = prior_path(images, stage, checkpoint_name)
     if not path.is_file():
@@ -154,15 +162,42 @@ def open_prior(images: ImageSet, stage: int, checkpoint_name: str) -> FieldSet:
                 f"{path}: pair {index} lies on {fields.grid(index)}, its images on "
                 f"{images.grid(index)}; make the fields for these images"
             )
-        for side in range(2 if fields.num_sides == 2 else 0):
-            taken_out, moved = fields.offset(index, side), images.offset(index, side)
-            if taken_out != moved and not images.is_original:
-                raise DatasetError(
-                    f"{path}: the translation {taken_out} was taken out of pair "
-                    f"{index}, side {side}, but its images were moved by {moved}; "
-                    f"download them with --field_dset {path}"
-                )
+        for side, taken_out, moved in unlike_offsets(fields, images, index):
+            raise DatasetError(
+                f"{path}: the translation {taken_out} was taken out of pair {index}, "
+                f"side {side}, but its images were moved by {moved}; download them "
+                f"with --field_dset: {command_to_move(images, path)}"
+            )
+    check_sides(fields, images.path.parent)
     return fields
+
+
+def check_sides(fields: FieldSet, folder: Path) -> None:
+    """Refuse fields of src alone where the stage before had fields of tgt too.
+
+    Version 1.0.0 wrote such: it saw tgt warped and left out by what.
+
+    Args:
+        fields: of any stage.
+        folder: where those of the stage before may lie, too.
+
+    Raises:
+        DatasetError: so.
+    """
+    name = fields.name
+    before = (name.stage - 1, name.place, name.tag)
+    for near in {fields.path.parent, folder}:
+        for path in near.glob(f"field_{name.stage - 1}_*.h5"):
+            other = FieldSetName.parse(path.name)
+            if other is None or (other.stage, other.place, other.tag) != before:
+                continue
+            if fields.num_sides < FieldSet(path).num_sides:
+                raise DatasetError(
+                    f"{fields.path}: has no fields of tgt, while {path.name}, which it "
+                    "was made from, has: an earlier version left them out; write it "
+                    f"anew with train.py --checkpoint_name {name.tag} "
+                    f"--generate_field_stages {name.stage}"
+                )
 
 
 def _check_normalized(ref: PairRef) -> None:
@@ -219,8 +254,9 @@ def _too_close(ref: PairRef, held_out: PairRef) -> bool:
 def read_sample(ref: PairRef, crop: Grid) -> Sample:
     """Read the crop of a pair with its prior field and its defects.
 
-    A downloaded field set has a field for the tgt side too, which warps the tgt
-    image here, so that src is aligned to a tgt that is in place already.
+    A downloaded field set has a field for the tgt side too, and so have those that
+    stages make from it. It warps the tgt image here, so that src is aligned to a tgt
+    that is in place already.
 
     Args:
         ref: the pair.
@@ -229,22 +265,39 @@ def read_sample(ref: PairRef, crop: Grid) -> Sample:
     Returns:
         A sample of batch size 1.
     """
-    rows, cols = window_of(crop, ref.grid)
-    two_sided = ref.prior is not None and ref.prior.num_sides == 2
-    # A field of the tgt side may point out of the crop: warp the whole patch.
-    whole = slice(None)
-    window = (whole, whole) if two_sided else (rows, cols)
-    src, tgt = map(_batch, ref.images.read(ref.index, *window))
-    masks = ref.images.read_defects(ref.index, *window)
-    defects = (None, None) if masks is None else tuple(map(_batch, masks))
-    prior = None
-    if ref.prior is not None:
-        prior = torch.from_numpy(ref.prior.read(ref.index, 0, rows, cols))[None]
-    sample = Sample(src, tgt, prior, (ref.name,), *defects)
-    if two_sided and ref.prior is not None:
-        tgt_field = torch.from_numpy(ref.prior.read(ref.index, 1))[None]
-        return _warp_whole_tgt(sample, tgt_field, rows, cols)
-    return sample
+    if ref.moves_tgt:
+        field = read_prior(ref, 1, crop)
+        area = reached(ref.grid, crop, field)
+        sample = _warp_tgt(_read_images(ref, area), field, *window_of(crop, area))
+    else:
+        sample = _read_images(ref, crop)
+    if ref.prior is None:
+        return sample
+    return sample._replace(prior_field=read_prior(ref, 0, crop))
+
+
+def read_prior(ref: PairRef, side: int, crop: Grid) -> Tensor:
+    """(1, 2, H, W): the prior field of src (0) or tgt (1) in a window of a pair."""
+    assert ref.prior is not None
+    window = window_of(crop, ref.grid)
+    return torch.from_numpy(ref.prior.read(ref.index, side, *window))[None]
+
+
+def reached(grid: Grid, crop: Grid, field: Tensor) -> Grid:
+    """The window of a patch that holds all that a field of a crop reads.
+
+    Args:
+        grid: of the patch.
+        crop: inside of it.
+        field: (1, 2, H, W) of the crop, pixels.
+    """
+    # A pixel more: what lies between pixels is interpolated.
+    longest = field.nan_to_num().abs().amax((0, 2, 3)).tolist()
+    more_cols, more_rows = (int(length) + 1 for length in longest)
+    rows, cols = window_of(crop, grid)
+    first = max(rows.start - more_rows, 0), max(cols.start - more_cols, 0)
+    end = min(rows.stop + more_rows, grid.rows), min(cols.stop + more_cols, grid.cols)
+    return grid.crop(*first, end[0] - first[0], end[1] - first[1])
 
 
 def window_of(crop: Grid, grid: Grid) -> tuple[slice, slice]:
@@ -257,17 +310,25 @@ def _batch(image: np.ndarray) -> Tensor:
     return torch.from_numpy(image)[None, None]
 
 
-def _warp_whole_tgt(sample: Sample, field: Tensor, rows: slice, cols: slice) -> Sample:
-    """The window of a whole patch, after its tgt is warped by its own field."""
-    masks = sample.src_defects, sample.tgt_defects
-    if masks[1] is not None:
-        masks = masks[0], warp_mask(masks[1], field)
-    return sample._replace(
-        src=sample.src[..., rows, cols],
-        tgt=_warp_tissue(sample.tgt, field)[..., rows, cols],
-        src_defects=None if masks[0] is None else masks[0][..., rows, cols],
-        tgt_defects=None if masks[1] is None else masks[1][..., rows, cols],
+def _read_images(ref: PairRef, crop: Grid) -> Sample:
+    window = window_of(crop, ref.grid)
+    src, tgt = map(_batch, ref.images.read(ref.index, *window))
+    masks = ref.images.read_defects(ref.index, *window)
+    defects = (None, None) if masks is None else tuple(map(_batch, masks))
+    return Sample(src, tgt, None, (ref.name,), *defects)
+
+
+def _warp_tgt(sample: Sample, field: Tensor, rows: slice, cols: slice) -> Sample:
+    """A window of a sample, after tgt is warped by the field of that window."""
+    height, width = sample.tgt.shape[-2:]
+    around = (cols.start, width - cols.stop, rows.start, height - rows.stop)
+    field = F.pad(field, around)  # what it is there does not show in the window
+    defects = sample.tgt_defects
+    sample = sample._replace(
+        tgt=_warp_tissue(sample.tgt, field),
+        tgt_defects=None if defects is None else warp_mask(defects, field),
     )
+    return sample.window(rows, cols)
 
 
 def _warp_tissue(image: Tensor, field: Tensor) -> Tensor:

@@ -4,21 +4,30 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
+from torch import Tensor
 
 from metroem.data.augment import augment, flip
-from metroem.data.dataset import PairRef, read_sample, window_of
+from metroem.data.dataset import (
+    PairRef,
+    reached,
+    read_prior,
+    read_sample,
+    window_of,
+)
 from metroem.data.draw import happens
 from metroem.data.known_warp import known_warp
 from metroem.data.sample import Sample, seeded_generator, with_defects
 from metroem.data.turn import Turn, draw_turn, turned
 from metroem.errors import DatasetError
-from metroem.field import compose
+from metroem.field import compose, warp
 from metroem.grid import Grid
 from metroem.specs.augmentations import RandomTranspose, RandomTurn, SkipSection
 from metroem.specs.schedule import Phase
 
 VALIDATION_CROP_PX = 2048
 NUM_KNOWN_WARPS = 4  # of each pair in validation
+# The error of a step shrinks by the slope of a field, far below 1, each time.
+_ITERATIONS = 5
 
 
 def centred_crop(grid: Grid, size: tuple[int, int]) -> Grid:
@@ -60,16 +69,16 @@ def read_skipping(ref: PairRef, further: PairRef, crop: Grid) -> Sample:
 
     Returns:
         A sample of batch size 1. Its prior field goes from src to the section
-        between and from there to tgt; but if both sides have fields, tgt has been
-        put into its place by its own and src's is all there is to it.
+        between and from there to tgt.
     """
     # The section between is read where the field of `ref` points to.
-    area = crop if ref.prior is None else ref.grid
+    area = crop
+    if ref.prior is not None:
+        area = reached(ref.grid, crop, _first_step(ref, further, crop))
     near, far = read_sample(ref, area), read_sample(further, area)
     prior = far.prior_field
-    if ref.prior is not None and ref.prior.num_sides == 1:
-        assert near.prior_field is not None and prior is not None
-        prior = compose(near.prior_field, prior)
+    if prior is not None:
+        prior = compose(_first_step(ref, further, area), prior)
     z = further.images.sections(further.index)[0]
     sample = Sample(
         far.src,
@@ -80,6 +89,23 @@ def read_skipping(ref: PairRef, further: PairRef, crop: Grid) -> Sample:
         near.tgt_defects,
     )
     return sample if area == crop else sample.window(*window_of(crop, area))
+
+
+def _first_step(ref: PairRef, further: PairRef, crop: Grid) -> Tensor:
+    """The field from the section between, as `further` sees it, to tgt of a pair.
+
+    Where `further` sees it warped by a field of its own, that has to be undone:
+    compose(step, its field) is the prior field of `ref`. Both are equal in a
+    download, and the step is 0; what stages made of it differs little.
+    """
+    field = read_prior(ref, 0, crop)
+    if not further.moves_tgt:
+        return field
+    own = read_prior(further, 1, crop)
+    step = field - own
+    for _ in range(_ITERATIONS):
+        step = field - warp(own, step, padding="border")
+    return step
 
 
 @dataclass(frozen=True)

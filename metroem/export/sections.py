@@ -11,6 +11,7 @@ from metroem.errors import DatasetError
 from metroem.export.request import ExportRequest
 from metroem.grid import Grid, Resolution
 from metroem.io.h5 import FieldSet, ImageSet, find_field_sets
+from metroem.io.moved import command_to_move, unlike_offsets
 from metroem.specs.filenames import ImageSetName
 
 logger = logging.getLogger(__name__)
@@ -62,12 +63,13 @@ class ExportedSet(NamedTuple):
     def moved(self, index: int, side: int) -> tuple[int, int]:
         """(x, y), mip-0 pixels, that the displacements are longer than the vectors.
 
-        What was taken out of a downloaded field; of fields that training wrote, how
-        far from their frame the images were read.
+        What was taken out of the field, that is how far from their frame its images
+        were read. Fields of src alone that version 1.0.0 wrote do not say it.
         """
-        if self.fields.num_sides == 2:
-            return self.fields.offset(index, side)
-        return (0, 0) if self.images is None else self.images.offset(index, side)
+        stated = self.fields.offset(index, side)
+        if self.fields.num_sides == 2 or any(stated) or self.images is None:
+            return stated
+        return self.images.offset(index, side)
 
     def displacements(self, index: int, side: int) -> np.ndarray:
         """(2, H, W) float32, pixels of the set's mip, along cols and along rows."""
@@ -138,6 +140,15 @@ def _with_images(fields: FieldSet, request: ExportRequest) -> ExportedSet:
         )
     if images is not None:
         fields.check_resolution(images)
+    if images is not None and request.warped is not None:
+        for index in range(len(fields)):
+            for side, taken_out, moved in unlike_offsets(fields, images, index):
+                raise DatasetError(
+                    f"--warped {request.warped}: side {side} of pair {index} of "
+                    f"{images.path.name} was moved by {moved}, its field by "
+                    f"{taken_out}; download the images with it: "
+                    f"{command_to_move(images, fields.path)}"
+                )
     if images is None and request.warped is not None:
         raise DatasetError(
             f"--warped {request.warped}: {fields.path.name} has no image set of its "

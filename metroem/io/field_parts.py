@@ -13,6 +13,7 @@ import h5py
 import numpy as np
 
 from metroem.errors import DatasetError, FieldError
+from metroem.io.checksums import main_dataset
 from metroem.io.h5_making import keep_room, replacing_h5
 from metroem.io.h5_write import (
     FieldSetMeta,
@@ -55,7 +56,7 @@ class FieldParts:
             return False
         try:
             with h5py.File(path, "r") as file:
-                field = file.get("main")
+                field = file.get("main", file.get("field"))
                 return (
                     "checksum" in file
                     and isinstance(field, h5py.Dataset)
@@ -66,7 +67,7 @@ class FieldParts:
             return False
 
     def put(self, index: int, field: np.ndarray) -> None:
-        """Keep a field, (2, H, W) float32, pixels, rounded to 0.01 px.
+        """Keep a field, ([2 sides,] 2, H, W) float32, pixels, rounded to 0.01 px.
 
         Raises:
             FieldError: a vector is NaN or infinite.
@@ -96,14 +97,14 @@ class FieldParts:
         Raises:
             DatasetError: a part is missing, or of another shape.
         """
-        shape = (2, *meta.shape)
+        shape = (*(2,) * meta.num_sides, *meta.shape)
         with replacing_h5(path) as file:
             vectors = field_dataset(file, len(meta.frames), shape)
             checksums = []
             for index in range(len(meta.frames)):
                 self._wait_for(index)
                 with h5py.File(self._path(index), "r") as part:
-                    check_shape(path, index, part["main"].shape[1:], shape)  # type: ignore[union-attr]
+                    check_shape(path, index, main_dataset(part).shape[1:], shape)
                     keep_room(file)
                     _copy_chunks(part, vectors, index)
                     checksums.append(part["checksum"][0])  # type: ignore[index]
@@ -132,7 +133,7 @@ class FieldParts:
 
 def _copy_chunks(part: h5py.File, vectors: h5py.Dataset, index: int) -> None:
     """Copy the chunks of a part of one field, as they are, to a place of a set."""
-    source = part["main"].id  # type: ignore[union-attr]
+    source = main_dataset(part).id
     for number in range(source.get_num_chunks()):
         place = source.get_chunk_info(number).chunk_offset
         filters, packed = source.read_direct_chunk(place)

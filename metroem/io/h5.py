@@ -2,8 +2,9 @@
 
     image set   img   (num_pairs, 2 sides, H, W) float32, side 0 src, side 1 tgt
     field set   main  (num_pairs, 2, H, W) float32: written between stages
-                field (num_pairs, 2 sides, 2, H, W) float32: downloaded; the
-                      prior field of src, and what warps tgt when it is loaded
+                field (num_pairs, 2 sides, 2, H, W) float32: downloaded, or written
+                      by stages after a download; the prior field of src, and what
+                      warps tgt when it is loaded
 
 Fields are pull, pixels of the file's mip, channel 0 along cols, channel 1 along
 rows, kept to 0.01 px (HDF5's scaleoffset; what is closer to 0 becomes 0).
@@ -13,7 +14,7 @@ Beside them lies, for each pair,
     box         (num_pairs, 2 sides, 6) int64: x0, y0, z0, x1, y1, z1, mip-0 pixels
     offset      (num_pairs, 2 sides, 2) int64: x and y, mip-0 pixels, by which
                 that side was read elsewhere (images) or what was taken out of its
-                vectors (fields)
+                vectors (fields), which is the same
     checksum    (num_pairs,) uint32: CRC-32 of the pair's bytes, defects and all
     blank       (num_pairs, 2 sides) float32: share of pixels without data (images)
     defects     (num_pairs, 2 sides, H, W) uint8, lzf: 1 on folds, cracks and dirt

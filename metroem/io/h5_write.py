@@ -139,7 +139,8 @@ class FieldSetMeta(SetMeta):
     Attributes:
         stage: whose output the fields are.
         tag: the checkpoint or the suffix, as in the name.
-        num_sides: 2 if there is a field for tgt as well (a download), else 1.
+        num_sides: 2 if there is a field for tgt as well (of a download, and of stages
+            after it), else 1.
     """
 
     stage: int = 0

@@ -26,6 +26,7 @@ from metroem.io.h5 import (
     ImageSet,
     PairFrame,
 )
+from metroem.io.moved import moved_apart
 from metroem.io.parts import PartStore, as_json, differences, parts_folder
 from metroem.nets.checkpoint import checkpoint_path
 from metroem.nets.loading import load_module
@@ -86,6 +87,21 @@ class _Sources(NamedTuple):
     prior: FieldSet | None  # of the stage before
     target: ImageSet  # of the next stage's mip: where the fields are to lie
 
+    @property
+    def num_sides(self) -> int:
+        """2 where tgt is warped when it is read: the next stage has to do so too."""
+        return 1 if self.prior is None else self.prior.num_sides
+
+    def frame(self, index: int) -> PairFrame:
+        """Where the fields of a pair lie, and how far its images were moved."""
+        moved = self.target if self.num_sides == 1 else self.prior
+        assert moved is not None
+        return PairFrame(
+            self.target.grid(index),
+            self.target.sections(index),
+            (moved.offset(index, 0), moved.offset(index, 1)),
+        )
+
 
 def generate_fields(job: FieldJob, stop: StopRequest) -> None:
     """Write the fields of one stage for all its image sets.
@@ -139,7 +155,8 @@ def target_sets(dataset: Path, sets: Sequence[ImageSet], mip: int) -> list[Image
     Where all of the sets check checksums, so do those found.
 
     Raises:
-        DatasetError: a place has none, or another number of pairs.
+        DatasetError: a place has none, or another number of pairs, or its images
+            were moved by a field and those of the set were not.
     """
     verifies = all(images.verifies for images in sets)
     there = image_sets_at(dataset, mip, verifies=verifies)
@@ -154,6 +171,8 @@ def target_sets(dataset: Path, sets: Sequence[ImageSet], mip: int) -> list[Image
                 f"both mips in one call of download_image.py"
             )
         target.check_resolution(images)
+        if apart := moved_apart(images, target):
+            raise DatasetError(f"{target.path}: {apart}")
         found.append(target)
     return found
 
@@ -166,13 +185,15 @@ def _field_path(job: FieldJob, target: ImageSet) -> Path:
 
 def _request(job: FieldJob, sources: _Sources, digest: str) -> dict[str, Any]:
     prior = sources.prior
-    return {
+    request = {
         "weights_sha256": digest,
         "images": sources.images.path.name,
         "target": sources.target.path.name,
         "finetune_iter": finetune_iterations(job.module.stage),
         "prior": prior and prior.attributes.get("request", prior.path.name),
     }
+    # Version 1.0.0 left out the fields of tgt; what it made is made anew.
+    return request | ({"num_sides": 2} if sources.num_sides == 2 else {})
 
 
 def _is_done(path: Path, request: dict[str, Any]) -> bool:
@@ -180,7 +201,7 @@ def _is_done(path: Path, request: dict[str, Any]) -> bool:
         return False
     existing = FieldSet(path)
     made_by = existing.request
-    if existing.num_sides == 2 or "weights_sha256" not in made_by:
+    if "weights_sha256" not in made_by:
         raise DatasetError(
             f"{path}: was not made by this program's training, and would be replaced; "
             "train under another --checkpoint_name, or leave its stage out of "
@@ -228,7 +249,7 @@ def _generate_set(
     (code,) = distributed.largest(torch.tensor([code], device=job.device)).tolist()
     if code:
         raise Stopped(code)
-    joining = parts.join(path, _meta(job, target, request))
+    joining = parts.join(path, _meta(job, sources, request))
     distributed.follow(joining, target.num_pairs)
     if distributed.rank() == 0:
         parts.remove()
@@ -242,7 +263,7 @@ def _open_parts(path: Path, request: dict[str, Any]) -> FieldParts:
         try:
             FieldParts(folder, request)
         except DatasetError:
-            logger.info("%s: begun with other weights, made anew", folder)
+            logger.info("%s: begun with other weights, or before, made anew", folder)
             PartStore.discard(folder)
             FieldParts(folder, request)
     distributed.barrier()
@@ -275,7 +296,7 @@ def _make_share(
                 # Not before: h5py reads and writes one after the other.
                 kept = _keep(pool, parts, made, kept)
                 field, finetuned = _field_of(aligner, sources, sample, index)
-                made = index, field
+                made = index, _with_tgt_field(sources, index, field)
                 gains += [finetuned] if finetuned else []
             if stop.code:
                 break
@@ -323,16 +344,27 @@ def _field_of(
     return field[0].cpu().numpy(), finetuned
 
 
-def _meta(job: FieldJob, target: ImageSet, request: dict[str, Any]) -> FieldSetMeta:
+def _with_tgt_field(sources: _Sources, index: int, field: np.ndarray) -> np.ndarray:
+    """The field of src, and beside it what warped tgt, if anything did.
+
+    Returns:
+        (2, H, W) or (2 sides, 2, H, W) on the target's grid.
+    """
+    if sources.prior is None or sources.num_sides == 1:
+        return field
+    of_tgt = torch.from_numpy(sources.prior.read(index, 1))[None]
+    of_tgt = move_field(of_tgt, sources.images.grid(index), sources.target.grid(index))
+    return np.stack([field, of_tgt[0].numpy()])
+
+
+def _meta(job: FieldJob, sources: _Sources, request: dict[str, Any]) -> FieldSetMeta:
     return FieldSetMeta(
-        frames=[
-            PairFrame(target.grid(index), target.sections(index))
-            for index in range(target.num_pairs)
-        ],
+        frames=[sources.frame(index) for index in range(sources.target.num_pairs)],
         source=f"{job.weights} sha256 {request['weights_sha256']}",
         command=" ".join(sys.argv),
         request=as_json(request),
-        resolution=target.resolution,
+        resolution=sources.target.resolution,
         stage=job.module.stage,
         tag=job.checkpoint_name,
+        num_sides=sources.num_sides,
     )

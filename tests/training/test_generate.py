@@ -13,7 +13,13 @@ from metroem.prediction import Alignment
 from metroem.scaffold import init_pyramid
 from metroem.specs.pyramid import ModuleSpec
 from metroem.tiles import Tiling
-from metroem.training.generate import FieldJob, _field_of, _meta, generate_fields
+from metroem.training.generate import (
+    FieldJob,
+    _field_of,
+    _meta,
+    _Sources,
+    generate_fields,
+)
 from metroem.training.stopping import StopRequest
 from tests.nets.specs import without_features, write_spec
 from tests.pairs import write_pairs
@@ -47,12 +53,14 @@ def test_fields_state_the_resolution_of_their_images():
     target = SimpleNamespace(
         grid=lambda index: grid,
         sections=lambda index: (2, 1),
+        offset=lambda index, side: (0, 0),
         num_pairs=1,
         resolution=(4.0, 6.0, 40.0),
     )
     module = SimpleNamespace(stage=0)
     job = SimpleNamespace(weights="weights", module=module, checkpoint_name="a")
-    meta = _meta(job, target, {"weights_sha256": ""})  # type: ignore[arg-type]
+    sources = _Sources(target, None, target)  # type: ignore[arg-type]
+    meta = _meta(job, sources, {"weights_sha256": ""})  # type: ignore[arg-type]
     assert meta.attributes()["resolution"] == [4, 6, 40]
 
 
