@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from metroem.errors import UsageError
-from metroem.specs.filenames import check_tag
+from metroem.specs.filenames import check_checkpoint_name
 
 FORMATS = ("cloudvolume", "sofima", "itk")
 DTYPES = ("float32", "int16")
@@ -18,7 +18,7 @@ class ExportRequest:
     """What export-fields is asked for, one field a flag.
 
     Attributes:
-        dataset_path: folder of the field sets.
+        dataset_path: folder of the image sets.
         dst_path: the volume; of other formats the folder.
         checkpoint_name: tag of the field sets: checkpoint, or suffix of a download;
             "" for downloads without one.
@@ -33,6 +33,7 @@ class ExportRequest:
             of what is written.
         resolution: nm of a mip-0 voxel along x, y, z; None: as the sets say.
         overwrite: replace what is there.
+        fields_path: folder of the field sets; None: `dataset_path`.
 
     Raises:
         UsageError: flags that cannot work.
@@ -51,10 +52,11 @@ class ExportRequest:
     like: str | None = None
     resolution: list[float] | None = None
     overwrite: bool = False
+    fields_path: Path | None = None
 
     def __post_init__(self) -> None:
         if self.checkpoint_name:
-            check_tag("--checkpoint_name", self.checkpoint_name)
+            check_checkpoint_name(self.checkpoint_name)
         for flag, value, known in (
             ("--format", self.format, FORMATS),
             ("--dtype", self.dtype, DTYPES),
@@ -84,6 +86,11 @@ class ExportRequest:
         self._check_written("--dst_path", self.dst_path)
         if self.warped is not None:
             self._check_written("--warped", self.warped)
+
+    @property
+    def fields_folder(self) -> Path:
+        """Where the field sets are."""
+        return self.fields_path or self.dataset_path
 
     @staticmethod
     def _check_written(flag: str, path: str) -> None:

@@ -10,6 +10,7 @@ import numpy as np
 from metroem.errors import DatasetError
 from metroem.export.request import ExportRequest
 from metroem.io.h5 import FieldSet, ImageSet, find_field_sets
+from metroem.io.origins import why_stale
 from metroem.specs.filenames import ImageSetName
 
 logger = logging.getLogger(__name__)
@@ -69,18 +70,18 @@ def find_exported(request: ExportRequest) -> list[ExportedSet]:
     """The field sets that a request means, with their images.
 
     Raises:
-        DatasetError: there are none, or of several mips, or --warped needs images
-            that are not there.
+        DatasetError: there are none, or of several mips, or some were made from other
+            images than those there now, or --warped needs images that are not there.
     """
-    folder, name = request.dataset_path, request.checkpoint_name
+    folder, name = request.fields_folder, request.checkpoint_name
     there = find_field_sets(folder)
     tagged = [one for one in there if (one.name.tag or "") == name]
     if not tagged:
         tags = sorted({one.name.tag or "no name" for one in there})
         raise DatasetError(
             f"{folder}: no field sets of --checkpoint_name {name!r}, those there are "
-            f"of {', '.join(tags) or 'none'}; train.py writes them, and "
-            "download_field.py with --suffix"
+            f"of {', '.join(tags) or 'none'}; write-fields and train.py write them, "
+            "and download_field.py with --suffix"
         )
     stages = sorted({one.name.stage for one in tagged})
     stage = stages[-1] if request.stage is None else request.stage
@@ -100,6 +101,8 @@ def find_exported(request: ExportRequest) -> list[ExportedSet]:
 
 
 def _with_images(fields: FieldSet, request: ExportRequest) -> ExportedSet:
+    if why := why_stale(fields, request.dataset_path):
+        raise DatasetError(f"{fields.path}: {why}")
     place = fields.name.place
     named = [
         path

@@ -2,6 +2,7 @@
 
 import glob
 import os
+import tempfile
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -45,6 +46,17 @@ def folder_trouble(error: OSError, path: Path) -> StorageError:
     return disk_trouble(error, path) or StorageError(
         f"{path}: this folder cannot be made ({error.strerror}); name another"
     )
+
+
+def try_writing(folder: Path) -> None:
+    """Make sure, before hours of work, that a folder takes files; made if missing.
+
+    Raises:
+        StorageError: it does not.
+    """
+    make_folder(folder)
+    with writing(folder):
+        tempfile.TemporaryFile(dir=folder).close()
 
 
 @contextmanager

@@ -6,6 +6,7 @@ from collections.abc import Generator, Iterator, Sequence
 from contextlib import AbstractContextManager, closing, nullcontext
 from functools import partial
 from itertools import compress, islice
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -14,7 +15,7 @@ from metroem.data.epoch import EpochKey, ValidationPairs, num_steps
 from metroem.data.loading import PhaseSamples, read_ahead
 from metroem.data.sample import Sample
 from metroem.errors import DatasetError
-from metroem.io.replace import drop_partials, make_folder, replace_file
+from metroem.io.replace import drop_partials, make_folder, replace_file, try_writing
 from metroem.loss import LossTerms
 from metroem.nets.checkpoint import checkpoint_path, save_weights
 from metroem.progress import progress
@@ -60,7 +61,11 @@ COLLAPSED_PX = 0.01
 
 
 def train_stage(
-    job: StageJob, run: RunFolder, stop: StopRequest, watch: Watch | None = None
+    job: StageJob,
+    run: RunFolder,
+    stop: StopRequest,
+    watch: Watch | None = None,
+    writes_to: Sequence[Path] = (),
 ) -> None:
     """Train one module, from where an earlier call stopped.
 
@@ -72,9 +77,11 @@ def train_stage(
         run: folder of the state.
         stop: looked at before each step.
         watch: told, on the first rank, how the epochs went.
+        writes_to: folders that are written to after the training, tried before it.
 
     Raises:
         Stopped: `stop` asked for it; the state is saved.
+        StorageError: a folder may not be written to.
         DatasetError: too many steps went bad.
         CheckpointError: a state that this run cannot go on from.
         ResourceError: memory does not suffice.
@@ -85,6 +92,9 @@ def train_stage(
     if state is not None and state.phase >= len(job.phases):
         logger.info("stage %d: trained already", job.module.stage)
         return
+    if distributed.rank() == 0:
+        for folder in (run.path, job.module.weights_folder, *writes_to):
+            try_writing(folder)
     StageTrainer(job, run, stop, state, watch).train()
 
 
