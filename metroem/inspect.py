@@ -314,9 +314,13 @@ def _find_unfinished(folder: Path) -> list[str]:
 
 
 def _check_pyramid(request: InspectRequest, images: list[ImageSet]) -> list[str]:
-    """Each stage needs images, and from stage 1 on prior fields, at its mip."""
+    """Each stage needs images, and from stage 1 on prior fields, at its mip.
+
+    Where a stage has its prior fields, those before it need no images.
+    """
     assert request.pyramid_path is not None
-    problems = []
+    problems: list[str] = []
+    without_images: list[str] = []
     for module in find_modules(request.pyramid_path):
         sets = [one for one in images if one.mip == module.in_mip]
         missing = []
@@ -334,14 +338,17 @@ def _check_pyramid(request: InspectRequest, images: list[ImageSet]) -> list[str]
             f", {len(sets) - len(missing)} with prior fields" if module.stage else "",
         )
         if not sets:
-            problems.append(
+            without_images.append(
                 f"stage {module.stage} ({module.path.name}): no image set at mip "
                 f"{module.in_mip}"
             )
+            continue
         if missing:
+            problems += without_images
             problems.append(
                 f"stage {module.stage}: no prior fields {', '.join(missing)}; when the "
                 f"stage before is trained, write-fields --checkpoint_name "
                 f"{request.checkpoint_name} --stages {module.stage - 1} writes them"
             )
-    return problems
+        without_images = []
+    return problems + without_images

@@ -243,8 +243,8 @@ def _run_stages(
             split = _split(request, module)
             before = tuple(m for m in plan.modules if m.stage < module.stage)
             stage = StageJob(module, phases, split, settings, before)
-            writes_to = [request.fields_folder] if module in plan.to_write else []
-            train_stage(stage, run, stop, watch, writes_to)
+            fields_path = request.fields_folder if module in plan.to_write else None
+            train_stage(stage, run, stop, watch, fields_path)
             distributed.barrier()
         if module in plan.to_write:
             job = FieldJob(
@@ -269,9 +269,8 @@ def _plan(request: TrainRequest) -> _Plan:
     """
     modules, folder = find_modules(request.pyramid_path), request.dataset_path
     to_train = select_stages(modules, request.train_stages, "--train_stages")
-    to_write = select_stages(
-        modules, request.generate_field_stages, "--generate_field_stages"
-    )
+    flag = "--generate_field_stages (--stages of write-fields)"
+    to_write = select_stages(modules, request.generate_field_stages, flag)
     plan = _Plan(modules, to_train, to_write)
     if request.generate_field_stages is None and to_train:
         able = [m for m in modules if m in to_train or _can_write(request, plan, m)]

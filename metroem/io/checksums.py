@@ -1,5 +1,6 @@
 """Checksums of pairs: what each was when it was written, and whether it still is."""
 
+import logging
 import zlib
 from functools import lru_cache
 from pathlib import Path
@@ -9,6 +10,8 @@ import numpy as np
 
 from metroem.errors import DatasetError
 from metroem.io.h5_open import opened, own_dataset
+
+logger = logging.getLogger(__name__)
 
 CHECKSUM_KEY = "checksum"
 DEFECTS_KEY = "defects"
@@ -70,6 +73,7 @@ def checksums_of(path: Path) -> np.ndarray:
 @lru_cache
 def _computed(path: Path, *_state: int) -> np.ndarray:
     """The checksums of a file without any, once for each state of the file."""
+    logger.info("%s: has no checksums, it is read as a whole to know its data", path)
     with opened(path) as file:
         pairs = range(len(main_dataset(file)))
         return np.array([pair_checksum(file, index) for index in pairs], np.uint32)

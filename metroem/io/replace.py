@@ -48,15 +48,24 @@ def folder_trouble(error: OSError, path: Path) -> StorageError:
     )
 
 
-def try_writing(folder: Path) -> None:
-    """Make sure, before hours of work, that a folder takes files; made if missing.
+def try_writing(folder: Path, flag: str | None = None) -> None:
+    """Make sure, before hours of work, that a folder takes files.
+
+    Args:
+        folder: made if it is missing.
+        flag: that names another one.
 
     Raises:
-        StorageError: it does not.
+        StorageError: it takes none.
     """
-    make_folder(folder)
-    with writing(folder):
-        tempfile.TemporaryFile(dir=folder).close()
+    try:
+        make_folder(folder)
+        with writing(folder):
+            tempfile.TemporaryFile(dir=folder).close()
+    except StorageError as error:
+        if flag is None:
+            raise
+        raise StorageError(f"{error} ({flag} names another folder)") from error
 
 
 @contextmanager

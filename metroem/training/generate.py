@@ -28,6 +28,7 @@ from metroem.io.h5 import (
 )
 from metroem.io.origins import origins, place_digest
 from metroem.io.parts import PartStore, as_json, differences, parts_folder
+from metroem.io.replace import try_writing
 from metroem.nets.checkpoint import checkpoint_path
 from metroem.nets.loading import load_module
 from metroem.progress import progress
@@ -122,12 +123,14 @@ def generate_fields(job: FieldJob, stop: StopRequest) -> None:
         request = _request(job, sources, digest)
         path = _field_path(job, target)
         # One answer for all ranks, of which some may not see a new file yet.
-        done = torch.tensor([float(is_done(path, request))], device=job.device)
+        done = torch.tensor([float(_is_done(path, request))], device=job.device)
         if distributed.largest(done).item():
             logger.info("%s: there already", path)
             if distributed.rank() == 0:
                 PartStore.discard(parts_folder(path))  # of a run killed at its end
             continue
+        if distributed.rank() == 0:
+            try_writing(job.fields_path, "--fields_path")
         aligner = aligner or _load(job, digest)
         _generate_set(job, aligner, sources, request, stop)
 
@@ -203,7 +206,7 @@ def _request(job: FieldJob, sources: _Sources, digest: str) -> dict[str, Any]:
     }
 
 
-def is_done(path: Path, request: dict[str, Any]) -> bool:
+def _is_done(path: Path, request: dict[str, Any]) -> bool:
     """Whether the field set of a request is there.
 
     Args:

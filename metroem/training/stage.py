@@ -65,7 +65,7 @@ def train_stage(
     run: RunFolder,
     stop: StopRequest,
     watch: Watch | None = None,
-    writes_to: Sequence[Path] = (),
+    fields_path: Path | None = None,
 ) -> None:
     """Train one module, from where an earlier call stopped.
 
@@ -77,7 +77,7 @@ def train_stage(
         run: folder of the state.
         stop: looked at before each step.
         watch: told, on the first rank, how the epochs went.
-        writes_to: folders that are written to after the training, tried before it.
+        fields_path: where fields are written after it, tried before; None: none are.
 
     Raises:
         Stopped: `stop` asked for it; the state is saved.
@@ -93,8 +93,10 @@ def train_stage(
         logger.info("stage %d: trained already", job.module.stage)
         return
     if distributed.rank() == 0:
-        for folder in (run.path, job.module.weights_folder, *writes_to):
-            try_writing(folder)
+        try_writing(run.path)
+        try_writing(job.module.weights_folder)
+        if fields_path is not None:
+            try_writing(fields_path, "--fields_path")
     StageTrainer(job, run, stop, state, watch).train()
 
 
