@@ -23,6 +23,7 @@ from metroem.errors import (
     UsageError,
 )
 from metroem.field import move_field
+from metroem.grid import Grid
 from metroem.inspect import InspectRequest, inspect_dataset
 from metroem.io import replace
 from metroem.io.h5 import FieldSet, FieldSetMeta, ImageSet, PairFrame, write_field_set
@@ -211,6 +212,17 @@ def test_with_more_sections_the_same_command_writes_all_fields(place, is_earlier
     write_fields(place)
     for name in (FIRST, LAST):
         assert len(FieldSet(place / "data" / name)) == 4
+
+
+@pytest.mark.parametrize("is_earlier", [False, True])
+def test_fields_of_images_that_lie_elsewhere_now_are_written_again(place, is_earlier):
+    write_fields(place, "--stages", 0)
+    if is_earlier:
+        forget(place / "data" / FIRST, "data", "place")
+    with h5py.File(place / "data" / FINE, "r+") as file:
+        file["box"][:, :, [0, 3]] += 4  # mip-0 pixels along x
+    write_fields(place, "--stages", 0)
+    assert FieldSet(place / "data" / FIRST).grid(0) == Grid(0, 4, 0, *SHAPE)
 
 
 def test_fields_of_version_1_0_0_are_left_alone(place):
@@ -445,6 +457,17 @@ def test_a_training_does_not_go_on_with_other_images(place, share):
         run_train(place, *zero)
     run_train(place, *zero, "--restart")
     run_train(place, *zero)
+
+
+def test_a_training_does_not_go_on_with_another_download(place):
+    one = ("--train_stages", "1", "--generate_field_stages")
+    downloaded_field(place, 0.5)
+    run_train(place, *one)
+    downloaded_field(place, 0.5)
+    run_train(place, *one)
+    downloaded_field(place, 0.75)
+    with pytest.raises(CheckpointError, match="the prior fields of the pairs are not"):
+        run_train(place, *one)
 
 
 def test_a_training_does_not_go_on_with_other_prior_fields(place):
