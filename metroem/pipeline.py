@@ -1,5 +1,6 @@
 """Per stage: train it, then write its fields; the one home of that order."""
 
+import hashlib
 import importlib.util
 import logging
 import os
@@ -14,9 +15,15 @@ import torch
 
 from metroem import cli
 from metroem.aligner import Aligner
-from metroem.data.dataset import Split, find_pairs, image_sets_at, split_pairs
-from metroem.errors import UsageError
-from metroem.io.h5 import find_image_sets
+from metroem.data.dataset import (
+    Split,
+    find_pairs,
+    image_sets_at,
+    prior_path,
+    split_pairs,
+)
+from metroem.errors import DatasetError, UsageError
+from metroem.io.h5 import FieldSet, find_image_sets
 from metroem.io.lock import holding, lock_path
 from metroem.nets.checkpoint import checkpoint_path
 from metroem.nets.loading import load_module
@@ -35,7 +42,7 @@ from metroem.training.generate import (
 )
 from metroem.training.job import StageJob, TrainingSettings
 from metroem.training.memory import keep_freed_memory
-from metroem.training.stage import discard_training, train_stage
+from metroem.training.stage import discard_training, train_stage, try_folders
 from metroem.training.step import Watch
 from metroem.training.stopping import TIME_UP, Stopped, StopRequest
 
@@ -228,7 +235,10 @@ def _run_stages(
     if plan.to_train:
         run.make()
         distributed.check_shared(run.path)
+    fields_of = {m: request.fields_folder for m in plan.to_write}
     if request.restart:
+        for module in plan.to_train:
+            try_folders(module, run, fields_of.get(module))
         if distributed.rank() == 0:
             for module in plan.to_train:
                 discard_training(module, run, request.checkpoint_name)
@@ -236,6 +246,8 @@ def _run_stages(
     if request.compile:
         _check_compile(plan.to_train, settings.device)
     for module in plan.modules:
+        if module in plan.to_train or module in plan.to_write:
+            _check_prior_weights(request, plan, module)
         if module in plan.to_train:
             phases = _phases(request, schedule, module)
             for phase in phases:
@@ -243,8 +255,7 @@ def _run_stages(
             split = _split(request, module)
             before = tuple(m for m in plan.modules if m.stage < module.stage)
             stage = StageJob(module, phases, split, settings, before)
-            fields_path = request.fields_folder if module in plan.to_write else None
-            train_stage(stage, run, stop, watch, fields_path)
+            train_stage(stage, run, stop, watch, fields_of.get(module))
             distributed.barrier()
         if module in plan.to_write:
             job = FieldJob(
@@ -298,6 +309,31 @@ def _can_write(request: TrainRequest, plan: _Plan, module: ModuleSpec) -> bool:
         return True
     logger.info("stage %d: %s, writes no fields", module.stage, why)
     return False
+
+
+def _check_prior_weights(
+    request: TrainRequest, plan: _Plan, module: ModuleSpec
+) -> None:
+    """Refuse prior fields that other weights wrote than the stage before has now.
+
+    Raises:
+        DatasetError: so.
+    """
+    before = plan.modules[max(module.stage - 1, 0)]
+    weights = checkpoint_path(before.weights_folder, request.checkpoint_name)
+    if module.stage == 0 or before in plan.to_write or not weights.is_file():
+        return
+    digest = hashlib.sha256(weights.read_bytes()).hexdigest()
+    for images in image_sets_at(request.dataset_path, module.in_mip):
+        name, folder = request.checkpoint_name, request.fields_path
+        path = prior_path(images, module.stage, name, folder)
+        request_of = FieldSet(path).request if path.is_file() else {}
+        if request_of.get("weights_sha256", digest) != digest:
+            raise DatasetError(
+                f"{path}: written by other weights than {weights} has now; write those "
+                f"fields too: --generate_field_stages (--stages of write-fields) "
+                f"{before.stage} {module.stage}"
+            )
 
 
 def _phases(

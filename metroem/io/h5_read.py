@@ -122,7 +122,7 @@ class _PairFile:
     def identity(self, index: int) -> str:
         """What tells a pair from another one of the same name.
 
-        It is a CRC-32 in hex: that of the pair, gone on with by where it lies.
+        It is the pair's CRC-32, continued over its boxes and offsets, in hex.
         """
         places = [*self.box(index, 0), *self.box(index, 1)]
         places += [*self.offset(index, 0), *self.offset(index, 1)]

@@ -92,12 +92,22 @@ def train_stage(
     if state is not None and state.phase >= len(job.phases):
         logger.info("stage %d: trained already", job.module.stage)
         return
-    if distributed.rank() == 0:
-        try_writing(run.path)
-        try_writing(job.module.weights_folder)
-        if fields_path is not None:
-            try_writing(fields_path, "--fields_path")
+    try_folders(job.module, run, fields_path)
     StageTrainer(job, run, stop, state, watch).train()
+
+
+def try_folders(module: ModuleSpec, run: RunFolder, fields_path: Path | None) -> None:
+    """Make sure that what a training writes can be written; arguments as above.
+
+    Raises:
+        StorageError: a folder takes no files.
+    """
+    if distributed.rank() > 0:
+        return
+    try_writing(run.path)
+    try_writing(module.weights_folder)
+    if fields_path is not None:
+        try_writing(fields_path, "--fields_path")
 
 
 def _drop_partials(job: StageJob, run: RunFolder) -> None:

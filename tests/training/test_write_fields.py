@@ -190,14 +190,19 @@ def test_fields_of_replaced_images_are_written_again_and_no_others(place):
 
 
 def test_fields_of_other_weights_are_written_again(place):
-    write_fields(place, "--stages", 0)
+    write_fields(place)
     before = stamps(place / "data")
     (module,) = (place / "pyramid").glob("0_*")
-    torch.manual_seed(7)
-    fresh = load_module(module, checkpoint_name="none").aligner
-    torch.save(fresh.net.state_dict(), module / "model" / "ck.state.pth.tar")
-    write_fields(place, "--stages", 0)
-    assert stamps(place / "data") != before
+    path = module / "model" / "ck.state.pth.tar"
+    weights = torch.load(path, weights_only=True)
+    torch.save({key: 2 * value for key, value in weights.items()}, path)
+    for flags in (["--train_stages", "1"], ["--train_stages"]):
+        with pytest.raises(DatasetError, match=f"{FIRST}: written by other weights"):
+            run_train(place, *flags, "--generate_field_stages", "1")
+    with pytest.raises(DatasetError, match="write-fields. 0 1"):
+        write_fields(place, "--stages", 1)
+    write_fields(place)
+    assert all(stamps(place / "data")[name] != before[name] for name in before)
 
 
 @pytest.mark.parametrize("is_earlier", [False, True])
@@ -425,6 +430,10 @@ def test_folders_that_take_no_files_are_named_before_the_training(
     # Where nothing is to be written to it, it is not tried.
     if where == "data":
         run_train(place, "--train_stages", "0", "--generate_field_stages")
+        before = files(place / "pyramid")
+        with pytest.raises(StorageError, match="Read-only"):
+            run_train(place, "--train_stages", "0", "--restart", "--no_redirect_stdout")
+        assert files(place / "pyramid") == before
 
 
 def test_figures_that_cannot_be_written_are_named_before_the_pairs_are_aligned(
