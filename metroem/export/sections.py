@@ -10,7 +10,7 @@ import numpy as np
 from metroem.errors import DatasetError
 from metroem.export.request import ExportRequest
 from metroem.io.h5 import FieldSet, ImageSet, find_field_sets
-from metroem.io.origins import why_stale
+from metroem.io.origins import how_to_make_again, place_digest, why_stale
 from metroem.specs.filenames import ImageSetName
 
 logger = logging.getLogger(__name__)
@@ -110,10 +110,14 @@ def _with_images(fields: FieldSet, request: ExportRequest) -> ExportedSet:
         if _is_of(path, place, fields.mip)
     ]
     images = ImageSet(named[0]) if named else None
-    if images is not None and images.num_pairs != fields.num_pairs:
+    if images is not None and (
+        images.num_pairs != fields.num_pairs
+        or (fields.is_of_pyramid and place_digest(images) != place_digest(fields))
+    ):
         raise DatasetError(
             f"{fields.path}: {fields.num_pairs} pairs, its images {images.path.name} "
-            f"have {images.num_pairs}; see metroem inspect"
+            f"have {images.num_pairs}, or lie elsewhere (metroem inspect says where); "
+            f"{how_to_make_again(fields, request.dataset_path)}"
         )
     if images is None and request.warped is not None:
         raise DatasetError(

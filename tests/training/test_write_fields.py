@@ -226,6 +226,8 @@ def test_fields_of_images_that_lie_elsewhere_now_are_written_again(place, is_ear
         forget(place / "data" / FIRST, "data", "place")
     with h5py.File(place / "data" / FINE, "r+") as file:
         file["box"][:, :, [0, 3]] += 4  # mip-0 pixels along x
+    with pytest.raises(DatasetError, match="or lie elsewhere.*write-fields"):
+        export(place / "data", place / "out", "--checkpoint_name", "ck", *RESOLUTION)
     write_fields(place, "--stages", 0)
     assert FieldSet(place / "data" / FIRST).grid(0) == Grid(0, 4, 0, *SHAPE)
 
