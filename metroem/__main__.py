@@ -101,7 +101,8 @@ def _add_fields(commands) -> None:
     add("--checkpoint_name", default="checkpoint", help="which weights (checkpoint)")
     stages = "whose fields (all); the first starts from those of the stage before"
     add("--stages", type=int, nargs="+", help=stages)
-    add("--gpu", default="0", help="GPUs, as 0 or 0,1,2: that many ranks (0)")
+    ranks = "GPUs, as 0 or 0,1,2: that many ranks"
+    add("--gpu", default=argparse.SUPPRESS, help=ranks)  # train.py's default
     devices, device = ("auto", "cpu", "cuda"), "auto takes a GPU if there is one"
     add("--device", choices=devices, default="auto", help=device)
     verify = "check each pair's checksum before it is read: reads it once more, whole"

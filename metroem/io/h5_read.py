@@ -358,7 +358,7 @@ class FieldSet(_PairFile):
     @property
     def is_of_pyramid(self) -> bool:
         """Whether a trained pyramid wrote them; else they were downloaded."""
-        return self.num_sides == 1 and "weights_sha256" in self.request
+        return "weights_sha256" in self.request
 
 
 def find_image_sets(folder: Path, *, verifies: bool = False) -> list[ImageSet]:
