@@ -23,14 +23,17 @@ def build_parser() -> argparse.ArgumentParser:
     add = parser.add_argument_group("what is trained").add_argument
     add("--pyramid_path", type=Path, required=True, help="directory of modules")
     add("--dataset_path", type=Path, required=True, help="folder of image sets")
+    fields = "folder of field sets, written and read (--dataset_path)"
+    add("--fields_path", type=Path, help=fields)
     add("--checkpoint_name", default="checkpoint", help="name of the weights")
     modes = ("scratch", "aligned", "finetune", "classic", "classic_finetune", "custom")
     mode = "which schedule (scratch)"
     add("--train_mode", type=str.lower, choices=modes, default="scratch", help=mode)
     add("--train_params_path", type=Path, help="schedule (JSON) of --train_mode custom")
-    add("--train_stages", type=int, nargs="+", help="stages to train (all)")
-    fields = "stages to write fields of (all)"
-    add("--generate_field_stages", type=int, nargs="+", help=fields)
+    stages = "stages to train (all); without a number: none"
+    add("--train_stages", type=int, nargs="*", help=stages)
+    fields = "stages to write fields of (all that can); without a number: none"
+    add("--generate_field_stages", type=int, nargs="*", help=fields)
     add("--val_pairs", type=int, default=2, help="pairs held out for validation (2)")
     add("--max_epochs", type=int, help="cap on the epochs of each phase")
     add("--max_minutes", type=float, help="stop cleanly after so long")

@@ -154,7 +154,14 @@ def serve(folder: Path, threads: int) -> None:
     torch.set_num_threads(threads)
     (module,) = find_modules(folder / "pyramid")
     device = torch.device("cpu")
-    job = FieldJob(module, None, folder / "dataset", CHECKPOINT, device)
+    job = FieldJob(
+        module,
+        module.in_mip,
+        folder / "dataset",
+        folder / "dataset",
+        CHECKPOINT,
+        device,
+    )
     with distributed.process_group(device), StopRequest(None) as stop:
         while True:
             asked = wait_for_either(folder / "go", folder / "end")

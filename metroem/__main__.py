@@ -3,6 +3,7 @@
 metroem init PYRAMID --mip 5 3      write untrained modules
 metroem fetch SOURCE PYRAMID        copy a pyramid or module from any cloud path
 metroem inspect DATASET             list and check image sets and field sets
+metroem write-fields --pyramid_path P ...    the fields of a trained pyramid
 metroem create-spec --points_path CSV ...    pairs around points, for make-dataset
 metroem make-dataset --spec_path S --dst_path D    image and field sets of them
 metroem evaluate --pyramid_path P   how well it aligns a data set, and where worst
@@ -30,7 +31,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_pyramids(commands)
     _add_looks(commands)
     _add_points(commands)
-    _add_export(commands)
+    _add_fields(commands)
     demo = _command(commands, "demo", "the main job on made sections", _demo)
     demo.add_argument(
         "--folder",
@@ -72,6 +73,8 @@ def _add_looks(commands) -> None:
     inspect.add_argument(
         "--checkpoint_name", default="checkpoint", help="tag of the prior fields"
     )
+    more = "another folder of field sets to check"
+    inspect.add_argument("--fields_path", type=Path, help=more)
 
     evaluate = _command(commands, "evaluate", "how well a pyramid aligns", _evaluate)
     add = evaluate.add_argument
@@ -86,10 +89,30 @@ def _add_looks(commands) -> None:
     add("--verify", action="store_true", help=verify)
 
 
-def _add_export(commands) -> None:
+def _add_fields(commands) -> None:
+    """The two commands that write fields: of a pyramid, and for other programs."""
+    write = _command(commands, "write-fields", "fields of a pyramid", _write_fields)
+    add = write.add_argument
+    add("--pyramid_path", type=Path, required=True, help="the trained pyramid")
+    images = "folder of image sets, of every mip of the pyramid"
+    add("--dataset_path", type=Path, required=True, help=images)
+    folder = "folder to write the field sets to (--dataset_path)"
+    add("--fields_path", type=Path, help=folder)
+    add("--checkpoint_name", default="checkpoint", help="which weights (checkpoint)")
+    stages = "whose fields (all); the first starts from those of the stage before"
+    add("--stages", type=int, nargs="+", help=stages)
+    ranks = "GPUs, as 0 or 0,1,2: that many ranks"
+    add("--gpu", default=argparse.SUPPRESS, help=ranks)  # train.py's default
+    devices, device = ("auto", "cpu", "cuda"), "auto takes a GPU if there is one"
+    add("--device", choices=devices, default="auto", help=device)
+    verify = "check each pair's checksum before it is read: reads it once more, whole"
+    add("--verify", action="store_true", help=verify)
+
     export = _command(commands, "export-fields", "fields out again", _export)
     add = export.add_argument
-    add("--dataset_path", type=Path, required=True, help="folder of field sets")
+    images = "folder of image sets and, without --fields_path, of field sets"
+    add("--dataset_path", type=Path, required=True, help=images)
+    add("--fields_path", type=Path, help="folder of field sets (--dataset_path)")
     dst = "the volume: gs://, s3:// or a local path; of other formats the folder"
     add("--dst_path", required=True, help=dst)
     tag = "whose fields: checkpoint, or --suffix of a download (checkpoint)"
@@ -178,15 +201,29 @@ def _is_trusted(code: str) -> bool:
 def _inspect(args: argparse.Namespace) -> None:
     from metroem.inspect import InspectRequest, inspect_dataset
 
-    inspect_dataset(
-        InspectRequest(args.dataset, args.pyramid_path, args.checkpoint_name)
-    )
+    inspect_dataset(InspectRequest(**_flags(args)))
 
 
 def _evaluate(args: argparse.Namespace) -> None:
     from metroem.evaluate import EvaluateRequest, evaluate_dataset
 
     evaluate_dataset(EvaluateRequest(**_flags(args)))
+
+
+def _write_fields(args: argparse.Namespace) -> None:
+    from metroem.pipeline import TrainRequest, train_pyramid
+    from metroem.training.distributed import launch
+
+    flags = _flags(args)
+    request = TrainRequest(
+        train_stages=[],
+        generate_field_stages=flags.pop("stages"),
+        redirect_stdout=False,
+        **flags,
+    )
+    if ranks := request.ranks_to_launch:
+        sys.exit(launch("metroem", args.argv, ranks=ranks, port=request.port))
+    train_pyramid(request)
 
 
 def _export(args: argparse.Namespace) -> None:
@@ -215,12 +252,14 @@ def _demo(args: argparse.Namespace) -> None:
 
 def _flags(args: argparse.Namespace) -> dict[str, Any]:
     """What a command was given."""
-    return {k: v for k, v in vars(args).items() if k not in ("command", "run")}
+    return {k: v for k, v in vars(args).items() if k not in ("command", "run", "argv")}
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Parse the command line and run its command."""
-    args = build_parser().parse_args(sys.argv[1:] if argv is None else argv)
+    arguments = sys.argv[1:] if argv is None else argv
+    args = build_parser().parse_args(arguments)
+    args.argv = arguments
     args.run(args)
 
 

@@ -20,6 +20,7 @@ from metroem.distort import Truth
 from metroem.errors import DatasetError, UsageError
 from metroem.field import move_field
 from metroem.io.h5 import ImageSet, find_image_sets
+from metroem.io.replace import try_writing
 from metroem.nets.checkpoint import check_weights, weights_there
 from metroem.progress import progress
 from metroem.report.curves import Curve, read_curves
@@ -45,7 +46,7 @@ from metroem.scoring import (
     without_value,
 )
 from metroem.specs.augmentations import KnownWarp, Photometric
-from metroem.specs.filenames import check_tag
+from metroem.specs.filenames import check_checkpoint_name
 from metroem.specs.pyramid import ModuleSpec, find_modules
 from metroem.training.checkpoint import RunFolder
 from metroem.training.distributed import choose_device
@@ -87,7 +88,7 @@ class EvaluateRequest:
     verify: bool = False
 
     def __post_init__(self) -> None:
-        check_tag("--checkpoint_name", self.checkpoint_name)
+        check_checkpoint_name(self.checkpoint_name)
         for flag, path, name in (
             ("--json", self.json, "figures.json"),
             ("--report", self.report, "report.html"),
@@ -141,10 +142,13 @@ def evaluate_dataset(request: EvaluateRequest) -> None:
             evaluated untrained, unless a name was asked for.
         DatasetError: a stage's mip has no images, images too small to measure, or
             no pair that can be compared.
+        StorageError: a file cannot be written where it is asked for.
     """
     modules = find_modules(request.pyramid_path)
     name = _checkpoint_name(modules, request)
     places = _find_places(request, modules)
+    if request.json is not None:
+        try_writing(request.json.parent)
     settings = {"chunk_px": CHUNK_PX, "border_px": BORDER_PX, "ring_px": RING_PX}
     about = vars(request) | settings
     device = choose_device("auto", ())

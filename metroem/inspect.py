@@ -13,8 +13,9 @@ from metroem.errors import DatasetError
 from metroem.grid import in_nm, same_resolution
 from metroem.io.h5 import FieldSet, ImageSet, verify
 from metroem.io.moved import command_to_move, moved_apart, unlike_offsets
+from metroem.io.origins import why_stale
 from metroem.normalize import DARKEST, GreyStatistics, looks_normalized
-from metroem.specs.filenames import FieldSetName, ImageSetName, check_tag
+from metroem.specs.filenames import FieldSetName, ImageSetName, check_checkpoint_name
 from metroem.specs.pyramid import find_modules
 
 logger = logging.getLogger(__name__)
@@ -28,6 +29,7 @@ class InspectRequest:
         dataset: folder of image sets and field sets.
         pyramid_path: whose stages must find their images and prior fields.
         checkpoint_name: tag of those fields.
+        fields_path: another folder of field sets for these images; None: none.
 
     Raises:
         UsageError: the name cannot be one.
@@ -36,9 +38,10 @@ class InspectRequest:
     dataset: Path
     pyramid_path: Path | None = None
     checkpoint_name: str = "checkpoint"
+    fields_path: Path | None = None
 
     def __post_init__(self) -> None:
-        check_tag("--checkpoint_name", self.checkpoint_name)
+        check_checkpoint_name(self.checkpoint_name)
 
 
 class _Tissue(NamedTuple):
@@ -65,21 +68,25 @@ def inspect_dataset(request: InspectRequest) -> None:
 
     Checked: shapes and names; that values are finite, not all blank and, for
     images, normalised; checksums; that the mips of a place show the same place
-    and sections; that fields lie on their images; downloads that were not
-    finished; and, for a pyramid, that each stage finds images and prior fields.
+    and sections; that fields lie on their images and were made from them; what was
+    not finished; and, for a pyramid, that each stage finds images and prior fields.
 
     Raises:
         DatasetError: something is wrong; the message lists all of it.
         PyramidError: the pyramid cannot be used.
     """
-    contents = _open(request.dataset)
+    folders = [request.dataset, *filter(None, [request.fields_path])]
+    contents = _Contents()
+    for folder in folders:
+        _open(folder, contents)
     for images in contents.images:
         contents.problems += _report_images(images)
     for fields in contents.fields:
         contents.problems += _report_fields(fields)
     contents.problems += _check_places(contents.images)
-    contents.problems += _check_fields_lie_on_images(contents)
-    contents.problems += _find_unfinished(request.dataset)
+    contents.problems += _check_fields_lie_on_images(contents, request.dataset)
+    for folder in folders:
+        contents.problems += _find_unfinished(folder)
     if request.pyramid_path is not None:
         contents.problems += _check_pyramid(request, contents.images)
     if not contents.images:
@@ -100,11 +107,10 @@ def inspect_dataset(request: InspectRequest) -> None:
     )
 
 
-def _open(folder: Path) -> _Contents:
+def _open(folder: Path, contents: _Contents) -> None:
     """Open every set, so that one that is broken does not hide the others."""
     if not folder.is_dir():
         raise DatasetError(f"{folder}: no such folder")
-    contents = _Contents()
     for path in sorted(folder.glob("*.h5")):
         if path.name.startswith("."):
             continue
@@ -120,7 +126,6 @@ def _open(folder: Path) -> _Contents:
                 )
         except DatasetError as error:
             contents.problems.append(str(error))
-    return contents
 
 
 def _report_images(images: ImageSet) -> list[str]:
@@ -266,11 +271,17 @@ def _other_resolution(
         )
 
 
-def _check_fields_lie_on_images(contents: _Contents) -> list[str]:
+def _check_fields_lie_on_images(contents: _Contents, dataset: Path) -> list[str]:
     images = {(one.name.place, one.mip): one for one in contents.images}
     problems = []
     for fields in contents.fields:
         name = fields.path.name
+        try:
+            stale = why_stale(fields, dataset)
+        except DatasetError as error:
+            stale = str(error)
+        if stale:
+            problems.append(f"{name}: {stale}")
         of = images.get((fields.name.place, fields.mip))
         if of is None:
             problems.append(
@@ -323,15 +334,22 @@ def _find_unfinished(folder: Path) -> list[str]:
 
 
 def _check_pyramid(request: InspectRequest, images: list[ImageSet]) -> list[str]:
-    """Each stage needs images, and from stage 1 on prior fields, at its mip."""
+    """Each stage needs images, and from stage 1 on prior fields, at its mip.
+
+    Where a stage has its prior fields, those before it need no images.
+    """
     assert request.pyramid_path is not None
-    problems = []
+    problems: list[str] = []
+    without_images: list[str] = []
     for module in find_modules(request.pyramid_path):
         sets = [one for one in images if one.mip == module.in_mip]
         missing = []
         if module.stage > 0:
             paths = (
-                prior_path(one, module.stage, request.checkpoint_name) for one in sets
+                prior_path(
+                    one, module.stage, request.checkpoint_name, request.fields_path
+                )
+                for one in sets
             )
             missing = [path.name for path in paths if not path.is_file()]
         logger.info(
@@ -340,14 +358,17 @@ def _check_pyramid(request: InspectRequest, images: list[ImageSet]) -> list[str]
             f", {len(sets) - len(missing)} with prior fields" if module.stage else "",
         )
         if not sets:
-            problems.append(
+            without_images.append(
                 f"stage {module.stage} ({module.path.name}): no image set at mip "
                 f"{module.in_mip}"
             )
+            continue
         if missing:
+            problems += without_images
             problems.append(
-                f"stage {module.stage}: no prior fields {', '.join(missing)}; write "
-                f"them with train.py --checkpoint_name {request.checkpoint_name} "
-                f"--generate_field_stages {module.stage - 1}"
+                f"stage {module.stage}: no prior fields {', '.join(missing)}; when the "
+                f"stage before is trained, write-fields --checkpoint_name "
+                f"{request.checkpoint_name} --stages {module.stage - 1} writes them"
             )
-    return problems
+        without_images = []
+    return problems + without_images

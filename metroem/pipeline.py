@@ -1,5 +1,6 @@
 """Per stage: train it, then write its fields; the one home of that order."""
 
+import hashlib
 import importlib.util
 import logging
 import os
@@ -8,18 +9,26 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
 from metroem import cli
 from metroem.aligner import Aligner
-from metroem.data.dataset import Split, find_pairs, image_sets_at, split_pairs
-from metroem.errors import CheckpointError, UsageError
+from metroem.data.dataset import (
+    Split,
+    find_pairs,
+    image_sets_at,
+    prior_path,
+    split_pairs,
+)
+from metroem.errors import CheckpointError, DatasetError, UsageError
+from metroem.io.h5 import FieldSet, find_image_sets
 from metroem.io.lock import holding, lock_path
-from metroem.nets.checkpoint import check_weights
+from metroem.nets.checkpoint import check_weights, checkpoint_path
 from metroem.nets.loading import load_module
 from metroem.report.board import Board
-from metroem.specs.filenames import check_tag
+from metroem.specs.filenames import check_checkpoint_name
 from metroem.specs.pyramid import ModuleSpec, find_modules, select_stages
 from metroem.specs.schedule import (
     FINETUNING_MODES,
@@ -31,10 +40,15 @@ from metroem.specs.schedule import (
 from metroem.training import distributed
 from metroem.training.checkpoint import RunFolder
 from metroem.training.compiling import check_compiler, check_compiles
-from metroem.training.generate import FieldJob, generate_fields, target_sets
+from metroem.training.generate import (
+    FieldJob,
+    generate_fields,
+    target_sets,
+    weights_of,
+)
 from metroem.training.job import StageJob, TrainingSettings
 from metroem.training.memory import keep_freed_memory
-from metroem.training.stage import discard_training, train_stage
+from metroem.training.stage import discard_training, train_stage, try_folders
 from metroem.training.step import Watch
 from metroem.training.stopping import TIME_UP, Stopped, StopRequest
 
@@ -58,6 +72,7 @@ class TrainRequest:
 
     pyramid_path: Path
     dataset_path: Path
+    fields_path: Path | None = None
     checkpoint_name: str = "checkpoint"
     train_mode: str = "scratch"
     train_params_path: Path | None = None
@@ -82,13 +97,23 @@ class TrainRequest:
     verify: bool = False
 
     def __post_init__(self) -> None:
-        check_tag("--checkpoint_name", self.checkpoint_name)
+        check_checkpoint_name(self.checkpoint_name)
         if not all(index.strip().isdigit() for index in self.gpu.split(",")):
             raise UsageError(f"--gpu {self.gpu!r}: expected numbers, such as 0 or 0,1")
         for flag, least in (("batch_size", 1), ("max_epochs", 1), ("val_pairs", 0)):
             value = getattr(self, flag)
             if value is not None and value < least:
                 raise UsageError(f"--{flag} {value}: expected at least {least}")
+        if not (self.trains or self.generate_field_stages != []):
+            raise UsageError(
+                "--train_stages and --generate_field_stages without a stage: there is "
+                "nothing to do; leave one of them out for all stages"
+            )
+        if self.restart and not self.trains:
+            raise UsageError(
+                "--restart with --train_stages without a stage: there is no training "
+                "to begin anew; name its stage, or leave one of them out"
+            )
         if self.restart and distributed.restarts_allowed():
             raise UsageError(
                 "--restart with torchrun --max_restarts: each restart of torchrun "
@@ -111,6 +136,16 @@ class TrainRequest:
             )
 
     @property
+    def trains(self) -> bool:
+        """Whether any stage is to be trained; else fields are written alone."""
+        return self.train_stages != []
+
+    @property
+    def fields_folder(self) -> Path:
+        """Where the field sets are written."""
+        return self.fields_path or self.dataset_path
+
+    @property
     def gpus(self) -> list[int]:
         """The GPUs of --gpu; as many ranks are started."""
         return [int(index) for index in self.gpu.split(",")]
@@ -125,8 +160,9 @@ class TrainRequest:
 def train_pyramid(request: TrainRequest) -> None:
     """Train a pyramid stage by stage, each on the fields of the one before.
 
-    A run that was stopped, whatever stopped it, goes on where it was when it
-    is called again with the same flags.
+    With no stage to train, fields are written alone: weights and states stay as
+    they are. A run that was stopped, whatever stopped it, goes on where it was when
+    it is called again with the same flags.
 
     Raises:
         MetroEMError: what cannot work, before any training where possible.
@@ -134,11 +170,10 @@ def train_pyramid(request: TrainRequest) -> None:
         KeyboardInterrupt, SystemExit: on Ctrl-C and SIGTERM, once the state is
             saved.
     """
-    modules = find_modules(request.pyramid_path)
+    plan = _plan(request)
     if request.redirect_stdout and distributed.rank() == 0:
         cli.mirror_log(request.pyramid_path / f"{request.checkpoint_name}.log")
     schedule = load_schedule(request.train_mode, request.train_params_path)
-    _check_images(request, modules)
     device = distributed.choose_device(request.device, request.gpus)
     settings = _settings(request, device)
     if device.type == "cpu":
@@ -150,7 +185,7 @@ def train_pyramid(request: TrainRequest) -> None:
         _board(request) as watch,
     ):
         try:
-            _run_stages(request, modules, schedule, settings, stop, watch)
+            _run_stages(request, plan, schedule, settings, stop, watch)
         except Stopped as stopped:
             logger.info("stopped; the same command goes on from here")
             if stopped.code == cli.INTERRUPTED:
@@ -162,11 +197,13 @@ def train_pyramid(request: TrainRequest) -> None:
 @contextmanager
 def _claimed(request: TrainRequest) -> Iterator[None]:
     """Keep other runs from the state, the weights and the fields of this one."""
-    run = RunFolder.of(request.pyramid_path, request.checkpoint_name)
-    fields = request.dataset_path / f"field_{request.checkpoint_name}"
+    paths = [request.fields_folder / f"field_{request.checkpoint_name}"]
+    if request.trains:
+        run = RunFolder.of(request.pyramid_path, request.checkpoint_name)
+        paths.insert(0, run.path)
     with ExitStack() as locks:
         if distributed.rank() == 0:
-            for path in (run.path, fields):
+            for path in paths:
                 locks.enter_context(holding(lock_path(path)))
         distributed.barrier()  # the other ranks write only what the first may
         yield
@@ -174,62 +211,138 @@ def _claimed(request: TrainRequest) -> Iterator[None]:
 
 def _board(request: TrainRequest) -> AbstractContextManager[Watch | None]:
     """Where --tensorboard writes, on the first rank."""
-    if not request.tensorboard or distributed.rank() > 0:
+    if not (request.tensorboard and request.trains) or distributed.rank() > 0:
         return nullcontext()
     run = RunFolder.of(request.pyramid_path, request.checkpoint_name)
     return Board(run.tensorboard)
 
 
+class _Plan(NamedTuple):
+    """What is to be done."""
+
+    modules: list[ModuleSpec]
+    to_train: list[ModuleSpec]
+    to_write: list[ModuleSpec]  # whose fields are written
+
+    def mip_of_fields(self, module: ModuleSpec) -> int:
+        """The mip that a module's fields are brought to: that of the next stage."""
+        return (self.modules[module.stage + 1 :] or [module])[0].in_mip
+
+
 def _run_stages(
     request: TrainRequest,
-    modules: list[ModuleSpec],
+    plan: _Plan,
     schedule: Schedule,
     settings: TrainingSettings,
     stop: StopRequest,
     watch: Watch | None,
 ) -> None:
     run = RunFolder.of(request.pyramid_path, request.checkpoint_name)
-    run.make()
-    distributed.check_shared(run.path)
-    to_train = select_stages(modules, request.train_stages, "--train_stages")
-    to_generate = select_stages(
-        modules, request.generate_field_stages, "--generate_field_stages"
-    )
-    _check_weights(request, to_train, run)
+    if plan.to_train:
+        run.make()
+        distributed.check_shared(run.path)
+    _check_weights(request, plan.to_train, run)
+    fields_of = {m: request.fields_folder for m in plan.to_write}
     if request.restart:
+        for module in plan.to_train:
+            try_folders(module, run, fields_of.get(module))
         if distributed.rank() == 0:
-            for module in to_train:
+            for module in plan.to_train:
                 discard_training(module, run, request.checkpoint_name)
         distributed.barrier()
     if request.compile:
-        _check_compile(to_train, settings.device)
-    following = dict(zip(modules, [*modules[1:], None], strict=True))
-    for module in modules:
-        if module in to_train:
+        _check_compile(plan.to_train, settings.device)
+    for module in plan.modules:
+        if module in plan.to_train or module in plan.to_write:
+            _check_prior_weights(request, plan, module)
+        if module in plan.to_train:
             phases = _phases(request, schedule, module)
             for phase in phases:
                 settings.batch_of(phase)  # refused before hours of work
             split = _split(request, module)
-            before = tuple(m for m in modules if m.stage < module.stage)
+            before = tuple(m for m in plan.modules if m.stage < module.stage)
             if any(ref.moves_tgt for ref in split.training):
                 before = ()  # priors come from a download, not from stage 0
             stage = StageJob(module, phases, split, settings, before)
-            train_stage(stage, run, stop, watch)
+            train_stage(stage, run, stop, watch, fields_of.get(module))
             distributed.barrier()
-        if module in to_generate:
+        if module in plan.to_write:
             job = FieldJob(
                 module=module,
-                next_module=following[module],
+                mip=plan.mip_of_fields(module),
                 dataset=request.dataset_path,
+                fields_path=request.fields_folder,
                 checkpoint_name=request.checkpoint_name,
                 device=settings.device,
                 verifies=request.verify,
             )
-            if request.generate_field_stages is None and not job.weights.is_file():
-                logger.info("stage %d: not trained, writes no fields", module.stage)
-                continue
             generate_fields(job, stop)
-    logger.info("done: %s", request.pyramid_path)
+    done = request.pyramid_path if plan.to_train else request.fields_folder
+    logger.info("done: %s", done)
+
+
+def _plan(request: TrainRequest) -> _Plan:
+    """What is to be done; what a later stage would fail for is refused now.
+
+    Where a training does not say which, fields are written by the modules that it
+    trains, and by others that have weights and find images. Without training, by all.
+    """
+    modules, folder = find_modules(request.pyramid_path), request.dataset_path
+    to_train = select_stages(modules, request.train_stages, "--train_stages")
+    flag = "--generate_field_stages (--stages of write-fields)"
+    to_write = select_stages(modules, request.generate_field_stages, flag)
+    plan = _Plan(modules, to_train, to_write)
+    if request.generate_field_stages is None and to_train:
+        able = [m for m in modules if m in to_train or _can_write(request, plan, m)]
+        plan = plan._replace(to_write=able)
+    for module in modules:
+        if module not in to_train and module not in plan.to_write:
+            continue
+        sets = image_sets_at(folder, module.in_mip)
+        if module in plan.to_write:
+            target_sets(folder, sets, plan.mip_of_fields(module))
+            if module not in to_train:
+                weights_of(module, request.checkpoint_name)
+    return plan
+
+
+def _can_write(request: TrainRequest, plan: _Plan, module: ModuleSpec) -> bool:
+    """Whether a module that is not to be trained can write fields; if not, say why."""
+    mips = {images.mip for images in find_image_sets(request.dataset_path)}
+    weights = checkpoint_path(module.weights_folder, request.checkpoint_name)
+    if not weights.is_file():
+        why = "not trained"
+    elif not {module.in_mip, plan.mip_of_fields(module)} <= mips:
+        why = f"no images at mip {module.in_mip}, or at that of its fields"
+    else:
+        return True
+    logger.info("stage %d: %s, writes no fields", module.stage, why)
+    return False
+
+
+def _check_prior_weights(
+    request: TrainRequest, plan: _Plan, module: ModuleSpec
+) -> None:
+    """Refuse prior fields that other weights wrote than the stage before has now.
+
+    Raises:
+        DatasetError: so.
+    """
+    before = plan.modules[max(module.stage - 1, 0)]
+    weights = checkpoint_path(before.weights_folder, request.checkpoint_name)
+    if module.stage == 0 or before in plan.to_write or not weights.is_file():
+        return
+    digest = hashlib.sha256(weights.read_bytes()).hexdigest()
+    for images in image_sets_at(request.dataset_path, module.in_mip):
+        name, folder = request.checkpoint_name, request.fields_path
+        path = prior_path(images, module.stage, name, folder)
+        request_of = FieldSet(path).request if path.is_file() else {}
+        if request_of.get("weights_sha256", digest) != digest:
+            raise DatasetError(
+                f"{path}: written by other weights than {weights} has now; write those "
+                f"fields too: --generate_field_stages (--stages of write-fields) "
+                f"{before.stage} {module.stage}"
+            )
 
 
 def _check_weights(
@@ -280,6 +393,7 @@ def _split(request: TrainRequest, module: ModuleSpec) -> Split:
         module.in_mip,
         stage=module.stage,
         checkpoint_name=request.checkpoint_name,
+        fields_path=request.fields_path,
         verifies=request.verify,
     )
     split = split_pairs(pairs, request.val_pairs)
@@ -291,19 +405,6 @@ def _split(request: TrainRequest, module: ModuleSpec) -> Split:
         "; ".join(ref.name for ref in split.validation) or "none",
     )
     return split
-
-
-def _check_images(request: TrainRequest, modules: list[ModuleSpec]) -> None:
-    """Refuse, before hours of work, what a later stage would fail for."""
-    writing = {*(request.generate_field_stages or range(len(modules)))}
-    wanted = {*(request.train_stages or range(len(modules))), *writing}
-    used = [module for module in modules if module.stage in wanted]
-    for module in used:
-        sets = image_sets_at(request.dataset_path, module.in_mip)
-        target_sets(request.dataset_path, sets, used[-1].in_mip)
-        if module.stage in writing:  # at the mip of the next stage
-            following = modules[min(module.stage + 1, len(modules) - 1)]
-            target_sets(request.dataset_path, sets, following.in_mip)
 
 
 def _settings(request: TrainRequest, device: torch.device) -> TrainingSettings:

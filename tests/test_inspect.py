@@ -169,7 +169,7 @@ def test_a_stage_without_images_or_prior_fields_is_found(dataset, tmp_path):
     found = problems(dataset, pyramid_path=pyramid, checkpoint_name="mine")
     assert "stage 0 (0_mip3in_a): no image set at mip 3" in found
     assert "no prior fields field_0_x0_y0_z1_MIP0_mine.h5" in found
-    assert "--generate_field_stages 0" in found
+    assert "write-fields --checkpoint_name mine --stages 0" in found
 
 
 def test_image_sets_of_the_original_are_taken(tmp_path, caplog):

@@ -13,7 +13,7 @@ from metroem.errors import UsageError
 from metroem.io.lock import holding, lock_path
 from metroem.io.storage import check_destination, local_folder
 from metroem.progress import in_threads
-from metroem.specs.filenames import check_tag
+from metroem.specs.filenames import check_checkpoint_name
 
 logger = logging.getLogger(__name__)
 
@@ -44,7 +44,7 @@ class DatasetRequest:
     verify: bool = False
 
     def __post_init__(self) -> None:
-        check_tag("--checkpoint_name", self.checkpoint_name)
+        check_checkpoint_name(self.checkpoint_name)
         if self.parallel < 1:
             raise UsageError(f"--parallel {self.parallel}: must be >= 1")
         if not self.dst_path:

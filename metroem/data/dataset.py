@@ -16,6 +16,7 @@ from metroem.field import warp
 from metroem.grid import Grid
 from metroem.io.h5 import FieldSet, ImageSet, find_image_sets
 from metroem.io.moved import command_to_move, unlike_offsets
+from metroem.io.origins import how_to_make_again, why_stale
 from metroem.masks import warp_mask
 from metroem.normalize import looks_normalized, tissue_statistics
 from metroem.specs.filenames import FieldSetName
@@ -79,10 +80,22 @@ def image_sets_at(folder: Path, mip: int, *, verifies: bool = False) -> list[Ima
     return at_mip
 
 
-def prior_path(images: ImageSet, stage: int, checkpoint_name: str) -> Path:
-    """Where the prior fields of a stage lie, those that the stage before wrote."""
+def prior_path(
+    images: ImageSet, stage: int, checkpoint_name: str, fields_path: Path | None = None
+) -> Path:
+    """Where the prior fields of a stage lie, those that the stage before wrote.
+
+    Args:
+        images: the stage's images.
+        stage: >= 1.
+        checkpoint_name: tag of the fields.
+        fields_path: folder of field sets; what is not there is looked for beside the
+            images, where downloaded fields may lie.
+    """
     name = FieldSetName(stage - 1, images.name.place, images.mip, checkpoint_name)
-    return images.path.with_name(name.filename)
+    beside = images.path.with_name(name.filename)
+    path = beside if fields_path is None else fields_path / name.filename
+    return path if path.is_file() or not beside.is_file() else beside
 
 
 def find_pairs(
@@ -91,27 +104,29 @@ def find_pairs(
     *,
     stage: int,
     checkpoint_name: str,
+    fields_path: Path | None = None,
     verifies: bool = False,
 ) -> list[PairRef]:
     """All pairs of one stage that have tissue on both sides.
 
     Args:
-        folder: of the image sets and field sets.
+        folder: of the image sets.
         mip: of the stage's images.
         stage: 0 needs no prior field, any other the fields of the one before.
         checkpoint_name: tag of those fields.
+        fields_path: where they are, see `prior_path`.
         verifies: whether checksums are checked, see `image_sets_at`.
 
     Raises:
         DatasetError: no image set at that mip, images that are not
-            normalised, fields that are missing or belong to another place or
-            number of pairs, or every pair blank.
+            normalised, fields that are missing, belong to another place or
+            number of pairs or were made from other data, or every pair blank.
     """
     pairs = []
     for images in image_sets_at(folder, mip, verifies=verifies):
         prior = None
         if stage > 0:
-            prior = open_prior(images, stage, checkpoint_name)
+            prior = open_prior(images, stage, checkpoint_name, fields_path)
         refs = [PairRef(images, prior, i) for i in range(images.num_pairs)]
         filled = [ref for ref in refs if images.has_tissue(ref.index)]
         if len(filled) < len(refs):
@@ -129,20 +144,24 @@ def find_pairs(
     return pairs
 
 
-def open_prior(images: ImageSet, stage: int, checkpoint_name: str) -> FieldSet:
+def open_prior(
+    images: ImageSet, stage: int, checkpoint_name: str, fields_path: Path | None = None
+) -> FieldSet:
     """The fields that a stage's pairs start from.
 
     Args:
         images: the stage's images; where they check checksums, so do the fields.
         stage: >= 1; the fields are those of the stage before.
         checkpoint_name: tag of the fields.
+        fields_path: where they are, see `prior_path`.
 
     Raises:
-        DatasetError: they are missing, belong to another place or number of
-            pairs, have had a translation taken out that the images do not have, or
-            lack the fields of tgt that those before them have.
+        DatasetError: they are missing, were made from other data than are there now,
+            belong to another place or number of pairs, have had a translation
+            taken out that the images do not have, or lack the fields of tgt that
+            those before them have.
     """
-    path = prior_path(images, stage, checkpoint_name)
+    path = prior_path(images, stage, checkpoint_name, fields_path)
     if not path.is_file():
         raise DatasetError(
             f"{path}: no such field set; a stage after the first needs the fields "
@@ -150,17 +169,20 @@ def open_prior(images: ImageSet, stage: int, checkpoint_name: str) -> FieldSet:
             "them with download_field.py --suffix <checkpoint_name>"
         )
     fields = FieldSet(path, verifies=images.verifies)
+    if why := why_stale(fields, images.path.parent):
+        raise DatasetError(f"{path}: {why}")
     if fields.num_pairs != images.num_pairs:
         raise DatasetError(
             f"{path}: fields of {fields.num_pairs} pairs, but {images.path} has "
-            f"{images.num_pairs}; make them anew from these images"
+            f"{images.num_pairs}; {how_to_make_again(fields, images.path.parent)}"
         )
     fields.check_resolution(images)
     for index in range(images.num_pairs):
         if fields.grid(index) != images.grid(index):
             raise DatasetError(
                 f"{path}: pair {index} lies on {fields.grid(index)}, its images on "
-                f"{images.grid(index)}; make the fields for these images"
+                f"{images.grid(index)}; "
+                f"{how_to_make_again(fields, images.path.parent)}"
             )
         for side, taken_out, moved in unlike_offsets(fields, images, index):
             raise DatasetError(

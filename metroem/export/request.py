@@ -6,7 +6,7 @@ from typing import Any
 
 from metroem.errors import UsageError
 from metroem.io.storage import check_destination
-from metroem.specs.filenames import check_tag
+from metroem.specs.filenames import check_checkpoint_name
 
 FORMATS = ("cloudvolume", "sofima", "itk")
 DTYPES = ("float32", "int16")
@@ -19,7 +19,7 @@ class ExportRequest:
     """What export-fields is asked for, one field a flag.
 
     Attributes:
-        dataset_path: folder of the field sets.
+        dataset_path: folder of the image sets.
         dst_path: the volume; of other formats the folder.
         checkpoint_name: tag of the field sets: checkpoint, or suffix of a download;
             "" for downloads without one.
@@ -39,6 +39,7 @@ class ExportRequest:
         overlap: whose values count where several pairs cover a pixel: of the "first"
             or of the "last"; None: such pairs are refused if they differ.
         overwrite: replace what is there.
+        fields_path: folder of the field sets; None: `dataset_path`.
 
     Raises:
         UsageError: flags that cannot work.
@@ -59,10 +60,11 @@ class ExportRequest:
     tgt_offset: int | None = None
     overlap: str | None = None
     overwrite: bool = False
+    fields_path: Path | None = None
 
     def __post_init__(self) -> None:
         if self.checkpoint_name:
-            check_tag("--checkpoint_name", self.checkpoint_name)
+            check_checkpoint_name(self.checkpoint_name)
         for flag, value, known in (
             ("--format", self.format, FORMATS),
             ("--dtype", self.dtype, DTYPES),
@@ -93,6 +95,11 @@ class ExportRequest:
         check_destination("--dst_path", self.dst_path)
         if self.warped is not None:
             check_destination("--warped", self.warped)
+
+    @property
+    def fields_folder(self) -> Path:
+        """Where the field sets are."""
+        return self.fields_path or self.dataset_path
 
     @property
     def notes(self) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from metroem.export.request import ExportRequest
 from metroem.grid import Grid, Resolution
 from metroem.io.h5 import FieldSet, ImageSet, find_field_sets
 from metroem.io.moved import command_to_move, unlike_offsets
+from metroem.io.origins import how_to_make_again, place_digest, why_stale
 from metroem.specs.filenames import ImageSetName
 
 logger = logging.getLogger(__name__)
@@ -88,18 +89,18 @@ def find_exported(request: ExportRequest) -> list[ExportedSet]:
     """The field sets that a request means, with their images.
 
     Raises:
-        DatasetError: there are none, or of several mips, or --warped needs images
-            that are not there.
+        DatasetError: there are none, or of several mips, or some were made from other
+            images than those there now, or --warped needs images that are not there.
     """
-    folder, name = request.dataset_path, request.checkpoint_name
+    folder, name = request.fields_folder, request.checkpoint_name
     there = find_field_sets(folder)
     tagged = [one for one in there if (one.name.tag or "") == name]
     if not tagged:
         tags = sorted({one.name.tag or "no name" for one in there})
         raise DatasetError(
             f"{folder}: no field sets of --checkpoint_name {name!r}, those there are "
-            f"of {', '.join(tags) or 'none'}; train.py writes them, and "
-            "download_field.py with --suffix"
+            f"of {', '.join(tags) or 'none'}; write-fields and train.py write them, "
+            "and download_field.py with --suffix"
         )
     stages = sorted({one.name.stage for one in tagged})
     stage = stages[-1] if request.stage is None else request.stage
@@ -126,6 +127,8 @@ def find_exported(request: ExportRequest) -> list[ExportedSet]:
 
 
 def _with_images(fields: FieldSet, request: ExportRequest) -> ExportedSet:
+    if why := why_stale(fields, request.dataset_path):
+        raise DatasetError(f"{fields.path}: {why}")
     place = fields.name.place
     named = [
         path
@@ -133,10 +136,14 @@ def _with_images(fields: FieldSet, request: ExportRequest) -> ExportedSet:
         if _is_of(path, place, fields.mip)
     ]
     images = ImageSet(named[0]) if named else None
-    if images is not None and images.num_pairs != fields.num_pairs:
+    if images is not None and (
+        images.num_pairs != fields.num_pairs
+        or (fields.is_of_pyramid and place_digest(images) != place_digest(fields))
+    ):
         raise DatasetError(
             f"{fields.path}: {fields.num_pairs} pairs, its images {images.path.name} "
-            f"have {images.num_pairs}; see metroem inspect"
+            f"have {images.num_pairs}, or lie elsewhere (metroem inspect says where); "
+            f"{how_to_make_again(fields, request.dataset_path)}"
         )
     if images is not None:
         fields.check_resolution(images)

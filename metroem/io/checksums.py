@@ -1,6 +1,8 @@
 """Checksums of pairs: what each was when it was written, and whether it still is."""
 
+import logging
 import zlib
+from functools import lru_cache
 from pathlib import Path
 
 import h5py
@@ -8,6 +10,8 @@ import numpy as np
 
 from metroem.errors import DatasetError
 from metroem.io.h5_open import opened, own_dataset
+
+logger = logging.getLogger(__name__)
 
 CHECKSUM_KEY = "checksum"
 DEFECTS_KEY = "defects"
@@ -50,6 +54,29 @@ def stored_checksums(file: h5py.File) -> np.ndarray | None:
             "pairs, expected one whole number a pair"
         )
     return np.asarray(found)
+
+
+def checksums_of(path: Path) -> np.ndarray:
+    """(num_pairs,) what a set says of its pairs; files of the original are read for it.
+
+    Raises:
+        DatasetError: the file cannot be read.
+    """
+    with opened(path) as file:
+        found = stored_checksums(file)
+    if found is not None:
+        return found
+    state = path.stat()
+    return _computed(path, state.st_size, state.st_mtime_ns, state.st_ino)
+
+
+@lru_cache
+def _computed(path: Path, *_state: int) -> np.ndarray:
+    """The checksums of a file without any, once for each state of the file."""
+    logger.info("%s: has no checksums, it is read as a whole to know its data", path)
+    with opened(path) as file:
+        pairs = range(len(main_dataset(file)))
+        return np.array([pair_checksum(file, index) for index in pairs], np.uint32)
 
 
 def difference(file: h5py.File, index: int, expected: int) -> str | None:

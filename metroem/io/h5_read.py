@@ -1,8 +1,10 @@
 """Reading image sets and field sets; `metroem.io.h5` says what is in them."""
 
 import logging
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,7 +14,12 @@ import numpy as np
 from metroem import versions
 from metroem.errors import DatasetError
 from metroem.grid import Grid, Resolution, in_nm, nm_of, same_resolution
-from metroem.io.checksums import DEFECTS_KEY, check_pair, stored_checksums
+from metroem.io.checksums import (
+    DEFECTS_KEY,
+    check_pair,
+    checksums_of,
+    stored_checksums,
+)
 from metroem.io.h5_open import (
     attributes_of,
     check_stored,
@@ -138,6 +145,20 @@ class _PairFile:
                 "the two do not mean the same; download one of them again, from a "
                 "volume whose scales are mips of the other"
             )
+
+    def identity(self, index: int) -> str:
+        """What tells a pair from another one of the same name.
+
+        It is the pair's CRC-32, continued over its boxes and offsets, in hex.
+        """
+        places = [*self.box(index, 0), *self.box(index, 1)]
+        places += [*self.offset(index, 0), *self.offset(index, 1)]
+        checksum = int(self._checksums[index]) & 0xFFFFFFFF
+        return f"{zlib.crc32(repr(places).encode(), checksum):08x}"
+
+    @cached_property
+    def _checksums(self) -> np.ndarray:
+        return checksums_of(self.path)
 
     @property
     def is_original(self) -> bool:
@@ -379,6 +400,11 @@ class FieldSet(_PairFile):
                 f"(num_pairs, 2, 2, H, W), got {shape}"
             )
         self.num_sides = len(shape) - 3
+
+    @property
+    def is_of_pyramid(self) -> bool:
+        """Whether a trained pyramid wrote them; else they were downloaded."""
+        return "weights_sha256" in self.request
 
 
 def find_image_sets(folder: Path, *, verifies: bool = False) -> list[ImageSet]:

@@ -2,6 +2,7 @@
 
 import glob
 import os
+import tempfile
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -45,6 +46,26 @@ def folder_trouble(error: OSError, path: Path) -> StorageError:
     return disk_trouble(error, path) or StorageError(
         f"{path}: this folder cannot be made ({error.strerror}); name another"
     )
+
+
+def try_writing(folder: Path, flag: str | None = None) -> None:
+    """Make sure, before hours of work, that a folder takes files.
+
+    Args:
+        folder: made if it is missing.
+        flag: that names another one.
+
+    Raises:
+        StorageError: it takes none.
+    """
+    try:
+        make_folder(folder)
+        with writing(folder):
+            tempfile.TemporaryFile(dir=folder).close()
+    except StorageError as error:
+        if flag is None:
+            raise
+        raise StorageError(f"{error} ({flag} names another folder)") from error
 
 
 @contextmanager

@@ -51,6 +51,20 @@ def check_tag(flag: str, value: str) -> None:
         )
 
 
+def check_checkpoint_name(value: str) -> None:
+    """Refuse a --checkpoint_name that names neither weights nor a folder of its own.
+
+    Raises:
+        UsageError: as `check_tag`, and for "." and "..".
+    """
+    check_tag("--checkpoint_name", value)
+    if value in (".", ".."):
+        raise UsageError(
+            f"--checkpoint_name {value}: would be another folder's name; expected a "
+            "name of its own, for example first_try"
+        )
+
+
 @dataclass(frozen=True)
 class ImageSetName:
     """What the name of an image set states.

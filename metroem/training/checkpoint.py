@@ -28,7 +28,7 @@ from metroem import versions
 from metroem.errors import CheckpointError
 from metroem.io.replace import make_folder, replace_file, writing
 from metroem.training.distributed import check_same
-from metroem.training.earlier import upgrade
+from metroem.training.earlier import DATA_KEYS, PAIRS, upgrade
 
 # Keys that states of earlier programs do not have.
 _ADDED = {"averages"}
@@ -170,16 +170,21 @@ def _read_state(path: Path, settings: Mapping[str, Any]) -> TrainingState | None
         )
     upgrade(tree, settings)
     state = TrainingState(**tree)
-    changed = [
-        _change(key, state.settings.get(key), settings.get(key))
+    changed = {
+        key: _change(key, state.settings.get(key), settings.get(key))
         for key in sorted(state.settings.keys() | settings.keys())
         if state.settings.get(key) != settings.get(key)
-    ]
+    }
     if changed:
+        apply = ""
+        if changed.keys() & {PAIRS, *DATA_KEYS}:
+            apply = ". Fields of other data need no training: metroem write-fields"
         raise CheckpointError(
-            f"{path}: this run was started with other settings: {'; '.join(changed)}. "
+            f"{path}: this run was started with other settings: "
+            f"{'; '.join(changed.values())}. "
             "Use the same ones to go on with it, another --checkpoint_name for a run "
-            "beside it, or --restart to begin it anew"
+            "beside it, or --restart to begin it anew (with --train_stages: that stage "
+            f"alone){apply}"
         )
     return state
 

@@ -61,7 +61,7 @@ def launch(script: str, arguments: Sequence[str], *, ranks: int, port: int) -> i
     """Run a script as several ranks on this machine, as torchrun would.
 
     Args:
-        script: path of the script.
+        script: path of the script, or name of a package, run as `python -m` does.
         arguments: its command line.
         ranks: number of processes.
         port: where they find each other.
@@ -73,7 +73,8 @@ def launch(script: str, arguments: Sequence[str], *, ranks: int, port: int) -> i
         ResourceError: a rank failed or was killed; the others were ended.
     """
     where = ["--master_addr=127.0.0.1", f"--master_port={port}"]
-    command = [f"--nproc_per_node={ranks}", *where, script, *arguments]
+    kind = [] if script.endswith(".py") else ["--module"]
+    command = [f"--nproc_per_node={ranks}", *where, *kind, script, *arguments]
     try:
         torchrun.run(torchrun.parse_args(command))
     except SignalException as stopped:

@@ -11,8 +11,10 @@ from metroem.training import distributed
 
 logger = logging.getLogger(__name__)
 
-_PHASES = "the phases of the schedule"
-_RENAMED = {"phases": _PHASES, "training pairs": "the pairs to train on"}
+_PHASES, PAIRS = "the phases of the schedule", "the pairs to train on"
+# What tells data apart, which states of version 1.0.0 do not know.
+DATA_KEYS = ("the images of the pairs", "the prior fields of the pairs")
+_RENAMED = {"phases": _PHASES, "training pairs": PAIRS}
 
 # Before 2026-11-22 22:39 a phase had one loss, and fewer keys.
 _ONE_LOSS = re.compile(r"crop_size=(\d+), loss=(LossSpec\(.*?\)), similarity_rules=")
@@ -50,6 +52,13 @@ def upgrade(tree: dict[str, Any], wanted: Mapping[str, Any]) -> None:
         before, size = settings.get("--batch_size"), wanted.get("--batch_size")
         if _is_same_size(before, size):
             settings["--batch_size"] = size
+    unknown = {key: wanted[key] for key in DATA_KEYS if key in wanted}
+    if unknown and not settings.keys() & unknown.keys():
+        logger.warning(
+            "the state of the training does not say which data it is of; taken as "
+            "those that are there now"
+        )
+        settings |= unknown
     tree["settings"] = settings
 
 

@@ -27,7 +27,9 @@ from metroem.io.h5 import (
     PairFrame,
 )
 from metroem.io.moved import moved_apart
+from metroem.io.origins import origins, place_digest
 from metroem.io.parts import PartStore, as_json, differences, parts_folder
+from metroem.io.replace import try_writing
 from metroem.nets.checkpoint import checkpoint_path
 from metroem.nets.loading import load_module
 from metroem.progress import progress
@@ -39,6 +41,9 @@ from metroem.training.memory import enough_memory
 from metroem.training.stopping import Stopped, StopRequest
 
 logger = logging.getLogger(__name__)
+
+# Keys of requests that version 1.0.0 did not have.
+_ADDED = ("data", "place")
 
 
 def finetune_iterations(stage: int) -> int:
@@ -55,24 +60,21 @@ class FieldJob:
 
     Attributes:
         module: makes them.
-        next_module: whose mip they are brought to; None keeps the module's.
-        dataset: folder of the image sets; the field sets go there too.
+        mip: that they are brought to: the next stage's, or the module's.
+        dataset: folder of the image sets.
+        fields_path: folder of the field sets.
         checkpoint_name: weights of the module, and tag of the field sets.
         device: of this rank.
         verifies: whether the checksum of each pair is checked before it is read.
     """
 
     module: ModuleSpec
-    next_module: ModuleSpec | None
+    mip: int
     dataset: Path
+    fields_path: Path
     checkpoint_name: str
     device: torch.device
     verifies: bool = False
-
-    @property
-    def mip(self) -> int:
-        """Mip of the fields written."""
-        return (self.next_module or self.module).in_mip
 
     @property
     def weights(self) -> Path:
@@ -108,9 +110,9 @@ def generate_fields(job: FieldJob, stop: StopRequest) -> None:
 
     Each pair's field is finetuned and brought to the next stage's mip through
     the recorded places of both. A set that is there already, made by the same
-    weights, is left alone; one that was begun goes on where it was. The ranks
-    share the pairs, each taking the next when it is done with one; rank 0 joins
-    what they made.
+    weights from the same data, is left alone, one that was made by others is
+    replaced; one that was begun goes on where it was. The ranks share the pairs,
+    each taking the next when it is done with one; rank 0 joins what they made.
 
     Args:
         job: module and data.
@@ -122,19 +124,17 @@ def generate_fields(job: FieldJob, stop: StopRequest) -> None:
         DatasetError: images or prior fields are missing, or a file of the
             same name was not made by a training.
     """
-    if not job.weights.is_file():
-        raise CheckpointError(
-            f"{job.weights}: no such checkpoint, so stage {job.module.stage} cannot "
-            f"write fields; train it first (--train_stages {job.module.stage})"
-        )
+    weights_of(job.module, job.checkpoint_name)
     sets = image_sets_at(job.dataset, job.module.in_mip, verifies=job.verifies)
     targets = target_sets(job.dataset, sets, job.mip)
     aligner = None
-    digest = hashlib.sha256(job.weights.read_bytes()).hexdigest()
+    digest = _sha256(job.weights)
     for images, target in zip(sets, targets, strict=True):
         prior = None
         if job.module.stage > 0:
-            prior = open_prior(images, job.module.stage, job.checkpoint_name)
+            prior = open_prior(
+                images, job.module.stage, job.checkpoint_name, job.fields_path
+            )
         sources = _Sources(images, prior, target)
         request = _request(job, sources, digest)
         path = _field_path(job, target)
@@ -145,8 +145,33 @@ def generate_fields(job: FieldJob, stop: StopRequest) -> None:
             if distributed.rank() == 0:
                 PartStore.discard(parts_folder(path))  # of a run killed at its end
             continue
-        aligner = aligner or _load(job)
+        if distributed.rank() == 0:
+            try_writing(job.fields_path, "--fields_path")
+        aligner = aligner or _load(job, digest)
         _generate_set(job, aligner, sources, request, stop)
+
+
+def weights_of(module: ModuleSpec, checkpoint_name: str) -> Path:
+    """The checkpoint that a module writes fields with.
+
+    Raises:
+        CheckpointError: there is none of that name.
+    """
+    path = checkpoint_path(module.weights_folder, checkpoint_name)
+    if not path.is_file():
+        end = checkpoint_path(Path(), "").name
+        names = (found.name for found in module.weights_folder.glob(f"*{end}"))
+        there = sorted(name.removesuffix(end) for name in names)
+        raise CheckpointError(
+            f"{path}: no such checkpoint (there are: {', '.join(there) or 'none'}), so "
+            f"stage {module.stage} cannot write fields; train it first (train.py "
+            f"--train_stages {module.stage}), or name stages that are trained"
+        )
+    return path
+
+
+def _sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def target_sets(dataset: Path, sets: Sequence[ImageSet], mip: int) -> list[ImageSet]:
@@ -180,37 +205,64 @@ def target_sets(dataset: Path, sets: Sequence[ImageSet], mip: int) -> list[Image
 def _field_path(job: FieldJob, target: ImageSet) -> Path:
     place = target.name.place
     name = FieldSetName(job.module.stage, place, job.mip, job.checkpoint_name)
-    return job.dataset / name.filename
+    return job.fields_path / name.filename
 
 
 def _request(job: FieldJob, sources: _Sources, digest: str) -> dict[str, Any]:
-    prior = sources.prior
+    """All that fields depend on: weights, data, and where they are to lie."""
+    prior, before = sources.prior, None
+    if prior is not None:
+        # What it was made from is among the data of these fields.
+        known = {k: v for k, v in prior.request.items() if k not in _ADDED}
+        before = known or prior.path.name
     request = {
         "weights_sha256": digest,
         "images": sources.images.path.name,
         "target": sources.target.path.name,
         "finetune_iter": finetune_iterations(job.module.stage),
-        "prior": prior and prior.attributes.get("request", prior.path.name),
+        "prior": before,
+        "data": origins(sources.images, prior),
+        "place": place_digest(sources.target),
     }
     # Version 1.0.0 left out the fields of tgt; what it made is made anew.
     return request | ({"num_sides": 2} if sources.num_sides == 2 else {})
 
 
 def _is_done(path: Path, request: dict[str, Any]) -> bool:
+    """Whether the field set of a request is there.
+
+    Args:
+        path: of the set.
+        request: what its fields depend on. Sets of version 1.0.0 do not say from
+            which data they were made: that is taken as equal where they lie where
+            they should.
+
+    Raises:
+        DatasetError: a file of that name was not made by a pyramid.
+    """
     if not path.is_file():
         return False
     existing = FieldSet(path)
-    made_by = existing.request
-    if "weights_sha256" not in made_by:
+    if not existing.is_of_pyramid:
         raise DatasetError(
             f"{path}: was not made by this program's training, and would be replaced; "
             "train under another --checkpoint_name, or leave its stage out of "
             "--generate_field_stages"
         )
-    return not differences(made_by, request)
+    made_by = {"data": request["data"], **existing.request}
+    made_by["place"] = place_digest(existing)
+    if not differences(made_by, request):
+        return True
+    logger.info("%s: made by other weights or from other data, written again", path)
+    return False
 
 
-def _load(job: FieldJob) -> Aligner:
+def _load(job: FieldJob, digest: str) -> Aligner:
+    """The module with the weights of a digest.
+
+    Raises:
+        CheckpointError: the weights are others by now.
+    """
     module = load_module(
         job.module.path,
         checkpoint_name=job.checkpoint_name,
@@ -218,6 +270,11 @@ def _load(job: FieldJob) -> Aligner:
         pass_field=True,
         finetune_iter=finetune_iterations(job.module.stage),
     )
+    if _sha256(job.weights) != digest:
+        raise CheckpointError(
+            f"{job.weights}: was replaced while it was read; give the same command "
+            "again when it is trained"
+        )
     aligner: Aligner = module.aligner.to(job.device).eval()  # type: ignore
     if not aligner.has_features():
         logger.warning(
@@ -257,13 +314,13 @@ def _generate_set(
 
 
 def _open_parts(path: Path, request: dict[str, Any]) -> FieldParts:
-    """The parts of a field set; those of other weights are thrown away."""
+    """The parts of a field set; those of other weights or data are thrown away."""
     folder = parts_folder(path)
     if distributed.rank() == 0:
         try:
             FieldParts(folder, request)
         except DatasetError:
-            logger.info("%s: begun with other weights, or before, made anew", folder)
+            logger.info("%s: begun with other weights or data, begun again", folder)
             PartStore.discard(folder)
             FieldParts(folder, request)
     distributed.barrier()

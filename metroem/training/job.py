@@ -7,9 +7,11 @@ import torch
 
 from metroem.data.dataset import Split
 from metroem.errors import UsageError
+from metroem.io.origins import origin_digest
 from metroem.specs.pyramid import ModuleSpec
 from metroem.specs.schedule import Phase
 from metroem.training import distributed
+from metroem.training.earlier import DATA_KEYS, PAIRS
 
 _ADDED = ("accumulate", "ema")  # keys that phases have had since 1.0
 
@@ -86,11 +88,22 @@ class StageJob:
             size = ranks if ranks > 1 else None
         return {
             "the phases of the schedule": [_described(phase) for phase in self.phases],
-            "the pairs to train on": [ref.name for ref in self.split.training],
+            PAIRS: [ref.name for ref in self.split.training],
+            **self._data(),
             "--seed": self.settings.seed,
             "--batch_size": size,
             "--precision": self.settings.precision,
         }
+
+    def _data(self) -> dict[str, list[str]]:
+        """What the pairs are, those held out too: they say which weights are best."""
+        refs = [*self.split.training, *self.split.validation]
+        priors = {ref.prior.path: ref.prior for ref in refs if ref.prior is not None}
+        values = (
+            [ref.images.identity(ref.index) for ref in refs],
+            [origin_digest(prior) for prior in priors.values()],
+        )
+        return dict(zip(DATA_KEYS, values, strict=True))
 
 
 def _described(phase: Phase) -> str:

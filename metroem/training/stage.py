@@ -6,6 +6,7 @@ from collections.abc import Generator, Iterator, Sequence
 from contextlib import AbstractContextManager, closing, nullcontext
 from functools import partial
 from itertools import compress, islice
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -14,7 +15,7 @@ from metroem.data.epoch import EpochKey, ValidationPairs, num_steps
 from metroem.data.loading import PhaseSamples, read_ahead
 from metroem.data.sample import Sample
 from metroem.errors import CheckpointError, DatasetError
-from metroem.io.replace import drop_partials, make_folder, replace_file
+from metroem.io.replace import drop_partials, make_folder, replace_file, try_writing
 from metroem.loss import LossTerms
 from metroem.nets.checkpoint import checkpoint_path, save_weights
 from metroem.progress import progress
@@ -61,7 +62,11 @@ COLLAPSED_PX = 0.01
 
 
 def train_stage(
-    job: StageJob, run: RunFolder, stop: StopRequest, watch: Watch | None = None
+    job: StageJob,
+    run: RunFolder,
+    stop: StopRequest,
+    watch: Watch | None = None,
+    fields_path: Path | None = None,
 ) -> None:
     """Train one module, from where an earlier call stopped.
 
@@ -73,9 +78,11 @@ def train_stage(
         run: folder of the state.
         stop: looked at before each step.
         watch: told, on the first rank, how the epochs went.
+        fields_path: where fields are written after it, tried before; None: none are.
 
     Raises:
         Stopped: `stop` asked for it; the state is saved.
+        StorageError: a folder may not be written to.
         DatasetError: too many steps went bad.
         CheckpointError: a state that this run cannot go on from.
         ResourceError: memory does not suffice.
@@ -94,7 +101,22 @@ def train_stage(
     if state is not None and state.phase >= len(job.phases):
         logger.info("stage %d: trained already", job.module.stage)
         return
+    try_folders(job.module, run, fields_path)
     StageTrainer(job, run, stop, state, watch).train()
+
+
+def try_folders(module: ModuleSpec, run: RunFolder, fields_path: Path | None) -> None:
+    """Make sure that what a training writes can be written; arguments as above.
+
+    Raises:
+        StorageError: a folder takes no files.
+    """
+    if distributed.rank() > 0:
+        return
+    try_writing(run.path)
+    try_writing(module.weights_folder)
+    if fields_path is not None:
+        try_writing(fields_path, "--fields_path")
 
 
 def _drop_partials(job: StageJob, run: RunFolder) -> None:
