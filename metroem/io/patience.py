@@ -64,6 +64,9 @@ def limit_patience() -> None:
     """Make storage fail at once where it is final, else after `PATIENCE_S`."""
     limit_boto()
     interfaces.HttpInterface.adaptor = _PatientAdapter()
+    # The one request to S3 that cloud-files does not try again.
+    s3: Any = interfaces.S3Interface
+    s3.exists = interfaces.retry(s3.exists)
     # Those of boto3, requests and Google's client are all of this class.
     HTTPConnection.response_class = _WatchedResponse  # type: ignore[assignment]
     for owner in (

@@ -1,12 +1,14 @@
 """Shards, and compressed chunks, behind web servers and S3: right, or named."""
 
+import socket
+
 import numpy as np
 import pytest
 from cloudfiles import compression, reset_connection_pools
 
 from metroem.errors import DatasetError
 from metroem.io.volume import Volume
-from tests.cloud.servers import KEYS, serving
+from tests.cloud.servers import KEYS, FolderHandler, serving
 from tests.sharded import SHAPE, WHOLE, make_sharded, tissue
 from tests.volumes import make_volume
 
@@ -122,3 +124,29 @@ def test_chunks_that_are_not_there_are_black(tmp_path, opened):
     gone.unlink()
     data[1, :, :32, 32:] = 0
     np.testing.assert_array_equal(read(opened("em")), data)
+
+
+def test_asking_for_a_compressed_chunk_is_tried_again(tmp_path, monkeypatch, opened):
+    data = tissue()
+    make_volume(tmp_path / "bucket" / "em", [data])
+    (gone,) = (tmp_path / "bucket" / "em").glob("4_4_40/0-32_32-56_1-2")
+    gone.unlink()
+    data[1, :, :32, 32:] = 0
+    dropped = []
+
+    def drop_once(answer):
+        def answer_or_drop(self):
+            if self.path.endswith(".gz") and not dropped:
+                dropped.append(self.path)
+                self.connection.shutdown(socket.SHUT_RDWR)
+                self.close_connection = True
+            else:
+                answer(self)
+
+        return answer_or_drop
+
+    for name in ("do_GET", "do_HEAD"):
+        answer = getattr(FolderHandler, name)
+        monkeypatch.setattr(FolderHandler, name, drop_once(answer))
+    np.testing.assert_array_equal(read(opened("em")), data)
+    assert dropped == [f"/bucket/em/4_4_40/{gone.name}.gz"]
