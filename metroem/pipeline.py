@@ -54,10 +54,10 @@ class TrainRequest:
     checkpoint_name: str = "checkpoint"
     train_mode: str = "scratch"
     train_params_path: Path | None = None
-    gpu: str = "0"
+    gpu: str | None = None
     train_stages: list[int] | None = None
     generate_field_stages: list[int] | None = None
-    port: int = 8888
+    port: int | None = None
     redirect_stdout: bool = True
     device: str = "auto"
     seed: int = 0
@@ -76,8 +76,13 @@ class TrainRequest:
 
     def __post_init__(self) -> None:
         check_tag("--checkpoint_name", self.checkpoint_name)
-        if not all(index.strip().isdigit() for index in self.gpu.split(",")):
+        named = [] if self.gpu is None else self.gpu.split(",")
+        if not all(index.strip().isdigit() for index in named):
             raise UsageError(f"--gpu {self.gpu!r}: expected numbers, such as 0 or 0,1")
+        if len(set(self.gpus)) < len(named):
+            raise UsageError(f"--gpu {self.gpu}: names a GPU twice; name each once")
+        if self.port is not None and not 0 < self.port < 2**16:
+            raise UsageError(f"--port {self.port}: expected 1 to 65535")
         for flag, least in (("batch_size", 1), ("max_epochs", 1), ("val_pairs", 0)):
             value = getattr(self, flag)
             if value is not None and value < least:
@@ -105,13 +110,13 @@ class TrainRequest:
 
     @property
     def gpus(self) -> list[int]:
-        """The GPUs of --gpu; as many ranks are started."""
-        return [int(index) for index in self.gpu.split(",")]
+        """The GPUs of --gpu, none without it; as many ranks are started."""
+        return [] if self.gpu is None else [int(n) for n in self.gpu.split(",")]
 
     @property
     def ranks_to_launch(self) -> int:
         """Ranks that are still to be started: 0 for this process alone."""
-        is_alone = len(self.gpus) == 1 or distributed.is_launched()
+        is_alone = len(self.gpus) < 2 or distributed.is_launched()
         return 0 if is_alone else len(self.gpus)
 
 
@@ -130,9 +135,10 @@ def train_pyramid(request: TrainRequest) -> None:
     modules = find_modules(request.pyramid_path)
     if request.redirect_stdout and distributed.rank() == 0:
         cli.mirror_log(request.pyramid_path / f"{request.checkpoint_name}.log")
+    device = distributed.choose_device(request.device, request.gpus)
+    logger.info("%s", distributed.describe(device))
     schedule = load_schedule(request.train_mode, request.train_params_path)
     _check_images(request, modules)
-    device = distributed.choose_device(request.device, request.gpus)
     settings = _settings(request, device)
     if device.type == "cpu":
         keep_freed_memory()

@@ -38,7 +38,8 @@ def with_natural_field(
     such samples first.
 
     The network chooses by what it finds where the truth is known. `truth_due` is what
-    would be valid if it had found the prior field, and `truth_lost` what would be true
+    would be valid if it had found the prior field (or nothing, where that points out of
+    the image), and `truth_lost` what would be true
     then: right for a network that finds nothing, and far from one that points out of
     the image.
 
@@ -69,7 +70,9 @@ def with_natural_field(
         off = (found - natural[unknown]).norm(dim=1, keepdim=True)
         torn[unknown] = off > _TORN * options.knot_px
         if prior is not None:
-            known[unknown] = prior
+            shown = warp(tissue_mask(before.src).float(), prior) > 0.999
+            shows = (shown & tissue_mask(before.tgt)).flatten(1).any(1)
+            known[unknown] = torch.where(shows.view(-1, 1, 1, 1), prior, 0.0)
     return sample._replace(
         truth=compose(natural, truth),
         truth_valid=(warp(valid.float(), natural) > 0.999) & ~torn,

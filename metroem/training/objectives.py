@@ -99,7 +99,7 @@ def _loss(
         weigh(phase.similarity_rules, maps),
         weigh(phase.smoothness_rules, maps),
         phase.smoothness,
-        or_zeros(sample.prior_field, sample.src) if is_score else None,
+        _before(sample) if is_score else None,
     )
     if spec.type == "plain":
         return plain_loss(sample.src, sample.tgt, pair)
@@ -117,21 +117,29 @@ def _loss(
 def covered(sample: Sample, field: Tensor) -> Tensor:
     """How much of what a pair shows a field leaves to compare, 0 to 1, scalar.
 
-    What the pair shows is what tgt and src have in common as the prior field has it;
-    NaN where that is nothing. Where the truth rests on the field that the network
-    found before a known warp, it is what that leaves of the truth.
+    What the pair shows is what tgt and src have in common as the prior field has it, or
+    as they came where it shows nothing; NaN where that is nothing, too. Where the truth
+    rests on the field that the network found before a known warp, it is what that
+    leaves of the truth.
 
     Args:
         sample: the batch, its truth complete.
         field: (B, 2, H, W), pixels.
     """
     if sample.truth_due is None:
-        due = _shown(sample, or_zeros(sample.prior_field, sample.src))
+        due = _shown(sample, _before(sample))
         left = _shown(sample, field)
     else:
         assert sample.truth_valid is not None
         due, left = sample.truth_due, sample.truth_valid
     return (due & left).sum() / due.sum()
+
+
+def _before(sample: Sample) -> Tensor:
+    """The prior field, (B, 2, H, W); none for pairs that it shows nothing of."""
+    prior = or_zeros(sample.prior_field, sample.src)
+    shows = _shown(sample, prior).flatten(1).any(1)
+    return torch.where(shows.view(-1, 1, 1, 1), prior, 0.0)
 
 
 def _shown(sample: Sample, field: Tensor) -> Tensor:
@@ -169,8 +177,8 @@ def _finetuned(
         found = finetune(field, embedding, maps, options, trust=trust).field
         shown = _shown(sample, found)
         if is_score:
-            prior = or_zeros(sample.prior_field, sample.src)
-            found, shown = torch.where(shown, found, prior), _shown(sample, prior)
+            before = _before(sample)
+            found, shown = torch.where(shown, found, before), _shown(sample, before)
     return Wanted(found, shown.float())
 
 

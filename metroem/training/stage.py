@@ -179,20 +179,27 @@ class StageTrainer:
                         self._finish_epochs(phase, time.monotonic() - started)
                 state.epoch, state.step = epoch, 0
                 self._save()
-        self._refuse_without_score()
+        self._warn_without_score()
         self.optimizer.finish()
 
-    def _refuse_without_score(self) -> None:
-        """End a run of which no weights are worth keeping."""
+    def _warn_without_score(self) -> None:
+        """Say that a phase has no weights to keep; keep the last if there are none."""
         if not self.job.split.validation or self.state.best is not None:
             return
-        raise DatasetError(
-            f"stage {self.job.module.stage}, phase {self.state.phase + 1}: no epoch "
-            "has a score on the held-out pairs, so none of its weights were kept: the "
-            "network has collapsed, or the pairs show nothing that counts (python -m "
-            "metroem inspect). Begin anew (--restart) with a lower lr, more epochs or "
-            "other pairs"
+        stage, name = self.job.module.stage, self.settings.checkpoint_name
+        best = checkpoint_path(self.job.module.weights_folder, name)
+        logger.warning(
+            "stage %d, phase %d: no epoch has a score on the held-out pairs: the "
+            "network has collapsed, or they show nothing that counts; begin anew "
+            "(--restart) with a lower lr, more epochs or other pairs. Kept are %s",
+            *(stage, self.state.phase + 1),
+            "the weights from before the phase"
+            if best.is_file()
+            else "the last weights",
         )
+        if self.is_first_rank and not best.is_file():
+            make_folder(best.parent)
+            replace_file(best, self.run.weights(stage, "last").read_bytes())
 
     def _enough_memory(self, phase: Phase) -> AbstractContextManager[None]:
         stage, size = self.job.module.stage, self.settings.batch_of(phase)
@@ -384,14 +391,12 @@ class StageTrainer:
         if scores.has_collapsed:
             logger.warning(
                 "stage %d: the field leaves %.1f%% of what the pairs show to compare: "
-                "the network has collapsed to pointing out of the images%s; try a "
-                "lower lr (now %g)",
-                *(module.stage, 100 * scores.covered),
-                ", and its weights are not kept" if validation else "",
-                phase.lr,
+                "the network has collapsed: its field is rough or points out of the "
+                "images; try a lower lr (now %g) or more epochs",
+                *(module.stage, 100 * scores.covered, phase.lr),
             )
-        elif not scores.is_known:
-            logger.warning("stage %d: the loss is not known: no score", module.stage)
+        if validation is not None and not validation.is_known:
+            logger.warning("stage %d: no score, so not the best", module.stage)
 
     def _share_sums(self) -> None:
         """Give each rank the mean of all ranks' running sums."""

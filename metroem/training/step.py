@@ -20,7 +20,7 @@ from metroem.training.priors import StagesBefore
 
 # A loss above this is taken for a failure, as in the original.
 BAD_LOSS = 1e3
-# A network that leaves less of its pairs to compare points out of the images.
+# A network that leaves less of its pairs to compare has collapsed.
 LEAST_COVERED = 0.1
 
 
@@ -60,8 +60,8 @@ class Scores(NamedTuple):
 
     @property
     def is_known(self) -> bool:
-        """Whether the loss says how good the network is."""
-        return math.isfinite(self.loss) and not self.has_collapsed
+        """Whether the loss says how good the network is: of some pixel at least."""
+        return math.isfinite(self.loss) and self.covered != 0
 
 
 class Step(NamedTuple):
