@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from metroem import coarse_to_fine
 from metroem.coarse_to_fine import RefineOptions, refine_field
 from metroem.errors import FieldError, UsageError
 from metroem.field import warp
@@ -245,3 +246,19 @@ def test_knots_finer_than_the_features_are_refused():
     tgt = torch.zeros(1, 2, ROWS // 8, COLS // 8)
     with pytest.raises(UsageError, match="4 px apart on features of level 3"):
         refine(tgt, src=tgt, level=3, options=replace(OPTIONS, knots_px=(16, 4)))
+
+
+def test_a_field_that_leaves_nothing_to_compare_is_no_improvement(monkeypatch):
+    tgt = seen_through(shift(2.0, 0.0))
+    # A mean over nothing would be the lowest loss there is.
+    away = refine(tgt, start=shift(400.0, 0.0))
+    near = refine(tgt, start=shift(1.0, 0.0))
+    assert float(away.loss_before) > float(near.loss_before)
+
+    def runs_away(problem, max_steps):
+        return problem.nothing() + 400.0, 1
+
+    monkeypatch.setattr(coarse_to_fine, "_search", runs_away)
+    kept = refine(tgt, start=shift(1.0, 0.0))
+    assert torch.equal(kept.field, shift(1.0, 0.0))
+    assert kept.loss_after == kept.loss_before
