@@ -14,7 +14,7 @@ import torch
 from metroem import cli
 from metroem.aligner import Aligner
 from metroem.data.dataset import Split, find_pairs, image_sets_at, split_pairs
-from metroem.errors import UsageError
+from metroem.errors import DatasetError, UsageError
 from metroem.io.lock import holding, lock_path
 from metroem.nets.loading import load_module
 from metroem.report.board import Board
@@ -201,15 +201,18 @@ def _run_stages(
         distributed.barrier()
     if request.compile:
         _check_compile(to_train, settings.device)
+    # Refused before hours of work, whatever the stage.
+    phases = {module: _phases(request, schedule, module) for module in to_train}
+    for module in to_train:
+        _check_sizes(request.dataset_path, module, phases[module])
+        for phase in phases[module]:
+            settings.batch_of(phase)
     following = dict(zip(modules, [*modules[1:], None], strict=True))
     for module in modules:
         if module in to_train:
-            phases = _phases(request, schedule, module)
-            for phase in phases:
-                settings.batch_of(phase)  # refused before hours of work
             split = _split(request, module)
             before = tuple(m for m in modules if m.stage < module.stage)
-            stage = StageJob(module, phases, split, settings, before)
+            stage = StageJob(module, phases[module], split, settings, before)
             train_stage(stage, run, stop, watch)
             distributed.barrier()
         if module in to_generate:
@@ -236,6 +239,19 @@ def _phases(
     if request.ema is None:
         return phases
     return tuple(replace(phase, ema=request.ema) for phase in phases)
+
+
+def _check_sizes(dataset: Path, module: ModuleSpec, phases: tuple[Phase, ...]) -> None:
+    """Refuse patches that a phase of a module cannot take."""
+    least = max(phase.least_px for phase in phases)
+    for images in image_sets_at(dataset, module.in_mip):
+        if min(images.shape) < least:
+            raise DatasetError(
+                f"{images.path}: patches of {images.shape[0]} x {images.shape[1]} px; "
+                f"stage {module.stage}, which reads mip {module.in_mip}, needs at "
+                f"least {least} px a side for its schedule: download larger ones "
+                "(download_image.py --patch_size)"
+            )
 
 
 def _check_compile(modules: list[ModuleSpec], device: torch.device) -> None:
