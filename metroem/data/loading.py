@@ -105,7 +105,7 @@ class _ByPipe:
 def _from_pipe(values: list[Any]) -> Sample:
     _say_that_memory_is_short()
     tensors = [torch.from_numpy(v) if isinstance(v, np.ndarray) else v for v in values]
-    return Sample(*tensors)
+    return Sample(*tensors)  # type: ignore[arg-type]
 
 
 @functools.cache  # once is enough
