@@ -194,6 +194,12 @@ def _run_stages(
     to_generate = select_stages(
         modules, request.generate_field_stages, "--generate_field_stages"
     )
+    # Refused before hours of work, whatever the stage, and before --restart.
+    phases = {module: _phases(request, schedule, module) for module in to_train}
+    for module in to_train:
+        _check_sizes(request.dataset_path, module, phases[module])
+        for phase in phases[module]:
+            settings.batch_of(phase)
     if request.restart:
         if distributed.rank() == 0:
             for module in to_train:
@@ -201,12 +207,6 @@ def _run_stages(
         distributed.barrier()
     if request.compile:
         _check_compile(to_train, settings.device)
-    # Refused before hours of work, whatever the stage.
-    phases = {module: _phases(request, schedule, module) for module in to_train}
-    for module in to_train:
-        _check_sizes(request.dataset_path, module, phases[module])
-        for phase in phases[module]:
-            settings.batch_of(phase)
     following = dict(zip(modules, [*modules[1:], None], strict=True))
     for module in modules:
         if module in to_train:
