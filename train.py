@@ -49,10 +49,11 @@ def build_parser() -> argparse.ArgumentParser:
 
 def _add_machine_flags(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("how it is run").add_argument
-    add("--gpu", default="0", help="GPUs, as 0 or 0,1,2: that many ranks (0)")
+    gpus = "GPUs, as 3 or 0,1,2: that many ranks (the first, if there is one)"
+    add("--gpu", help=gpus)
     devices, device = ("auto", "cpu", "cuda"), "auto takes a GPU if there is one"
     add("--device", choices=devices, default="auto", help=device)
-    add("--port", type=int, default=8888, help="where the ranks of --gpu meet")
+    add("--port", type=int, help="where the ranks of --gpu meet (any that is free)")
     add("--seed", type=int, default=0, help="of all chance (0)")
     add("--batch_size", type=int, help="pairs of a step over all ranks (one a rank)")
     readers = "processes that read, a rank (up to 8 beside a GPU, else 0)"
@@ -82,10 +83,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments = sys.argv[1:] if argv is None else argv
     args = build_parser().parse_args(arguments)
     from metroem.pipeline import TrainRequest, train_pyramid  # --help without torch
-    from metroem.training.distributed import launch
+    from metroem.training.distributed import choose_device, launch
 
     request = TrainRequest(**vars(args))
     if ranks := request.ranks_to_launch:
+        choose_device(request.device, request.gpus)  # refused once, not by each rank
         sys.exit(launch(__file__, arguments, ranks=ranks, port=request.port))
     train_pyramid(request)
 

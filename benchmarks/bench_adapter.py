@@ -34,6 +34,11 @@ def first_stage(src: np.ndarray, tgt: np.ndarray, pyramid: str) -> np.ndarray:
     return first.align(src, tgt, finetune=False)
 
 
+def untrained(src: np.ndarray, tgt: np.ndarray, pyramid: str) -> np.ndarray:
+    """All stages with fresh weights, each finetuned on the pair."""
+    return fresh(pyramid).align(src, tgt)
+
+
 def finetuned_for(
     src: np.ndarray, tgt: np.ndarray, pyramid: str, steps: int
 ) -> np.ndarray:
@@ -50,6 +55,15 @@ def finetuned_for(
     finally:
         for aligner, options in zip(whole.aligners, kept, strict=True):
             aligner.options = options
+
+
+@cache
+def fresh(pyramid: str) -> Pyramid:
+    """The pyramid as it was before its training, always with the same weights."""
+    torch.set_num_threads(1)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return Pyramid.load(pyramid, None)  # type: ignore[arg-type]
 
 
 @cache

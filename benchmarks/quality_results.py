@@ -13,8 +13,10 @@ METHODS = {
     "metroem": ("align", "MetroEM"),
     "metroem_networks": ("networks", "MetroEM, networks alone"),
     "metroem_stage0": ("first_stage", "MetroEM, stage 0 alone"),
+    # What the finetuner does by itself: the rest is what training gives.
+    "metroem_untrained": ("untrained", "MetroEM untrained, finetuned"),
 }
-FULL, NETWORKS, STAGE0 = METHODS
+FULL, NETWORKS, STAGE0, UNTRAINED = METHODS
 NONE = "identity"
 UNWARPED = "00px"  # B's pairs as they came: their true field is exactly 0
 Record = dict[str, Any]

@@ -162,12 +162,19 @@ def split(num_sections: int) -> tuple[int, range]:
 def score(
     request: BenchmarkRequest, run: Run, sections: list[Section], pairs: range
 ) -> dict[str, object]:
-    """Score with and without finetuning; the figures of the JSON line."""
-    figures: dict[str, object] = {}
+    """Score with and without finetuning, and untrained: figures of the JSON line."""
+    is_exact = not request.natural
+    untrained = score_sections(
+        run, sections, pairs, is_exact=is_exact, is_trained=False
+    )
+    figures: dict[str, object] = {
+        "epe_untrained": untrained.epe[-1],
+        "cpc_untrained": untrained.cpc[-1],
+    }
     for suffix, finetune in (("", True), ("_net", False)):
         began = time.monotonic()
         means = score_sections(
-            run, sections, pairs, finetune=finetune, is_exact=not request.natural
+            run, sections, pairs, finetune=finetune, is_exact=is_exact
         )
         seconds = (time.monotonic() - began) / len(pairs)
         how = "with" if finetune else "without"
@@ -176,6 +183,7 @@ def score(
             MIPS,
             title=f"{request.stack.name}: {len(pairs)} pairs not trained on, {how} "
             f"finetuning, {seconds:.1f} s a pair",
+            untrained=untrained,
         )
         figures |= {
             "epe_none": means.epe_none,

@@ -212,7 +212,7 @@ def _evaluate(args: argparse.Namespace) -> None:
 
 def _write_fields(args: argparse.Namespace) -> None:
     from metroem.pipeline import TrainRequest, train_pyramid
-    from metroem.training.distributed import launch
+    from metroem.training.distributed import choose_device, launch
 
     flags = _flags(args)
     request = TrainRequest(
@@ -222,6 +222,7 @@ def _write_fields(args: argparse.Namespace) -> None:
         **flags,
     )
     if ranks := request.ranks_to_launch:
+        choose_device(request.device, request.gpus)  # refused once, not by each rank
         sys.exit(launch("metroem", args.argv, ranks=ranks, port=request.port))
     train_pyramid(request)
 

@@ -1,6 +1,7 @@
 """A whole pyramid applied to one pair of images."""
 
 import operator
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -24,6 +25,10 @@ from metroem.normalize import coarsen_image, normalize, tissue_statistics
 from metroem.specs.pyramid import find_modules
 from metroem.tiles import Tiling
 from metroem.training.generate import finetune_iterations
+
+# The threads of a process do not live on in its forks, which would wait for them for
+# ever: multiprocessing.Pool around `align` is many processes of one thread each.
+os.register_at_fork(after_in_child=lambda: torch.set_num_threads(1))
 
 # What is done to a whole section is done to so many rows at a time.
 _BAND_ROWS = 512

@@ -142,7 +142,9 @@ def run_demo(request: DemoRequest) -> None:
     """Make sections, train a pyramid on them, print how well it aligns.
 
     The last line printed is a JSON object: `epe_none` and `epe` (px, a list with
-    a value a stage), `cpc_none` and `cpc`, over the held-out pairs.
+    a value a stage), `cpc_none` and `cpc`, over the held-out pairs; and
+    `epe_untrained`, what the same networks and their finetuner reach untrained: the
+    rest is what training gives.
 
     Args:
         request: what to do.
@@ -168,19 +170,24 @@ def run_demo(request: DemoRequest) -> None:
     images = np.stack([section.image for section in sections])
     write_volume(run.volume, images, max(MIPS) + 1)
     logger.info("wrote %s: %d sections", run.volume, len(images))
-    run_steps(run.commands())
     pairs = range(request.num_sections - request.num_held_out, request.num_sections)
+    download, init, train = run.commands()
+    run_steps([download, init])
+    untrained = score_sections(run, sections, pairs, is_trained=False)
+    run_steps([train])
     score = score_sections(run, sections, pairs)
     print_scores(
         score,
         MIPS,
         title=f"pairs {pairs[0]}..{pairs[-1]}, not trained on "
         f"({time.monotonic() - started:.0f} s in all)",
+        untrained=untrained,
     )
     print_json(
         {
             "epe_none": score.epe_none,
             "epe": score.epe,
+            "epe_untrained": untrained.epe[-1],
             "cpc_none": score.cpc_none,
             "cpc": score.cpc[-1],
         }
@@ -273,6 +280,7 @@ def score_sections(
     *,
     finetune: bool = True,
     is_exact: bool = True,
+    is_trained: bool = True,
 ) -> Score:
     """Align pairs that were not trained on and score them.
 
@@ -284,21 +292,29 @@ def score_sections(
         pairs: section z to z - 1 for each z.
         finetune: whether the fields are optimised further on each pair.
         is_exact: whether the sections' fields are the whole truth.
+        is_trained: whether to take the run's weights, or fresh ones of its seed.
 
     Returns:
         The mean over the pairs.
     """
-    pyramid = metroem.Pyramid.load(run.pyramid)
+    pyramid = metroem.Pyramid.load(run.pyramid) if is_trained else fresh(run)
     scores = []
     for z in pairs:
         src, tgt = sections[z], sections[z - 1]
         fields = pyramid.fields(src.image, tgt.image, mip=0, finetune=finetune)
         truth = true_pair(src, tgt) if is_exact else None
         scores.append(score_pair(src.image, tgt.image, fields, truth))
-        if z == pairs[0]:
+        if z == pairs[0] and is_trained:
             picture = run.folder / "before_after.png"
             save_before_after(picture, src.image, tgt.image, fields[-1])
     return mean_score(scores)
+
+
+def fresh(run: Run) -> metroem.Pyramid:
+    """The pyramid of a run with weights that nobody has trained, of its seed."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(run.seed)
+        return metroem.Pyramid.load(run.pyramid, None)  # type: ignore[arg-type]
 
 
 def save_before_after(

@@ -26,6 +26,8 @@ from metroem.specs.schedule import parse_mask_rules
 
 logger = logging.getLogger(__name__)
 
+# Share of the weight that a field may lose for nothing.
+_MAY_BE_LOST = 0.1
 # How many steps pass between looks at whether all samples are done: a look
 # makes the host wait for a GPU.
 _LOOK_EVERY = 25
@@ -78,10 +80,25 @@ def finetune_field(
             break
     # The last step has not been judged yet.
     search.judge(loss.with_gradient(search.field)[0])
-    better = search.best_loss < loss_before
+    lost = [_lost(similarity_weight, start, one) for one in (start, search.best_field)]
+    # What is lost counts twice as much as the mean of what was there: else the best
+    # field would be one that leaves nothing to compare.
+    cost = 2 * loss_before
+    better = search.best_loss + cost * lost[1] < loss_before + cost * lost[0]
+    better &= search.best_loss < loss_before
     found = torch.where(better.view(-1, 1, 1, 1), search.best_field, start)
     loss_after = torch.where(better, search.best_loss, loss_before)
     return Finetuned(found, loss_before, loss_after, steps)
+
+
+def _lost(weight: PairWeight, start: Tensor, field: Tensor) -> Tensor:
+    """Share of what a start, or no field, leaves to compare and a field loses, (B,).
+
+    Borders that move out of the image are no loss.
+    """
+    due = torch.maximum(weight.along(start), weight.along(torch.zeros_like(start)))
+    lost = (due - weight.along(field)).clamp(min=0).sum((1, 2, 3))
+    return (lost / due.sum((1, 2, 3)).clamp(min=1e-6) - _MAY_BE_LOST).clamp(min=0)
 
 
 def optimize_pre_post_ups(

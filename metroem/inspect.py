@@ -17,6 +17,7 @@ from metroem.io.origins import why_stale
 from metroem.normalize import DARKEST, GreyStatistics, looks_normalized
 from metroem.specs.filenames import FieldSetName, ImageSetName, check_checkpoint_name
 from metroem.specs.pyramid import find_modules
+from metroem.specs.schedule import load_schedule
 
 logger = logging.getLogger(__name__)
 
@@ -148,6 +149,11 @@ def _report_images(images: ImageSet) -> list[str]:
     )
     if not np.isfinite(tissue.mean) and tissue.blank < 1:
         problems.append(f"{name}: NaN or infinite grey levels")
+    elif (smallest := min(images.shape)) < (least := _least_px()):
+        problems.append(
+            f"{name}: patches {smallest} px wide; training by default needs at least "
+            f"{least} px a side: download larger ones (download_image.py --patch_size)"
+        )
     elif tissue.blank_pairs == images.num_pairs:
         problems.append(f"{name}: every pair has a side that is all blank")
     elif not images.has_reference and not looks_normalized(
@@ -158,6 +164,12 @@ def _report_images(images: ImageSet) -> list[str]:
             f"{tissue.std:.3g}, expected 0 and 1; download it with --normalize"
         )
     return problems
+
+
+def _least_px() -> int:
+    """Least side of patches that the default schedule of train.py can take."""
+    stages = load_schedule("scratch", None).phases.values()
+    return max(phase.least_px for phases in stages for phase in phases)
 
 
 def _measure(images: ImageSet) -> _Tissue:

@@ -50,7 +50,11 @@ class Wanted(NamedTuple):
 
 
 def endpoint_loss(
-    field: Tensor, coarse: Mapping[int, Tensor], wanted: Wanted
+    field: Tensor,
+    coarse: Mapping[int, Tensor],
+    wanted: Wanted,
+    *,
+    nothing: float = 0.0,
 ) -> LossTerms:
     """Distance from a field that is wanted, of the field of each level.
 
@@ -63,6 +67,7 @@ def endpoint_loss(
         coarse: level -> (B, 2, >= H / 2**level, >= W / 2**level), px of the
             level; `field` is the finest of them, upsampled. May be empty.
         wanted: what they are compared with, at the size of the finest.
+        nothing: see `weighted_mean`.
 
     Returns:
         The terms; `total` and `epe` in px of `field`.
@@ -80,15 +85,15 @@ def endpoint_loss(
         at_finest = upsample_field(found, level - finest)[..., :rows, :cols]
         square = ((at_finest - truth) ** 2).sum(1, keepdim=True)
         length = (square + _SOFT_PX**2).sqrt() * 2**finest
-        errors[level] = weighted_mean(length, weight)
+        errors[level] = weighted_mean(length, weight, nothing=nothing)
     shares = {level: COARSER ** (level - finest) for level in errors}
     total = sum(shares[level] * error for level, error in errors.items())
-    nothing = torch.full_like(errors[finest].detach(), float("nan"))
+    unknown = torch.full_like(errors[finest].detach(), float("nan"))
     return LossTerms(
         total,  # type: ignore[arg-type]
-        nothing,
-        nothing,
-        nothing,
+        unknown,
+        unknown,
+        unknown,
         errors[finest],
     )
 
@@ -102,7 +107,11 @@ def border_of(shape: torch.Size) -> int:
 
 
 def weighted_mean(
-    values: Tensor, weight: Tensor | None = None, *, border: int = 0
+    values: Tensor,
+    weight: Tensor | None = None,
+    *,
+    border: int = 0,
+    nothing: float = 0.0,
 ) -> Tensor:
     """Mean of a map over its weights, a border left out.
 
@@ -113,9 +122,11 @@ def weighted_mean(
         values: (B, C, H, W).
         weight: (B, 1, H, W), or None for 1 everywhere.
         border: pixels left out on each side.
+        nothing: value of a sample where nothing counts: 0 in a loss, which then has
+            no slope there, and NaN in a score.
 
     Returns:
-        Scalar; a sample where nothing counts adds 0.
+        Scalar.
     """
     rows, cols = values.shape[-2:]
     inner = (..., slice(border, rows - border), slice(border, cols - border))
@@ -125,7 +136,8 @@ def weighted_mean(
     weight = weight[inner]
     total = weight.sum((1, 2, 3)) * values.shape[1]
     weighted = (values * weight).sum((1, 2, 3))
-    return (weighted / torch.where(total > 0, total, 1.0)).mean()
+    means = weighted / torch.where(total > 0, total, 1.0)
+    return torch.where(total > 0, means, nothing).mean()
 
 
 def similarity(
@@ -185,6 +197,9 @@ class PairLoss(NamedTuple):
     similarity_weight: PairWeight
     smoothness_weight: PairWeight
     smoothness: float  # factor of rigidity
+    # In a score, the field before, (B, 2, H, W): what it lets count is due, and what
+    # `field` loses of that counts as unlike. A loss is taken over what is left.
+    due_along: Tensor | None = None
 
 
 def plain_loss(src: Tensor, tgt: Tensor, pair: PairLoss) -> LossTerms:
@@ -198,21 +213,22 @@ def plain_loss(src: Tensor, tgt: Tensor, pair: PairLoss) -> LossTerms:
     Returns:
         The terms; `before` is 0.
     """
-    border = border_of(src.shape)
-    alike = similarity(
-        warp(src, pair.field),
-        tgt,
-        pair.similarity_weight.along(pair.field),
-        border=border,
-    )
-    strain = weighted_mean(
-        rigidity_map(pair.field),
-        pair.smoothness_weight.along(pair.field),
-        border=border,
-    )
+    border, nothing = border_of(src.shape), 0.0
+    difference = (tgt - warp(src, pair.field)) ** 2
+    weight = pair.similarity_weight.along(pair.field)
+    strain_weight = pair.smoothness_weight.along(pair.field)
+    if pair.due_along is not None:
+        due = pair.similarity_weight.along(pair.due_along)
+        kept = torch.where(due > 0, torch.minimum(weight / due, due.new_ones(())), 0.0)
+        # Images with nothing in common differ by the power of both.
+        difference = kept * difference + (1 - kept) * 2 * tgt**2
+        weight, nothing = due, float("nan")
+        strain_weight = pair.smoothness_weight.along(pair.due_along)
+    alike = weighted_mean(difference, weight, border=border, nothing=nothing)
+    strain = weighted_mean(rigidity_map(pair.field), strain_weight, border=border)
     total = alike + pair.smoothness * strain
-    zero, nothing = torch.zeros_like(total), torch.full_like(total, float("nan"))
-    return LossTerms(total, alike, strain, zero, nothing)
+    zero, unknown = torch.zeros_like(total), torch.full_like(total, float("nan"))
+    return LossTerms(total, alike, strain, zero, unknown)
 
 
 def unaligned_similarity(
@@ -308,4 +324,5 @@ def _at_level(pair: PairLoss, level: int, divide_smoothness: bool) -> PairLoss:
         coarsen(pair.similarity_weight),
         coarsen(pair.smoothness_weight),
         pair.smoothness / 2**level if divide_smoothness else pair.smoothness,
+        None if pair.due_along is None else downsample_field(pair.due_along, level),
     )

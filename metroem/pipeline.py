@@ -76,10 +76,10 @@ class TrainRequest:
     checkpoint_name: str = "checkpoint"
     train_mode: str = "scratch"
     train_params_path: Path | None = None
-    gpu: str = "0"
+    gpu: str | None = None
     train_stages: list[int] | None = None
     generate_field_stages: list[int] | None = None
-    port: int = 8888
+    port: int | None = None
     redirect_stdout: bool = True
     device: str = "auto"
     seed: int = 0
@@ -98,8 +98,13 @@ class TrainRequest:
 
     def __post_init__(self) -> None:
         check_checkpoint_name(self.checkpoint_name)
-        if not all(index.strip().isdigit() for index in self.gpu.split(",")):
+        named = [] if self.gpu is None else self.gpu.split(",")
+        if not all(index.strip().isdigit() for index in named):
             raise UsageError(f"--gpu {self.gpu!r}: expected numbers, such as 0 or 0,1")
+        if len(set(self.gpus)) < len(named):
+            raise UsageError(f"--gpu {self.gpu}: names a GPU twice; name each once")
+        if self.port is not None and not 0 < self.port < 2**16:
+            raise UsageError(f"--port {self.port}: expected 1 to 65535")
         for flag, least in (("batch_size", 1), ("max_epochs", 1), ("val_pairs", 0)):
             value = getattr(self, flag)
             if value is not None and value < least:
@@ -147,13 +152,13 @@ class TrainRequest:
 
     @property
     def gpus(self) -> list[int]:
-        """The GPUs of --gpu; as many ranks are started."""
-        return [int(index) for index in self.gpu.split(",")]
+        """The GPUs of --gpu, none without it; as many ranks are started."""
+        return [] if self.gpu is None else [int(n) for n in self.gpu.split(",")]
 
     @property
     def ranks_to_launch(self) -> int:
         """Ranks that are still to be started: 0 for this process alone."""
-        is_alone = len(self.gpus) == 1 or distributed.is_launched()
+        is_alone = len(self.gpus) < 2 or distributed.is_launched()
         return 0 if is_alone else len(self.gpus)
 
 
@@ -173,8 +178,9 @@ def train_pyramid(request: TrainRequest) -> None:
     plan = _plan(request)
     if request.redirect_stdout and distributed.rank() == 0:
         cli.mirror_log(request.pyramid_path / f"{request.checkpoint_name}.log")
-    schedule = load_schedule(request.train_mode, request.train_params_path)
     device = distributed.choose_device(request.device, request.gpus)
+    logger.info("%s", distributed.describe(device))
+    schedule = load_schedule(request.train_mode, request.train_params_path)
     settings = _settings(request, device)
     if device.type == "cpu":
         keep_freed_memory()
@@ -243,6 +249,12 @@ def _run_stages(
         distributed.check_shared(run.path)
     _check_weights(request, plan.to_train, run)
     fields_of = {m: request.fields_folder for m in plan.to_write}
+    # Refused before hours of work, whatever the stage, and before --restart.
+    phases = {module: _phases(request, schedule, module) for module in plan.to_train}
+    for module in plan.to_train:
+        _check_sizes(request.dataset_path, module, phases[module])
+        for phase in phases[module]:
+            settings.batch_of(phase)
     if request.restart:
         for module in plan.to_train:
             try_folders(module, run, fields_of.get(module))
@@ -256,14 +268,11 @@ def _run_stages(
         if module in plan.to_train or module in plan.to_write:
             _check_prior_weights(request, plan, module)
         if module in plan.to_train:
-            phases = _phases(request, schedule, module)
-            for phase in phases:
-                settings.batch_of(phase)  # refused before hours of work
             split = _split(request, module)
             before = tuple(m for m in plan.modules if m.stage < module.stage)
             if any(ref.moves_tgt for ref in split.training):
                 before = ()  # priors come from a download, not from stage 0
-            stage = StageJob(module, phases, split, settings, before)
+            stage = StageJob(module, phases[module], split, settings, before)
             train_stage(stage, run, stop, watch, fields_of.get(module))
             distributed.barrier()
         if module in plan.to_write:
@@ -375,6 +384,19 @@ def _phases(
     if request.ema is None:
         return phases
     return tuple(replace(phase, ema=request.ema) for phase in phases)
+
+
+def _check_sizes(dataset: Path, module: ModuleSpec, phases: tuple[Phase, ...]) -> None:
+    """Refuse patches that a phase of a module cannot take."""
+    least = max(phase.least_px for phase in phases)
+    for images in image_sets_at(dataset, module.in_mip):
+        if min(images.shape) < least:
+            raise DatasetError(
+                f"{images.path}: patches of {images.shape[0]} x {images.shape[1]} px; "
+                f"stage {module.stage}, which reads mip {module.in_mip}, needs at "
+                f"least {least} px a side for its schedule: download larger ones "
+                "(download_image.py --patch_size)"
+            )
 
 
 def _check_compile(modules: list[ModuleSpec], device: torch.device) -> None:

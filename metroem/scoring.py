@@ -1,4 +1,9 @@
-"""What a field is worth on one pair, and means of that over pairs."""
+"""What a field is worth on one pair, and means of that over pairs.
+
+Every figure of a field is taken over pixels that the field does not choose: those that
+the pair shows as it came, or whose truth is known. What a field moves out of the
+tissue counts for the correlation as if it had nothing in common.
+"""
 
 import math
 from collections.abc import Sequence
@@ -6,6 +11,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from metroem.data.augment import swap_src_tgt
@@ -53,9 +59,10 @@ class Score(NamedTuple):
 class PairScore(NamedTuple):
     """Figures of a pair without a truth, or their means over pairs.
 
-    CPC is the mean correlation of chunks of CHUNK_PX, "before" that without
-    alignment, over the same pixels. What is not known is NaN: all of it for a pair
-    that cannot be compared, see `can_be_compared`, so that no mean takes it in.
+    CPC is the mean correlation of chunks of CHUNK_PX over what the pair shows as it
+    came, "before" that without alignment; see `correlation` for what a field loses.
+    What is not known is NaN: all of it for a pair that cannot be compared, see
+    `can_be_compared`, so that no mean takes it in.
     """
 
     cpc_before: float
@@ -71,8 +78,8 @@ class PairScore(NamedTuple):
     cycle_p95_px: float
     swap_mean_px: float  # see `metroem.metrics.swap_error`
     swap_p95_px: float
-    counted: float  # share of the pixels that CPC, length and cycle are taken over
-    made_worse: float  # 1 if CPC fell or nothing is left to compare, else 0
+    counted: float  # share of the pixels that the field leaves to compare
+    made_worse: float  # 1 if CPC fell, else 0
 
 
 class WarpScore(NamedTuple):
@@ -166,13 +173,13 @@ def score_pair(
     sample = Sample(_batch(src), _batch(tgt), None, ())
     stages = [torch.from_numpy(np.asarray(field))[None] for field in fields]
     stages.insert(0, torch.zeros_like(stages[0]))
-    valid = comparable(sample, stages)
+    due = comparable(sample, stages[:1])
     epe, cpc_true = [NAN] * len(stages), NAN
     if truth is not None:
-        valid = valid & truth.valid
+        due = due & truth.valid
         epe = [endpoint_error(f, truth.field, truth.valid).mean for f in stages]
-        cpc_true = mean_correlation(sample, truth.field, valid)
-    cpc = [mean_correlation(sample, field, valid) for field in stages]
+        cpc_true = mean_correlation(sample, truth.field, due)
+    cpc = [mean_correlation(sample, field, due) for field in stages]
     folds = fold_share(stages[-1])
     return Score(epe[0], tuple(epe[1:]), cpc[0], tuple(cpc[1:]), cpc_true, folds)
 
@@ -194,19 +201,18 @@ def score_aligned(
         return NO_SCORE, None
     sample = with_defects(sample)
     none = torch.zeros_like(forward)
-    valid = comparable(sample, [none, forward])
-    src_valid = comparable(swap_src_tgt(sample), [none, backward])
-    around = valid & ring(defects_on_tgt(sample, forward), RING_PX)
-    before, after = (mean_correlation(sample, f, valid) for f in (none, forward))
+    due = comparable(sample, [none])
+    around = due & ring(defects_on_tgt(sample, none), RING_PX)
+    before, after = (mean_correlation(sample, f, due) for f in (none, forward))
     determinant = jacobian(forward, _clear(sample.tgt, sample.tgt_defects))
-    cycle = cycle_error(forward, backward, valid)
-    swap = swap_error(forward, backward, src_valid)
+    cycle = cycle_error(forward, backward, due)
+    swap = swap_error(forward, backward, comparable(swap_src_tgt(sample), [none]))
     score = PairScore(
         before,
         after,
         mean_correlation(sample, none, around, min_share=RING_SHARE),
         mean_correlation(sample, forward, around, min_share=RING_SHARE),
-        _mean_length(forward, valid),
+        _mean_length(forward, due),
         1e6 * determinant.folds,
         determinant.p01,
         determinant.p50,
@@ -215,11 +221,10 @@ def score_aligned(
         cycle.p95,
         swap.mean,
         swap.p95,
-        counted=float(valid.double().mean()),
-        # Not "<", so that a field that leaves nothing to compare is worse too.
+        counted=float(comparable(sample, [none, forward]).double().mean()),
         made_worse=float(not after >= before - CPC_NOISE),
     )
-    lowest = _largest(-correlation(sample, forward, valid))
+    lowest = _largest(-correlation(sample, forward, due))
     return score, lowest and lowest._replace(figure=-lowest.figure)
 
 
@@ -281,24 +286,36 @@ def can_be_compared(sample: Sample, *, min_share: float = 0.5) -> bool:
 
 
 def correlation(
-    sample: Sample, field: Tensor, valid: Tensor, *, min_share: float = 0.5
+    sample: Sample, field: Tensor, due: Tensor, *, min_share: float = 0.5
 ) -> Tensor:
     """CPC of src warped and tgt, a value a chunk; see `chunked_correlation`.
 
     Some rows of chunks at a time, since it is found in float64.
+
+    Args:
+        sample: of batch size 1.
+        field: (1, 2, H, W), px.
+        due: (1, 1, H, W) bool, pixels that should count: not for the field to choose.
+            Those that it reads no clear tissue for correlate by 0.
+        min_share: share of a chunk's pixels that must be due for it to count.
     """
     found = []
+    src_clear = _clear(sample.src, sample.src_defects).float()
     for start in range(0, field.shape[-2] // CHUNK_PX * CHUNK_PX, BAND_PX):
         rows = slice(start, start + BAND_PX)
-        found.append(
-            chunked_correlation(
-                warp_rows(sample.src, field, rows),
-                sample.tgt[..., rows, :],
-                valid[..., rows, :],
-                chunk_px=CHUNK_PX,
-                min_share=min_share,
-            )
+        due_here = due[..., rows, :]
+        kept = due_here & (warp_rows(src_clear, field, rows) > 0.999)
+        alike = chunked_correlation(
+            warp_rows(sample.src, field, rows),
+            sample.tgt[..., rows, :],
+            kept,
+            chunk_px=CHUNK_PX,
+            min_share=0.0,
         )
+        shares = [F.avg_pool2d(m.double(), CHUNK_PX) for m in (kept, due_here)]
+        # Nothing is gained by losing what is less than unlike.
+        alike = torch.minimum(alike, alike * shares[0] / shares[1])
+        found.append(torch.where(shares[1] >= min_share, alike, NAN))
     return torch.cat(found, -2)
 
 
@@ -311,10 +328,10 @@ def warp_rows(image: Tensor, field: Tensor, rows: slice) -> Tensor:
 
 
 def mean_correlation(
-    sample: Sample, field: Tensor, valid: Tensor, *, min_share: float = 0.5
+    sample: Sample, field: Tensor, due: Tensor, *, min_share: float = 0.5
 ) -> float:
     """The mean of `correlation` over chunks; NaN where none counts."""
-    return float(correlation(sample, field, valid, min_share=min_share).nanmean())
+    return float(correlation(sample, field, due, min_share=min_share).nanmean())
 
 
 def comparable(sample: Sample, fields: Sequence[Tensor]) -> Tensor:

@@ -50,7 +50,7 @@ def shortened(arguments):
 
     They expect `short_schedule` in schedule.json.
     """
-    extra = ["--max_epochs", "1"]
+    extra = ["--max_epochs", "1", "--device", "cpu"]  # where tests run
     if "custom" not in arguments:
         extra += ["--train_mode", "custom", "--train_params_path", "schedule.json"]
     return extra

@@ -6,7 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from metroem.coarse_to_fine import RefineOptions, refine_field
+from metroem import coarse_to_fine
+from metroem.coarse_to_fine import RefineOptions, _Problem, refine_field
 from metroem.errors import FieldError, UsageError
 from metroem.field import warp
 from metroem.masks import PairWeight
@@ -190,7 +191,7 @@ def test_the_field_tears_where_smoothness_is_relaxed():
     band.tgt[..., 48:72] = 0
     away = (..., slice(8, -8), [*range(8, 40), *range(80, 112)])
 
-    stiff = replace(OPTIONS, smoothness=1e6)
+    stiff = replace(OPTIONS, smoothness=1e4)
     torn, whole = (
         refine(tgt, weights=(band, smoothness), options=stiff).field
         for smoothness in (band, ones())
@@ -245,3 +246,34 @@ def test_knots_finer_than_the_features_are_refused():
     tgt = torch.zeros(1, 2, ROWS // 8, COLS // 8)
     with pytest.raises(UsageError, match="4 px apart on features of level 3"):
         refine(tgt, src=tgt, level=3, options=replace(OPTIONS, knots_px=(16, 4)))
+
+
+def test_a_field_that_leaves_nothing_to_compare_is_no_improvement(monkeypatch):
+    tgt = seen_through(shift(2.0, 0.0))
+    # A mean over nothing would be the lowest loss there is.
+    away = refine(tgt, start=shift(400.0, 0.0))
+    near = refine(tgt, start=shift(1.0, 0.0))
+    assert float(away.loss_before) > float(near.loss_before)
+
+    def runs_away(problem, max_steps):
+        return problem.nothing() + 400.0, 1
+
+    monkeypatch.setattr(coarse_to_fine, "_search", runs_away)
+    kept = refine(tgt, start=shift(1.0, 0.0))
+    assert torch.equal(kept.field, shift(1.0, 0.0))
+    assert kept.loss_after == kept.loss_before
+
+
+def test_a_field_that_followed_moving_tissue_is_held_as_one_that_did_not():
+    # Tissue moves to and fro by 3 px within 31 px; the sections do not. How stiff a
+    # field is must not depend on how closely the one before it has followed that.
+    row, col = positions()
+    drift = 3 * torch.stack([torch.sin(row / 5), torch.cos(col / 5)])[None]
+    features, weights = (texture(row, col), seen_through(drift)), (ones(), ones())
+
+    def stiffness(start):
+        problem = _Problem(features, start, weights, OPTIONS, (0, 16))
+        return float(problem._smoothness)
+
+    followed, still = stiffness(drift), stiffness(torch.zeros_like(drift))
+    assert followed == pytest.approx(still, rel=0.1)

@@ -112,7 +112,7 @@ def test_the_demo_runs_twice_and_ends_with_its_figures(tmp_path):
         )
         assert ended.returncode == 0, ended.stdout + ended.stderr
         figures = json.loads(ended.stdout.splitlines()[-1])
-        assert set(figures) == {"epe_none", "epe", "cpc_none", "cpc"}
+        assert set(figures) == {"epe_none", "epe", "epe_untrained", "cpc_none", "cpc"}
         assert figures["epe_none"] > 1
         assert len(figures["epe"]) == 2
         # Hardly trained, but enough to be better than nothing.

@@ -6,7 +6,7 @@ import torch
 from metroem.errors import FieldError, UsageError
 from metroem.field import warp
 from metroem.field_loss import FieldLoss
-from metroem.field_search import _coarser, _finer
+from metroem.field_search import Search, _coarser, _finer
 from metroem.finetuner import (
     FinetuneOptions,
     finetune_field,
@@ -308,3 +308,18 @@ def test_the_gradient_knows_how_weights_that_move_change_the_means():
     ahead, behind = (loss.with_gradient(at)[0] for at in (field + step, field - step))
     found = (gradient * way).sum((1, 2, 3))
     torch.testing.assert_close(found, (ahead - behind) / 2e-7, atol=0, rtol=1e-5)
+
+
+def test_a_search_that_leaves_nothing_to_compare_is_not_kept(monkeypatch):
+    # src shows nothing right of col 28: a field that points there has no loss at all.
+    weight, start = ones(), nothing() + 1.0
+    weight.src[..., 28:] = 0
+
+    def runs_away(search, loss):
+        search.best_loss = torch.zeros(1)
+
+    monkeypatch.setattr(Search, "judge", runs_away)
+    monkeypatch.setattr(Search, "best_field", property(lambda _: nothing() + 400.0))
+    src, tgt = texture(), texture(shift=(1.5, -1.0))
+    tuned = finetune_field(src, tgt, start, weight, ones(), OPTIONS)
+    assert torch.equal(tuned.field, start) and tuned.loss_after == tuned.loss_before

@@ -173,7 +173,7 @@ def test_a_stage_without_images_or_prior_fields_is_found(dataset, tmp_path):
 
 
 def test_image_sets_of_the_original_are_taken(tmp_path, caplog):
-    data = np.random.default_rng(0).normal(size=(3, 2, 6, 9)).astype(np.float32)
+    data = np.random.default_rng(0).normal(size=(3, 2, 9, 12)).astype(np.float32)
     with h5py.File(tmp_path / "x64_y32_z10_MIP3_foo.h5", "w") as file:
         file["main"] = data
     caplog.set_level("INFO", "metroem")

@@ -220,6 +220,13 @@ def test_the_adapter_limits_the_finetuning_and_gives_it_back(pyramid, pair):
     assert after == options
 
 
+def test_the_adapter_finetunes_fresh_weights_that_are_always_the_same(pyramid, pair):
+    found = bench_adapter.untrained(*pair, pyramid)
+    bench_adapter.fresh.cache_clear()
+    np.testing.assert_array_equal(found, bench_adapter.untrained(*pair, pyramid))
+    assert not np.array_equal(found, bench_adapter.align(*pair, pyramid))
+
+
 def test_every_method_is_a_function_of_the_adapter():
     for function, _ in METHODS.values():
         assert callable(getattr(bench_adapter, function))

@@ -143,8 +143,10 @@ def test_folds_on_a_defect_are_not_counted(sample):
 
 @pytest.mark.parametrize("d_cols", [1000.0, float("nan")])
 def test_a_field_that_leaves_nothing_to_compare_made_its_pair_worse(sample, d_cols):
-    score, worst = score_aligned(sample, constant(d_cols, 0.0), constant(0.0, 0.0))
-    assert score.counted == 0 and score.made_worse == 1 and worst is None
+    same = sample._replace(src=sample.tgt)
+    score, worst = score_aligned(same, constant(d_cols, 0.0), constant(0.0, 0.0))
+    assert score.counted == 0 and score.made_worse == 1
+    assert score.cpc_before == pytest.approx(1) and score.cpc == worst.figure == 0
 
 
 def test_a_pair_aligned_already_is_made_worse_by_a_wrong_field(sample):
@@ -191,3 +193,34 @@ def test_means_go_into_figures_of_figures():
     assert isinstance(mean, WarpScore) and isinstance(mean.after, EndpointError)
     assert mean.after.above_eight == 2.0 and mean.near_px == 2.0
     assert (mean.folds_ppm, mean.made_worse) == (2.5, 0.5)
+
+
+def test_what_a_field_loses_of_a_chunk_counts_as_unlike(sample):
+    # Aligned, but for the cols from 128 on, which point out of the image.
+    field = constant(3.0, 0.0)
+    field[:, 0, :, 112:] = 500.0
+    score, worst = score_aligned(sample, field, constant(-3.0, 0.0))
+    # Two rows of three chunks, of which cols 16 to 63, 64 to 127 and 128 to 191 count:
+    # all, three quarters and nothing of them are kept, and right.
+    assert score.cpc == pytest.approx((1 + 0.75 + 0) / 3, abs=1e-6)
+    assert worst.figure == 0 and (worst.row, worst.col) == (32, 160)
+    assert score.length_px == pytest.approx((3 * 96 + 500 * 96) / 192)
+    assert score.counted == pytest.approx(128 * 96 / (160 * 224))
+
+
+def test_a_field_does_not_choose_the_ring_that_it_is_scored_on(sample):
+    # A defect of src, and a field that moves it out of sight: its ring stays due.
+    crack = torch.zeros(1, 1, *SHAPE, dtype=torch.bool)
+    crack[..., 70:80, 60:120] = True
+    torn = sample._replace(src_defects=crack, tgt_defects=crack ^ crack)
+    score, _ = score_aligned(torn, constant(900.0, 0.0), constant(0.0, 0.0))
+    assert score.ring_cpc == 0 and abs(score.ring_cpc_before) < 0.1
+
+
+def test_a_stage_that_points_away_is_scored_by_what_it_loses(moved_pair):
+    src, tgt, field, truth = moved_pair
+    lost = score_pair(src, tgt, [np.full_like(field, 700.0), field], truth)
+    whole = score_pair(src, tgt, [field, field], truth)
+    # The other stage, and the pair without alignment, are scored as ever.
+    assert lost.cpc == pytest.approx((0, 1), abs=1e-6)
+    assert lost.cpc_none == whole.cpc_none and lost.cpc_true == whole.cpc_true

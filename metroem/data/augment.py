@@ -31,7 +31,7 @@ from metroem.specs.augmentations import (
 )
 
 # The maps of a sample whose two channels are along cols and along rows.
-_FIELDS = ("prior_field", "truth", "unwarped_prior")
+_FIELDS = ("prior_field", "truth", "truth_lost", "unwarped_prior")
 # What is drawn on one section: each side of a pair draws its own.
 _IMAGINGS: dict[type, Callable[[Tensor, Any, Generator], Tensor]] = {
     Photometric: image_anew,

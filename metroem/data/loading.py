@@ -1,14 +1,21 @@
 """The batches of a phase, read ahead by processes that stay for all its epochs."""
 
+import functools
+import logging
 from collections.abc import Generator, Iterable, Iterator, Sequence
+from typing import Any
 
+import numpy as np
 import torch
+from torch import Tensor
 
 from metroem.data.dataset import PairRef
 from metroem.data.epoch import EpochKey, TrainingEpoch, num_steps
 from metroem.data.sample import Sample, stack_samples
-from metroem.errors import MetroEMError
+from metroem.errors import MetroEMError, ResourceError
 from metroem.specs.schedule import Phase
+
+logger = logging.getLogger(__name__)
 
 # Epoch of the phase, and position in it.
 Place = tuple[int, int]
@@ -84,10 +91,51 @@ class _OrRefusals(torch.utils.data.Dataset[Sample | MetroEMError]):
             return error
 
 
-def _stacked(batch: list[Sample | MetroEMError]) -> Sample | MetroEMError:
-    """One sample of all, or the first refusal."""
+class _ByPipe:
+    """A sample that a process hands over as bytes; it arrives as a `Sample`."""
+
+    def __init__(self, sample: Sample) -> None:
+        self.sample = sample
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        as_arrays = [v.numpy() if isinstance(v, Tensor) else v for v in self.sample]
+        return _from_pipe, (as_arrays,)
+
+
+def _from_pipe(values: list[Any]) -> Sample:
+    _say_that_memory_is_short()
+    tensors = [torch.from_numpy(v) if isinstance(v, np.ndarray) else v for v in values]
+    return Sample(*tensors)  # type: ignore[arg-type]
+
+
+@functools.cache  # once is enough
+def _say_that_memory_is_short() -> None:
+    logger.warning(
+        "/dev/shm, the shared memory, is too small for the samples of --num_workers, "
+        "which take the slower way through pipes: give the container more "
+        "(as Docker with shm-size=2g), or lower --num_workers"
+    )
+
+
+def _stacked(
+    batch: list[Sample | MetroEMError],
+) -> Sample | _ByPipe | MetroEMError:
+    """One sample of all, ready to be handed over, or the first refusal."""
     refusals = (one for one in batch if isinstance(one, MetroEMError))
-    return next(refusals, None) or stack_samples(batch)  # type: ignore[arg-type]
+    if (refusal := next(refusals, None)) is not None:
+        return refusal
+    sample = stack_samples(batch)  # type: ignore[arg-type]
+    if torch.utils.data.get_worker_info() is None:
+        return sample
+    try:
+        # Now: torch would do it in a thread that dies unseen where there is too little
+        # of it, as the 64 MB of a Docker container, and training would wait for ever.
+        for value in sample:
+            if isinstance(value, Tensor):
+                value.share_memory_()
+    except RuntimeError:
+        return _ByPipe(sample)
+    return sample
 
 
 def read_ahead(
@@ -108,15 +156,25 @@ def read_ahead(
 
     Raises:
         MetroEMError: a sample cannot be read, in whichever process.
+        ResourceError: the processes cannot be started.
     """
-    for sample in torch.utils.data.DataLoader(
+    loader = torch.utils.data.DataLoader(
         _OrRefusals(samples),
         batch_sampler=batches,
         collate_fn=_stacked,
         num_workers=num_workers,
         pin_memory=pin_memory,
         generator=torch.Generator(),  # else the global one is drawn from
-    ):
+    )
+    try:
+        read = iter(loader)
+    except OSError as error:
+        raise ResourceError(
+            f"--num_workers {num_workers}: the processes that read cannot be started "
+            f"({error}); they need room in /dev/shm (as Docker with shm-size=2g) and "
+            "open files (ulimit -n): give more, or --num_workers 0"
+        ) from error
+    for sample in read:
         if isinstance(sample, MetroEMError):
             raise sample
         yield sample

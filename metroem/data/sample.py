@@ -21,6 +21,11 @@ class Sample(NamedTuple):
     tgt_defects: Tensor | None = None  # (B, 1, H, W) bool
     truth: Tensor | None = None  # (B, 2, H, W), pixels: of a known warp of src
     truth_valid: Tensor | None = None  # (B, 1, H, W) bool
+    # Where the truth rests on what the network itself has found: the pixels that a
+    # score counts whatever that was, (B, 1, H, W) bool, and their truth where `truth`
+    # is not valid, (B, 2, H, W), pixels.
+    truth_due: Tensor | None = None
+    truth_lost: Tensor | None = None
     # Where the truth is that of the warp alone: src before it, and its prior field;
     # a blank src for samples whose natural field is 0.
     unwarped_src: Tensor | None = None  # (B, 1, H, W)

@@ -60,7 +60,7 @@ def draw_pair(sample: Sample, fields: list[Tensor]) -> Drawn:
     """
     field = fields[-1]
     none = torch.zeros_like(field)
-    valid = comparable(sample, [none, field])
+    due, valid = (comparable(sample, fs) for fs in ([none], [none, field]))
     src, tgt, warped = (
         image[0, 0].numpy()
         for image in (sample.src, sample.tgt, warp(sample.src, field))
@@ -77,11 +77,11 @@ def draw_pair(sample: Sample, fields: list[Tensor]) -> Drawn:
     pictures["factor"] = factor
     pictures["masks"] = _draw_masks(sample, field, valid, factor)
     pictures["correlation"] = {
-        name: _upright(correlation(sample, f, valid)[0, 0].numpy()).tolist()
+        name: _upright(correlation(sample, f, due)[0, 0].numpy()).tolist()
         for name, f in (("before", none), ("after", field))
     }
     thumb = _reduced(overlay(warped, tgt), -(-max(src.shape) // THUMB_PX))
-    of_stages = (correlation(sample, f, valid) for f in fields)
+    of_stages = (correlation(sample, f, due) for f in fields)
     return Drawn(
         pictures | _draw_field(field),
         _uri(thumb, _COLOR_QUALITY),

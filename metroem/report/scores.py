@@ -23,18 +23,23 @@ WORST_SHOWN = 3
 _SIGNIFICANT = 6  # digits
 
 
-def print_scores(score: Score, mips: Sequence[int], *, title: str) -> None:
+def print_scores(
+    score: Score, mips: Sequence[int], *, title: str, untrained: Score | None = None
+) -> None:
     """Print one row a stage, from no alignment to the truth.
 
     Args:
         score: means over the pairs.
         mips: mip of each stage.
         title: what was scored.
+        untrained: of the same pyramid before its training, finetuned.
     """
     header = f"CPC, {CHUNK_PX} px"
     print(f"\n{title}")
-    print(f"{'':<20}{'EPE, px':>10}{'of none':>10}{header:>14}")
+    print(f"{'':<22}{'EPE, px':>10}{'of none':>10}{header:>14}")
     rows = [("no alignment", score.epe_none, score.cpc_none)]
+    if untrained is not None:
+        rows.append(("untrained, finetuned", untrained.epe[-1], untrained.cpc[-1]))
     stages = zip(mips, score.epe, score.cpc, strict=True)
     rows += [
         (f"stage {stage} (mip {mip})", epe, cpc)
@@ -43,7 +48,7 @@ def print_scores(score: Score, mips: Sequence[int], *, title: str) -> None:
     if not math.isnan(score.cpc_true):
         rows.append(("true field", 0.0, score.cpc_true))
     for name, epe, cpc in rows:
-        print(f"{name:<20}{epe:>10.2f}{epe / score.epe_none:>10.2f}{cpc:>14.3f}")
+        print(f"{name:<22}{epe:>10.2f}{epe / score.epe_none:>10.2f}{cpc:>14.3f}")
     print(f"pixels folded over by the last stage: {100 * score.folds:.3f} %")
 
 

@@ -14,6 +14,8 @@ from metroem.specs.checks import check_keys, check_object
 
 # More of a sample may not be made "no data".
 _LARGEST_SHARE = 0.5
+# Known warps are drawn at level 2, where their slope needs 3 pixels.
+KNOWN_WARP_LEAST_PX = 9
 # A sample as a network would see it two mips away, or less.
 _LARGEST_ZOOM = 4.0
 

@@ -23,6 +23,7 @@ from typing import Any
 from metroem.errors import UsageError
 from metroem.masks import SIMILARITY_RULES, SMOOTHNESS_RULES, MaskRule, MaskRules
 from metroem.specs.augmentations import (
+    KNOWN_WARP_LEAST_PX,
     Augmentation,
     KnownWarp,
     RandomFlip,
@@ -118,6 +119,16 @@ class Phase:
         """The augmentation that gives samples their truth, if there is one."""
         warps = [a for a in self.augmentations if isinstance(a, KnownWarp)]
         return warps[0] if warps else None
+
+    @property
+    def least_px(self) -> int:
+        """Least side of a sample that its augmentations and losses can take."""
+        least = [1] if self.known_warp is None else [KNOWN_WARP_LEAST_PX]
+        for loss in self.losses:
+            if loss.type == "metric" and loss.pre_align_sample is not None:
+                # One whole tile of a level, whose last pixel may be a part of one.
+                least.append((loss.pre_align_sample - 1) * 2 ** max(loss.levels) + 1)
+        return max(least)
 
     def rate(self, step: int, num_steps: int) -> float:
         """The learning rate of one of the phase's steps, counted from 0."""
@@ -249,6 +260,11 @@ def _check_numbers(phase: Phase, where: str) -> None:
             raise UsageError(
                 f"{where}: {key} is {value!r}: expected a whole number >= {least}"
             )
+    if phase.crop_size < phase.least_px:
+        raise UsageError(
+            f"{where}: crop_size is {phase.crop_size}: the augmentations and losses of "
+            f"the phase need at least {phase.least_px} px"
+        )
     if phase.ema is not None:
         check_decay(phase.ema, f"{where}: ema is")
     if phase.lr_schedule not in LR_SCHEDULES:

@@ -6,6 +6,7 @@ environment there is one rank and nothing to agree on.
 
 import os
 import signal
+import socket
 import time
 import uuid
 from collections.abc import Iterable, Iterator, Sequence
@@ -33,8 +34,13 @@ SEEN_WITHIN_S = 90.0
 
 
 def is_launched() -> bool:
-    """Whether this process was started by torchrun."""
-    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
+    """Whether this process was started as one rank of a run, as torchrun does.
+
+    Schedulers of clusters set RANK=0 and WORLD_SIZE=1 for processes that are alone.
+    """
+    if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
+        return False
+    return "LOCAL_RANK" in os.environ or os.environ["WORLD_SIZE"] != "1"
 
 
 def rank() -> int:
@@ -57,24 +63,32 @@ def restarts_allowed() -> int:
     return int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0"))
 
 
-def launch(script: str, arguments: Sequence[str], *, ranks: int, port: int) -> int:
+def launch(
+    script: str, arguments: Sequence[str], *, ranks: int, port: int | None
+) -> int:
     """Run a script as several ranks on this machine, as torchrun would.
 
     Args:
         script: path of the script, or name of a package, run as `python -m` does.
         arguments: its command line.
         ranks: number of processes.
-        port: where they find each other.
+        port: where they find each other; None takes one that is free.
 
     Returns:
         Exit status of the run: 0, 130 or 143.
 
     Raises:
         ResourceError: a rank failed or was killed; the others were ended.
+        UsageError: the port is taken.
     """
-    where = ["--master_addr=127.0.0.1", f"--master_port={port}"]
+    if port is not None:
+        _check_port(port)
+    # All of it, since torchrun takes what is left out from the environment.
+    where = [f"--nproc_per_node={ranks}", "--nnodes=1", "--local_addr=127.0.0.1"]
+    where += ["--rdzv_backend=c10d", f"--rdzv_endpoint=127.0.0.1:{port or 0}"]
+    where += [f"--rdzv_id={uuid.uuid4().hex}"]
     kind = [] if script.endswith(".py") else ["--module"]
-    command = [f"--nproc_per_node={ranks}", *where, *kind, script, *arguments]
+    command = [*where, *kind, script, *arguments]
     try:
         torchrun.run(torchrun.parse_args(command))
     except SignalException as stopped:
@@ -89,6 +103,19 @@ def launch(script: str, arguments: Sequence[str], *, ranks: int, port: int) -> i
             return failure.exitcode
         raise ResourceError(_obituary(number, failure.pid, failure.exitcode)) from None
     return 0
+
+
+def _check_port(port: int) -> None:
+    """Refuse a port that another program listens at (UsageError)."""
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError as error:
+            raise UsageError(
+                f"--port {port}: cannot be used ({error.strerror}); give another, or "
+                "leave the flag out, which takes one that is free"
+            ) from error
 
 
 def _obituary(number: int, pid: int, code: int) -> str:
@@ -111,34 +138,67 @@ def choose_device(device: str, gpus: Sequence[int]) -> torch.device:
     """The device of this rank.
 
     Args:
-        device: "auto" (a GPU if there is one), "cpu" or "cuda".
-        gpus: of this machine, one a rank; with torchrun and another number of
-            ranks, rank i takes GPU i.
+        device: "auto" (a GPU if there is one or some are named), "cpu" or "cuda".
+        gpus: of this machine, one a rank, by nvidia-smi's numbers; if empty, rank i
+            takes GPU i.
 
     Raises:
-        UsageError: a GPU that this machine does not have.
+        UsageError: a GPU that this machine does not have, or not one for each rank.
     """
-    available = torch.cuda.device_count()
-    if device == "cpu" or (device == "auto" and not available):
-        return torch.device("cpu")
-    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-    index = gpus[local_rank] if len(gpus) == ranks_of_machine() else local_rank
-    if index >= available:
+    ranks, local_rank = ranks_of_machine(), int(os.environ.get("LOCAL_RANK", "0"))
+    if gpus and is_launched() and len(gpus) != ranks:
         raise UsageError(
-            f"--device {device} --gpu {index}: this machine has {available} GPUs that "
-            "torch can use; give --device cpu to train without"
+            f"--gpu {_listed(gpus)}: names {len(gpus)} GPUs, but {ranks} ranks run on "
+            "this machine; name one a rank, or leave the flag out"
         )
-    return torch.device("cuda", index)
+    # Read when CUDA starts, which else has the fastest GPU first.
+    os.environ.setdefault("CUDA_DEVICE_ORDER", "PCI_BUS_ID")
+    available = torch.cuda.device_count()
+    if device == "cpu" or (device == "auto" and not gpus and not available):
+        return torch.device("cpu")
+    wanted = gpus or range(local_rank, local_rank + 1)
+    if max(wanted) >= available:
+        raise UsageError(
+            f"--device {device} --gpu {_listed(wanted)}: this machine has {available} "
+            "GPUs that torch can use; give --device cpu to train without"
+        )
+    return torch.device("cuda", wanted[local_rank if gpus else 0])
+
+
+def describe(device: torch.device) -> str:
+    """The device of this rank, its threads and the number of ranks, in words."""
+    name = str(device)
+    if device.type == "cuda":
+        name += f" ({torch.cuda.get_device_name(device)})"
+    threads, ranks = torch.get_num_threads(), world_size()
+    return f"device {name}, threads {threads} a rank, ranks {ranks}"
+
+
+def _listed(gpus: Sequence[int]) -> str:
+    return ",".join(map(str, gpus))
 
 
 @contextmanager
 def process_group(device: torch.device) -> Iterator[None]:
-    """Join the other ranks: nccl on GPUs, gloo on CPUs; alone, do nothing."""
+    """Join the other ranks: nccl on GPUs, gloo on CPUs.
+
+    Raises:
+        UsageError: the environment does not say where the others are.
+        ResourceError: another rank has ended.
+    """
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # else threads that pin samples open the first
     if not is_launched():
         yield
         return
+    missing = [n for n in ("MASTER_ADDR", "MASTER_PORT") if n not in os.environ]
+    if missing:
+        raise UsageError(
+            f"RANK and WORLD_SIZE {world_size()} are set in the environment, but not "
+            f"{' and '.join(missing)}: start ranks with torchrun or --gpu 0,1, or "
+            "unset them for one process alone"
+        )
     if device.type == "cuda":
-        torch.cuda.set_device(device)
         dist.init_process_group("nccl", device_id=device, timeout=PATIENCE)
     else:
         dist.init_process_group("gloo", timeout=PATIENCE)

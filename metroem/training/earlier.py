@@ -23,7 +23,8 @@ _KEYS_BEFORE = (
     r"max_grad_norm=None, losses=(\2,), similarity_rules="
 )
 _LOSS_ENDS = re.compile(r"(pure_emb=(?:True|False))(?=, weight=|\))")
-# Scores of a step when a state was first written, and where one was added.
+# Scores of a step and how many steps they are of when a state was first written, and
+# where one was added.
 _NUM_SUMS, _EPE_AT = 7, 4
 
 
@@ -39,6 +40,14 @@ def upgrade(tree: dict[str, Any], wanted: Mapping[str, Any]) -> None:
     """
     if len(tree["sums"]) == _NUM_SUMS:
         tree["sums"] = [*tree["sums"][:_EPE_AT], float("nan"), *tree["sums"][_EPE_AT:]]
+    if len(tree["sums"]) == _NUM_SUMS + 1:
+        # Each score has had a number of steps since what is not known is left out.
+        sums, count = [*tree["sums"][:-1], float("nan")], tree["sums"][-1]
+        known = [value == value for value in sums]
+        tree["sums"] = [v if k else 0.0 for v, k in zip(sums, known, strict=True)]
+        tree["sums"] += [count * k for k in known]
+    if tree["best"] == 0:
+        tree["best"] = None  # a mean over no pixel, which was taken for the best
     settings = dict(tree["settings"])
     if _RENAMED.keys() <= settings.keys():
         settings = {_RENAMED.get(key, key): value for key, value in settings.items()}

@@ -37,6 +37,12 @@ def with_natural_field(
     network that knows nothing yet would learn its own noise: it has to be trained on
     such samples first.
 
+    The network chooses by what it finds where the truth is known. `truth_due` is what
+    would be valid if it had found the prior field (or nothing, where that points out of
+    the image), and `truth_lost` what would be true
+    then: right for a network that finds nothing, and far from one that points out of
+    the image.
+
     Args:
         sample: with `unwarped_src`, or left as it is.
         predict: the network; its gradients are not recorded.
@@ -55,6 +61,7 @@ def with_natural_field(
         prior = prior[unknown]
     before = Sample(src[unknown], sample.tgt[unknown], prior, sample.pair)
     natural, torn = torch.zeros_like(truth), torch.zeros_like(valid)
+    known = torch.zeros_like(truth)
     with torch.no_grad():
         found = predict(before, ()).field
         shown = warp(tissue_mask(before.src).float(), found)
@@ -62,7 +69,13 @@ def with_natural_field(
         natural[unknown] = smoothed(found, shown, options.knot_px)
         off = (found - natural[unknown]).norm(dim=1, keepdim=True)
         torn[unknown] = off > _TORN * options.knot_px
+        if prior is not None:
+            shown = warp(tissue_mask(before.src).float(), prior) > 0.999
+            shows = (shown & tissue_mask(before.tgt)).flatten(1).any(1)
+            known[unknown] = torch.where(shows.view(-1, 1, 1, 1), prior, 0.0)
     return sample._replace(
         truth=compose(natural, truth),
         truth_valid=(warp(valid.float(), natural) > 0.999) & ~torn,
+        truth_due=warp(valid.float(), known) > 0.999,
+        truth_lost=compose(known, truth),
     )

@@ -3,6 +3,7 @@
 from dataclasses import replace
 
 import torch
+from torch import Tensor
 
 from metroem.aligner import Prediction
 from metroem.data.augment import random_field
@@ -21,6 +22,7 @@ from metroem.loss import (
 )
 from metroem.masks import PairMaps, tissue_mask, weigh
 from metroem.nets.options import AlignerOptions
+from metroem.prediction import or_zeros
 from metroem.specs.augmentations import RandomWarp
 from metroem.specs.losses import LossSpec
 from metroem.specs.schedule import Phase
@@ -52,8 +54,14 @@ def phase_loss(
     prediction: Prediction,
     generator: torch.Generator,
     options: AlignerOptions | None = None,
+    *,
+    is_score: bool = False,
 ) -> LossTerms:
     """The loss that a phase minimises: the sum of its losses.
+
+    A loss is taken over the pixels that the field leaves to compare. A score is taken
+    over those that the pair shows as its prior field has it, so that a field which
+    points out of the images gains nothing.
 
     Args:
         phase: what counts and how much.
@@ -61,15 +69,17 @@ def phase_loss(
         prediction: field and embeddings of it.
         generator: chance for `pure_emb`.
         options: how the module is finetuned, for "distil"; the defaults if None.
+        is_score: whether it is to say how good a network is. It is NaN where the pair
+            shows nothing.
     """
     terms = []
     for spec in phase.losses:
         if spec.type == "distil":
             how = replace(options or AlignerOptions(), finetune_iter=spec.iterations)
-            wanted = _finetuned(sample, prediction, how)
-            terms.append(_endpoint(phase, prediction, wanted))
+            wanted = _finetuned(sample, prediction, how, is_score)
+            terms.append(_endpoint(phase, prediction, wanted, is_score))
         else:
-            terms.append(_loss(spec, phase, sample, prediction, generator))
+            terms.append(_loss(spec, phase, sample, prediction, generator, is_score))
     return added(terms, [spec.weight for spec in phase.losses])
 
 
@@ -79,15 +89,17 @@ def _loss(
     sample: Sample,
     prediction: Prediction,
     generator: torch.Generator,
+    is_score: bool,
 ) -> LossTerms:
     if spec.type == "known_warp":
-        return _endpoint(phase, prediction, _truth(sample))
+        return _endpoint(phase, prediction, _truth(sample, is_score), is_score)
     maps = PairMaps(sample.src, sample.tgt, sample.src_defects, sample.tgt_defects)
     pair = PairLoss(
         prediction.field,
         weigh(phase.similarity_rules, maps),
         weigh(phase.smoothness_rules, maps),
         phase.smoothness,
+        _before(sample) if is_score else None,
     )
     if spec.type == "plain":
         return plain_loss(sample.src, sample.tgt, pair)
@@ -102,19 +114,59 @@ def _loss(
     return metric_loss(levels, pair, spec, moved=moved)
 
 
-def _truth(sample: Sample) -> Wanted:
+def covered(sample: Sample, field: Tensor) -> Tensor:
+    """How much of what a pair shows a field leaves to compare, 0 to 1, scalar.
+
+    What the pair shows is what tgt and src have in common as the prior field has it, or
+    as they came where it shows nothing; NaN where that is nothing, too. Where the truth
+    rests on the field that the network found before a known warp, it is what that
+    leaves of the truth.
+
+    Args:
+        sample: the batch, its truth complete.
+        field: (B, 2, H, W), pixels.
+    """
+    if sample.truth_due is None:
+        due = _shown(sample, _before(sample))
+        left = _shown(sample, field)
+    else:
+        assert sample.truth_valid is not None
+        due, left = sample.truth_due, sample.truth_valid
+    return (due & left).sum() / due.sum()
+
+
+def _before(sample: Sample) -> Tensor:
+    """The prior field, (B, 2, H, W); none for pairs that it shows nothing of."""
+    prior = or_zeros(sample.prior_field, sample.src)
+    shows = _shown(sample, prior).flatten(1).any(1)
+    return torch.where(shows.view(-1, 1, 1, 1), prior, 0.0)
+
+
+def _shown(sample: Sample, field: Tensor) -> Tensor:
+    """Where tgt, and src as a field has it, show tissue, (B, 1, H, W) bool."""
+    shown = warp(tissue_mask(sample.src).float(), field) > 0.999
+    return shown & tissue_mask(sample.tgt)
+
+
+def _truth(sample: Sample, is_score: bool) -> Wanted:
     """The truth of a batch, with what each pixel of tgt counts."""
     assert sample.truth is not None and sample.truth_valid is not None
-    shown = warp(tissue_mask(sample.src).float(), sample.truth) > 0.999
-    seen = shown & tissue_mask(sample.tgt)
-    weight = torch.where(seen, 1.0, _UNSEEN_WEIGHT) * sample.truth_valid
-    return Wanted(sample.truth, weight)
+    truth, counts = sample.truth, sample.truth_valid
+    if is_score and sample.truth_due is not None:
+        assert sample.truth_lost is not None
+        truth = torch.where(counts, truth, sample.truth_lost)
+        counts = sample.truth_due
+    seen = _shown(sample, truth)
+    return Wanted(truth, torch.where(seen, 1.0, _UNSEEN_WEIGHT) * counts)
 
 
 def _finetuned(
-    sample: Sample, prediction: Prediction, options: AlignerOptions
+    sample: Sample, prediction: Prediction, options: AlignerOptions, is_score: bool
 ) -> Wanted:
-    """What the finetuner makes of a prediction, where both images show tissue."""
+    """What the finetuner makes of a prediction, where both images show tissue.
+
+    In a score the prior field is wanted where the finetuner has lost the tissue.
+    """
     field = prediction.field.detach()
     embedding = prediction.embeddings[options.finetune_level]
     with torch.no_grad():
@@ -123,13 +175,19 @@ def _finetuned(
         )
         trust = prediction.trust
         found = finetune(field, embedding, maps, options, trust=trust).field
-        shown = warp(tissue_mask(sample.src).float(), found) > 0.999
-    return Wanted(found, (shown & tissue_mask(sample.tgt)).float())
+        shown = _shown(sample, found)
+        if is_score:
+            before = _before(sample)
+            found, shown = torch.where(shown, found, before), _shown(sample, before)
+    return Wanted(found, shown.float())
 
 
-def _endpoint(phase: Phase, prediction: Prediction, wanted: Wanted) -> LossTerms:
+def _endpoint(
+    phase: Phase, prediction: Prediction, wanted: Wanted, is_score: bool
+) -> LossTerms:
     """Distance from the field wanted, and smoothness times rigidity if asked for."""
-    terms = endpoint_loss(prediction.field, prediction.coarse, wanted)
+    nothing = float("nan") if is_score else 0.0
+    terms = endpoint_loss(prediction.field, prediction.coarse, wanted, nothing=nothing)
     if not phase.smoothness:
         return terms
     strain = weighted_mean(rigidity_map(prediction.field))

@@ -36,7 +36,7 @@ from metroem.training.job import StageJob
 from metroem.training.memory import enough_memory
 from metroem.training.model import inner_model, load_aligner, prepared_model
 from metroem.training.natural import with_natural_field
-from metroem.training.objectives import levels_wanted, phase_loss
+from metroem.training.objectives import covered, levels_wanted, phase_loss
 from metroem.training.optimising import PhaseOptimizer
 from metroem.training.priors import StagesBefore
 from metroem.training.step import (
@@ -210,7 +210,27 @@ class StageTrainer:
                         self._finish_epochs(phase, time.monotonic() - started)
                 state.epoch, state.step = epoch, 0
                 self._save()
+        self._warn_without_score()
         self.optimizer.finish()
+
+    def _warn_without_score(self) -> None:
+        """Say that a phase has no weights to keep; keep the last if there are none."""
+        if not self.job.split.validation or self.state.best is not None:
+            return
+        stage, name = self.job.module.stage, self.settings.checkpoint_name
+        best = checkpoint_path(self.job.module.weights_folder, name)
+        logger.warning(
+            "stage %d, phase %d: no epoch has a score on the held-out pairs: the "
+            "network has collapsed, or they show nothing that counts; begin anew "
+            "(--restart) with a lower lr, more epochs or other pairs. Kept are %s",
+            *(stage, self.state.phase + 1),
+            "the weights from before the phase"
+            if best.is_file()
+            else "the last weights",
+        )
+        if self.is_first_rank and not best.is_file():
+            make_folder(best.parent)
+            replace_file(best, self.run.weights(stage, "last").read_bytes())
 
     def _enough_memory(self, phase: Phase) -> AbstractContextManager[None]:
         stage, size = self.job.module.stage, self.settings.batch_of(phase)
@@ -263,7 +283,9 @@ class StageTrainer:
             # Chance within a step is a function of its place, as its samples are.
             chance = key.generator(-1 - self.state.step)
             terms = phase_loss(phase, sample, prediction, chance, inner.options)
-            return terms, scores_of(prediction, terms, sample.prior_field)
+            share = covered(sample, prediction.field.detach())
+            scores = scores_of(prediction, terms, sample.prior_field, share)
+            return terms, scores
 
         kept = keep_buffers(self.aligner.net)
         step = train_step(
@@ -303,7 +325,9 @@ class StageTrainer:
         """Count a step; end the run when it should."""
         state = self.state
         if step.taken:
-            values = [*step.scores.tolist(), 1.0]
+            # What is not known of a step is left out of the means.
+            known = ~step.scores.isnan()
+            values = [*torch.where(known, step.scores, 0.0).tolist(), *known.tolist()]
             sums = state.sums or [0.0] * len(values)
             state.sums = [a + b for a, b in zip(sums, values, strict=True)]
         else:
@@ -347,8 +371,7 @@ class StageTrainer:
         if all(state.recent_bad):
             self._refuse_bad_steps()
         self._share_sums()
-        *sums, count = state.sums or [float("nan")] * (len(Scores._fields) + 1)
-        training = Scores(*(value / count for value in sums))
+        training = Scores(*_means(state.sums))
         state.sums = []
         seed, device = self.settings.seed, self.settings.device
         held_out = ValidationPairs(self.job.split.validation, phase, seed)
@@ -356,9 +379,10 @@ class StageTrainer:
             self.model, held_out, self.before, seed=seed, device=device
         )
         # Without held-out pairs the last weights are the ones to keep.
-        is_best = validation is None or state.best is None
-        if validation is not None and (is_best or validation.loss < (state.best or 0)):
-            state.best, is_best = validation.loss, True
+        is_best = validation is None
+        if validation is not None and validation.is_known:
+            is_best = state.best is None or validation.loss < state.best
+            state.best = validation.loss if is_best else state.best
         if not self.is_first_rank:
             return
         self._report(phase, seconds, training, validation)
@@ -391,15 +415,23 @@ class StageTrainer:
         if validation is not None:
             scores["validation"] = validation.as_json()
         append_json_line(self.run.metrics, {**place, **scores, "seconds": seconds})
-        is_last = state.epoch + 1 == phase.num_epochs
-        if is_last and (validation or training).change_px < COLLAPSED_PX:
+        is_last, scores = state.epoch + 1 == phase.num_epochs, validation or training
+        if is_last and scores.change_px < COLLAPSED_PX:
             logger.warning(
                 "stage %d: the network changes the field it is given by %.4f px only: "
                 "it has collapsed to doing nothing; try a lower smoothness (now %g), "
                 "a higher lr (now %g), or more epochs",
-                *(module.stage, (validation or training).change_px),
-                *(phase.smoothness, phase.lr),
+                *(module.stage, scores.change_px, phase.smoothness, phase.lr),
             )
+        if scores.has_collapsed:
+            logger.warning(
+                "stage %d: the field leaves %.1f%% of what the pairs show to compare: "
+                "the network has collapsed: its field is rough or points out of the "
+                "images; try a lower lr (now %g) or more epochs",
+                *(module.stage, 100 * scores.covered, phase.lr),
+            )
+        if validation is not None and not validation.is_known:
+            logger.warning("stage %d: no score, so not the best", module.stage)
 
     def _share_sums(self) -> None:
         """Give each rank the mean of all ranks' running sums."""
@@ -430,3 +462,14 @@ class StageTrainer:
             "stage %d: going on at phase %d, epoch %d, step %d",
             *(place[0], place[1] + 1, place[2] + 1, state.step),
         )
+
+
+def _means(sums: Sequence[float]) -> list[float]:
+    """Means of running sums, which each score's number of steps follows."""
+    if not sums:
+        return [float("nan")] * len(Scores._fields)
+    half = len(sums) // 2
+    return [
+        value / count if count else float("nan")
+        for value, count in zip(sums[:half], sums[half:], strict=True)
+    ]

@@ -1,5 +1,6 @@
 """One update from one or more batches, and what held-out pairs say of it."""
 
+import math
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
@@ -15,11 +16,13 @@ from metroem.training.buffers import evaluating
 from metroem.training.distributed import largest, rank, total, world_size
 from metroem.training.model import TrainingModel, inner_model
 from metroem.training.natural import with_natural_field
-from metroem.training.objectives import levels_wanted, phase_loss
+from metroem.training.objectives import covered, levels_wanted, phase_loss
 from metroem.training.priors import StagesBefore
 
 # A loss above this is taken for a failure, as in the original.
 BAD_LOSS = 1e3
+# A network that leaves less of its pairs to compare has collapsed.
+LEAST_COVERED = 0.1
 
 
 class Scores(NamedTuple):
@@ -32,6 +35,8 @@ class Scores(NamedTuple):
     epe_px: float  # distance from the field wanted, of known_warp and distil
     field_px: float  # mean length of the field, pixels
     change_px: float  # mean length of what it adds to the prior field, pixels
+    # Share of what the pairs show that the field leaves to compare.
+    covered: float = float("nan")
 
     def as_text(self) -> str:
         """The scores for a line of a log."""
@@ -40,6 +45,7 @@ class Scores(NamedTuple):
             "similarity": f"{self.similarity:.4g}",
             "rigidity": f"{self.rigidity:.3g}",
             "field": f"{self.field_px:.2f} px",
+            "covers": f"{self.covered:.0%}",
         }
         known = [f"{name} {text}" for name, text in parts.items() if "nan" not in text]
         return f"{self.loss:.4g} ({', '.join(known)})"
@@ -48,11 +54,21 @@ class Scores(NamedTuple):
         """The scores by name; None for what is not known."""
         return {k: None if v != v else v for k, v in self._asdict().items()}
 
+    @property
+    def has_collapsed(self) -> bool:
+        """Whether the field leaves next to nothing of the pairs to compare."""
+        return self.covered < LEAST_COVERED
+
+    @property
+    def is_known(self) -> bool:
+        """Whether the loss says how good the network is: of some pixel at least."""
+        return math.isfinite(self.loss) and self.covered != 0
+
 
 class Step(NamedTuple):
     """What one step did."""
 
-    scores: Tensor  # (7,) `Scores` of this rank's samples
+    scores: Tensor  # (8,) `Scores` of this rank's samples
     taken: bool  # False when a rank's loss or gradient was bad
     suspects: tuple[bool, ...]  # which batches of this rank may be why it was not
     stop: int  # largest stop code of all ranks
@@ -76,7 +92,7 @@ class EpochReport(NamedTuple):
 
 
 Watch = Callable[[EpochReport], None]
-# Runs the model on one batch: what is minimised, and the `Scores`, (7,).
+# Runs the model on one batch: what is minimised, and the `Scores`, (8,).
 Batch = Callable[[], tuple[LossTerms, Tensor]]
 
 
@@ -128,15 +144,22 @@ def train_step(
     # be told, and each rank names its own.
     named = bad_losses if any_bad_loss else ~bad_losses
     suspects = tuple(not taken and bool(is_bad) for is_bad in named)
-    return Step(torch.stack(scores).mean(0), taken, suspects, int(stop_anywhere))
+    return Step(torch.stack(scores).nanmean(0), taken, suspects, int(stop_anywhere))
 
 
-def scores_of(prediction: Prediction, terms: LossTerms, prior: Tensor | None) -> Tensor:
-    """The `Scores` of a batch, (7,), without gradients."""
+def scores_of(
+    prediction: Prediction,
+    terms: LossTerms,
+    prior: Tensor | None,
+    covered: Tensor | None = None,
+) -> Tensor:
+    """The `Scores` of a batch, (8,), without gradients; NaN for what is not known."""
     field = prediction.field.detach()
     length = _mean_length(field)
     change = length if prior is None else _mean_length(field - prior)
-    return torch.stack([*(term.detach() for term in terms), length, change])
+    if covered is None:
+        covered = torch.full_like(length, float("nan"))
+    return torch.stack([*(term.detach() for term in terms), length, change, covered])
 
 
 def _mean_length(field: Tensor) -> Tensor:
@@ -154,6 +177,8 @@ def validate(
 ) -> Scores | None:
     """Mean scores over the held-out pairs, which the ranks share.
 
+    Each is a mean over the pairs that have it, and NaN where none has.
+
     Args:
         model: a `TrainingModel`, or DDP around one; left in the mode that it is in.
         samples: held out, of the phase whose loss is measured; without any there
@@ -166,16 +191,22 @@ def validate(
         return None
     phase = samples.phase
     inner = inner_model(model)
-    sums = torch.zeros(len(Scores._fields), device=device)
+    sums = torch.zeros(2, len(Scores._fields), device=device)
     for index in range(rank(), len(samples), world_size()):
         with torch.no_grad(), evaluating(inner):
             sample, prediction = _predict_held_out(
                 inner, samples, index, before, device
             )
             chance = seeded_generator(seed, index)
-            terms = phase_loss(phase, sample, prediction, chance, inner.options)
-        sums += scores_of(prediction, terms, sample.prior_field)
-    return Scores(*(total(sums) / len(samples)).tolist())
+            terms = phase_loss(
+                phase, sample, prediction, chance, inner.options, is_score=True
+            )
+            share = covered(sample, prediction.field)
+        scores = scores_of(prediction, terms, sample.prior_field, share)
+        known = ~scores.isnan()
+        sums += torch.stack((torch.where(known, scores, 0.0), known))
+    values, counts = total(sums)
+    return Scores(*(values / counts).tolist())
 
 
 def first_held_out(

@@ -50,7 +50,16 @@ def test_a_killed_worker_says_what_to_lower_and_keeps_the_state(zygote, place):
 
 def start_ranks(folder, command, port):
     program, *arguments = command
-    more = ["--gpu", "0,1", "--port", str(port), "--max_epochs", "500"]
+    more = [
+        "--gpu",
+        "0,1",
+        "--device",
+        "cpu",
+        "--port",
+        str(port),
+        "--max_epochs",
+        "500",
+    ]
     return subprocess.Popen(
         [sys.executable, str(ROOT / program), *arguments, *more, "--batch_size", "2"],
         stdout=subprocess.PIPE,
