@@ -48,9 +48,10 @@ _FINEST_LEVEL = 1
 # tissue that has moved on: as if a displacement, which smoothness holds against. They
 # are compared as knots this far apart can lay src. Where a field follows what has moved
 # on, as that of a trained network does, sections look alike: compared as it lays them
-# it was held the less the more it had followed (mean error of neighbours: made tissue
-# 1.44 px, now 1.19, FIB-SEM 1.94, now 1.58; of torn sections on themselves 0.53, now
-# 0.44; 2026-11).
+# it was held the less the more it had followed (a briefly trained pyramid, 2 to 4 pairs
+# on which 64, 128 and 256 px were tried: mean error of neighbours, made tissue 1.44 px,
+# now 1.19, FIB-SEM 1.94, now 1.58; torn sections on themselves 0.53, now 0.44;
+# 2026-11).
 _STRUCTURE_LEVEL, _STRUCTURE_PX = 3, 128
 _LEAST_UNLIKE = 0.02
 _NO_POWER = 1e-6
