@@ -306,7 +306,7 @@ def _check_fields_lie_on_images(contents: _Contents, dataset: Path) -> list[str]
         else:
             problems += [f"{name}: {why}" for why in _mismatch(fields, of)]
         try:
-            check_sides(fields, fields.path.parent)
+            check_sides(fields, dataset)
         except DatasetError as error:
             problems.append(str(error))
     return problems

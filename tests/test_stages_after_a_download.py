@@ -130,7 +130,7 @@ class Keeps:
 @pytest.fixture
 def data(tmp_path, monkeypatch):
     """Images at all mips and a downloaded field at that of stage 1."""
-    monkeypatch.setattr(generate, "_load", lambda job: Keeps())
+    monkeypatch.setattr(generate, "_load", lambda *job: Keeps())
     for mip in MIPS[1:]:
         write_images(tmp_path, mip)
     write_download(tmp_path, MIPS[1])
@@ -145,10 +145,9 @@ def write_fields(folder, stage, stops=0, mips=MIPS):
         (module.path / "model").mkdir(parents=True, exist_ok=True)
         (module.path / "model" / "ck.state.pth.tar").write_bytes(b"weights")
         modules.append(module)
-    following = modules[stage + 1] if stage + 1 < len(modules) else None
-    job = generate.FieldJob(
-        modules[stage], following, folder, "ck", torch.device("cpu")
-    )
+    mip = modules[min(stage + 1, len(modules) - 1)].in_mip
+    device = torch.device("cpu")
+    job = generate.FieldJob(modules[stage], mip, folder, folder, "ck", device)
     generate.generate_fields(job, SimpleNamespace(code=stops))  # type: ignore[arg-type]
 
 
@@ -217,9 +216,7 @@ def test_fields_of_src_alone_made_from_fields_of_both_are_refused_then_replaced(
     frames = [PairFrame(made.grid(i), made.sections(i)) for i in range(NUM_PAIRS)]
     meta = FieldSetMeta(frames, "1.0.0", "", request, stage=1, tag="ck")
     write_field_set(path, [made.read(i) for i in range(NUM_PAIRS)], meta)
-    match = (
-        "has no fields of tgt.*train.py --checkpoint_name ck.*--generate_field_stages 1"
-    )
+    match = "has no fields of tgt.*write-fields --checkpoint_name ck --stages 1"
     with pytest.raises(DatasetError, match=match):
         pairs_at(data, 2)
     with pytest.raises(DatasetError, match=match):

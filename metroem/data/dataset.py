@@ -217,8 +217,8 @@ def check_sides(fields: FieldSet, folder: Path) -> None:
                 raise DatasetError(
                     f"{fields.path}: has no fields of tgt, while {path.name}, which it "
                     "was made from, has: an earlier version left them out; write it "
-                    f"anew with train.py --checkpoint_name {name.tag} "
-                    f"--generate_field_stages {name.stage}"
+                    f"again with write-fields --checkpoint_name {name.tag} --stages "
+                    f"{name.stage}"
                 )
 
 

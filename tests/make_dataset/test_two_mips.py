@@ -47,12 +47,12 @@ def test_a_stage_at_the_finer_mip_sees_tgt_where_the_one_before_did(both, monkey
         def align_pair(self, src, tgt, prior, *, options, defects):
             return Alignment(prior, None)
 
-    monkeypatch.setattr(generate, "_load", lambda job: Keeps())
-    one, two = (ModuleSpec(s, 2 - s, "n", both / f"{s}_n") for s in (1, 2))
+    monkeypatch.setattr(generate, "_load", lambda *job: Keeps())
+    one = ModuleSpec(1, 1, "n", both / "1_mip1in_n")
     (one.path / "model").mkdir(parents=True)
     (one.path / "model" / "precomputed.state.pth.tar").touch()
     device = torch.device("cpu")
-    job = generate.FieldJob(one, two, both, "precomputed", device)
+    job = generate.FieldJob(one, 0, both, both, "precomputed", device)
     generate.generate_fields(job, SimpleNamespace(code=0))  # type: ignore[arg-type]
 
     for ref in find_pairs(both, 0, stage=2, checkpoint_name="precomputed"):
