@@ -15,9 +15,9 @@ BIN := $(VENV)/bin
 # What takes longer is left to CI; make test PYTEST_ARGS= runs all, -m long what CI
 # leaves out.
 PYTEST_ARGS ?= -m "not slow"
-# Two files of tests at a time, one thread each, in their order: files of few tests are
-# the longest and would come last.
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup \
+# Three files of tests at a time, one thread each, since some wait for others; in their
+# order, since files of few tests are the longest and would come last.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 3 --dist loadgroup \
     --no-loadscope-reorder
 INSTALLED := $(VENV)/.installed
 TOOLS := $(VENV)/.tools

@@ -63,7 +63,7 @@ def fresh(pyramid: str) -> Pyramid:
     torch.set_num_threads(1)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        return Pyramid.load(pyramid, None)  # type: ignore[arg-type]
+        return Pyramid.load(pyramid, None)
 
 
 @cache

@@ -314,7 +314,7 @@ def fresh(run: Run) -> metroem.Pyramid:
     """The pyramid of a run with weights that nobody has trained, of its seed."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(run.seed)
-        return metroem.Pyramid.load(run.pyramid, None)  # type: ignore[arg-type]
+        return metroem.Pyramid.load(run.pyramid, None)
 
 
 def save_before_after(

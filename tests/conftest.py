@@ -2,7 +2,8 @@
 
 modelhouse, cloud-volume and corgie write below HOME, modelhouse already when
 it is imported. Triton reads when it is imported, which torch may do, whether it is to
-run kernels on a CPU: TRITON_INTERPRET=0 tests them on a GPU.
+run kernels on a CPU: TRITON_INTERPRET=0 tests them on a GPU. What torch's compiler
+prepares once a machine takes longer than the networks of tests.
 """
 
 import atexit
@@ -19,6 +20,8 @@ _HOME = tempfile.TemporaryDirectory(prefix="metroem-tests-")
 atexit.register(_HOME.cleanup)
 os.environ["HOME"] = _HOME.name
 os.environ.setdefault("TRITON_INTERPRET", "1")
+os.environ.setdefault("TORCHINDUCTOR_VEC_ISA_OK", "1")
+os.environ.setdefault("TORCHINDUCTOR_CPP_CACHE_PRECOMPILE_HEADERS", "0")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -7,8 +7,7 @@ import torch
 
 from metroem.align import Pyramid
 from metroem.scaffold import init_pyramid
-from tests.nets.specs import write_spec
-from tests.test_train_known_warp import NETWORK
+from tests.nets.specs import CORRELATION, write_spec
 
 
 def aligned(pyramid, pair):
@@ -17,7 +16,7 @@ def aligned(pyramid, pair):
 
 def test_a_pool_of_forks_aligns_although_the_process_had_threads(tmp_path):
     (module,) = init_pyramid(tmp_path / "p", [0], "correlation")
-    write_spec(module / "model", NETWORK)
+    write_spec(module / "model", CORRELATION)
     torch.manual_seed(0)
     # Weights of no name: those of a fresh network.
     pyramid = Pyramid.load(tmp_path / "p", checkpoint_name=None)  # type: ignore

@@ -19,6 +19,7 @@ from quality_pictures import save_curves, save_pair
 from quality_results import FULL, METHODS, NETWORKS, NONE, STAGE0, Results
 
 from metroem.errors import DatasetError
+from metroem.nets.loading import load_module
 from metroem.report.curves import Curve
 from metroem.scaffold import init_pyramid
 from tests.pairs import texture
@@ -190,7 +191,10 @@ def test_curves_are_drawn_side_by_side(tmp_path):
 @pytest.fixture(scope="module")
 def pyramid(tmp_path_factory):
     path = tmp_path_factory.mktemp("quality") / "pyramid"
-    init_pyramid(path, [1, 0])
+    torch.manual_seed(7)
+    for module in init_pyramid(path, [1, 0]):
+        aligner = load_module(module, checkpoint_name=None).aligner
+        aligner.save_checkpoint(module / "model")
     threads = torch.get_num_threads()
     yield str(path)
     torch.set_num_threads(threads)

@@ -9,9 +9,8 @@ from metroem.errors import DatasetError, UsageError
 from metroem.inspect import InspectRequest, inspect_dataset
 from metroem.scaffold import init_pyramid
 from metroem.specs.schedule import load_schedule, parse_schedule
-from tests.nets.specs import write_spec
+from tests.nets.specs import CORRELATION, write_spec
 from tests.pairs import write_pairs
-from tests.test_train_known_warp import NETWORK
 
 WARP = {
     "loss_spec": {"type": "known_warp"},
@@ -34,7 +33,7 @@ def run_of(folder, size, keys, mips=(1,)):
     shape = (size << mips[0], (size + 3) << mips[0])
     write_pairs(folder / "data", mips=mips, num_pairs=6, shape=shape)
     for path in init_pyramid(folder / "pyramid", list(mips), "correlation"):
-        write_spec(path / "model", NETWORK)
+        write_spec(path / "model", CORRELATION)
     (folder / "s.json").write_text(json.dumps({"1": [phase(**keys)]}))
     return (
         ["--pyramid_path", str(folder / "pyramid"), "--train_mode", "custom"]

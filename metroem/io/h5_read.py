@@ -132,7 +132,7 @@ class _PairFile:
                 f"{self.path}: resolution is {found!r}: expected nm along x, y, z"
             ) from None
 
-    def check_resolution(self, other: "_PairFile") -> None:
+    def check_resolution(self, other: "ImageSet | FieldSet") -> None:
         """Refuse a set of one place whose mip-0 pixels are of another size.
 
         Raises:

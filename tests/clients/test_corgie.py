@@ -55,8 +55,7 @@ def run(*command, cwd):
 @pytest.mark.parametrize(
     ("template", "shape", "flags"),
     [
-        ("correlation", (2, 256, 192), ["--dtype", "uint8"]),
-        ("scalenet", (3, 256, 192), ["--align_block"]),
+        ("scalenet", (2, 256, 192), []),
     ],
 )
 def test_a_module_passes_the_client(tmp_path, modules, template, shape, flags):

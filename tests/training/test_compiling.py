@@ -6,7 +6,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from torch._inductor import config as inductor
 
 import train
 from metroem.aligner import Aligner
@@ -111,10 +110,7 @@ def test_a_compiled_network_gives_the_same_fields_and_gradients(
 
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="no g++ here")
-def test_so_it_does_with_the_compiler_that_people_get(tmp_path, monkeypatch):
-    # What torch prepares once a machine takes longer than the network.
-    monkeypatch.setattr(inductor.cpp, "vec_isa_ok", True)
-    monkeypatch.setattr(inductor, "cpp_cache_precompile_headers", False)
+def test_so_it_does_with_the_compiler_that_people_get(tmp_path):
     check_compiler(torch.device("cpu"))  # refuses no machine that has one
     check_same(aligner_of(tmp_path, scalenet(4)), "inductor", checkpointed=True)
 

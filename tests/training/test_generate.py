@@ -3,8 +3,10 @@
 import logging
 from types import SimpleNamespace
 
+import pytest
 import torch
 
+from metroem.data.sample import Sample
 from metroem.grid import Grid
 from metroem.io.h5 import FieldSet, ImageSet
 from metroem.nets.loading import load_module
@@ -48,6 +50,26 @@ def test_large_sections_are_shown_to_the_network_tile_by_tile():
     assert (field == 1.5).all() and field.shape == (2, 3, 5)
 
 
+@pytest.mark.parametrize("prior", [None, 2.0])
+def test_where_no_field_could_be_made_the_prior_field_is_kept(prior, caplog):
+    class Lost:
+        options = AlignerOptions()
+
+        def align_pair(self, src, tgt, prior, *, options, defects):
+            field = torch.ones(1, 2, 3, 5)
+            field[0, 1, 2, 4] = torch.nan
+            return Alignment(field, None)
+
+    images = SimpleNamespace(grid=lambda index: Grid(0, 0, 0, 3, 5))
+    sources = SimpleNamespace(images=images, target=images)
+    given = None if prior is None else torch.full((1, 2, 3, 5), prior)
+    image = torch.ones(1, 1, 3, 5)
+    sample = Sample(image, image, given, ("the pair",))
+    field, _ = _field_of(Lost(), sources, sample, 0)  # type: ignore[arg-type]
+    assert (field == (prior or 0)).all()
+    assert "the pair: no finite field" in caplog.text
+
+
 def test_fields_state_the_resolution_of_their_images():
     grid = Grid(0, 0, 0, 3, 5)
     target = SimpleNamespace(
@@ -77,7 +99,7 @@ def test_fields_of_a_network_without_features_are_those_that_it_gives(tmp_path, 
             parameter.mul_(3)
     module.aligner.save_checkpoint(path / "model")
     spec = ModuleSpec.from_path(path)
-    job = FieldJob(spec, None, tmp_path, "checkpoint", torch.device("cpu"))
+    job = FieldJob(spec, 0, tmp_path, tmp_path, "checkpoint", torch.device("cpu"))
 
     with caplog.at_level(logging.INFO, "metroem"):
         generate_fields(job, StopRequest(None))
