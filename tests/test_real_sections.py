@@ -36,7 +36,7 @@ def test_a_small_pyramid_aligns_later_sections_of_a_real_stack(tmp_path):
     download, init, training = run.commands()
     download_image.main(download[1:])
     init_pyramid(run.pyramid, run.mips)
-    train.main([*training[1:], "--max_epochs", "10"])
+    train.main([*training[1:], "--max_epochs", "2"])
 
     score = score_sections(run, sections, range(NUM_TRAIN + 1, len(sections)))
     assert score.epe[-1] < 0.5 * score.epe_none
