@@ -38,6 +38,22 @@ def test_a_bug_keeps_its_traceback():
         cli.run(lambda: 1 // 0)
 
 
+def test_a_process_that_is_ending_is_not_ended_again():
+    program = (
+        "import atexit, os, signal\n"
+        "atexit.register(os.kill, os.getpid(), signal.SIGTERM)\n"
+        "from metroem import cli\n"
+        "cli.run(lambda: None)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )
+    assert (done.returncode, done.stdout + done.stderr) == (0, "")
+
+
 def test_flags_are_not_abbreviated(capsys):
     parser = cli.parser("Does something.")
     parser.add_argument("--patch_sizes")
