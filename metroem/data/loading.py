@@ -157,6 +157,7 @@ def read_ahead(
     Raises:
         MetroEMError: a sample cannot be read, in whichever process.
         ResourceError: the processes cannot be started.
+        RuntimeError: one of them was killed, as torch says it; see `enough_memory`.
     """
     loader = torch.utils.data.DataLoader(
         _OrRefusals(samples),
@@ -174,7 +175,15 @@ def read_ahead(
             f"({error}); they need room in /dev/shm (as Docker with shm-size=2g) and "
             "open files (ulimit -n): give more, or --num_workers 0"
         ) from error
-    for sample in read:
+    while True:
+        try:
+            sample = next(read)
+        except StopIteration:
+            return
+        except (ConnectionError, EOFError) as error:
+            raise RuntimeError(
+                f"DataLoader worker ended at a sample: {error}"
+            ) from error
         if isinstance(sample, MetroEMError):
             raise sample
         yield sample

@@ -12,6 +12,7 @@ from metroem.errors import ResourceError
 from metroem.specs.augmentations import KnownWarp
 from metroem.specs.losses import LossSpec
 from metroem.specs.schedule import Phase
+from metroem.training.memory import enough_memory
 from tests.image_sets import pairs_of, write_images
 
 PHASE = Phase(
@@ -63,4 +64,17 @@ def test_processes_that_cannot_be_started_are_a_line(tmp_path, monkeypatch):
 
     monkeypatch.setattr(torch.utils.data.DataLoader, "__iter__", full)
     with pytest.raises(ResourceError, match=r"--num_workers 2: .* room in /dev/shm"):
+        read(tmp_path, 2)
+
+
+def test_a_process_that_is_killed_at_a_sample_is_named(tmp_path, monkeypatch):
+    write_images(tmp_path, "x0_y0_z1_MIP1.h5", num_pairs=3)
+
+    def killed(loader):
+        raise ConnectionResetError(104, "Connection reset by peer")
+        yield
+
+    monkeypatch.setattr(torch.utils.data.DataLoader, "__iter__", killed)
+    named = "stage 0: a process that reads samples was killed.*lower --num_workers"
+    with pytest.raises(ResourceError, match=named), enough_memory("stage 0", "wait"):
         read(tmp_path, 2)
