@@ -5,7 +5,6 @@ Exit codes: 0 done, 1 refused or failed, 2 usage, 130 interrupted (Ctrl-C),
 """
 
 import argparse
-import atexit
 import logging
 import os
 import signal
@@ -176,9 +175,11 @@ def run(main: Callable[[], None]) -> None:
     with _readers_may_leave():
         configure_logging()
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(TERMINATED))
-        # A launcher ends the other ranks when one dies, which may be ending already.
-        atexit.register(signal.signal, signal.SIGTERM, signal.SIG_IGN)
-        _run(main)
+        try:
+            _run(main)
+        finally:
+            # A launcher ends the other ranks when one dies: some are ending already.
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def _run(main: Callable[[], None]) -> None:

@@ -9,6 +9,7 @@ prepares once a machine takes longer than the networks of tests.
 import atexit
 import logging
 import os
+import signal
 import tempfile
 from collections.abc import Iterator
 
@@ -36,6 +37,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def cloud_files() -> None:
     """cloud-files, which tests do not wait for longer than it takes."""
     wait_shorter()
+
+
+@pytest.fixture(autouse=True)
+def sigterm() -> Iterator[None]:
+    """What SIGTERM does, which each test leaves as it found it."""
+    before = signal.getsignal(signal.SIGTERM)
+    yield
+    signal.signal(signal.SIGTERM, before)
 
 
 @pytest.fixture(autouse=True)

@@ -294,7 +294,7 @@ def test_a_bad_loss_on_one_rank_leaves_both_going(run, zygote):
     write_pairs(run / "data", mips=(2, 1), num_pairs=11, shape=(128, 176))
     spoil(run / "data" / "x0_y0_z1_MIP2.h5")
     zero = ("--train_stages", "0", "--generate_field_stages", "0")
-    two = ("--gpu", "0,1", "--device", "cpu", "--port", "29412")
+    two = ("--gpu", "0,1")
     done = zygote.run(run, ["train.py", *arguments(run, *zero, *two)])
     assert done["status"] == 0, done["output"][-2000:]
     assert "bad loss, step skipped" in done["output"]

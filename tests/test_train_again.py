@@ -84,17 +84,7 @@ def test_two_ranks_end_within_1e_5_of_one_process(run, zygote):
     (run / "schedule.json").write_text(json.dumps({"1": phases}))
     twin = twin_of(run)
     train.main(arguments(run))
-    two = [
-        "train.py",
-        *arguments(twin),
-        "--gpu",
-        "0,1",
-        "--device",
-        "cpu",
-        "--port",
-        "29419",
-    ]
-    done = zygote.run(twin, two)
+    done = zygote.run(twin, ["train.py", *arguments(twin), "--gpu", "0,1"])
     assert done["status"] == 0, done["output"][-2000:]
     name = "pyramid/.train/ck/stage_0_last.state.pth.tar"
     a, b = (torch.load(f / name, weights_only=True) for f in (run, twin))

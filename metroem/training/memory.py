@@ -6,7 +6,7 @@ from contextlib import contextmanager
 
 import torch
 
-from metroem.errors import ResourceError
+from metroem.errors import DatasetError, ResourceError
 
 # glibc's names for what mallopt sets.
 _TRIM_THRESHOLD, _MMAP_MAX = -1, -4
@@ -44,7 +44,8 @@ def enough_memory(what: str, advice: str) -> Iterator[None]:
         yield
     except (torch.OutOfMemoryError, MemoryError) as error:
         raise ResourceError(_out_of_memory(what, advice, error)) from error
-    except RuntimeError as error:
+    except (RuntimeError, DatasetError) as error:
+        # torch raises it wherever this process is, also where it reads a file.
         text = str(error)
         if "DataLoader worker" in text:
             raise ResourceError(

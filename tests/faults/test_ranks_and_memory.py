@@ -48,18 +48,9 @@ def test_a_killed_worker_says_what_to_lower_and_keeps_the_state(zygote, place):
         assert agree(folder, calm)
 
 
-def start_ranks(folder, command, port):
+def start_ranks(folder, command):
     program, *arguments = command
-    more = [
-        "--gpu",
-        "0,1",
-        "--device",
-        "cpu",
-        "--port",
-        str(port),
-        "--max_epochs",
-        "500",
-    ]
+    more = ["--gpu", "0,1", "--device", "cpu", "--max_epochs", "500"]
     return subprocess.Popen(
         [sys.executable, str(ROOT / program), *arguments, *more, "--batch_size", "2"],
         stdout=subprocess.PIPE,
@@ -104,7 +95,7 @@ def long(zygote, place):
 
 @pytest.mark.slow
 def test_a_rank_that_dies_is_named_and_the_others_end_within_a_minute(long, place):
-    with start_ranks(long, place.calm["training"].command, 29431) as process:
+    with start_ranks(long, place.calm["training"].command) as process:
         until_trained(process)
         ranks = ranks_of(process.pid)
         assert sorted(ranks) == [0, 1]
@@ -123,7 +114,7 @@ def test_a_rank_that_dies_is_named_and_the_others_end_within_a_minute(long, plac
 
 @pytest.mark.slow
 def test_a_signal_to_several_ranks_ends_all_and_saves(long, place):
-    with start_ranks(long, place.calm["training"].command, 29432) as process:
+    with start_ranks(long, place.calm["training"].command) as process:
         until_trained(process)
         ranks = ranks_of(process.pid)
         with counted("SIGTERM", "2 ranks"):
