@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import re
+import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path, PurePath
@@ -75,8 +76,9 @@ def cloud_path(path: str) -> str:
             raise DatasetError(
                 f"{path}: cloud-volume takes it for another path, since its first "
                 f"folder, {first!r}, is all of it or has other characters than letters "
-                f"and digits; link to it (ln -s {str(folder)!r} /tmp/em) and give "
-                "file:///tmp/em"
+                f"and digits; link to it from a path that is not there yet and begins "
+                f"otherwise (ln -s {shlex.quote(str(folder))} PATH), and give file://"
+                "PATH, all of it"
             )
     return f"{form}://{place}" if form else place
 

@@ -1,6 +1,10 @@
 """Folders of any name, and ~, mean one folder wherever a path is given."""
 
 import json
+import os
+import re
+import shlex
+import subprocess
 from pathlib import Path
 
 import numpy as np
@@ -131,6 +135,16 @@ def test_what_is_in_the_home_directory_is_read(home, tmp_path):
 def test_a_folder_that_cloud_volume_takes_for_another_is_refused(path):
     with pytest.raises(DatasetError, match="cloud-volume takes it for another path"):
         cloud_path(path)
+
+
+def test_such_a_folder_is_read_by_the_link_that_the_message_names(tmp_path):
+    with pytest.raises(DatasetError) as refused:
+        cloud_path("/it's mine/em")
+    command = re.search(r"\((ln -s .+) PATH\)", str(refused.value))[1]
+    link = tmp_path / "em"
+    subprocess.run([*shlex.split(command), str(link)], check=True)
+    assert os.readlink(link) == "/it's mine/em"
+    assert cloud_path(f"file://{link}") == f"file://{link}"
 
 
 def test_a_report_links_to_a_volume_of_any_name():
