@@ -10,8 +10,7 @@ from typing import Any, NamedTuple
 
 import bench_adapter
 import numpy as np
-from quality_bars import Checks
-from quality_results import FULL, METHODS, NETWORKS, Record, Results
+from quality_results import FULL, METHODS, NETWORKS, Checks, Record, Results
 
 from metroem.errors import UsageError
 
