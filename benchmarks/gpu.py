@@ -21,7 +21,6 @@ import time
 import warnings
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from itertools import repeat
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -31,7 +30,7 @@ import torch
 from side_by_side import LEAST_ROUNDS, parser
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
-from train_step import fresh_aligner, make_pairs, whole_step
+from train_step import fresh_aligner, make_pairs, timed_phases, whole_step
 
 from metroem import cli
 from metroem.aligner import Aligner
@@ -44,13 +43,12 @@ from metroem.field_search import Search
 from metroem.masks import PairWeight
 from metroem.recording import RecordedStep
 from metroem.specs.losses import LossSpec
-from metroem.specs.schedule import Phase, load_schedule
+from metroem.specs.schedule import Phase
 from metroem.training.compiling import compile_network
 from metroem.training.model import TrainingModel
 
 Part = Callable[[], object]
 
-_MIP = 2
 _NUM_FEATURES = 7
 _WARM_UP = 5  # calls of each part: passes are recorded in the fourth
 _COPY_BYTES = {"cuda": 2**30, "cpu": 2**26}
@@ -101,7 +99,7 @@ class Bench:
         self.folder, self.device = folder, device
         self.batch, self.pairs = batch, pairs
         self.size = pairs[0].grid.rows
-        self.aligner = fresh_aligner("correlation", folder / "eager", _MIP).to(device)
+        self.aligner = fresh_aligner("correlation", folder / "eager").to(device)
         self._compiled: dict[str, Aligner] = {}
         self.phase = Phase(
             lr=1e-4,
@@ -111,8 +109,7 @@ class Bench:
             losses=(LossSpec(type="plain"),),
         )
         # The phase of pairs: it needs the network's own field, too.
-        default = load_schedule("scratch", None).phases[_MIP][1]
-        self.default_phase = replace(default, crop_size=self.size)
+        self.default_phase = timed_phases(self.size)["known_warp"]
         self.sample: Sample = self._load(self.phase).to(device)
         self.default_sample: Sample = self._load(self.default_phase).to(device)
 
@@ -163,7 +160,7 @@ class Bench:
         return run
 
     def generate(self, *, finetune: bool) -> Part:
-        """A field as it is written between stages, in float32."""
+        """Make a field as it is written between stages, in float32."""
         options = self.aligner.options.updated({"finetune": finetune})
         return lambda: self.aligner.align(
             self.sample.src, self.sample.tgt, options=options
@@ -196,7 +193,7 @@ class Bench:
         if kind.is_compiled:
             if kind.precision not in self._compiled:
                 folder = self.folder / kind.precision
-                fresh = fresh_aligner("correlation", folder, _MIP).to(self.device)
+                fresh = fresh_aligner("correlation", folder).to(self.device)
                 compile_network(fresh)
                 self._compiled[kind.precision] = fresh
             aligner = self._compiled[kind.precision]
@@ -235,7 +232,7 @@ def bare_warp(loss: FieldLoss, start: Tensor) -> Part:
 
 
 def differences_from_cpu(bench: Bench) -> dict[str, float]:
-    """How far the device is from a CPU, as shares of the CPU's largest value.
+    """Compare the device with a CPU, as fractions of the CPU's largest value.
 
     Returns:
         Of the network's field, of the finetuner's loss, and of its gradient.
@@ -274,7 +271,7 @@ def host_syncs(part: Part, device: torch.device) -> list[str] | None:
 
 
 def seconds_of(parts: dict[str, Part], rounds: int, device: torch.device) -> dict:
-    """Median time of each part, in turn, after rounds that do not count."""
+    """Time the parts in turn: median seconds, after rounds that do not count."""
     taken: dict[str, list[float]] = {name: [] for name in parts}
     for _ in range(rounds + _WARM_UP):
         for name, part in parts.items():
@@ -293,7 +290,7 @@ def wait(device: torch.device) -> None:
 
 
 def copy_bandwidth(device: torch.device, rounds: int) -> float:
-    """Bytes read and written in a second by copying within the device, GB/s."""
+    """Measure how fast the device copies: bytes read and written, GB/s."""
     source = torch.ones(_COPY_BYTES[device.type] // 4, device=device)
     target = torch.empty_like(source)
     taken = seconds_of({"copy": lambda: target.copy_(source)}, rounds, device)
@@ -334,7 +331,7 @@ def time_network(bench: Bench, args: Namespace, precision: str, compiled: bool) 
 
 
 def time_rest(bench: Bench, args: Namespace) -> dict:
-    """Generation, loading and the finetuner, in float32."""
+    """Time fields, loading and a step of the finetuner, in float32."""
     step, loss, start = bench.search()
     parts = {
         "forward": bench.forward(Kind("fp32")),
@@ -402,7 +399,7 @@ def measure(args: Namespace, folder: Path) -> dict[str, Any]:
     torch.set_num_threads(args.threads)
     bandwidth = copy_bandwidth(device, args.rounds)
     print(f"{describe(device)}: copies {bandwidth:.1f} GB/s")
-    pairs = make_pairs(folder, max(args.batches), args.size, _MIP)
+    pairs = make_pairs(folder, max(args.batches), args.size)
     rows: dict[str, Any] = {}
     for batch in args.batches:
         bench = Bench(folder / str(batch), device, batch, pairs)

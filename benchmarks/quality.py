@@ -1,4 +1,4 @@
-r"""How well does a pyramid align that was trained for half an hour on a CPU?
+r"""Train a pyramid for half an hour on a CPU, and measure how well it aligns.
 
 The first sections of a stack are written as a CloudVolume; download_image.py,
 metroem init and train.py are run on them as a user would. The last sections are
@@ -157,7 +157,7 @@ def build_parser(description: str | None) -> argparse.ArgumentParser:
 
 
 def main() -> None:
-    """Do the parts; the last line is one JSON object."""
+    """Run the parts; the last line is one JSON object."""
     request = QualityRequest(**vars(build_parser(__doc__).parse_args()))
     request.out.mkdir(parents=True, exist_ok=True)
     figures: dict[str, object] = {"parts": request.todo}
@@ -173,7 +173,7 @@ def main() -> None:
 
 
 def train(request: QualityRequest) -> dict[str, object]:
-    """Write the volume, run the scripts; keep how long they took."""
+    """Write the volume, run the scripts, and note how long they took."""
     images = np.load(request.stack, mmap_mode="r")[: request.num_train]
     side = min(images.shape[1:]) >> max(request.mips) << max(request.mips)
     run = Run(
@@ -208,7 +208,7 @@ def train(request: QualityRequest) -> dict[str, object]:
 
 
 def train_command(request: QualityRequest, run: Run) -> list[str]:
-    """train.py as a user calls it."""
+    """The command line of train.py, as a user gives it."""
     command = [script("train.py"), "--pyramid_path", str(run.pyramid)]
     command += ["--dataset_path", str(run.folder / "dataset")]
     command += ["--train_mode", request.train_mode]
@@ -237,7 +237,7 @@ def score(request: QualityRequest) -> dict[str, object]:
 
 
 def score_other(request: QualityRequest) -> dict[str, object]:
-    """Run the bench on the other tissue; the peers too, where they are at hand."""
+    """Run the bench on the other tissue; the peers too, if --peers_python has them."""
     cases = [*OTHER_CASES, "--limit", str(min(request.limit, OTHER_LIMIT))]
     cases += ["--stack", str(request.other_stack)]
     run_bench(request, [*cases, "--out", str(request.out / "other.json")])
@@ -251,7 +251,7 @@ def score_other(request: QualityRequest) -> dict[str, object]:
 
 
 def score_distilled(request: QualityRequest) -> dict[str, object]:
-    """How much finetuning a distilled pyramid needs, and the other one."""
+    """Measure how much finetuning the pyramid needs, and the distilled one."""
     records = Results.read(request.out / "ours.json").of(FULL, "B")
     cases = Cases(request.bench, request.held_out, request.seed)
     distilled = str(request.distilled_path)
@@ -285,7 +285,7 @@ def call(command: list[str], environment: dict[str, str]) -> None:
 
 
 def make_page(request: QualityRequest) -> dict[str, object]:
-    """Write the page from what the other parts left; the bars as figures."""
+    """Write the page from the files of the other parts; return the bars."""
     results = Results.read(request.out / "ours.json")
     results = results.with_peers(Results.read(request.peers_json))
     other = read_other(request)
@@ -326,7 +326,7 @@ def other_bars(
 
 
 def read_other(request: QualityRequest) -> Results | None:
-    """Ours and the peers' on the other tissue, if both were measured."""
+    """Read the results on the other tissue, ours and the peers', if both are there."""
     measured = request.out / "other_peers.json"
     peers = request.other_peers_json or measured
     if not (request.out / "other.json").is_file() or not peers.is_file():
@@ -337,7 +337,7 @@ def read_other(request: QualityRequest) -> Results | None:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """What an earlier part left; {} if it was not done."""
+    """Read the file of an earlier part; {} if that was not done."""
     return json.loads(path.read_text()) if path.is_file() else {}
 
 
@@ -367,7 +367,7 @@ def draw_pairs(request: QualityRequest, results: Results) -> dict[str, list[Pair
 
 
 def shown_command(request: QualityRequest) -> str:
-    """The call that makes the page, without where its own files were."""
+    """The command that makes the page, without the folders of its own files."""
     words = ["python benchmarks/quality.py"]
     for field in fields(request):
         value = getattr(request, field.name)
@@ -384,7 +384,7 @@ def shown_command(request: QualityRequest) -> str:
 
 
 def training_note(training: dict[str, Any]) -> str:
-    """How the pyramid was trained."""
+    """Say how the pyramid was trained."""
     if not training:
         return "The pyramid was trained before."
     minutes = training["seconds"]["train"] / 60
@@ -395,7 +395,7 @@ def training_note(training: dict[str, Any]) -> str:
 
 
 def peers_note(request: QualityRequest, results: Results) -> str:
-    """How the peers were run."""
+    """Say how the peers were run."""
     stack = f"{request.stack.name}:{request.score_from}:"
     cases = " ".join([*CASES, "--limit", str(request.limit)])
     return (

@@ -50,7 +50,7 @@ class Page(NamedTuple):
 
 
 def write_page(path: Path, page: Page) -> None:
-    """Write the page, whole."""
+    """Write the page; it replaces the one that is there."""
     parts = [
         "# How well a trained pyramid aligns",
         _intro(page),

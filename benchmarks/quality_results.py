@@ -1,4 +1,4 @@
-"""Results of the bench, ours and the peers', and the demands on ours: the bars."""
+"""Read the results of the bench, ours and the peers', and set the bars for ours."""
 
 import json
 import statistics
@@ -14,7 +14,7 @@ METHODS = {
     "metroem": ("align", "MetroEM"),
     "metroem_networks": ("networks", "MetroEM, networks alone"),
     "metroem_stage0": ("first_stage", "MetroEM, stage 0 alone"),
-    # What the finetuner does by itself: the rest is what training gives.
+    # The finetuner by itself: training gives the rest.
     "metroem_untrained": ("untrained", "MetroEM untrained, finetuned"),
 }
 FULL, NETWORKS, STAGE0, UNTRAINED = METHODS
@@ -28,7 +28,7 @@ EQUAL_EPE = 1.03  # errors whose ratio is smaller count as equal
 
 @dataclass(frozen=True)
 class Results:
-    """What the bench wrote.
+    """The content of a results file.
 
     Attributes:
         meta: of the run.
@@ -125,7 +125,7 @@ class Results:
 
 
 class Checks(NamedTuple):
-    """What the bench does not measure, by method."""
+    """Figures by method that the bench does not measure."""
 
     identity_px: dict[str, float]  # largest mean length, a section onto itself
     folds_ppm: dict[str, float]  # of the pixels off defects; mean over all cases
@@ -149,7 +149,7 @@ class Bar(NamedTuple):
 
 
 def bars_of_cases(results: Results, checks: Checks) -> list[Bar]:
-    """The demands on the cases A, B and C of the stack, in the issue's order."""
+    """The demands on the cases A, B and C of the stack, in the page's order."""
     return [
         _beside_peers(results, "mean EPE in B, px", "epe_mean", "B", 0.6),
         _beside_peers(results, "mean EPE in C, px", "epe_mean", "C", 0.6),
@@ -186,7 +186,7 @@ def bar_of_distilling(
     Args:
         without: mean EPE by the steps of finetuning that each stage may make, of
             the pyramid that was not distilled.
-        distilled: likewise, of the one that was.
+        distilled: the same, of the one that was.
     """
     wanted = EQUAL_EPE * without[max(without)]
     steps = [

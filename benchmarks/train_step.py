@@ -1,4 +1,4 @@
-r"""How long a whole training step takes beside the bare network.
+r"""Time a whole training step beside the bare network.
 
 The bare step is forward, the mean square of the field, backward, on one pair. A
 whole step reads a pair from an h5 file, augments it, and adds loss, checks, scores
@@ -65,7 +65,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     keep_freed_memory()  # as train.py does
     figures: dict[str, Any] = {"threads": args.threads, "size": args.size}
     with tempfile.TemporaryDirectory() as folder:
-        pairs = make_pairs(Path(folder), 2, args.size, MIP)
+        pairs = make_pairs(Path(folder), 2, args.size)
         for template in args.template:
             aligner = fresh_aligner(template, Path(folder) / template)
             figures[template] = compare(aligner, pairs, args.rounds, args.batch_size)
@@ -73,21 +73,21 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(json.dumps({"torch": torch.__version__, **figures}))
 
 
-def make_pairs(folder: Path, num_pairs: int, size: int, mip: int) -> list[PairRef]:
+def make_pairs(folder: Path, num_pairs: int, size: int) -> list[PairRef]:
     """Write an image set of synthetic tissue, `size` px a side, and find its pairs."""
     tissue = make_tissue(TissueRecipe(num_pairs + 1, size, size))
     images = [normalize(torch.from_numpy(section)).numpy() for section in tissue]
-    grid = Grid(mip, 0, 0, size, size)
+    grid = Grid(MIP, 0, 0, size, size)
     frames = [PairFrame(grid, (z + 1, z)) for z in range(num_pairs)]
     pairs = [Pair(images[z + 1], images[z]) for z in range(num_pairs)]
     meta = ImageSetMeta(frames, "made", "", {}, normalization={"kind": "tissue"})
-    write_image_set(folder / f"x0_y0_z1_MIP{mip}.h5", pairs, meta)
-    return find_pairs(folder, mip, stage=0, checkpoint_name="checkpoint")
+    write_image_set(folder / f"x0_y0_z1_MIP{MIP}.h5", pairs, meta)
+    return find_pairs(folder, MIP, stage=0, checkpoint_name="checkpoint")
 
 
-def fresh_aligner(template: str, folder: Path, mip: int = MIP) -> Aligner:
+def fresh_aligner(template: str, folder: Path) -> Aligner:
     """The network of a template with fresh weights, always the same."""
-    (path,) = init_pyramid(folder, [mip], template)
+    (path,) = init_pyramid(folder, [MIP], template)
     torch.manual_seed(0)
     loaded = load_module(path, checkpoint_name=None, finetune=False)
     return loaded.aligner  # type: ignore[return-value]
@@ -96,7 +96,7 @@ def fresh_aligner(template: str, folder: Path, mip: int = MIP) -> Aligner:
 def compare(
     aligner: Aligner, pairs: list[PairRef], rounds: int, batch_size: int
 ) -> dict[str, Any]:
-    """Mean and median seconds of each step, and their ratios to the bare one."""
+    """Time all steps in turn: means, medians, and their ratios to the bare one."""
     steps = {"bare": bare_step(aligner, pairs, batch_size)}
     for name, phase in timed_phases(pairs[0].grid.rows).items():
         model = TrainingModel(aligner, "fp32").train()
