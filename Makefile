@@ -5,9 +5,8 @@
 # make docs     the pages of docs/, in docs/_build/html
 # make install  only the virtual environment
 # make clients  .venv-corgie, with corgie, which applies the modules
-# make original .venv-original, with metroem 0.1.3, for benchmarks to compare with
 # All of them make .venv first where it is not there or its requirements changed;
-# the last two make their own alone.
+# the last makes its own alone.
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -23,9 +22,8 @@ INSTALLED := $(VENV)/.installed
 TOOLS := $(VENV)/.tools
 CLIENTS := $(VENV)-corgie
 CORGIE := $(CLIENTS)/.installed
-ORIGINAL := $(VENV)-original
 
-.PHONY: demo test lint audit docs install clients original clean
+.PHONY: demo test lint audit docs install clients clean
 
 demo: $(INSTALLED)
 	$(BIN)/python -m metroem demo --folder demo
@@ -68,13 +66,5 @@ $(CORGIE): requirements-clients.txt requirements.txt setup.py
 	    $(CLIENTS)/lib/python3*/site-packages/corgie/cli/compute_field.py
 	touch $@
 
-original: $(ORIGINAL)/.installed
-
-$(ORIGINAL)/.installed: requirements-original.txt
-	test -x $(ORIGINAL)/bin/python || $(PYTHON) -m venv $(ORIGINAL)
-	$(ORIGINAL)/bin/python -m pip install -r requirements-original.txt
-	$(ORIGINAL)/bin/python -m pip install --no-deps metroem==0.1.3
-	touch $@
-
 clean:
-	rm -rf $(VENV) $(CLIENTS) $(ORIGINAL) demo docs/_build build dist *.egg-info
+	rm -rf $(VENV) $(CLIENTS) demo docs/_build build dist *.egg-info

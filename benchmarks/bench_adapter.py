@@ -1,4 +1,4 @@
-"""A pyramid as a method of a benchmark: align(src, tgt) -> field, on one thread.
+"""Offer a pyramid as methods of the bench: align(src, tgt) -> field, one thread.
 
 src and tgt are (H, W) float32, 0 = no data; the field is (2, H, W) float32, pull,
 px, channel 0 along cols. Each function is one method; `pyramid` is the path of the
@@ -42,7 +42,7 @@ def untrained(src: np.ndarray, tgt: np.ndarray, pyramid: str) -> np.ndarray:
 def finetuned_for(
     src: np.ndarray, tgt: np.ndarray, pyramid: str, steps: int
 ) -> np.ndarray:
-    """All stages, each finetuned by at most so many steps; 0: by none."""
+    """All stages, each finetuned by at most `steps` steps; 0: by none."""
     whole = load(pyramid)
     if steps == 0:
         return networks(src, tgt, pyramid)

@@ -1,4 +1,4 @@
-r"""Wall time of download_image.py beside cloud-volume alone, and its memory.
+r"""Time download_image.py beside cloud-volume alone, and measure its memory.
 
 A volume on this disk, three mips of blurred noise, is read three ways in turn: by
 cloud-volume alone, each chunk once; by it and h5py, which writes the same arrays as
@@ -43,7 +43,7 @@ def main() -> None:
     add("--chunk", type=int, nargs=2, default=(512, 1), help="side and sections")
     add("--parallel", type=int, default=1)
     add("--small_patch_px", type=int, default=256, help="where memory is measured")
-    add("--many", type=int, default=200, help="sections, likewise; few is a tenth")
+    add("--many", type=int, default=200, help="sections there; few is a tenth")
     add("--download", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
@@ -62,7 +62,7 @@ def main() -> None:
 
 
 def download_seconds(folder: Path, args: argparse.Namespace) -> dict[str, float]:
-    """Median seconds of each way to read the same chunks."""
+    """Time each way to read the same chunks: median seconds."""
     write_volume(folder, args.num_sections, args.patch_px, tuple(args.chunk))
     shape = args.num_sections, args.patch_px
     return side_by_side.median_seconds(
@@ -76,7 +76,7 @@ def download_seconds(folder: Path, args: argparse.Namespace) -> dict[str, float]
 
 
 def memory(folder: Path, args: argparse.Namespace) -> dict[str, object]:
-    """Most memory of a process that downloads few sections, and many, MiB."""
+    """Measure the peak memory of downloading few sections, and many, MiB."""
     chunk = (min(args.chunk[0], args.small_patch_px // 4), args.chunk[1])
     write_volume(folder, args.many, args.small_patch_px, chunk)
     peaks = {
@@ -134,7 +134,7 @@ def write_volume(
 
 
 def read_all(folder: Path, num_sections: int, patch_px: int) -> list[np.ndarray]:
-    """All patches, (X, Y, Z, 1) uint8 of each mip, by cloud-volume alone."""
+    """Read all patches, (X, Y, Z, 1) uint8 of each mip, by cloud-volume alone."""
     found = []
     for mip in _MIPS:
         start, side = _CORNER >> mip, patch_px >> mip
@@ -170,7 +170,7 @@ def _normalized(patches: np.ndarray, z: int) -> np.ndarray:
 
 
 def download(folder: Path, num_sections: int, patch_px: int, parallel: int) -> None:
-    """The image sets, anew."""
+    """Make the image sets from nothing by download_image.py."""
     shutil.rmtree(folder / "data", ignore_errors=True)
     create_image_sets(
         ImageRequest(

@@ -1,11 +1,12 @@
-r"""Training, finetuning, generation and loading beside the bare network, on one device.
+r"""Time training, finetuning, fields and loading beside the bare network, on a GPU.
 
-For each batch size, precision, and with and without torch.compile: the median time of
-a part, and what it is to its yardstick: the bare network as torch runs it for a step of
-training and for generation, the bare warp for a step of the finetuner. Steps are made
-as `train.py` makes them, with the passes of the network recorded, and with those made
-by torch one operation at a time. For training and finetuning the lines that make the
-host wait for the GPU are listed; on a CPU that is null.
+Each part is timed for each batch size and precision, with and without torch.compile.
+Its median time is compared with a yardstick. For a step of training and for a field
+that is the bare network as torch runs it; for a step of the finetuner, the bare warp.
+Steps are made in two ways: as `train.py` makes them, with the network's passes
+recorded, and with torch starting one operation at a time. For steps of training and
+of the finetuner the lines that make the host wait for the GPU are listed (null on a
+CPU).
 
 Example:
     python benchmarks/gpu.py --compiled 1 16 --profile profile.txt
@@ -17,24 +18,52 @@ import platform
 import statistics
 import tempfile
 import time
-from collections.abc import Sequence
+import warnings
+from argparse import ArgumentParser, Namespace
+from collections.abc import Callable, Sequence
+from itertools import repeat
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+from unittest.mock import patch
 
-import gpu_parts
 import torch
-from gpu_parts import Bench, Kind, Part
 from side_by_side import LEAST_ROUNDS, parser
+from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
+from train_step import fresh_aligner, make_pairs, timed_phases, whole_step
 
 from metroem import cli
+from metroem.aligner import Aligner
+from metroem.data.dataset import PairRef
+from metroem.data.epoch import EpochKey, TrainingEpoch
+from metroem.data.sample import Sample, stack_samples
 from metroem.errors import UsageError
+from metroem.field_loss import FieldLoss, FinetuneOptions
+from metroem.field_search import Search
+from metroem.masks import PairWeight
+from metroem.recording import RecordedStep
+from metroem.specs.losses import LossSpec
+from metroem.specs.schedule import Phase
+from metroem.training.compiling import compile_network
+from metroem.training.model import TrainingModel
 
+Part = Callable[[], object]
+
+_NUM_FEATURES = 7
 _WARM_UP = 5  # calls of each part: passes are recorded in the fourth
 _COPY_BYTES = {"cuda": 2**30, "cpu": 2**26}
 
 
-def build_parser() -> Any:
+class Kind(NamedTuple):
+    """How a network is run."""
+
+    precision: str  # "fp32" or "bf16"
+    is_compiled: bool = False
+    is_recorded: bool = False
+
+
+def build_parser() -> ArgumentParser:
+    """The flags."""
     made = parser(__doc__)
     add = made.add_argument
     add("--device", default="cuda", help="cuda or cpu (cuda)")
@@ -53,8 +82,196 @@ def build_parser() -> Any:
     return made
 
 
+class Bench:
+    """A fresh network and a batch on a device."""
+
+    def __init__(
+        self, folder: Path, device: torch.device, batch: int, pairs: list[PairRef]
+    ) -> None:
+        """Make the network and the batches.
+
+        Args:
+            folder: new, for pyramids.
+            device: for the network and the batches.
+            batch: pairs of a step.
+            pairs: square, at least as many as a batch has.
+        """
+        self.folder, self.device = folder, device
+        self.batch, self.pairs = batch, pairs
+        self.size = pairs[0].grid.rows
+        self.aligner = fresh_aligner("correlation", folder / "eager").to(device)
+        self._compiled: dict[str, Aligner] = {}
+        self.phase = Phase(
+            lr=1e-4,
+            num_epochs=1,
+            smoothness=20.0,
+            crop_size=self.size,
+            losses=(LossSpec(type="plain"),),
+        )
+        # The phase of pairs: it needs the network's own field, too.
+        self.default_phase = timed_phases(self.size)["known_warp"]
+        self.sample: Sample = self._load(self.phase).to(device)
+        self.default_sample: Sample = self._load(self.default_phase).to(device)
+
+    def _load(self, phase: Phase) -> Sample:
+        key = EpochKey(0, 0, 0, 0)
+        epoch = TrainingEpoch(self.pairs, phase, key, batch_size=self.batch)
+        return stack_samples([epoch[i] for i in range(self.batch)])
+
+    def load(self) -> Part:
+        """Read, cut and stack a batch, and bring it to the device."""
+        return lambda: self._load(self.phase).to(self.device)
+
+    def load_default(self) -> Part:
+        """The same for the default schedule, augmented as it says."""
+        return lambda: self._load(self.default_phase).to(self.device)
+
+    def bare_network(self, kind: Kind) -> Part:
+        """Forward and backward pass of the network alone."""
+        model = self._model(kind)
+
+        def run() -> None:
+            model.zero_grad(set_to_none=True)
+            model(self.sample, ()).field.square().mean().backward()
+
+        return run
+
+    def train_step(self, kind: Kind) -> Part:
+        """A whole step of training by plain loss: network, loss, checks, optimizer."""
+        return self._step(kind, self.phase, self.sample)
+
+    def default_step(self, kind: Kind) -> Part:
+        """The same by the default schedule: with the network's own field, too."""
+        return self._step(kind, self.default_phase, self.default_sample)
+
+    def _step(self, kind: Kind, phase: Phase, sample: Sample) -> Part:
+        generator = torch.Generator().manual_seed(0)
+        model = self._model(kind).train()
+        return whole_step(model, phase, repeat((sample, generator)))
+
+    def forward(self, kind: Kind) -> Part:
+        """Forward pass of the network alone, without gradients."""
+        model = self._model(kind)
+
+        def run() -> None:
+            with torch.no_grad():
+                model(self.sample, ())
+
+        return run
+
+    def generate(self, *, finetune: bool) -> Part:
+        """Make a field as it is written between stages, in float32."""
+        options = self.aligner.options.updated({"finetune": finetune})
+        return lambda: self.aligner.align(
+            self.sample.src, self.sample.tgt, options=options
+        )
+
+    def search(self) -> tuple[Part, FieldLoss, Tensor]:
+        """A step of the finetuner, its loss, and the field it starts from."""
+        loss, start = field_loss(self.device, self.batch, self.size)
+        search = Search(start, loss.options)
+        step = RecordedStep(lambda: search.step(*loss.with_gradient(search.field)))
+        return lambda: step(self.device), loss, start
+
+    def search_by_torch(self) -> Part:
+        """The same step, each operation of torch started by itself."""
+        loss, start = field_loss(self.device, self.batch, self.size)
+        search = Search(start, loss.options)
+
+        def run() -> None:
+            with (
+                patch("metroem.field_loss.has_kernels", return_value=False),
+                patch("metroem.field_search.has_kernels", return_value=False),
+            ):
+                search.step(*loss.with_gradient(search.field))
+
+        return run
+
+    def _model(self, kind: Kind) -> TrainingModel:
+        """The network as `train.py` wraps it; recorded only if the kind says so."""
+        aligner = self.aligner
+        if kind.is_compiled:
+            if kind.precision not in self._compiled:
+                folder = self.folder / kind.precision
+                fresh = fresh_aligner("correlation", folder).to(self.device)
+                compile_network(fresh)
+                self._compiled[kind.precision] = fresh
+            aligner = self._compiled[kind.precision]
+        return TrainingModel(aligner, kind.precision, is_recorded=kind.is_recorded)
+
+
+def field_loss(device: torch.device, batch: int, size: int) -> tuple[FieldLoss, Tensor]:
+    """A loss of random features with masks, and a smooth field of some pixels."""
+    generator = torch.Generator().manual_seed(0)
+    features = torch.randn(2, batch, _NUM_FEATURES, size, size, generator=generator)
+    start = 3 * torch.nn.functional.interpolate(
+        torch.randn(batch, 2, 4, 4, generator=generator), (size, size), mode="bicubic"
+    )
+    weight = torch.ones(batch, 1, size, size)
+    weight[..., size // 4 : size // 3, :] = 0
+    pair = PairWeight(weight.to(device), weight.mT.contiguous().to(device))
+    src, tgt = features.to(device)
+    options = FinetuneOptions(l2=0.0, border=2)
+    return FieldLoss((src, tgt), (pair, pair), options), start.to(device)
+
+
+def bare_warp(loss: FieldLoss, start: Tensor) -> Part:
+    """`F.grid_sample` of as many features, and its backward pass to the field."""
+    size = start.shape[-1]
+    src = torch.randn(len(start), _NUM_FEATURES, size, size, device=start.device)
+    theta = torch.eye(2, 3, device=start.device).expand(len(start), -1, -1)
+    here = torch.nn.functional.affine_grid(theta, [len(start), 1, size, size], False)
+
+    def run() -> None:
+        leaf = start.clone().requires_grad_()
+        grid = here + leaf.permute(0, 2, 3, 1) * (2 / size)
+        warped = torch.nn.functional.grid_sample(src, grid, align_corners=False)
+        torch.autograd.grad(warped, leaf, src)
+
+    return run
+
+
+def differences_from_cpu(bench: Bench) -> dict[str, float]:
+    """Compare the device with a CPU, as fractions of the CPU's largest value.
+
+    Returns:
+        Of the network's field, of the finetuner's loss, and of its gradient.
+    """
+    sample = bench.sample
+    images = sample.src[:1], sample.tgt[:1]
+    there = bench.aligner.predict(*images).field.detach().cpu()
+    bench.aligner.to("cpu")
+    here = bench.aligner.predict(*(image.cpu() for image in images)).field.detach()
+    bench.aligner.to(bench.device)
+    loss, start = field_loss(bench.device, 1, bench.size)
+    found = [value.cpu() for value in loss.with_gradient(start)]
+    loss, start = field_loss(torch.device("cpu"), 1, bench.size)
+    pairs = zip((here, *loss.with_gradient(start)), (there, *found), strict=True)
+    shares = [float((a - b).abs().max() / a.abs().max()) for a, b in pairs]
+    return dict(zip(("field", "loss", "gradient"), shares, strict=True))
+
+
+def host_syncs(part: Part, device: torch.device) -> list[str] | None:
+    """List the lines of a part that make the host wait for the GPU; None on a CPU."""
+    if device.type != "cuda":
+        return None
+    part()
+    torch.cuda.set_sync_debug_mode("warn")
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            part()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    return [
+        f"{Path(one.filename).name}:{one.lineno}"
+        for one in caught
+        if "synchroniz" in str(one.message)
+    ]
+
+
 def seconds_of(parts: dict[str, Part], rounds: int, device: torch.device) -> dict:
-    """Median time of each part, in turn, after rounds that do not count."""
+    """Time the parts in turn: median seconds, after rounds that do not count."""
     taken: dict[str, list[float]] = {name: [] for name in parts}
     for _ in range(rounds + _WARM_UP):
         for name, part in parts.items():
@@ -67,19 +284,21 @@ def seconds_of(parts: dict[str, Part], rounds: int, device: torch.device) -> dic
 
 
 def wait(device: torch.device) -> None:
+    """Wait until the device has done what it was given."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
 def copy_bandwidth(device: torch.device, rounds: int) -> float:
-    """Bytes read and written in a second by copying within the device, GB/s."""
+    """Measure how fast the device copies: bytes read and written, GB/s."""
     source = torch.ones(_COPY_BYTES[device.type] // 4, device=device)
     target = torch.empty_like(source)
     taken = seconds_of({"copy": lambda: target.copy_(source)}, rounds, device)
     return 2 * _COPY_BYTES[device.type] / taken["copy"] / 1e9
 
 
-def time_network(bench: Bench, args: Any, precision: str, compiled: bool) -> dict:
+def time_network(bench: Bench, args: Namespace, precision: str, compiled: bool) -> dict:
+    """Time the passes and steps of the network; ratios to the bare network."""
     as_torch_does = Kind(precision, compiled)
     recorded = as_torch_does._replace(is_recorded=True)  # as train.py runs it
     parts = {
@@ -106,13 +325,13 @@ def time_network(bench: Bench, args: Any, precision: str, compiled: bool) -> dic
         **ratios,
         **gains,
         "pairs_per_second": bench.batch / seconds["train_step"],
-        "host_syncs": gpu_parts.host_syncs(parts["train_step"], bench.device),
-        "default_host_syncs": gpu_parts.host_syncs(parts["default_step"], bench.device),
+        "host_syncs": host_syncs(parts["train_step"], bench.device),
+        "default_host_syncs": host_syncs(parts["default_step"], bench.device),
     }
 
 
-def time_rest(bench: Bench, args: Any) -> dict:
-    """Generation, loading and the finetuner, in float32."""
+def time_rest(bench: Bench, args: Namespace) -> dict:
+    """Time fields, loading and a step of the finetuner, in float32."""
     step, loss, start = bench.search()
     parts = {
         "forward": bench.forward(Kind("fp32")),
@@ -120,7 +339,7 @@ def time_rest(bench: Bench, args: Any) -> dict:
         "generate_finetuned": bench.generate(finetune=True),
         "load": bench.load(),
         "load_default": bench.load_default(),
-        "bare_warp": gpu_parts.bare_warp(loss, start),
+        "bare_warp": bare_warp(loss, start),
         "finetuner_step": step,
         "finetuner_step_by_torch": bench.search_by_torch(),
     }
@@ -131,12 +350,12 @@ def time_rest(bench: Bench, args: Any) -> dict:
         "generate_per_forward": seconds["generate"] / seconds["forward"],
         "finetuner_step_per_warp": seconds["finetuner_step"] / seconds["bare_warp"],
         "finetuner_step_gain": by_torch / seconds["finetuner_step"],
-        "host_syncs": gpu_parts.host_syncs(step, bench.device),
+        "host_syncs": host_syncs(step, bench.device),
     }
 
 
 def write_profile(bench: Bench, path: Path) -> None:
-    """Tables of where a step of training and of the finetuner spend their time."""
+    """Write the tables of torch's profiler for steps of training and finetuner."""
     kinds = [ProfilerActivity.CPU]
     key = "self_cpu_time_total"
     if bench.device.type == "cuda":
@@ -161,32 +380,36 @@ def write_profile(bench: Bench, path: Path) -> None:
 
 
 def describe(device: torch.device) -> str:
+    """The name of the device."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"CPU, {platform.machine()}, {torch.get_num_threads()} threads"
 
 
 def show(name: str, found: dict) -> None:
+    """Print the figures of one row."""
     times = ", ".join(f"{k} {1000 * v:.2f} ms" for k, v in found["seconds"].items())
     ratios = ", ".join(f"{k} {v:.3g}" for k, v in found.items() if isinstance(v, float))
     print(f"{name}: {times}; {ratios}; host waits: {found['host_syncs']}", flush=True)
 
 
-def measure(args: Any, folder: Path) -> dict[str, Any]:
+def measure(args: Namespace, folder: Path) -> dict[str, Any]:
+    """Measure every row, and print it as soon as it is there."""
     device = torch.device(args.device)
     torch.set_num_threads(args.threads)
     bandwidth = copy_bandwidth(device, args.rounds)
     print(f"{describe(device)}: copies {bandwidth:.1f} GB/s")
+    pairs = make_pairs(folder, max(args.batches), args.size)
     rows: dict[str, Any] = {}
     for batch in args.batches:
-        bench = Bench(folder, device, batch, args.size)
+        bench = Bench(folder / str(batch), device, batch, pairs)
         for precision in args.precisions:
             for compiled in (False, True) if batch in args.compiled else (False,):
                 name = f"batch {batch}, {precision}{', compiled' if compiled else ''}"
                 rows[name] = time_network(bench, args, precision, compiled)
                 show(name, rows[name])
         if batch == args.batches[0]:
-            rows["differs_from_cpu"] = gpu_parts.differences_from_cpu(bench)
+            rows["differs_from_cpu"] = differences_from_cpu(bench)
             print(f"differs from a CPU by {rows['differs_from_cpu']}", flush=True)
         name = f"batch {batch}, finetuner, generation and loader"
         rows[name] = time_rest(bench, args)
@@ -197,6 +420,7 @@ def measure(args: Any, folder: Path) -> dict[str, Any]:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
+    """Run the benchmark; the last line is one JSON object."""
     args = build_parser().parse_args(argv)
     if args.device != "cpu" and not torch.cuda.is_available():
         raise UsageError(f"--device {args.device}: no GPU here; try --device cpu")

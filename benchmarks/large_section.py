@@ -1,4 +1,4 @@
-r"""What aligning a large section takes: memory and time, whole and cut into tiles.
+r"""Measure memory and time of aligning a large section, whole and cut into tiles.
 
 Each run is a process of its own; its memory is the most that it held, less what it
 held with the pyramid loaded and the images read. "arrays" is what the images and
@@ -91,7 +91,7 @@ def _mirrored(pair: np.ndarray, side: int) -> np.ndarray:
 def _measure(
     args: argparse.Namespace, folder: Path, pyramid: Path, pair: np.ndarray
 ) -> dict[str, Any]:
-    """The figures of one size, also shown in a line."""
+    """Measure one size, and print its figures."""
     side = pair.shape[-1]
     np.save(folder / "pair.npy", pair)
     tilings = {"tiled": args.tile}
@@ -146,7 +146,7 @@ def _peak_mib() -> float:
 
 
 def _apart(tiled: np.ndarray, whole: np.ndarray) -> dict[str, float]:
-    """How far two fields are apart, and by how much more one of them steps, px."""
+    """Compare two fields: their distance, and the largest step only one has, px."""
     lengths = np.sort(np.hypot(*(tiled - whole)).ravel())
     steps = [
         np.abs(np.diff(tiled, axis=axis) - np.diff(whole, axis=axis)).max()

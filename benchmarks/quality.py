@@ -1,4 +1,4 @@
-r"""How well does a pyramid align that was trained for half an hour on a CPU?
+r"""Train a pyramid for half an hour on a CPU, and measure how well it aligns.
 
 The first sections of a stack are written as a CloudVolume; download_image.py,
 metroem init and train.py are run on them as a user would. The last sections are
@@ -16,29 +16,31 @@ Example:
         --peers_json peers.json --out quality
 """
 
+import argparse
 import json
 import logging
 import os
 import subprocess
 import sys
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from quality_bars import (
+from quality_cases import Cases, check, epe_by_steps, load_bench, picked
+from quality_page import Page, Pair, save_curves, save_pair, write_page
+from quality_results import (
+    FULL,
+    METHODS,
+    NONE,
     Bar,
     Checks,
+    Results,
     bar_of_distilling,
     bar_of_other_tissue,
     bar_of_training,
     bars_of_cases,
 )
-from quality_cases import Cases, check, epe_by_steps, picked
-from quality_page import Page, Pair, write_page
-from quality_pictures import save_curves, save_pair
-from quality_request import ROOT, QualityRequest, build_parser
-from quality_results import FULL, METHODS, NONE, Results
 
 from metroem import cli
 from metroem.demo import SCHEDULE, Run, environment, run_steps, script
@@ -51,14 +53,111 @@ from metroem.specs.pyramid import find_modules
 
 logger = logging.getLogger("metroem.benchmarks.quality")
 
+ROOT = Path(__file__).resolve().parents[1]
+PARTS = ("train", "score", "other", "distil", "page")
 CASES = ("--exact", "--cases", "A,B,C", "--magnitudes", "12,30,60")
 OTHER_CASES = ("--cases", "A", "--magnitudes", "12,30")
 OTHER_LIMIT = 4
 OTHER_PEERS = "identity,dis,tvl1,blockmatch,elastix,sitk_demons"
 
 
+@dataclass(frozen=True)
+class QualityRequest:
+    """A call of this script, one field a flag.
+
+    Raises:
+        UsageError: files that are not there, or parts that lack what they need.
+    """
+
+    stack: Path
+    bench: Path
+    peers_json: Path
+    out: Path
+    mips: list[int]
+    other_stack: Path | None = None
+    other_peers_json: Path | None = None
+    peers_python: Path | None = None
+    pyramid_path: Path | None = None
+    distilled_path: Path | None = None
+    parts: list[str] | None = None
+    page: Path = ROOT / "benchmarks" / "quality.md"
+    train_mode: str = "aligned"
+    train_params_path: Path | None = None
+    num_train: int = 45
+    score_from: int = 50
+    limit: int = 6
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for flag in ("stack", "peers_json", "other_stack", "other_peers_json"):
+            path = getattr(self, flag)
+            if path is not None and not path.is_file():
+                raise UsageError(f"--{flag} {path}: no such file")
+        load_bench(self.bench)
+        for part, flag in (("other", "other_stack"), ("distil", "distilled_path")):
+            if part in (self.parts or ()) and getattr(self, flag) is None:
+                raise UsageError(f"--parts {part}: expected --{flag} beside it")
+        if "train" in (self.parts or ()) and self.pyramid_path is not None:
+            raise UsageError("--parts train: expected no --pyramid_path beside it")
+
+    @property
+    def todo(self) -> list[str]:
+        """The parts to do, in order; all that is possible where none are named."""
+        missing = {
+            "train": self.pyramid_path is not None,
+            "other": self.other_stack is None,
+            "distil": self.distilled_path is None,
+        }
+        if self.parts is None:
+            return [part for part in PARTS if not missing.get(part)]
+        return [part for part in PARTS if part in self.parts]
+
+    @property
+    def pyramid(self) -> str:
+        """The pyramid that is scored."""
+        return str((self.pyramid_path or self.out / "pyramid").resolve())
+
+    @property
+    def pictures(self) -> Path:
+        """The folder of the page's pictures."""
+        return self.page.with_suffix("")
+
+    @property
+    def held_out(self) -> str:
+        """The sections that are scored, as the bench takes them."""
+        return f"{self.stack}:{self.score_from}:"
+
+
+def build_parser(description: str | None) -> argparse.ArgumentParser:
+    """The flags of `QualityRequest`."""
+    parser = cli.parser(description)
+    add = parser.add_argument
+    add("--stack", type=Path, required=True, help=".npy, uint8 [section, rows, cols]")
+    add("--bench", type=Path, required=True, help="folder of the bench")
+    add("--peers_json", type=Path, required=True, help="the peers' results")
+    add("--out", type=Path, required=True, help="folder that keeps everything")
+    add("--other_stack", type=Path, help="sections of another tissue (.npy)")
+    add("--other_peers_json", type=Path, help="the peers' results on them")
+    add("--peers_python", type=Path, help="python that has the peers: runs them there")
+    add("--pyramid_path", type=Path, help="a trained pyramid (trains one in --out)")
+    add("--distilled_path", type=Path, help="a pyramid trained with `distil`")
+    parts = "what to do (all that is possible); earlier parts are read from --out"
+    add("--parts", nargs="+", choices=PARTS, help=parts)
+    page = Path("benchmarks/quality.md")
+    add("--page", type=Path, default=ROOT / page, help=f"page to write ({page})")
+    add = parser.add_argument_group("training and cases").add_argument
+    add("--mips", type=int, nargs="+", default=[1, 0], help="of the stages (1 0)")
+    add("--train_mode", default="aligned", help="as train.py has it (aligned)")
+    add("--train_params_path", type=Path, help="as train.py has it")
+    add("--num_train", type=int, default=45, help="sections to train on (45)")
+    add("--score_from", type=int, default=50, help="first section to score (50)")
+    add("--limit", type=int, default=6, help="pairs per family and kind (6)")
+    add("--seed", type=int, default=0, help="of the training and the cases (0)")
+    return parser
+
+
 def main() -> None:
-    """Do the parts; the last line is one JSON object."""
+    """Run the parts; the last line is one JSON object."""
     request = QualityRequest(**vars(build_parser(__doc__).parse_args()))
     request.out.mkdir(parents=True, exist_ok=True)
     figures: dict[str, object] = {"parts": request.todo}
@@ -74,7 +173,7 @@ def main() -> None:
 
 
 def train(request: QualityRequest) -> dict[str, object]:
-    """Write the volume, run the scripts; keep how long they took."""
+    """Write the volume, run the scripts, and note how long they took."""
     images = np.load(request.stack, mmap_mode="r")[: request.num_train]
     side = min(images.shape[1:]) >> max(request.mips) << max(request.mips)
     run = Run(
@@ -109,7 +208,7 @@ def train(request: QualityRequest) -> dict[str, object]:
 
 
 def train_command(request: QualityRequest, run: Run) -> list[str]:
-    """train.py as a user calls it."""
+    """The command line of train.py, as a user gives it."""
     command = [script("train.py"), "--pyramid_path", str(run.pyramid)]
     command += ["--dataset_path", str(run.folder / "dataset")]
     command += ["--train_mode", request.train_mode]
@@ -138,7 +237,7 @@ def score(request: QualityRequest) -> dict[str, object]:
 
 
 def score_other(request: QualityRequest) -> dict[str, object]:
-    """Run the bench on the other tissue; the peers too, where they are at hand."""
+    """Run the bench on the other tissue; the peers too, if --peers_python has them."""
     cases = [*OTHER_CASES, "--limit", str(min(request.limit, OTHER_LIMIT))]
     cases += ["--stack", str(request.other_stack)]
     run_bench(request, [*cases, "--out", str(request.out / "other.json")])
@@ -152,7 +251,7 @@ def score_other(request: QualityRequest) -> dict[str, object]:
 
 
 def score_distilled(request: QualityRequest) -> dict[str, object]:
-    """How much finetuning a distilled pyramid needs, and the other one."""
+    """Measure how much finetuning the pyramid needs, and the distilled one."""
     records = Results.read(request.out / "ours.json").of(FULL, "B")
     cases = Cases(request.bench, request.held_out, request.seed)
     distilled = str(request.distilled_path)
@@ -186,7 +285,7 @@ def call(command: list[str], environment: dict[str, str]) -> None:
 
 
 def make_page(request: QualityRequest) -> dict[str, object]:
-    """Write the page from what the other parts left; the bars as figures."""
+    """Write the page from the files of the other parts; return the bars."""
     results = Results.read(request.out / "ours.json")
     results = results.with_peers(Results.read(request.peers_json))
     other = read_other(request)
@@ -227,7 +326,7 @@ def other_bars(
 
 
 def read_other(request: QualityRequest) -> Results | None:
-    """Ours and the peers' on the other tissue, if both were measured."""
+    """Read the results on the other tissue, ours and the peers', if both are there."""
     measured = request.out / "other_peers.json"
     peers = request.other_peers_json or measured
     if not (request.out / "other.json").is_file() or not peers.is_file():
@@ -238,7 +337,7 @@ def read_other(request: QualityRequest) -> Results | None:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """What an earlier part left; {} if it was not done."""
+    """Read the file of an earlier part; {} if that was not done."""
     return json.loads(path.read_text()) if path.is_file() else {}
 
 
@@ -268,7 +367,7 @@ def draw_pairs(request: QualityRequest, results: Results) -> dict[str, list[Pair
 
 
 def shown_command(request: QualityRequest) -> str:
-    """The call that makes the page, without where its own files were."""
+    """The command that makes the page, without the folders of its own files."""
     words = ["python benchmarks/quality.py"]
     for field in fields(request):
         value = getattr(request, field.name)
@@ -285,7 +384,7 @@ def shown_command(request: QualityRequest) -> str:
 
 
 def training_note(training: dict[str, Any]) -> str:
-    """How the pyramid was trained."""
+    """Say how the pyramid was trained."""
     if not training:
         return "The pyramid was trained before."
     minutes = training["seconds"]["train"] / 60
@@ -296,7 +395,7 @@ def training_note(training: dict[str, Any]) -> str:
 
 
 def peers_note(request: QualityRequest, results: Results) -> str:
-    """How the peers were run."""
+    """Say how the peers were run."""
     stack = f"{request.stack.name}:{request.score_from}:"
     cases = " ".join([*CASES, "--limit", str(request.limit)])
     return (

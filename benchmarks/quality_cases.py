@@ -1,4 +1,4 @@
-"""The bench's cases made again, and what only the fields themselves can tell."""
+"""Make the bench's cases again, and measure what its results do not have."""
 
 import importlib
 import logging
@@ -10,8 +10,7 @@ from typing import Any, NamedTuple
 
 import bench_adapter
 import numpy as np
-from quality_bars import Checks
-from quality_results import FULL, METHODS, NETWORKS, Record, Results
+from quality_results import FULL, METHODS, NETWORKS, Checks, Record, Results
 
 from metroem.errors import UsageError
 
@@ -71,7 +70,7 @@ class Cases:
         return Solved(record, case.src, case.tgt, warped, field, truth, valid)
 
     def folds_off_defects(self, record: Record, field: np.ndarray) -> float:
-        """Pixels folded over, ppm of those off defects whose truth is known."""
+        """Fraction of folded pixels, ppm, off defects and where the truth is known."""
         _, valid, near = self.make(record).truth()
         determinant = self.fields.jacobian_det(field)[valid & ~near]
         return 1e6 * float((determinant <= 0).mean())
@@ -96,7 +95,7 @@ def load_bench(folder: Path) -> tuple[Any, Any]:
 
 
 def check(cases: Cases, results: Results, pyramid: str) -> Checks:
-    """Measure what the bench does not, finetuned and by the networks alone."""
+    """Measure folds, and sections onto themselves, finetuned and by networks alone."""
     sections = sorted({record["z"] for record in results.records})
     identity, folds = {}, {}
     for method in (FULL, NETWORKS):

@@ -1,4 +1,4 @@
-"""Several ways of doing one thing, timed in turn within one run.
+"""Time several ways of doing one thing in turn, within one run.
 
 What a machine does beside a benchmark then slows all of them alike, and their ratios
 stay. The last line that a benchmark prints is one JSON object.

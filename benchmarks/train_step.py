@@ -1,12 +1,12 @@
-r"""How long a whole training step takes beside the bare network.
+r"""Time a whole training step beside the bare network.
 
 The bare step is forward, the mean square of the field, backward, on one pair. A
 whole step reads a pair from an h5 file, augments it, and adds loss, checks, scores
-and optimizer. Three kinds: the two phases of the default schedule (the first shows
-one section twice; the second takes what the network itself makes of the pair for its
-natural field, which is one more forward pass for three samples in five), and the
-plain loss of the `classic` schedule. Ratios are of means over the same rounds, since
-steps differ by chance; medians are printed, too.
+and optimizer. Three kinds are timed: the two phases of the default schedule, and the
+plain loss of the schedule `classic`. The first phase shows one section twice. The
+second needs the network's own field of the pair, which is one more forward pass for
+three samples in five. Ratios are of means over the same rounds, since steps differ by
+chance; medians are printed, too.
 
 Example:
     python benchmarks/train_step.py --threads 2
@@ -17,28 +17,43 @@ import json
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import side_by_side
 import torch
-from train_data import Step, complete_step, made_pairs
+from torch import Tensor
 
 from metroem import cli
 from metroem.aligner import Aligner
-from metroem.data.dataset import PairRef, read_sample
+from metroem.data.dataset import PairRef, find_pairs, read_sample
+from metroem.data.epoch import EpochKey, TrainingEpoch
+from metroem.data.sample import Sample, stack_samples
+from metroem.grid import Grid
+from metroem.io.h5 import ImageSetMeta, Pair, PairFrame, write_image_set
+from metroem.loss import LossTerms
 from metroem.nets.loading import load_module
+from metroem.normalize import normalize
 from metroem.scaffold import init_pyramid, templates
 from metroem.specs.schedule import Phase, load_schedule
+from metroem.tissue import TissueRecipe, make_tissue
 from metroem.training.memory import keep_freed_memory
+from metroem.training.model import TrainingModel
+from metroem.training.natural import with_natural_field
+from metroem.training.objectives import levels_wanted, phase_loss
+from metroem.training.step import scores_of, train_step
 
 MIP = 3  # both schedules have it
 WARM_UP_ROUNDS = 2
 
+Step = Callable[[], object]
+Batches = Iterator[tuple[Sample, torch.Generator]]
+
 
 def main(argv: Sequence[str] | None = None) -> None:
+    """Time the steps of each template; the last line is one JSON object."""
     parser = side_by_side.parser(__doc__)
     parser.set_defaults(rounds=15)
     add = parser.add_argument
@@ -50,7 +65,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     keep_freed_memory()  # as train.py does
     figures: dict[str, Any] = {"threads": args.threads, "size": args.size}
     with tempfile.TemporaryDirectory() as folder:
-        pairs = made_pairs(args.size, MIP, Path(folder))
+        pairs = make_pairs(Path(folder), 2, args.size)
         for template in args.template:
             aligner = fresh_aligner(template, Path(folder) / template)
             figures[template] = compare(aligner, pairs, args.rounds, args.batch_size)
@@ -58,49 +73,40 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(json.dumps({"torch": torch.__version__, **figures}))
 
 
+def make_pairs(folder: Path, num_pairs: int, size: int) -> list[PairRef]:
+    """Write an image set of synthetic tissue, `size` px a side, and find its pairs."""
+    tissue = make_tissue(TissueRecipe(num_pairs + 1, size, size))
+    images = [normalize(torch.from_numpy(section)).numpy() for section in tissue]
+    grid = Grid(MIP, 0, 0, size, size)
+    frames = [PairFrame(grid, (z + 1, z)) for z in range(num_pairs)]
+    pairs = [Pair(images[z + 1], images[z]) for z in range(num_pairs)]
+    meta = ImageSetMeta(frames, "made", "", {}, normalization={"kind": "tissue"})
+    write_image_set(folder / f"x0_y0_z1_MIP{MIP}.h5", pairs, meta)
+    return find_pairs(folder, MIP, stage=0, checkpoint_name="checkpoint")
+
+
 def fresh_aligner(template: str, folder: Path) -> Aligner:
-    """The network of a template with fresh weights."""
+    """The network of a template with fresh weights, always the same."""
     (path,) = init_pyramid(folder, [MIP], template)
     torch.manual_seed(0)
     loaded = load_module(path, checkpoint_name=None, finetune=False)
     return loaded.aligner  # type: ignore[return-value]
 
 
-def kinds(size: int) -> dict[str, Phase]:
-    """A phase of each kind that is timed, on crops of a size, px."""
-    one_section, pairs = load_schedule("scratch", None).phases[MIP][:2]
-    plain = load_schedule("classic", None).phases[MIP][0]
-    found = {"known_warp_one_section": one_section, "known_warp": pairs, "plain": plain}
-    return {name: replace(phase, crop_size=size) for name, phase in found.items()}
-
-
-def bare_step(aligner: Aligner, pairs: list[PairRef], batch_size: int) -> Step:
-    """Forward and backward of the network alone."""
-    sample = read_sample(pairs[0], pairs[0].grid)
-    images = torch.cat((sample.src, sample.tgt), 1).repeat(batch_size, 1, 1, 1)
-
-    def step() -> float:
-        for parameter in aligner.net.parameters():
-            parameter.grad = None
-        loss = aligner.net(x=images, in_field=None).square().mean()
-        aligner.net.state = {}
-        loss.backward()
-        return float(loss.detach())
-
-    return step
-
-
 def compare(
     aligner: Aligner, pairs: list[PairRef], rounds: int, batch_size: int
 ) -> dict[str, Any]:
-    """Mean and median seconds of each step, and their ratios to the bare one."""
+    """Time all steps in turn: means, medians, and their ratios to the bare one."""
     steps = {"bare": bare_step(aligner, pairs, batch_size)}
-    for name, phase in kinds(pairs[0].grid.rows).items():
-        steps[name] = complete_step(aligner, phase, pairs, batch_size)
+    for name, phase in timed_phases(pairs[0].grid.rows).items():
+        model = TrainingModel(aligner, "fp32").train()
+        steps[name] = whole_step(model, phase, read_batches(phase, pairs, batch_size))
     taken: dict[str, list[float]] = {name: [] for name in steps}
     for _ in range(rounds + WARM_UP_ROUNDS):
         for name, step in steps.items():
-            taken[name].append(_seconds(step))
+            start = time.perf_counter()
+            step()
+            taken[name].append(time.perf_counter() - start)
     kept = {name: times[WARM_UP_ROUNDS:] for name, times in taken.items()}
     means = {name: statistics.fmean(times) for name, times in kept.items()}
     medians = {name: statistics.median(times) for name, times in kept.items()}
@@ -111,10 +117,59 @@ def compare(
     }
 
 
-def _seconds(step: Callable[[], object]) -> float:
-    start = time.perf_counter()
-    step()
-    return time.perf_counter() - start
+def timed_phases(size: int) -> dict[str, Phase]:
+    """A phase of each kind that is timed, on crops of a size, px."""
+    one_section, pairs = load_schedule("scratch", None).phases[MIP][:2]
+    plain = load_schedule("classic", None).phases[MIP][0]
+    found = {"known_warp_one_section": one_section, "known_warp": pairs, "plain": plain}
+    return {name: replace(phase, crop_size=size) for name, phase in found.items()}
+
+
+def bare_step(aligner: Aligner, pairs: list[PairRef], batch_size: int) -> Step:
+    """Forward and backward pass of the network alone."""
+    sample = read_sample(pairs[0], pairs[0].grid)
+    images = torch.cat((sample.src, sample.tgt), 1).repeat(batch_size, 1, 1, 1)
+
+    def step() -> None:
+        for parameter in aligner.net.parameters():
+            parameter.grad = None
+        loss = aligner.net(x=images, in_field=None).square().mean()
+        aligner.net.state = {}
+        loss.backward()
+
+    return step
+
+
+def whole_step(
+    model: TrainingModel,
+    phase: Phase,
+    batches: Iterator[tuple[Sample, torch.Generator]],
+) -> Step:
+    """A training step as train.py makes it; each call takes the next batch."""
+    optimizer = torch.optim.Adam(model.parameters(), lr=phase.lr, fused=True)
+
+    def batch() -> tuple[LossTerms, Tensor]:
+        sample, generator = next(batches)
+        sample = with_natural_field(sample, model, phase.known_warp)
+        found = model(sample, levels_wanted(phase, model.options))
+        terms = phase_loss(phase, sample, found, generator, model.options)
+        return terms, scores_of(found, terms, sample.prior_field)
+
+    return lambda: train_step(
+        [batch], optimizer, stop=0, max_grad_norm=phase.max_grad_norm
+    )
+
+
+def read_batches(phase: Phase, pairs: list[PairRef], batch_size: int) -> Batches:
+    """Batches without end, each read when it is asked for."""
+    epoch = 0
+    while True:
+        key = EpochKey(0, 0, 0, epoch)
+        samples = TrainingEpoch(pairs, phase, key, batch_size=batch_size)
+        for first in range(0, len(samples), batch_size):
+            batch = [samples[first + i] for i in range(batch_size)]
+            yield stack_samples(batch), key.generator(-1 - first)
+        epoch += 1
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The benchmarks run, on little, and their figures are what they say."""
+"""The benchmarks run, on little, and their last line has the figures they promise."""
 
 import json
 import os
@@ -8,48 +8,61 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from metroem.tissue import TissueRecipe, make_tissue
-from tests.benchmark_runs import figures
 
-ROOT = Path(__file__).parents[1]
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 SHARED = os.environ.get("METROEM_SHARED")
-PHASE = {"lr": 1e-3, "num_epochs": 4, "smoothness": 20, "crop_size": 96}
-# A plain loss leads a correlation network astray in so few steps.
-WARP = {"type": "known_warp", "same": 1.0, "peak_px": 4, "shift_px": 4, "tear": 0}
-KNOWN = {"loss_spec": {"type": "known_warp"}, "augmentations": [WARP]}
-SCHEDULE = {"1": [{**PHASE, "smoothness": 0, **KNOWN}]}
+PHASE = {"lr": 1e-3, "num_epochs": 1, "smoothness": 20, "crop_size": 96}
 
 pytestmark = pytest.mark.slow
 
 
-def test_download_bytes_reads_each_chunk_once(zygote):
-    assert figures(zygote, "download_bytes.py")["read_per_needed"] <= 1.1
+def figures(zygote, script, *arguments):
+    """The JSON of a benchmark's last line on stdout."""
+    done = zygote.run(BENCHMARKS.parent, [BENCHMARKS / script, *arguments])
+    assert done["status"] == 0, done["output"][-4000:]
+    return json.loads(done["printed"].splitlines()[-1])
+
+
+def test_a_training_step_is_compared_with_the_bare_network(zygote):
+    small = ("--size", "96", "--rounds", "7", "--template", "correlation")
+    of_bare = figures(zygote, "train_step.py", *small)["correlation"]["of_bare"]
+    assert of_bare["bare"] == 1 and len(of_bare) == 4
+
+
+def test_a_download_is_compared_with_cloudvolume_alone(zygote):
+    small = ("--num_sections", "3", "--patch_px", "256", "--chunk", "64", "1")
+    small += ("--small_patch_px", "64", "--many", "20", "--rounds", "7")
+    found = figures(zygote, "download_speed.py", *small)
+    assert found["times_cloud_volume"] > 0 and found["times_cloud_volume_and_h5py"] > 0
+    assert set(found["peak_mib_by_sections"]) == {"2", "20"}
 
 
 @pytest.mark.long
-def test_kill_resume_ends_with_the_same_weights(zygote):
-    found = figures(zygote, "kill_resume.py", "--kills", "2")
-    assert found["calm"] == found["killed"] and len(found["calm"]) == 4
+def test_a_large_section_is_measured_in_tiles_and_whole(zygote):
+    sizes = ("--sizes", "192", "544", "--made_px", "192", "--tile", "512", "256")
+    found = figures(zygote, "large_section.py", *sizes)
+    assert found["192"]["apart_max_px"] == 0  # not cut at all
+    assert found["544"]["tiled"]["bytes_per_px"] > 0
+    assert found["544"]["apart_max_px"] < 1e-3  # but for rounding
 
 
-@pytest.mark.long
-@pytest.mark.parametrize("natural", [False, True])
-def test_real_sections_scores_a_stack(tmp_path, natural, zygote):
-    stack = make_tissue(TissueRecipe(12, 288 + 48, 256 + 48))
-    np.save(tmp_path / "stack.npy", stack)
-    (tmp_path / "schedule.json").write_text(json.dumps(SCHEDULE))
+def test_the_script_for_a_gpu_runs_on_a_cpu(tmp_path, zygote):
+    small = ("--size", "64", "--batches", "1", "--precisions", "fp32", "--rounds", "7")
+    table = tmp_path / "profile.txt"
     found = figures(
-        zygote,
-        "real_sections.py",
-        *("--stack", str(tmp_path / "stack.npy")),
-        *("--train_params_path", str(tmp_path / "schedule.json")),
-        *(["--natural"] if natural else []),
+        zygote, "gpu.py", "--device", "cpu", *small, "--profile", str(table)
     )
-    assert found["cpc"][-1] > 0 and len(found["cpc"]) == 2
-    assert (found["epe_none"] is None) == natural
-    if not natural:
-        assert found["epe"][-1] < found["epe_none"]
+    assert found["rows"]["batch 1, fp32"]["host_syncs"] is None
+    assert "finetuner_step" in table.read_text()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_the_script_says_so(zygote):
+    done = zygote.run(BENCHMARKS.parent, [BENCHMARKS / "gpu.py"])
+    assert done["status"] == 1 and "try --device cpu" in done["output"]
 
 
 @pytest.mark.skipif(SHARED is None, reason="METROEM_SHARED names no folder with peers")
@@ -57,7 +70,7 @@ def test_real_sections_scores_a_stack(tmp_path, natural, zygote):
 def test_quality_trains_scores_and_writes_its_page(tmp_path, zygote):
     bench = Path(SHARED or "") / "bench"
     np.save(tmp_path / "stack.npy", make_tissue(TissueRecipe(9, 160, 176)))
-    phase = {**PHASE, "num_epochs": 1, "loss_spec": {"type": "plain"}}
+    phase = {**PHASE, "loss_spec": {"type": "plain"}}
     (tmp_path / "schedule.json").write_text(json.dumps({"1": [phase]}))
     stack, peers = tmp_path / "stack.npy", tmp_path / "peers.json"
     cases = ["--magnitudes", "12,30,60", "--limit", "1", "--peers", "identity"]

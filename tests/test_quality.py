@@ -1,22 +1,28 @@
 """The figures of benchmarks/quality.py against hand-made results."""
 
 import json
+import re
+from pathlib import Path
 
 import bench_adapter
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from quality_bars import (
+from quality_cases import Solved, picked
+from quality_page import Page, Pair, save_curves, save_pair, write_page
+from quality_results import (
+    FULL,
+    METHODS,
+    NETWORKS,
+    NONE,
+    STAGE0,
     Checks,
+    Results,
     bar_of_distilling,
     bar_of_training,
     bars_of_cases,
 )
-from quality_cases import Solved, picked
-from quality_page import Page, Pair, write_page
-from quality_pictures import save_curves, save_pair
-from quality_results import FULL, METHODS, NETWORKS, NONE, STAGE0, Results
 
 from metroem.errors import DatasetError
 from metroem.nets.loading import load_module
@@ -24,6 +30,7 @@ from metroem.report.curves import Curve
 from metroem.scaffold import init_pyramid
 from tests.pairs import texture
 
+ROOT = Path(__file__).parents[1]
 META = {"stack_sha256": "5a", "seed": 0, "sections": 2, "shape": [40, 56], "limit": 1}
 META |= {"cpu": "a CPU", "cores": 2, "threads": 1}
 CHECKS = Checks({FULL: 0.01, NETWORKS: 0.02}, {FULL: 0.0, NETWORKS: 1.5})
@@ -149,25 +156,22 @@ def test_the_best_median_and_worst_pair_are_shown():
     assert labels == {"best": "12px", "median": "30px", "worst": "30px"}
 
 
-def test_the_page_keeps_what_was_written_by_hand(tmp_path):
+def test_the_page_shows_figures_and_pictures_and_where_the_log_is(tmp_path):
     path = tmp_path / "quality.md"
     pairs = {"A": [Pair("best", "A-12px", 0.5, "quality/A_best.png")]}
     bars = bars_of_cases(BOTH, CHECKS)
     page = Page("python it", bars, BOTH, None, "quality/curves.png", pairs, ["Note."])
-    write_page(path, page)
-    first = path.read_text()
-    path.write_text(first.replace("Nothing was noted yet.", "Radius 4: 1.2 px."))
 
     write_page(path, page)
 
     text = path.read_text()
-    assert "Radius 4: 1.2 px." in text
-    assert text == first.replace("Nothing was noted yet.", "Radius 4: 1.2 px.")
     assert (
         "| mean EPE in B, px | 0.6 of flow | 1.20 | 1.00 | 1.25 | 0.50 | yes |" in text
     )
     assert "MetroEM 0.25" in text and "flow 1.50" in text  # the unwarped pairs
     assert "](quality/A_best.png)" in text
+    (log,) = re.findall(r"\]\((.*log\.md)\)", text)
+    assert (ROOT / "benchmarks" / log).is_file()
 
 
 def test_a_picture_of_a_pair_is_small_even_if_the_sections_are_noise(tmp_path):
