@@ -22,17 +22,16 @@ from cloudvolume import CloudVolume
 
 from metroem.errors import DatasetError
 from metroem.grid import Grid
-from metroem.io.parts import differences
-from metroem.io.storage import (
+from metroem.io.cloud_errors import file_address, storage_errors
+from metroem.io.cloud_paths import (
     check_destination,
     cloud_path,
-    explained,
     local_folder,
-    prepare_storage,
     split_format,
 )
+from metroem.io.cloud_retry import prepare_storage
+from metroem.io.parts import differences
 from metroem.io.volume import Volume, cut
-from metroem.io.whereabouts import place_in
 from metroem.io.zarr_n5 import open_arrays
 from metroem.normalize import coarsen_image
 
@@ -198,7 +197,7 @@ class SectionWriter:
             self._folder.mkdir(parents=True, exist_ok=True)
             for left in self._folder.glob(f"{_STAGING}*"):  # of runs killed
                 shutil.rmtree(left, ignore_errors=True)
-        with explained(flag, self.path, doing="written"):
+        with storage_errors(flag, self.path, doing="written"):
             self._files = CloudFiles(self.path.removeprefix("precomputed://"))
             is_new = self._files.get("info") is None
             if is_new and (there := open_arrays("", split_format(self.path)[1])):
@@ -209,7 +208,7 @@ class SectionWriter:
             if is_new:
                 self._put_json("info", wanted.info(self.path))
         self._volume = Volume(self.path, flag=flag)
-        if place_in(self._volume.location, "") != place_in(self.path, ""):
+        if file_address(self._volume.location, "") != file_address(self.path, ""):
             raise DatasetError(
                 f"{flag} {path}: its info says that it is now at "
                 f"{self._volume.location}; give that path"
@@ -248,7 +247,7 @@ class SectionWriter:
             )
         changed = stored.copy()
         cut(changed[z - layers.start], hull, grid)[:] = section
-        with explained(self.flag, self.path, doing="written"):
+        with storage_errors(self.flag, self.path, doing="written"):
             self._write(changed, hull, layers)
         return True
 
@@ -259,7 +258,7 @@ class SectionWriter:
             sources: what its values come from.
             entry: what was done, JSON-able.
         """
-        with explained(self.flag, self.path, doing="written"):
+        with storage_errors(self.flag, self.path, doing="written"):
             found: Any = self._files.get_json("provenance") or {}
             told = {"description": "", "owners": [], "sources": [], "processing": []}
             provenance = {**told, **found}

@@ -15,7 +15,7 @@ import download_image
 from metroem.__main__ import build_parser, main
 from metroem.errors import DatasetError
 from metroem.grid import Grid
-from metroem.io.storage import cloud_path
+from metroem.io.cloud_paths import cloud_path
 from metroem.io.volume import Volume
 from metroem.io.volume_write import write_field_volume, write_volume
 from metroem.report.page import neuroglancer_source
