@@ -133,10 +133,10 @@ class FieldLoss:
             shares = 1 / torch.where(totals > 0, totals, 1.0)
             shares[0] /= self._num_features
             shares[1] *= options.smoothness / _NUM_NEIGHBOURS
-            gradient = found.gradient.mul_(_over(2 * shares[0]))
+            gradient = found.gradient.mul_(per_sample(2 * shares[0]))
             share = found.weights[1][:, None] * self._defined
             strain, pull = _rigidity(field, share, found.strain)
-            gradient += pull.mul_(_over(2 * shares[1]))
+            gradient += pull.mul_(per_sample(2 * shares[1]))
             costs = torch.stack((found.value, strain)) * shares
             if self._moving:
                 self._add_slopes(gradient, found, shares, costs)
@@ -294,8 +294,8 @@ def inside_border(weight: Tensor, border: int) -> Tensor:
     return inside
 
 
-def _over(values: Tensor) -> Tensor:
-    """(B,) -> (B, 1, 1, 1)."""
+def per_sample(values: Tensor) -> Tensor:
+    """Shape one number a sample, (B,), so that it multiplies maps: (B, 1, 1, 1)."""
     return values.view(-1, 1, 1, 1)
 
 
