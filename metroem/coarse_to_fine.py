@@ -23,10 +23,11 @@ from torch import Tensor
 
 from metroem.errors import FieldError, UsageError
 from metroem.field import check_field, downsample_field, upsample_field, warp
-from metroem.field_loss import inside_border, per_sample
+from metroem.field_loss import per_sample
 from metroem.field_search import Finetuned
 from metroem.knots import Bending, Knots
 from metroem.masks import PairWeight
+from metroem.springs import inside_border
 
 # Squared difference, of features of variance 1, at which a pixel counts half.
 _OUTLIER = 1.0

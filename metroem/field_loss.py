@@ -16,7 +16,7 @@ from torch import Tensor
 from metroem.kernels import has_kernels
 from metroem.masks import PairWeight
 from metroem.springs import BORDER_PX as RIGIDITY_BORDER_PX
-from metroem.springs import NUM_NEIGHBOURS, row_blocks, weighted_rigidity
+from metroem.springs import NUM_NEIGHBOURS, inside_border, row_blocks, weighted_rigidity
 
 # Beyond the outermost pixels and their neighbours all places read the same.
 _PAD = 2
@@ -276,15 +276,6 @@ class _Compared(NamedTuple):
     squares: Tensor  # (B, H, W) of the features, their sum
     strain: Tensor  # (B, 1, H, W) sum over springs, filled in by `weighted_rigidity`
     slopes: Tensor  # (2, B, 2, H, W) of both weights, along cols and rows
-
-
-def inside_border(weight: Tensor, border: int) -> Tensor:
-    """The weight, (B, 1, H, W), with 0 in a border."""
-    rows, cols = weight.shape[-2:]
-    inside = torch.zeros_like(weight)
-    area = (..., slice(border, rows - border), slice(border, cols - border))
-    inside[area] = weight[area]
-    return inside
 
 
 def per_sample(values: Tensor) -> Tensor:

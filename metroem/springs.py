@@ -78,12 +78,12 @@ class _Rigidity(torch.autograd.Function):
             strain = _powered(spring.stretch, power).mul_(spring.share)
             total[spring.near] += strain
             total[spring.far] += strain
-        return _without_border(total)
+        return inside_border(total, BORDER_PX)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
         (field,) = ctx.saved_tensors
-        weight = _without_border(gradients[0])
+        weight = inside_border(gradients[0], BORDER_PX)
         total = torch.zeros_like(field)
         for spring in _springs(field, ctx.diagonal_mult):
             pull = weight[spring.near] + weight[spring.far]
@@ -118,9 +118,10 @@ def _powered(stretch: Tensor, power: float) -> Tensor:
     return size if power == 1 else size.pow_(power)
 
 
-def _without_border(values: Tensor) -> Tensor:
-    """The map with 0 where the rigidity is not defined."""
-    inner = (..., slice(BORDER_PX, -BORDER_PX), slice(BORDER_PX, -BORDER_PX))
+def inside_border(values: Tensor, border: int) -> Tensor:
+    """Set a border of a map, (B, C, H, W), to 0; px on each side."""
+    rows, cols = values.shape[-2:]
+    inner = (..., slice(border, rows - border), slice(border, cols - border))
     result = torch.zeros_like(values)
     result[inner] = values[inner]
     return result

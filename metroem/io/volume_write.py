@@ -90,44 +90,6 @@ def write_volume(
         _write_mip(volume.cloudpath, mip, sections)
 
 
-def write_field_volume(
-    path: Path, fields: np.ndarray, mip: int, shape: tuple[int, int]
-) -> None:
-    """Write fields of sections as corgie does: channel 0 along y, pixels of `mip`.
-
-    They are read back with `--channel_order yx --field_unit relative`.
-
-    Args:
-        path: folder of the volume; made if it is not there.
-        fields: (num_sections, 2, h, w), channel 0 along cols, px of `mip`.
-        mip: their mip, the only one that is written.
-        shape: (H, W) of the images at mip 0.
-
-    Raises:
-        DatasetError: fields of another shape than `shape` has at `mip`.
-    """
-    size = tuple(-(-side >> mip) for side in shape)
-    if fields.ndim != 4 or fields.shape[1:] != (2, *size):
-        raise DatasetError(
-            f"{path}: fields at mip {mip} are (num_sections, 2, {size[0]}, {size[1]}) "
-            f"for images of {shape} px, got {fields.shape}"
-        )
-    info = CloudVolume.create_new_info(
-        num_channels=2,
-        layer_type="image",
-        data_type="float32",
-        encoding="raw",
-        resolution=(8, 8, 40),
-        voxel_offset=(0, 0, 0),
-        chunk_size=(128, 128, 1),
-        volume_size=(*shape, len(fields)),
-    )
-    created = _with_mips(cloud_path(str(path)), info, mip + 1)
-    created.commit_info()
-    volume: Any = CloudVolume(created.cloudpath, mip=mip, progress=False)
-    volume[:, :, :] = fields.transpose(2, 3, 0, 1).astype(np.float32)
-
-
 @dataclass(frozen=True)
 class NewVolume:
     """What a volume is like that is made where there is none.
