@@ -31,9 +31,11 @@ setup(
         "artificery>=0.0.3.3",
         "boto3",
         "cachetools",  # modelhouse imports it and does not declare it
-        "cloud-files",  # likewise
-        "cloud-volume>=12",
+        # Bounded: metroem/io/ sets the time limits of these two by private parts.
+        "cloud-files>=6,<7",
+        "cloud-volume>=12,<13",
         "crc32c",  # this and zstandard come with cloud-files
+        "filelock>=4",
         "google-auth",
         "h5py",
         "modelhouse>=0.1.4",

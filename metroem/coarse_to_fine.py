@@ -23,10 +23,11 @@ from torch import Tensor
 
 from metroem.errors import FieldError, UsageError
 from metroem.field import check_field, downsample_field, upsample_field, warp
-from metroem.field_loss import inside_border
+from metroem.field_loss import per_sample
 from metroem.field_search import Finetuned
 from metroem.knots import Bending, Knots
 from metroem.masks import PairWeight
+from metroem.springs import inside_border
 
 # Squared difference, of features of variance 1, at which a pixel counts half.
 _OUTLIER = 1.0
@@ -143,7 +144,7 @@ def refine_field(
             found = found + problem.at_full_size(change)
         assert problem is not None
         before, after = problem.compare(start, found)
-        found = torch.where(_over(after > before), start, found)
+        found = torch.where(per_sample(after > before), start, found)
         return Finetuned(found, before, torch.minimum(before, after), steps)
 
 
@@ -264,7 +265,7 @@ class _Problem:
         pull = 2 * stiffness * self._bending.half_gradient(bent)
         share, _ = self._share(field)
         weight = 2 * share * _OUTLIER / (squares.detach() + _OUTLIER).square()
-        weight = weight / _over(unlike.detach() + _ALIKE)
+        weight = weight / per_sample(unlike.detach() + _ALIKE)
         return _State(
             data.detach() + bending,
             self._knots.gather(slope) + pull,
@@ -277,7 +278,7 @@ class _Problem:
         # Bending is of pixels, and a field's are 2**scale of them here.
         squares = 4**self.scale * self._bending.value(values) + _LEAST_BENDING
         cost = self._smoothness * squares.sqrt()
-        return cost, _over(4**self.scale * cost / (2 * squares))
+        return cost, per_sample(4**self.scale * cost / (2 * squares))
 
     def _dissimilarity(self, field: Tensor, warped: Tensor) -> tuple[Tensor, Tensor]:
         """How unlike tgt and src as a field has it are: each pixel, and all, (B,)."""
@@ -361,13 +362,13 @@ def _line_search(
     factor = torch.full_like(state.loss, _FIRST_STEP)
     waiting = torch.ones_like(state.loss, dtype=torch.bool)
     for _ in range(_TRIALS):
-        trial = change + _over(factor) * step
+        trial = change + per_sample(factor) * step
         there = problem.state(trial)
         better = waiting & (there.loss < state.loss)
-        change = torch.where(_over(better), trial, change)
+        change = torch.where(per_sample(better), trial, change)
         state = _State(
             *(
-                torch.where(_over(better).view(-1, *(1,) * (a.ndim - 1)), b, a)
+                torch.where(per_sample(better).view(-1, *(1,) * (a.ndim - 1)), b, a)
                 for a, b in zip(state, there, strict=True)
             )
         )
@@ -428,8 +429,3 @@ def _least(values: Tensor, levels: int) -> Tensor:
 def _dot(a: Tensor, b: Tensor) -> Tensor:
     """(B, 2, h, w) twice -> (B, 1, 1, 1)."""
     return (a * b).sum((1, 2, 3), keepdim=True)
-
-
-def _over(values: Tensor) -> Tensor:
-    """(B,) -> (B, 1, 1, 1)."""
-    return values.view(-1, 1, 1, 1)

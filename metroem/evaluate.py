@@ -15,7 +15,7 @@ from metroem.align import Pyramid, StageInput
 from metroem.data.dataset import PairRef, find_pairs, read_sample
 from metroem.data.known_warp import warp_section
 from metroem.data.photometric import image_anew
-from metroem.data.sample import Sample, seeded_generator
+from metroem.data.sample import Sample, seeded_generator, with_defects
 from metroem.distort import Truth
 from metroem.errors import DatasetError, UsageError
 from metroem.field import move_field
@@ -42,7 +42,6 @@ from metroem.scoring import (
     mean_score,
     score_aligned,
     score_known,
-    with_defects,
     without_value,
 )
 from metroem.specs.augmentations import KnownWarp, Photometric

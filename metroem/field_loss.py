@@ -6,7 +6,6 @@ goes by blocks of rows that stay in its cache. Nothing waits for the host, so th
 is kept busy.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -16,21 +15,15 @@ from torch import Tensor
 
 from metroem.kernels import has_kernels
 from metroem.masks import PairWeight
+from metroem.springs import BORDER_PX as RIGIDITY_BORDER_PX
+from metroem.springs import NUM_NEIGHBOURS, inside_border, row_blocks, weighted_rigidity
 
-# (cols, rows) from a pixel to the neighbours that it has springs to; those to
-# the other four are the neighbours' own. None goes back a row.
-_SPRINGS = ((0, 1), (1, 0), (1, 1), (-1, 1))
-_NUM_NEIGHBOURS = 8
-# Border where the rigidity of the original is not defined, px.
-_RIGIDITY_BORDER = 2
 # Beyond the outermost pixels and their neighbours all places read the same.
 _PAD = 2
 # Rows of 512 px and 9 maps at which a CPU is fastest: 16 and 64 take 1.1 times as
 # long, all rows at once 1.5 times (2026-11).
 _BLOCK_PX = 32 * 512
 _FEW_STEPS = 10
-# Rigidity needs fewer maps at a time.
-_RIGIDITY_BLOCK_PX = 4 * _BLOCK_PX
 
 
 @dataclass(frozen=True)
@@ -114,7 +107,7 @@ class FieldLoss:
         similarity, smoothness = weights
         inside = [inside_border(w.tgt, options.border) for w in weights]
         # Where the rigidity of the original is 0 it counts in the mean.
-        self._defined = inside_border(torch.ones_like(inside[1]), _RIGIDITY_BORDER)
+        self._defined = inside_border(torch.ones_like(inside[1]), RIGIDITY_BORDER_PX)
         self._tgt_weights = torch.cat(inside, 1).transpose(0, 1).contiguous()
         src_weights = torch.cat((similarity.src, smoothness.src), 1)
         # Whole tissue is the rule, and warping ones gives ones.
@@ -132,11 +125,11 @@ class FieldLoss:
             totals = found.weights.sum((2, 3))
             shares = 1 / torch.where(totals > 0, totals, 1.0)
             shares[0] /= self._num_features
-            shares[1] *= options.smoothness / _NUM_NEIGHBOURS
-            gradient = found.gradient.mul_(_over(2 * shares[0]))
+            shares[1] *= options.smoothness / NUM_NEIGHBOURS
+            gradient = found.gradient.mul_(per_sample(2 * shares[0]))
             share = found.weights[1][:, None] * self._defined
-            strain, pull = _rigidity(field, share, found.strain)
-            gradient += pull.mul_(_over(2 * shares[1]))
+            strain, pull = weighted_rigidity(field, share, found.strain)
+            gradient += pull.mul_(per_sample(2 * shares[1]))
             costs = torch.stack((found.value, strain)) * shares
             if self._moving:
                 self._add_slopes(gradient, found, shares, costs)
@@ -154,7 +147,7 @@ class FieldLoss:
         tgt = self._tgt, self._tgt_weights
         pair = search.Constants(self._table, *tgt, self._defined, _PAD, self._moving)
         options = self.options
-        factors = search.Factors(options.smoothness, _NUM_NEIGHBOURS, options.l2)
+        factors = search.Factors(options.smoothness, NUM_NEIGHBOURS, options.l2)
         return search.loss_and_gradient(field, pair, factors)
 
     def _add_slopes(
@@ -190,7 +183,7 @@ class FieldLoss:
             maps(len(field), 1, *size),
             maps(2, len(field), 2, *size),
         )
-        for block in _blocks(field, _BLOCK_PX):
+        for block in row_blocks(field, _BLOCK_PX):
             self._compare_block(field, block, found)
         return found
 
@@ -281,21 +274,12 @@ class _Compared(NamedTuple):
     gradient: Tensor  # (B, 2, H, W) half of theirs, but for the weights' own
     weights: Tensor  # (2, B, H, W) of similarity and of rigidity
     squares: Tensor  # (B, H, W) of the features, their sum
-    strain: Tensor  # (B, 1, H, W) sum over springs, filled in by `_rigidity`
+    strain: Tensor  # (B, 1, H, W) sum over springs, filled in by `weighted_rigidity`
     slopes: Tensor  # (2, B, 2, H, W) of both weights, along cols and rows
 
 
-def inside_border(weight: Tensor, border: int) -> Tensor:
-    """The weight, (B, 1, H, W), with 0 in a border."""
-    rows, cols = weight.shape[-2:]
-    inside = torch.zeros_like(weight)
-    area = (..., slice(border, rows - border), slice(border, cols - border))
-    inside[area] = weight[area]
-    return inside
-
-
-def _over(values: Tensor) -> Tensor:
-    """(B,) -> (B, 1, 1, 1)."""
+def per_sample(values: Tensor) -> Tensor:
+    """Shape one number a sample, (B,), so that it multiplies maps: (B, 1, 1, 1)."""
     return values.view(-1, 1, 1, 1)
 
 
@@ -325,74 +309,3 @@ def _places(like: Tensor) -> Tensor:
     )
     row, col = torch.meshgrid(rows, cols, indexing="ij")
     return torch.stack([col, row])[None]
-
-
-def _blocks(field: Tensor, size_px: int) -> Iterator[tuple[slice, slice]]:
-    """Samples and rows that are worked on at a time."""
-    batch, _, rows, cols = field.shape
-    if field.device.type != "cpu":
-        yield slice(0, batch), slice(0, rows)
-        return
-    height = max(size_px // cols, 1)
-    for sample in range(batch):
-        for row in range(0, rows, height):
-            yield slice(sample, sample + 1), slice(row, min(row + height, rows))
-
-
-def _rigidity(field: Tensor, share: Tensor, strain: Tensor) -> tuple[Tensor, Tensor]:
-    """Sum over the springs, at both ends, of stretch^2 times the share, (B,).
-
-    Args:
-        field: (B, 2, H, W), pixels.
-        share: (B, 1, H, W), 0 at the very border.
-        strain: (B, 1, H, W), to which each pixel's sum over its springs is added; or
-            empty.
-
-    Returns:
-        The sum, and half its gradient.
-    """
-    value = field.new_zeros(field.shape[0])
-    gradient = torch.zeros_like(field)
-    for samples, rows in _blocks(field, _RIGIDITY_BLOCK_PX):
-        for d_cols, d_rows in _SPRINGS:
-            near, far = _ends(field.shape[-2:], rows, (d_cols, d_rows))
-            near, far = (samples, *near), (samples, *far)
-            spring = field[far] - field[near]
-            cols_part, rows_part = spring[:, :1], spring[:, 1:]
-            if d_cols:
-                cols_part += d_cols
-            if d_rows:
-                rows_part += d_rows
-            square = (cols_part * cols_part).addcmul_(rows_part, rows_part)
-            square.clamp_(min=1e-12)
-            rest = (d_cols**2 + d_rows**2) ** 0.5
-            # Change of length, as a share of the length.
-            change = torch.rsub(square.rsqrt(), 1, alpha=rest)
-            weighted = (share[near] + share[far]).mul_(change)
-            spring *= weighted
-            square.mul_(change)
-            value[samples] += _dot(weighted, square)
-            if strain.numel():
-                square.mul_(change)
-                strain[near] += square
-                strain[far] += square
-            gradient[far] += spring
-            gradient[near] -= spring
-    return value, gradient
-
-
-def _ends(
-    shape: torch.Size, block: slice, spring: tuple[int, int]
-) -> tuple[tuple, tuple]:
-    """Indices of the pixels p of some rows, and p + spring, where both exist."""
-    rows, cols = shape
-    d_cols, d_rows = spring
-    low, high = block.start, min(block.stop, rows - d_rows)
-    left, right = max(0, -d_cols), cols - max(0, d_cols)
-    near = (slice(None), slice(low, high), slice(left, right))
-    far = (
-        slice(None),
-        slice(low + d_rows, high + d_rows),
-        slice(left + d_cols, right + d_cols),
-    )
-    return near, far

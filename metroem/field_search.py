@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from metroem.field_loss import FinetuneOptions
+from metroem.field_loss import FinetuneOptions, per_sample
 from metroem.kernels import has_kernels
 
 _MIN_GAIN = 1e-11
@@ -92,7 +92,7 @@ class Search:
         better = loss + _MIN_GAIN <= self.best_loss
         torch.where(better, loss, self.best_loss, out=self.best_loss)
         for change, best in zip(self._changes, self._best, strict=True):
-            torch.where(_over(better), change, best, out=best)
+            torch.where(per_sample(better), change, best, out=best)
         self.stale.add_(1).masked_fill_(better, 0)
 
     def step(self, loss: Tensor, gradient: Tensor) -> None:
@@ -112,10 +112,10 @@ class Search:
         self.rate /= 1 + stuck.to(self.rate.dtype)
         # A new rate starts with a new optimizer.
         self.age.masked_fill_(stuck, 0).add_(1)
-        kept = _over(torch.where(stuck, 0.0, 1.0))
+        kept = per_sample(torch.where(stuck, 0.0, 1.0))
         norm = gradient.flatten(1).norm(dim=1)
         scale = (self.options.max_grad_norm / (norm + 1e-6)).clamp(max=1.0)
-        gradient.mul_(_over(scale))
+        gradient.mul_(per_sample(scale))
         if self.options.weight_decay:
             gradient.add_(self.field, alpha=self.options.weight_decay)
         rate = torch.where(self.finished, 0.0, self.rate * self._share_of_rate())
@@ -148,7 +148,7 @@ class Search:
         self, index: int, gradient: Tensor, rate: Tensor, kept: Tensor
     ) -> None:
         mean = self._mean[index].mul_((self.options.momentum or 0.0) * kept)
-        step = torch.mul(mean.add_(gradient), _over(rate), out=self._spare[index])
+        step = torch.mul(mean.add_(gradient), per_sample(rate), out=self._spare[index])
         self._changes[index].sub_(step)
 
     def _adam(self, index: int, gradient: Tensor, rate: Tensor, kept: Tensor) -> None:
@@ -157,11 +157,13 @@ class Search:
         variance.addcmul_(gradient, gradient, value=0.001)
         # As mean / (1 - 0.9^n) over the root of variance / (1 - 0.999^n).
         root = (1 - 0.999**self.age).sqrt()
-        spread = torch.sqrt(variance, out=self._spare[index]).add_(_over(1e-8 * root))
+        spread = torch.sqrt(variance, out=self._spare[index]).add_(
+            per_sample(1e-8 * root)
+        )
         step = torch.div(mean, spread, out=self._spare[index])
         # All move as far, in pixels of the finest.
         rate = rate / 2 ** (self._levels[index] - self._levels[0])
-        step.mul_(_over(rate * root / (1 - 0.9**self.age)))
+        step.mul_(per_sample(rate * root / (1 - 0.9**self.age)))
         self._changes[index].sub_(step)
 
 
@@ -192,8 +194,3 @@ def _coarser(gradient: Tensor, levels: int) -> Tensor:
         whole, list(whole.shape[-2:]), size, False, scale, scale
     )
     return found * scale
-
-
-def _over(values: Tensor) -> Tensor:
-    """(B,) -> (B, 1, 1, 1)."""
-    return values.view(-1, 1, 1, 1)

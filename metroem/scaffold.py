@@ -10,8 +10,8 @@ from importlib import resources
 from pathlib import Path, PurePosixPath
 
 from metroem.errors import PyramidError, UsageError
+from metroem.io.cloud_retry import prepare_storage
 from metroem.io.replace import make_folder, writing
-from metroem.io.storage import prepare_storage
 from metroem.specs.pyramid import ModuleSpec
 from metroem.trust import code_in, shown
 

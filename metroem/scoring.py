@@ -15,11 +15,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from metroem.data.augment import swap_src_tgt
-from metroem.data.sample import Sample
+from metroem.data.sample import Sample, with_defects
 from metroem.distort import Truth
 from metroem.field import pixel_positions, warp
 from metroem.field import sample as read_at
-from metroem.masks import find_defects, tissue_mask, warp_mask
+from metroem.masks import tissue_mask, warp_mask
 from metroem.metrics import (
     EndpointError,
     chunked_correlation,
@@ -31,7 +31,6 @@ from metroem.metrics import (
     ring,
     swap_error,
 )
-from metroem.nets.options import AlignerOptions
 
 CHUNK_PX = 64
 BAND_PX = 8 * CHUNK_PX  # rows that are compared at a time
@@ -351,25 +350,6 @@ def comparable(sample: Sample, fields: Sequence[Tensor]) -> Tensor:
     for field in fields:
         valid = valid & (warp(src, field) > 0.999)
     return valid
-
-
-def with_defects(sample: Sample) -> Sample:
-    """The sample with the defects of both sides: its own, or those found."""
-    options = AlignerOptions()
-    src, tgt = (
-        find_defects(
-            image,
-            min_thickness=options.min_defect_thickness,
-            min_px=options.min_defect_px,
-        )
-        if known is None
-        else known
-        for image, known in (
-            (sample.src, sample.src_defects),
-            (sample.tgt, sample.tgt_defects),
-        )
-    )
-    return sample._replace(src_defects=src, tgt_defects=tgt)
 
 
 def defects_on_tgt(sample: Sample, field: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ from metroem.masks import (
     warp_mask,
     weigh,
 )
+from metroem.nets.options import AlignerOptions
 
 
 def image(*values):
@@ -201,3 +202,10 @@ def test_defects_are_gaps_and_bands_of_each_image_of_a_batch():
     found = find_defects(images)
     assert (found[:1] & dark).sum() > 0.85 * dark.sum()
     assert torch.equal(found[1:], hole)
+
+
+def test_defects_are_found_alike_with_and_without_the_options_of_a_module():
+    # data/ finds them by the defaults here, models by their options.
+    options, defaults = AlignerOptions(), find_defects.__kwdefaults__
+    assert options.min_defect_thickness == defaults["min_thickness"]
+    assert options.min_defect_px == defaults["min_px"]

@@ -24,9 +24,9 @@ from metroem.create.pair_files import normalization
 from metroem.create.spec import Center
 from metroem.errors import DatasetError
 from metroem.grid import Grid
+from metroem.io.cloud_errors import storage_errors
 from metroem.io.notes import Notes
 from metroem.io.parts import differences
-from metroem.io.storage import explained
 from metroem.io.volume_write import NewVolume, SectionWriter
 
 logger = logging.getLogger(__name__)
@@ -58,7 +58,7 @@ class PairVolumes:
             for side, center in enumerate(pair):
                 self._sections.setdefault(center, []).append(2 * index + side)
         self._lock = threading.Lock()
-        with explained("--dst_path", path, doing="written"):
+        with storage_errors("--dst_path", path, doing="written"):
             self._notes = Notes(self.path)
             self._claim(overwrite)
             names = [name for name in self._notes.names() if name.startswith(_SIDES)]
@@ -80,7 +80,7 @@ class PairVolumes:
         (x, y), (x_end, y_end) = (patch.x, patch.y), patch.end
         dx, dy = cutout.translation
         whole = Grid(patch.mip, 0, 0, *patch.shape)
-        with self._lock, explained("--dst_path", self.path, doing="written"):
+        with self._lock, storage_errors("--dst_path", self.path, doing="written"):
             for z in self._sections[center]:
                 self._image.put(cutout.image[None], whole, z)
                 if self._field is not None and cutout.field is not None:

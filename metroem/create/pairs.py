@@ -10,8 +10,8 @@ from metroem.create.pair_files import PairFiles, image_path
 from metroem.create.pair_volumes import PairVolumes
 from metroem.create.spec import Center, load_spec
 from metroem.errors import UsageError
+from metroem.io.cloud_paths import check_destination, local_folder
 from metroem.io.lock import holding, lock_path
-from metroem.io.storage import check_destination, local_folder
 from metroem.progress import in_threads
 from metroem.specs.filenames import check_checkpoint_name
 

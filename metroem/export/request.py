@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from metroem.errors import UsageError
-from metroem.io.storage import check_destination
+from metroem.io.cloud_paths import check_destination
 from metroem.specs.filenames import check_checkpoint_name
 
 FORMATS = ("cloudvolume", "sofima", "itk")

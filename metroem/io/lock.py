@@ -1,13 +1,12 @@
-"""One run at a time for what it writes, and who that is.
+"""Let one run at a time write a file or folder, and say which run that is.
 
-The lock is the kernel's, of this process: one that died holds none, whatever it left,
-and neither do processes that it had started. Storage that is shared by machines locks
-between them where it is mounted so (NFS does); storage without locks is named in a
-warning.
+The lock is the kernel's (flock): a process that died holds none, whatever file it left,
+and its children hold none either, since filelock closes the lock in them. Machines
+that share storage see each other's locks where it is mounted so (NFS is). Storage
+without locks is named in a warning.
 """
 
 import errno
-import fcntl
 import json
 import logging
 import os
@@ -16,17 +15,20 @@ import socket
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
+
+from filelock import FileLock, Timeout
 
 from metroem.errors import StorageError
 from metroem.io.replace import folder_trouble, writing
 
 logger = logging.getLogger(__name__)
 
-_HELD = {errno.EACCES, errno.EAGAIN}
-_NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL}
+# Seconds. Long enough for a run that ends now to have removed its lock.
+_TIMEOUT_S = 0.1
 _READ_ONLY = {errno.EROFS, errno.EACCES, errno.EPERM}
+_NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL}
 
 
 def lock_path(path: Path) -> Path:
@@ -36,90 +38,66 @@ def lock_path(path: Path) -> Path:
 
 @contextmanager
 def holding(lock: Path) -> Iterator[None]:
-    """Keep other runs from what a lock stands for.
+    """Keep other runs away while this one writes.
 
     Where nothing can be written there is nothing to keep them from.
 
     Args:
-        lock: its file; made if it is not there, and removed at the end.
+        lock: its file; made if it does not exist, and removed at the end.
 
     Raises:
         StorageError: another run holds it, or the disk is full.
     """
-    descriptor = _taken(lock)
-    if descriptor is None:
+    held = FileLock(lock, timeout=_TIMEOUT_S, mode=0o666, fallback_to_soft=False)
+    try:
+        held.acquire()
+    except Timeout:
+        raise StorageError(_refusal(lock)) from None
+    except OSError as error:
+        if not _is_lockless(error, lock.parent):
+            raise folder_trouble(error, lock.parent) from error
         yield
         return
     try:
         with writing(lock):
-            _sign(descriptor)
+            lock.write_text(json.dumps(_about_this_run()) + "\n")
         yield
     finally:
-        # While it is held, so that nobody holds a file that has no name.
+        # While it is held, so that no other run holds a file that has no name.
         lock.unlink(missing_ok=True)
-        os.close(descriptor)
+        held.release()
 
 
-def _taken(lock: Path) -> int | None:
-    """The open file of a lock that is held now; None where there can be none."""
-    while True:
-        try:
-            lock.parent.mkdir(parents=True, exist_ok=True)
-            descriptor = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-        except OSError as error:
-            if error.errno in _READ_ONLY:
-                return None
-            raise folder_trouble(error, lock.parent) from error
-        try:
-            # Of a process: a lock of an open file would outlive it in its children.
-            fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if _is_at(descriptor, lock):
-                return descriptor
-            os.close(descriptor)  # whoever held it has just removed it
-        except OSError as error:
-            holder = os.pread(descriptor, 4096, 0)
-            os.close(descriptor)
-            if error.errno in _HELD:
-                raise StorageError(_refusal(lock, holder)) from None
-            if error.errno not in _NO_LOCKS:
-                raise
-            logger.warning(
-                "%s: this storage has no locks (%s); see to it that no other run "
-                "writes here",
-                *(lock.parent, error.strerror),
-            )
-            return None
+def _is_lockless(error: OSError, folder: Path) -> bool:
+    """Whether a run may go on without a lock; warns where others may write, too."""
+    if error.errno in _NO_LOCKS:
+        logger.warning(
+            "%s: this storage has no locks (%s); see to it that no other run "
+            "writes here",
+            *(folder, error.strerror),
+        )
+        return True
+    # filelock also refuses a file that another account left in a folder like /tmp.
+    return error.errno in _READ_ONLY and not os.access(folder, os.W_OK)
 
 
-def _is_at(descriptor: int, path: Path) -> bool:
-    try:
-        return os.path.samestat(os.fstat(descriptor), path.stat())
-    except FileNotFoundError:
-        return False
-
-
-def _sign(descriptor: int) -> None:
-    """Say in the lock who holds it."""
-    about = {
+def _about_this_run() -> dict[str, str | int]:
+    return {
         "host": socket.gethostname(),
         "pid": os.getpid(),
         "since": time.strftime("%Y-%m-%d %H:%M:%S"),
         "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
     }
-    os.ftruncate(descriptor, 0)
-    with suppress(PermissionError):  # others of a shared folder lock it, too
-        os.fchmod(descriptor, 0o666)
-    os.pwrite(descriptor, (json.dumps(about) + "\n").encode(), 0)
 
 
-def _refusal(lock: Path, holder: bytes) -> str:
+def _refusal(lock: Path) -> str:
     try:
-        about = json.loads(holder)
+        about = json.loads(lock.read_bytes())
         who = (
             f"process {about['pid']} on {about['host']}, since {about['since']} "
             f"({about['command']})"
         )
-    except (ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError):
         who = "another run that has just begun"
     return (
         f"{lock}: in use by {who}; wait until it ends, or stop it. A run that died "

@@ -5,7 +5,7 @@ from typing import Any
 
 from cloudfiles import CloudFiles
 
-from metroem.io.storage import prepare_storage
+from metroem.io.cloud_retry import prepare_storage
 
 
 class Notes:

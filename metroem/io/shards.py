@@ -18,13 +18,14 @@ from cloudvolume.datasource.precomputed.common import compressed_morton_code
 from cloudvolume.datasource.precomputed.image.common import gridpoints, shade
 from cloudvolume.datasource.precomputed.sharding import ShardingSpecification
 
-from metroem.io.patience import ranges_ignored, status_of
-from metroem.io.whereabouts import (
+from metroem.io.cloud_errors import (
     BrokenFileError,
-    place_in,
-    place_of,
+    failed_file,
+    file_address,
+    range_ignored,
     reading,
     refuse_packed,
+    status_of,
 )
 
 _COPY_AGAIN = (
@@ -76,7 +77,7 @@ def download(volume: Any, box: Bbox) -> np.ndarray:
         start = bounds.minpt + point * size
         chunk_box = Bbox.clamp(Bbox(start, start + size), bounds)
         shard, content = found[code]
-        with reading(place_in(shards.folder, shard)):
+        with reading(file_address(shards.folder, shard)):
             chunk = chunks.decode(
                 content,
                 encoding=meta.encoding(mip),
@@ -96,8 +97,8 @@ class _Shards:
     """
 
     def __init__(self, meta: Any, mip: int) -> None:
-        self.folder = place_in(meta.cloudpath, meta.key(mip))
-        with reading(place_in(meta.cloudpath, "info")):
+        self.folder = file_address(meta.cloudpath, meta.key(mip))
+        with reading(file_address(meta.cloudpath, "info")):
             sharding = meta.scale(mip)["sharding"]
             self._spec = ShardingSpecification.from_dict(sharding)
         self._length = self._spec.index_length()
@@ -220,7 +221,7 @@ class _Shards:
                 what = f"is compressed as a whole ({answer['compress']})"
                 raise self._broken(shard, what, advice)
             if len(content) > end - start:
-                raise ranges_ignored(place_in(self.folder, shard))
+                raise range_ignored(file_address(self.folder, shard))
             if len(content) < end - start:
                 raise self._short(shard, start, end, len(content))
             for span in runs[answer["tags"]]:
@@ -235,12 +236,12 @@ class _Shards:
         except Exception as error:
             if status_of(error) != 416:  # the range begins beyond the end
                 raise
-            place = place_of(error)
+            file = failed_file(error)
             what = "is shorter than its index says, or empty"
-            raise BrokenFileError(what, _COPY_AGAIN, place=place) from error
+            raise BrokenFileError(what, _COPY_AGAIN, file=file) from error
 
     def _unpacked(self, shard: str, content: bytes, packing: str) -> bytes:
-        with reading(place_in(self.folder, shard)):
+        with reading(file_address(self.folder, shard)):
             if packing == "gzip":
                 content = compression.gunzip(content)
             if not content:
@@ -254,4 +255,4 @@ class _Shards:
     def _broken(
         self, shard: str, what: str, advice: str = _COPY_AGAIN
     ) -> BrokenFileError:
-        return BrokenFileError(what, advice, place=place_in(self.folder, shard))
+        return BrokenFileError(what, advice, file=file_address(self.folder, shard))

@@ -17,16 +17,11 @@ from cloudvolume.exceptions import InfoUnavailableError
 
 from metroem.errors import DatasetError
 from metroem.grid import Grid, Resolution, in_nm, nm_of, same_resolution
+from metroem.io.cloud_errors import InfoError, file_address, reading, storage_errors
+from metroem.io.cloud_paths import check_source, cloud_path, split_format
+from metroem.io.cloud_retry import prepare_storage
 from metroem.io.shards import download
-from metroem.io.storage import (
-    check_source,
-    cloud_path,
-    explained,
-    prepare_storage,
-    split_format,
-)
 from metroem.io.volume_info import unreadable_mips
-from metroem.io.whereabouts import InfoError, place_in, reading
 from metroem.io.zarr_n5 import FORMATS, ArrayVolume, open_arrays
 from metroem.progress import in_threads
 
@@ -81,7 +76,7 @@ class Volume:
         check_source(flag, self.path)
         prepare_storage()
         self._arrays: ArrayVolume | None = None
-        with explained(flag, self.path), reading(place_in(self.path, "info")):
+        with storage_errors(flag, self.path), reading(file_address(self.path, "info")):
             self._info = self._open()
             self._unreadable = (
                 self._arrays.unreadable
@@ -288,7 +283,7 @@ class Volume:
         )
         volume = self._at(self._index[grid.mip])
         place = f"mip {grid.mip}, voxels {box}"
-        with explained(self.flag, self.path), reading(place):
+        with storage_errors(self.flag, self.path), reading(place):
             if self._arrays is None:
                 cutout = download(volume, box)
             else:
@@ -361,7 +356,7 @@ class Volume:
         """cloud-volume's object, one a thread and scale; the info is fetched once."""
         opened = self._local.__dict__.setdefault("volumes", {})
         if index not in opened:
-            with explained(self.flag, self.path):
+            with storage_errors(self.flag, self.path):
                 opened[index] = CloudVolume(
                     self.location, mip=index, info=self._info, **_OPTIONS
                 )

@@ -11,7 +11,7 @@ from cloudvolume.datasource.precomputed.metadata import PrecomputedMetadata
 from cloudvolume.datasource.precomputed.sharding import ShardingSpecification
 from cloudvolume.exceptions import SpecViolation
 
-from metroem.io.whereabouts import InfoError
+from metroem.io.cloud_errors import InfoError
 
 _VOLUME = "neuroglancer_multiscale_volume"
 _OF_VOLUME = ("type", "data_type", "num_channels", "scales")

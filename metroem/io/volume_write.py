@@ -22,17 +22,16 @@ from cloudvolume import CloudVolume
 
 from metroem.errors import DatasetError
 from metroem.grid import Grid
-from metroem.io.parts import differences
-from metroem.io.storage import (
+from metroem.io.cloud_errors import file_address, storage_errors
+from metroem.io.cloud_paths import (
     check_destination,
     cloud_path,
-    explained,
     local_folder,
-    prepare_storage,
     split_format,
 )
+from metroem.io.cloud_retry import prepare_storage
+from metroem.io.parts import differences
 from metroem.io.volume import Volume, cut
-from metroem.io.whereabouts import place_in
 from metroem.io.zarr_n5 import open_arrays
 from metroem.normalize import coarsen_image
 
@@ -89,44 +88,6 @@ def write_volume(
     volume.commit_info()
     for mip in range(mips):
         _write_mip(volume.cloudpath, mip, sections)
-
-
-def write_field_volume(
-    path: Path, fields: np.ndarray, mip: int, shape: tuple[int, int]
-) -> None:
-    """Write fields of sections as corgie does: channel 0 along y, pixels of `mip`.
-
-    They are read back with `--channel_order yx --field_unit relative`.
-
-    Args:
-        path: folder of the volume; made if it is not there.
-        fields: (num_sections, 2, h, w), channel 0 along cols, px of `mip`.
-        mip: their mip, the only one that is written.
-        shape: (H, W) of the images at mip 0.
-
-    Raises:
-        DatasetError: fields of another shape than `shape` has at `mip`.
-    """
-    size = tuple(-(-side >> mip) for side in shape)
-    if fields.ndim != 4 or fields.shape[1:] != (2, *size):
-        raise DatasetError(
-            f"{path}: fields at mip {mip} are (num_sections, 2, {size[0]}, {size[1]}) "
-            f"for images of {shape} px, got {fields.shape}"
-        )
-    info = CloudVolume.create_new_info(
-        num_channels=2,
-        layer_type="image",
-        data_type="float32",
-        encoding="raw",
-        resolution=(8, 8, 40),
-        voxel_offset=(0, 0, 0),
-        chunk_size=(128, 128, 1),
-        volume_size=(*shape, len(fields)),
-    )
-    created = _with_mips(cloud_path(str(path)), info, mip + 1)
-    created.commit_info()
-    volume: Any = CloudVolume(created.cloudpath, mip=mip, progress=False)
-    volume[:, :, :] = fields.transpose(2, 3, 0, 1).astype(np.float32)
 
 
 @dataclass(frozen=True)
@@ -198,7 +159,7 @@ class SectionWriter:
             self._folder.mkdir(parents=True, exist_ok=True)
             for left in self._folder.glob(f"{_STAGING}*"):  # of runs killed
                 shutil.rmtree(left, ignore_errors=True)
-        with explained(flag, self.path, doing="written"):
+        with storage_errors(flag, self.path, doing="written"):
             self._files = CloudFiles(self.path.removeprefix("precomputed://"))
             is_new = self._files.get("info") is None
             if is_new and (there := open_arrays("", split_format(self.path)[1])):
@@ -209,7 +170,7 @@ class SectionWriter:
             if is_new:
                 self._put_json("info", wanted.info(self.path))
         self._volume = Volume(self.path, flag=flag)
-        if place_in(self._volume.location, "") != place_in(self.path, ""):
+        if file_address(self._volume.location, "") != file_address(self.path, ""):
             raise DatasetError(
                 f"{flag} {path}: its info says that it is now at "
                 f"{self._volume.location}; give that path"
@@ -248,7 +209,7 @@ class SectionWriter:
             )
         changed = stored.copy()
         cut(changed[z - layers.start], hull, grid)[:] = section
-        with explained(self.flag, self.path, doing="written"):
+        with storage_errors(self.flag, self.path, doing="written"):
             self._write(changed, hull, layers)
         return True
 
@@ -259,7 +220,7 @@ class SectionWriter:
             sources: what its values come from.
             entry: what was done, JSON-able.
         """
-        with explained(self.flag, self.path, doing="written"):
+        with storage_errors(self.flag, self.path, doing="written"):
             found: Any = self._files.get_json("provenance") or {}
             told = {"description": "", "owners": [], "sources": [], "processing": []}
             provenance = {**told, **found}

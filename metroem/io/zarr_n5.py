@@ -24,7 +24,7 @@ import zstandard
 from cloudfiles import CloudFiles
 from cloudvolume import Bbox
 
-from metroem.io.whereabouts import InfoError, place_in, place_of, reading
+from metroem.io.cloud_errors import InfoError, failed_file, file_address, reading
 
 logger = logging.getLogger(__name__)
 
@@ -113,7 +113,7 @@ class ArrayVolume:
         found = np.full(shape, array.fill, array.dtype.newbyteorder("="))
         for name, index in names.items():
             if files[name] is not None:
-                with reading(place_in(self.place, name)):
+                with reading(file_address(self.place, name)):
                     chunk = array.decode(files[name])
                     _paste(chunk, array.corner(index), found, spans)
         in_order = [array.axes.index(axis) for axis in _AXES if axis in array.axes]
@@ -276,7 +276,7 @@ def open_arrays(form: str, place: str) -> ArrayVolume | None:
         ValueError,
         ArithmeticError,
     ) as error:
-        if place_of(error):  # the storage's
+        if failed_file(error):  # the storage's
             raise
         raise InfoError(
             f"its metadata cannot be understood ({type(error).__name__}: {error})"
@@ -292,7 +292,7 @@ class _Metadata:
 
     def read(self, name: str) -> Any:
         """What a file holds; None if it is not there."""
-        with reading(place_in(self._place, name)):
+        with reading(file_address(self._place, name)):
             content: Any = self._files.get(name)
             try:
                 return None if content is None else json.loads(content)

@@ -21,7 +21,7 @@ MET: Counter[str] = Counter()
 
 STATUSES = ("403", "429", "429 now", "429 later", "500", "503")
 CUTS = ("cut", "cut, length too", "empty")
-STALLS = ("silent", "headers only", "bytes now and then", "slow headers")
+STALLS = ("silent", "headers only")
 DROPS = ("drop", "drop in body")
 FAULTS = (*STATUSES, *CUTS, *STALLS, *DROPS)
 WRITE_FAULTS = ("403", "429", "500", "503", "silent", "drop", "drop after")
@@ -92,8 +92,6 @@ class FlakyHandler(FolderHandler):
             self._refuse(kind)
         elif kind == "silent":
             pattern.over.wait(60)
-        elif kind == "slow headers":
-            self._now_and_then(b"HTTP/1.1 200 OK\r\nContent-Length: 9" + b"9" * 999)
         elif kind != "drop":
             well(kind)
         self.close_connection |= bool(kind)

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from metroem.io import cloud_errors, cloud_retry
 from tests.cloud.servers import KEYS, s3_client, s3_server, serving
 from tests.export.sets import make_sets
 from tests.volumes import make_volume
@@ -44,6 +45,12 @@ def fails(tmp_path, zygote):
         return line
 
     return run
+
+
+def test_what_is_changed_in_other_packages_was_tried_with_their_pinned_versions():
+    pinned = (Path(__file__).parents[2] / "requirements.txt").read_text().split()
+    assert cloud_retry.TESTED_WITH in pinned
+    assert set(cloud_errors.TESTED_WITH) <= set(pinned)
 
 
 def test_missing_s3_credentials(fails, bucket):

@@ -17,7 +17,7 @@ from cloudvolume import CloudVolume
 import download_field
 import download_image
 from metroem.errors import DatasetError, PyramidError
-from metroem.io import patience, volume
+from metroem.io import cloud_retry, volume
 from metroem.scaffold import fetch, init_pyramid
 from tests.cloud import flaky
 from tests.cloud.flaky import (
@@ -34,10 +34,9 @@ from tests.cloud.test_contents import assert_same
 from tests.export.sets import export, make_sets
 from tests.volumes import make_volume
 
-# A run takes a few times the patience. A machine that has other things to do may be
-# silent for as long: then a sound file is named, which the resumed run, with all
-# patience, reads.
-PATIENCE_S, LONGEST_S = 0.3, 60
+# A run takes a few times this limit. A busy machine may be silent for as long: then a
+# sound file is named, which the resumed run, with the usual limit, reads.
+TIMEOUT_S, LONGEST_S = 0.3, 60
 PLACE = "--x_offset 8 --y_offset 16 --z_start 1 --z_end 3".split()
 IMAGE = "--mip 0 --patch_size 48".split()
 FIELD = "--src_mip 1 --dst_mip 0 --patch_size 40".split()
@@ -84,23 +83,23 @@ def write_images(folder, grey, compress=False, encoding="raw"):
 
 @pytest.fixture(scope="module")
 def server(folder):
-    """A server over the folder, of which little patience is had."""
+    """A server over the folder, which is waited for shortly."""
     with flaky_server(folder.parent) as server, pytest.MonkeyPatch.context() as patched:
         patched.delenv("AWS_SESSION_TOKEN", raising=False)
         for name, value in {**KEYS, "AWS_ENDPOINT_URL_S3": server.url}.items():
             patched.setenv(name, value)
         with impatient():  # boto3 keeps its own for each client
-            patience.limit_boto()
+            cloud_retry.set_boto_timeouts()
         reset_connection_pools()
         yield server
-    patience.limit_boto()
+    cloud_retry.set_boto_timeouts()
     reset_connection_pools()
 
 
 @contextmanager
-def impatient(seconds=PATIENCE_S):
+def impatient(seconds=TIMEOUT_S):
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(patience, "PATIENCE_S", seconds)
+        patched.setattr(cloud_retry, "TIMEOUT_S", seconds)
         yield
 
 
@@ -228,9 +227,8 @@ def test_what_stalls_is_given_up(tmp_path, server, what, kind):
 
 
 def test_what_is_slow_but_comes_is_waited_for(tmp_path, server, monkeypatch):
-    # 1024 bytes take 2.5 s or more, at 20 times the rate that is too slow.
+    # 1024 bytes take 2.5 s or more: the limit is for each wait, not for all.
     monkeypatch.setattr(flaky, "BYTE_EVERY_S", 0.0025)
-    monkeypatch.setattr(patience, "LEAST_BYTES_PER_S", 20)
     pattern = Always("bytes now and then", "_1-2", times=1)
     with impatient(1.0), server.failing(pattern):
         download(server, "images, http", tmp_path)

@@ -101,11 +101,22 @@ def test_a_lock_lies_hidden_beside_what_it_stands_for(tmp_path):
     assert list(path.parent.iterdir()) == []
 
 
+def test_a_lock_file_that_may_not_be_used_is_named(tmp_path, monkeypatch):
+    # As one that another account left in a folder where all may write.
+    def fail(*arguments):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("filelock.FileLock.acquire", fail)
+    with pytest.raises(StorageError, match="Permission denied"):
+        with holding(tmp_path / ".lock"):
+            pass
+
+
 def test_storage_without_locks_is_named(tmp_path, monkeypatch, caplog):
     def fail(*arguments):
         raise OSError(38, "Function not implemented")
 
-    monkeypatch.setattr("metroem.io.lock.fcntl.lockf", fail)
+    monkeypatch.setattr("fcntl.flock", fail)
     with holding(tmp_path / ".lock"):
         pass
     assert "this storage has no locks" in caplog.text

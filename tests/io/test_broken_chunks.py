@@ -7,7 +7,7 @@ from cloudvolume import chunks
 
 from metroem.errors import DatasetError
 from metroem.grid import Grid
-from metroem.io.storage import prepare_storage
+from metroem.io.cloud_retry import prepare_storage
 from metroem.io.volume import Volume
 from tests.sharded import tissue
 from tests.volumes import make_volume

@@ -15,9 +15,9 @@ import download_image
 from metroem.__main__ import build_parser, main
 from metroem.errors import DatasetError
 from metroem.grid import Grid
-from metroem.io.storage import cloud_path
+from metroem.io.cloud_paths import cloud_path
 from metroem.io.volume import Volume
-from metroem.io.volume_write import write_field_volume, write_volume
+from metroem.io.volume_write import write_volume
 from metroem.report.page import neuroglancer_source
 from metroem.scaffold import fetch, init_pyramid
 from tests.export.sets import make_sets
@@ -47,9 +47,8 @@ def home(tmp_path, monkeypatch):
 def test_what_is_written_to_a_folder_is_read_from_it(tmp_path, name):
     folder = tmp_path / name
     write_volume(folder / "em", GREY, 2)
-    write_field_volume(
-        folder / "field", np.ones((4, 2, 24, 20), np.float32), 1, (48, 40)
-    )
+    fields = [np.ones((4, 2, *size), np.float32) for size in ((48, 40), (24, 20))]
+    make_volume(folder / "field", fields)
     assert {found.partition("/em")[0] for found in files(tmp_path)} >= {name}
     assert {path.name for path in folder.iterdir()} == {"em", "field"}
     for path in (

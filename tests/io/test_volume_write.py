@@ -3,7 +3,7 @@ import pytest
 from cloudvolume import CloudVolume
 
 from metroem.errors import DatasetError
-from metroem.io.volume_write import write_field_volume, write_volume
+from metroem.io.volume_write import write_volume
 
 
 @pytest.fixture
@@ -46,19 +46,3 @@ def test_normalised_float_sections_are_kept_as_they_are(tmp_path, sections):
 def test_sections_of_another_type_are_refused(tmp_path, sections):
     with pytest.raises(DatasetError, match="uint8 or float32"):
         write_volume(tmp_path / "v", sections.astype(np.int64), 1)
-
-
-def test_fields_are_stored_with_the_displacement_along_y_first(tmp_path):
-    # 101 x 77 px at mip 0 are 26 x 20 at mip 2.
-    fields = np.random.default_rng(0).standard_normal((3, 2, 26, 20)).astype(np.float32)
-    write_field_volume(tmp_path / "f", fields, 2, (101, 77))
-    path = f"file://{tmp_path / 'f'}"
-    volume = CloudVolume(path, mip=2, progress=False)
-    stored = np.asarray(volume[:, :, :])
-    np.testing.assert_array_equal(stored[:, :, 1, 0], fields[1, 0])
-    np.testing.assert_array_equal(stored[:, :, 1, 1], fields[1, 1])
-
-
-def test_fields_that_do_not_fit_the_images_are_refused(tmp_path):
-    with pytest.raises(DatasetError, match=r"\(num_sections, 2, 26, 20\)"):
-        write_field_volume(tmp_path / "f", np.zeros((3, 2, 20, 26)), 2, (101, 77))
