@@ -86,14 +86,14 @@ def test_parts_of_a_download_killed_at_its_very_end_are_dropped(download, monkey
     assert [p.name for p in path.parent.iterdir()] == [path.name]
 
 
-@pytest.mark.parametrize("num_parts", [2, 4, 5, 6, 7, 15])
+@pytest.mark.parametrize("num_parts", [0, 1, 2, 3])
 def test_a_masked_download_killed_anywhere_becomes_the_same_file(
     tmp_path, download, monkeypatch, num_parts
 ):
     random = np.random.default_rng(1)
     mask = (random.random(SHAPE) < 0.1).astype(np.uint8)
     defects = make_volume(tmp_path / "mask", [mask], offset=OFFSET)
-    # Statistics of the same volume and mip: three parts a section besides the mask.
+    # Image, mask and statistics of a section are one part: four in all.
     flags = ["--mip", 0, "--patch_size", 64, "--normalize", "--reference_size", 96]
     flags += ["--cv_path_defects", defects]
     monkeypatch.setattr(sys, "argv", ["download_image.py"])
