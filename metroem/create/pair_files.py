@@ -37,7 +37,9 @@ logger = logging.getLogger(__name__)
 
 # A section that is blanker than this is named in the log.
 _MUCH = 0.5
-_ALIGN_BYTES = 64
+# Of a part: arrays begin at multiples of the first; the line before them is shorter
+# than the second by far.
+_ALIGN_BYTES, _MOST_HEAD_BYTES = 64, 4096
 
 
 class Words(NamedTuple):
@@ -236,15 +238,12 @@ class PairFiles:
             yield [made[at] for at in wanted]
 
     def _image(self, key: Key, window: Grid) -> np.ndarray:
-        patch = self._load(key)
-        grid = moved(self._reader.patches[key], patch.translation)
-        return self._reader.image(patch, grid, window)
+        return self._reader.image(key, self._load(key), window)
 
     def _defects(self, key: Key, window: Grid) -> np.ndarray:
         patch = self._load(key)
         assert patch.defects is not None
-        grid = moved(self._reader.patches[key], patch.translation)
-        return cut(patch.defects, grid, window)
+        return cut(patch.defects, self._reader.grid(key, patch), window)
 
     def _field(self, key: Key, window: Grid) -> np.ndarray:
         return self._reader.field(key, self._load(key))
@@ -305,9 +304,8 @@ def pack(patch: SectionPatch) -> np.ndarray:
 
 def unpack(part: np.ndarray) -> SectionPatch:
     """Read what `pack` laid out; arrays are views of `part`."""
-    end = int(np.argmax(part == ord("\n"))) + 1
-    head = json.loads(part[:end].tobytes())
-    start = end
+    line = part[:_MOST_HEAD_BYTES].tobytes().partition(b"\n")[0]
+    head, start = json.loads(line), len(line) + 1
     for name, dtype, shape in head.pop("arrays"):
         start += -start % _ALIGN_BYTES
         end = start + int(np.prod(shape)) * np.dtype(dtype).itemsize

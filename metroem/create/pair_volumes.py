@@ -20,7 +20,7 @@ from pathlib import PurePosixPath
 import numpy as np
 
 from metroem.create.pair_files import PairSet, check_references, report_blank
-from metroem.create.patches import Key, PatchReader, SectionPatch, moved
+from metroem.create.patches import Key, PatchReader, SectionPatch
 from metroem.errors import DatasetError
 from metroem.grid import Grid
 from metroem.io.notes import Notes
@@ -78,9 +78,9 @@ class PairVolumes:
     def put(self, key: Key, patch: SectionPatch) -> None:
         """Write a patch to its sections."""
         grid = self._reader.patches[key]
-        window = moved(grid, patch.translation)
+        window = self._reader.grid(key, patch)
         (x, y), (x_end, y_end) = (window.x, window.y), window.end
-        image = self._reader.image(patch, window, window)
+        image = self._reader.image(key, patch, window)
         field = None if self._field is None else self._reader.field(key, patch)
         whole = Grid(grid.mip, 0, 0, *grid.shape)
         with self._lock, explained("--dst_path", self.path, doing="written"):

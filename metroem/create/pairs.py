@@ -7,7 +7,7 @@ from pathlib import Path
 
 from metroem.create.pair_files import PairFiles, PairSet, Words
 from metroem.create.pair_volumes import PairVolumes
-from metroem.create.patches import FieldSource, ImageSource, PatchReader
+from metroem.create.patches import FieldSource, ImageSource, Key, PatchReader
 from metroem.create.sources import DefectMask, ReferenceArea, warn_of_integers
 from metroem.create.spec import AreaSpec, Center, DatasetSpec, FieldSpec, load_spec
 from metroem.create.stored_field import StoredField
@@ -171,7 +171,9 @@ def _open(spec: DatasetSpec) -> PatchReader:
     ]
     if spec.image.reference is not None:
         reference = _area(ImageVolume, spec.image.reference, "image: reference", image)
-    patches = {center: spec.patch(center) for pair in spec.pairs for center in pair}
+    patches: dict[Key, Grid] = {
+        center: spec.patch(center) for pair in spec.pairs for center in pair
+    }
     source = ImageSource(image, mip, reference is not None, reference)
     field = _field_source(spec, spec.field, image) if spec.field else None
     return PatchReader(patches, source, field, masks)

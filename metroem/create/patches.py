@@ -245,19 +245,23 @@ class PatchReader:
         for z, patch in found:
             yield keys[z], patch
 
-    def image(self, patch: SectionPatch, grid: Grid, window: Grid) -> np.ndarray:
+    def grid(self, key: Key, patch: SectionPatch) -> Grid:
+        """The area that the image of a patch was read from."""
+        return moved(self.patches[key], patch.translation)
+
+    def image(self, key: Key, patch: SectionPatch, window: Grid) -> np.ndarray:
         """Normalise a window of a patch, if that is asked for.
 
         Args:
+            key: of the patch.
             patch: with an image.
-            grid: where it was read.
-            window: a part of it.
+            window: a part of `grid`.
 
         Returns:
             (H, W) float32.
         """
         assert patch.image is not None and self.image_source is not None
-        raw = cut(patch.image, grid, window)
+        raw = cut(patch.image, self.grid(key, patch), window)
         if not self.image_source.normalize:
             return raw.astype(np.float32)
         # A copy, since a part cannot be written to; as it is stored if 8 bit will do.

@@ -150,3 +150,18 @@ def test_each_chunk_is_read_once_where_chunks_are_thick(
     assert len(count.times) == 2 * 4
     expected = patch(sections, 14, 64, 64)
     np.testing.assert_array_equal(ImageSet(path).read(2).src, expected)
+
+
+@pytest.mark.parametrize("parallel", [1, 3])
+def test_each_chunk_is_read_once_where_those_of_the_mask_are_thicker(
+    tmp_path, download, monkeypatch, parallel
+):
+    mask = (np.random.default_rng(1).random(SHAPE) < 0.1).astype(np.uint8)
+    defects = make_volume(tmp_path / "mask", [mask], offset=OFFSET, chunk=(32, 32, 3))
+    count = ReadCount(monkeypatch)
+    flags = ["--mip", 0, "--patch_size", 64, "--parallel", parallel]
+    (path,) = download(*flags, "--cv_path_defects", defects)
+    # 4 sections of images and 2 layers of the mask, 2 x 2 chunks each.
+    assert set(count.times.values()) == {1} and len(count.times) == (4 + 2) * 4
+    marks = patch(mask, 14, 64, 64)
+    np.testing.assert_array_equal(ImageSet(path).read_defects(2).src, marks)
