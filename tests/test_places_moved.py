@@ -12,7 +12,7 @@ import pytest
 import download_field
 import download_image
 from metroem.__main__ import main
-from metroem.create.image_file import ImageFile
+from metroem.create.image import _ImageFile
 from metroem.data.dataset import open_prior
 from metroem.errors import DatasetError
 from metroem.evaluate import EvaluateRequest, evaluate_dataset
@@ -157,7 +157,7 @@ def test_a_run_killed_between_two_mips_is_finished_by_the_same_command(
 ):
     run(image_line("1 0", "24 40"))
     run(field_line())
-    make = ImageFile.make
+    make = _ImageFile.make
 
     def killed(this):
         if this.grid.mip == 0:
@@ -165,7 +165,7 @@ def test_a_run_killed_between_two_mips_is_finished_by_the_same_command(
         make(this)
 
     with monkeypatch.context() as patch:
-        patch.setattr(ImageFile, "make", killed)
+        patch.setattr(_ImageFile, "make", killed)
         with pytest.raises(KeyboardInterrupt):
             run(image_line("1", "24", MOVE))
     assert (offsets(1), offsets(0)) == (EXPECTED, NOT_MOVED)

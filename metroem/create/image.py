@@ -1,22 +1,41 @@
-"""Image sets from a CloudVolume: one file a mip, pairs of neighbouring sections."""
+"""Download image sets along z: one file a mip, pairs of neighbouring sections."""
 
 import logging
 from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
-from metroem.create.download import DefectMask, warn_of_integers
-from metroem.create.image_file import ImageFile, Sources
 from metroem.create.image_request import ImageRequest
+from metroem.create.pair_files import PairFiles, PairSet
+from metroem.create.patches import ImageSource, Key, PatchReader, moved
+from metroem.create.sources import (
+    DefectMask,
+    ReferenceArea,
+    open_mask,
+    warn_of_integers,
+)
 from metroem.errors import DatasetError
 from metroem.grid import Grid, in_nm, same_resolution
 from metroem.io.h5 import FieldSet, ImageSet, PairFrame
 from metroem.io.image_volume import ImageVolume
+from metroem.io.lock import holding, lock_path
 from metroem.io.moved import moved_apart
+from metroem.io.parts import as_json
+from metroem.io.volume import covering
 from metroem.specs.filenames import ImageSetName
 
 __all__ = ["ImageRequest", "create_image_sets"]
 
 logger = logging.getLogger(__name__)
+
+
+class _Sources(NamedTuple):
+    """The volumes that a download reads, opened and checked."""
+
+    image: ImageVolume
+    masks: list[DefectMask]
+    reference: ImageVolume | None
+    fields: FieldSet | None
 
 
 def create_image_sets(request: ImageRequest) -> list[Path]:
@@ -38,10 +57,7 @@ def create_image_sets(request: ImageRequest) -> list[Path]:
     sources = _open(request)
     wider = _with_other_mips(request, sources.fields)
     # Everything is checked before anything is read.
-    files = [
-        ImageFile(wider, sources, grid, _frames(wider, sources.fields, grid))
-        for grid in wider.grids()
-    ]
+    files = [_ImageFile(wider, sources, grid) for grid in wider.grids()]
     files = [one for one in files if one.grid.mip in request.mips or one.may_move()]
     for file in files:
         file.check()
@@ -90,12 +106,11 @@ def _others(request: ImageRequest) -> list[ImageSet]:
     ]
 
 
-def _open(request: ImageRequest) -> Sources:
+def _open(request: ImageRequest) -> _Sources:
     image = ImageVolume(request.cv_path)
     image.check_channels(1, "an image")
-    mask = reference = fields = None
-    if request.cv_path_defects is not None:
-        mask = DefectMask(request.cv_path_defects, request.mask_val, image)
+    masks = open_mask(request.cv_path_defects, request.mask_val, image)
+    reference = fields = None
     if request.has_reference:
         reference = ImageVolume(
             request.reference_path or request.cv_path,
@@ -108,7 +123,7 @@ def _open(request: ImageRequest) -> Sources:
         _check_resolution(fields, image)
     if not request.normalize:
         warn_of_integers(image, "--normalize")
-    return Sources(image, mask, reference, fields)
+    return _Sources(image, masks, reference, fields)
 
 
 def _check_resolution(fields: FieldSet, image: ImageVolume) -> None:
@@ -151,3 +166,147 @@ def _frames(
             )
         frames.append(PairFrame(grid, pair, offsets))
     return frames
+
+
+class _ImageFile:
+    """One image set in the making.
+
+    Attributes:
+        grid: the patch.
+        path: of the file.
+    """
+
+    def __init__(self, request: ImageRequest, sources: _Sources, grid: Grid) -> None:
+        self._request, self._sources, self.grid = request, sources, grid
+        self.path = request.path(grid.mip)
+        self._frames = _frames(request, sources.fields, grid)
+        # One area a section, if both pairs that it belongs to move it alike.
+        areas: dict[int, list[Grid]] = {z: [] for z in request.sections}
+        for frame in self._frames:
+            for z, offset in zip(frame.sections, frame.offsets, strict=True):
+                areas[z].append(moved(grid, offset))
+        self._windows = {z: covering(grids) for z, grids in areas.items()}
+        self._reference = self._reference_area()
+        self._reader = PatchReader(
+            {self._key(z): window for z, window in self._windows.items()},
+            ImageSource(sources.image, grid.mip, request.normalize, self._reference),
+            None,
+            sources.masks,
+        )
+
+    def check(self) -> None:
+        """Refuse what the volumes do not hold.
+
+        Raises:
+            DatasetError: as said.
+        """
+        image, mip, sections = (
+            self._sources.image,
+            self.grid.mip,
+            self._request.sections,
+        )
+        image.check_mip("--mip", mip)
+        image.check_sections(sections, mip)
+        image.check_covers(self.grid, "the patch")
+        beyond = [z for z, w in self._windows.items() if image.clip(w) != w]
+        if beyond:
+            logger.warning(
+                "%s: --field_dset moves sections %s beyond the volume; blank there",
+                self.path.name,
+                beyond,
+            )
+        if (reference := self._reference) is not None:
+            volume, at = reference.volume, reference.mip
+            volume.check_mip("--reference_mip", at)
+            volume.check_lies_on(image, at)
+            volume.check_sections(sections, at)
+        for mask in self._sources.masks:
+            mask.check(image, mip, self._windows)
+
+    def may_move(self) -> bool:
+        """Whether the images that are there differ in where they were read alone."""
+        try:
+            found = ImageSet(self.path).request
+        except DatasetError:
+            return False
+        wanted = as_json(self._wanted())
+        return found != wanted == found | {"offsets": wanted["offsets"]}
+
+    def make(self) -> None:
+        """Download, unless the file is there; then write it and drop the parts.
+
+        Images that are the same but were not moved by the field are replaced; those
+        that one has moved since are kept.
+
+        Raises:
+            DatasetError: see `create_image_sets`.
+            StorageError: another run makes it, or the disk is full.
+        """
+        with holding(lock_path(self.path)):
+            overwrite = self._request.overwrite
+            if not overwrite and self.may_move():
+                if self._sources.fields is None:
+                    logger.warning(
+                        "%s: is there already, moved by a field (--field_dset); kept. "
+                        "Take another --dst_folder or --suffix for images that are not",
+                        self.path,
+                    )
+                    return
+                if ImageSet(self.path).request.get("offsets") is None:
+                    logger.info("%s: not moved yet, replaced (--field_dset)", self.path)
+                    overwrite = True
+            sections = [frame.sections for frame in self._frames]
+            pair_set = PairSet(
+                [(self._key(src), self._key(tgt)) for src, tgt in sections],
+                self._wanted(),
+                image_path=self.path,
+                frames=self._frames,
+                anchor=self._request.anchor,
+                normalization=self._normalization(),
+            )
+            files = PairFiles(self._reader, pair_set, overwrite=overwrite)
+            self._reader.make(files, self.path.name, parallel=self._request.parallel)
+
+    def _key(self, z: int) -> Key:
+        return self.grid.x, self.grid.y, z
+
+    def _reference_area(self) -> ReferenceArea | None:
+        volume = self._sources.reference
+        if volume is None:
+            return None
+        mip = self._request.reference_mip
+        mip = self.grid.mip if mip is None else mip
+        size = self._request.reference_size
+        size = size or self.grid.at_mip(mip).rows
+        return ReferenceArea(volume, mip, size, size)
+
+    def _normalization(self) -> dict:
+        if not self._request.normalize:
+            return {"kind": "raw"}
+        reference: dict = {"area": "patch"}
+        if (area := self._reference) is not None:
+            reference = {
+                "area": "around the patch",
+                "path": area.volume.path,
+                "mip": area.mip,
+                "size_px": area.rows,
+            }
+        return {"kind": "tissue", "reference": reference}
+
+    def _wanted(self) -> dict:
+        """All that the content of the file depends on."""
+        request, mask = self._request, next(iter(self._sources.masks), None)
+        offsets = [frame.offsets for frame in self._frames]
+        return {
+            "cv_path": self._sources.image.path,
+            "mip": self.grid.mip,
+            "patch_size": self.grid.rows,
+            "corner": [self.grid.x, self.grid.y],
+            "anchor": request.anchor,
+            "z_start": request.z_start,
+            "z_end": request.z_end,
+            "normalization": self._normalization(),
+            "cv_path_defects": mask.volume.path if mask else None,
+            "mask_val": mask.threshold if mask else None,
+            "offsets": offsets if self._sources.fields else None,
+        }

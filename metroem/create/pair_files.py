@@ -1,21 +1,25 @@
-"""A data set from points as h5 files: an image set and, with fields, a field set."""
+"""Write pairs to h5 files: an image set, a field set, or both.
 
+Each patch is kept when it is read, as one part, so that a run that was killed resumes.
+The files are written from the parts, which are dropped then.
+"""
+
+import json
 import logging
-from collections.abc import Iterator
-from pathlib import Path
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path, PurePath
+from typing import Any, NamedTuple
 
+import h5py
 import numpy as np
+import torch
 
-from metroem.create.cutouts import REFERENCE, Cutout, Cutter
-from metroem.create.download import (
-    already_there,
-    command_line,
-    open_parts,
-    report_blank,
-    warn_unless_normalized,
-)
-from metroem.create.spec import Center, DatasetSpec
+from metroem.create.download import command_line
+from metroem.create.patches import Key, PatchReader, SectionPatch, moved
+from metroem.create.sources import no_reference
 from metroem.errors import DatasetError
+from metroem.grid import Grid
 from metroem.io.h5 import (
     FieldSetMeta,
     ImageSetMeta,
@@ -25,48 +29,87 @@ from metroem.io.h5 import (
     write_field_set,
     write_image_set,
 )
-from metroem.io.parts import PartStore, parts_folder
-from metroem.specs.filenames import FieldSetName, ImageSetName
+from metroem.io.parts import PartStore, differences, parts_folder
+from metroem.io.volume import WHAT_TO_CHECK, Volume, cut
+from metroem.normalize import GreyStatistics, looks_normalized, tissue_statistics
 
 logger = logging.getLogger(__name__)
 
+# A section that is blanker than this is named in the log.
+_MUCH = 0.5
+# Of a part: arrays begin at multiples of the first; the line before them is shorter
+# than the second by far.
+_ALIGN_BYTES, _MOST_HEAD_BYTES = 64, 4096
 
-class PairFiles:
-    """The h5 files of a spec in the making.
 
-    They are named after the centre of the first src, which all mips of the same
-    pairs share. Each pair's box says where it lies.
+class Words(NamedTuple):
+    """How a command's user gives things, for messages."""
+
+    normalize: str = "--normalize"
+    reference_mip: str = "--reference_mip"
+    masks: str = "--cv_path_defects"
+    threshold: str = "--mask_val"
+    counted: str = "sections"  # what is said to be blank
+
+
+@dataclass(frozen=True)
+class PairSet:
+    """The pairs that are made, and what their files say about themselves.
 
     Attributes:
-        image_path: the image set.
-        field_path: the field set; None without fields.
+        pairs: keys of the patches of src and of tgt.
+        request: all that the content of the files depends on.
+        image_path: the image set; None: fields alone.
+        field_path: the field set; None: images alone.
+        field_source: the volume of the fields, as the field set names it.
+        frames: where the pairs lie; None: on the patch of src, each side moved by the
+            translation of its field, and tgt by the distance of the two patches, too.
+        anchor: what the mips of the place share: "corner" or "center".
+        normalization: how the images are normalised, as image sets say it.
+        tag: name of the checkpoint whose stage 0 the fields stand for.
+        words: for messages.
+    """
+
+    pairs: Sequence[tuple[Key, Key]]
+    request: Mapping
+    image_path: Path | None = None
+    field_path: Path | None = None
+    field_source: str = ""
+    frames: Sequence[PairFrame] | None = None
+    anchor: str = "center"
+    normalization: Mapping | None = None
+    tag: str | None = None
+    words: Words = Words()
+
+
+class PairFiles:
+    """The h5 files of some pairs in the making.
+
+    Attributes:
+        is_finished: whether they are there already.
     """
 
     def __init__(
-        self, cutter: Cutter, folder: Path, checkpoint_name: str, *, overwrite: bool
+        self, reader: PatchReader, pair_set: PairSet, *, overwrite: bool
     ) -> None:
-        """Go on with what is there.
+        """Resume what a stopped run had finished.
 
         Raises:
             DatasetError: files or parts that another request made, and `overwrite`
                 is not given.
         """
-        self._cutter, self._tag = cutter, checkpoint_name
-        self._request = cutter.spec.as_request()
-        name = _name_of(cutter.spec)
-        self.image_path = image_path(cutter.spec, folder)
-        self.field_path: Path | None = None
-        if cutter.spec.field is not None:
-            fields = FieldSetName(0, name.place, name.mip, checkpoint_name)
-            self.field_path = folder / fields.filename
-        paths = [path for path in (self.image_path, self.field_path) if path]
-        there = [already_there(p, self._request, overwrite=overwrite) for p in paths]
+        self._reader, self._set = reader, pair_set
+        both = (pair_set.image_path, pair_set.field_path)
+        self._paths = [path for path in both if path is not None]
+        request = pair_set.request
+        there = [is_done(path, request, overwrite=overwrite) for path in self._paths]
         self.is_finished = all(there)
+        self._path = self._paths[0]
         if self.is_finished:
             # Those of a run killed at its end.
-            PartStore.discard(parts_folder(self.image_path))
+            PartStore.discard(parts_folder(self._path))
             return
-        self._store = open_parts(self.image_path, self._request, overwrite=overwrite)
+        self._store = open_parts(self._path, request, overwrite=overwrite)
 
     def check(self) -> None:
         """Check the checksum of each pair of the files that are there.
@@ -74,7 +117,7 @@ class PairFiles:
         Raises:
             DatasetError: a pair is not what was written.
         """
-        for path in filter(None, (self.image_path, self.field_path)):
+        for path in self._paths:
             if problems := verify(path):
                 listed = "\n  ".join(problems)
                 raise DatasetError(
@@ -82,148 +125,309 @@ class PairFiles:
                     f"--overwrite makes it again:\n  {listed}"
                 )
 
-    def has(self, center: Center) -> bool:
-        """Whether a cut-out is there from a run that was killed."""
-        return self._store.has(_key("image", center))
+    def has(self, key: Key) -> bool:
+        """Whether a patch is there from a run that was killed."""
+        return self._store.has(_name(key))
 
-    def put(self, center: Center, cutout: Cutout) -> None:
-        """Keep a cut-out; the image comes last, and so tells that all is there."""
-        self._store.put(_key("translation", center), np.array(cutout.translation))
-        if cutout.defects is not None:
-            self._store.put(_key("defects", center), cutout.defects)
-        if cutout.field is not None:
-            self._store.put(_key("field", center), cutout.field)
-        self._store.put(_key("image", center), cutout.image)
+    def put(self, key: Key, patch: SectionPatch) -> None:
+        """Keep a patch."""
+        self._store.put(_name(key), pack(patch))
 
-    def finish(self) -> None:
-        """Write the files from all cut-outs and drop these.
+    def finish(self, lacking: Sequence[Key]) -> None:
+        """Write the files from all patches and drop these.
+
+        Args:
+            lacking: patches that are not there, since their reference has nothing.
 
         Raises:
-            DatasetError: every pair has a side that is all blank.
+            DatasetError: there are such patches, or all is blank.
         """
-        spec = self._cutter.spec
+        check_references(self._reader, lacking, self._set.words)
+        # Without their arrays: each keeps a file open.
+        patches = {
+            key: replace(self._load(key), image=None, defects=None, field=None)
+            for key in self._reader.patches
+        }
         try:
-            self._report()
+            self._report(patches)
         except DatasetError:
             # So that a second try, with credentials, reads again.
             self._store.remove()
             raise
-        frames = [self._frame(*pair) for pair in spec.pairs]
-        if self.field_path is not None:
-            write_field_set(self.field_path, self._fields(), self._field_meta(frames))
-            logger.info(
-                "%s: train.py finds it under --checkpoint_name %s",
-                *(self.field_path, self._tag),
+        frames = self._set.frames or [self._frame(p, patches) for p in self._set.pairs]
+        if self._set.field_path is not None:
+            fields = (np.stack(sides) for sides in self._sides(frames, self._field))
+            write_field_set(self._set.field_path, fields, self._field_meta(frames))
+        if self._set.image_path is not None:
+            images, defects = (
+                (Pair(*sides) for sides in self._sides(frames, side))
+                for side in (self._image, self._defects)
             )
-        write_image_set(
-            self.image_path,
-            (Pair(*images) for images in self._sides("image")),
-            self._image_meta(frames),
-            defects=(Pair(*masks) for masks in self._sides("defects"))
-            if self._cutter.has_masks
-            else None,
-        )
+            if self._set.frames is None:
+                # Each is compressed by itself, or files would lie otherwise on disk.
+                images = (Pair(*map(np.array, pair)) for pair in images)
+            write_image_set(
+                self._set.image_path,
+                images,
+                self._image_meta(frames),
+                defects=defects if self._reader.masks else None,
+            )
         self._store.remove()
-        logger.info("%s: %d pairs", self.image_path, len(frames))
+        logger.info("%s: %d pairs", self._path, len(frames))
 
-    def _report(self) -> None:
-        shares = {
-            index: max(float(np.mean(image == 0)) for image in images)
-            for index, images in enumerate(self._sides("image"))
-        }
-        report_blank(self.image_path, self._cutter.image.path, shares, "pairs")
-        spec, is_float = self._cutter.spec, self._cutter.image.dtype.kind == "f"
-        if spec.image.reference is None and is_float:
-            images = (image for images in self._sides("image") for image in images)
-            warn_unless_normalized(self.image_path, images, REFERENCE)
-        if not self._cutter.has_masks:
-            return
-        masked = np.mean([np.mean(masks) for masks in self._sides("defects")])
-        logger.info("%s: %.2f%% masked", self.image_path.name, 100 * masked)
-        if not masked:
+    def _load(self, key: Key) -> SectionPatch:
+        return unpack(self._store.load(_name(key)))
+
+    def _report(self, patches: Mapping[Key, SectionPatch]) -> None:
+        """Log what is blank, masked and not as it should be; refuse all blank."""
+        words, reader = self._set.words, self._reader
+        name, image = self._path.name, reader.image_source
+        if reader.masks:
+            masked = float(np.mean([patch.masked for patch in patches.values()]))
+            logger.info("%s: %.2f%% masked as defects", name, 100 * masked)
+            if not masked:
+                logger.warning(
+                    "%s: %s marks nothing here; is it written at the mip that is read, "
+                    "and is %s right?",
+                    *(name, words.masks, words.threshold),
+                )
+        if flat := sorted({key[2] for key, patch in patches.items() if patch.is_flat}):
             logger.warning(
-                "%s: the masks mark nothing here; are they written at their src_mip, "
-                "and is threshold right?",
-                self.image_path.name,
+                "%s: sections %s are of one grey level, which is no tissue: blank",
+                *(name, flat),
             )
+        blank = {key[2]: patch.blank for key, patch in patches.items()}
+        if words.counted == "pairs":
+            blank = {
+                index: max(patches[key].blank for key in pair)
+                for index, pair in enumerate(self._set.pairs)
+            }
+        report_blank(self._path, self._source.path, blank, words.counted)
+        broken = {key[2]: patch.not_finite for key, patch in patches.items()}
+        if image is None and any(broken.values()):
+            logger.warning(
+                "%s: vectors that are NaN or infinite, filled from the nearest that "
+                "is not: %s",
+                name,
+                ", ".join(f"section {z} {s:.1%}" for z, s in broken.items() if s),
+            )
+        if image and not image.normalize and image.volume.dtype.kind == "f":
+            images = (self._load(key).image for key in patches)
+            warn_unless_normalized(self._path, images, words.normalize)
 
-    def _frame(self, src: Center, tgt: Center) -> PairFrame:
-        """Where a pair lies: on the patch of src, from which tgt is off by the
-        distance of the two centres, too.
-        """
-        spec = self._cutter.spec
-        grid, other = spec.patch(src), spec.patch(tgt)
-        apart = other.x - grid.x, other.y - grid.y
-        src_moved, tgt_moved = (
-            self._store.load(_key("translation", center)).tolist()
-            for center in (src, tgt)
-        )
-        return PairFrame(
-            grid,
-            (src.z, tgt.z),
-            (
-                (src_moved[0], src_moved[1]),
-                (tgt_moved[0] + apart[0], tgt_moved[1] + apart[1]),
-            ),
-        )
+    def _frame(
+        self, pair: tuple[Key, Key], patches: Mapping[Key, SectionPatch]
+    ) -> PairFrame:
+        """Where a pair lies; see `PairSet.frames`."""
+        grid, other = (self._reader.patches[key] for key in pair)
+        src, tgt = (patches[key].translation for key in pair)
+        apart = tgt[0] + other.x - grid.x, tgt[1] + other.y - grid.y
+        return PairFrame(grid, (pair[0][2], pair[1][2]), (src, apart))
 
-    def _sides(self, kind: str) -> Iterator[list[np.ndarray]]:
-        """What is kept of src and tgt of each pair."""
-        for pair in self._cutter.spec.pairs:
-            yield [self._store.load(_key(kind, center)) for center in pair]
+    def _sides(
+        self, frames: Sequence[PairFrame], side_of: Callable[[Key, Grid], np.ndarray]
+    ) -> Iterator[list[np.ndarray]]:
+        """Make src and tgt of each pair; what the pair before had is made once."""
+        made: dict[tuple[Key, Grid], np.ndarray] = {}
+        for pair, frame in zip(self._set.pairs, frames, strict=True):
+            wanted = [
+                (key, moved(frame.grid, offset))
+                for key, offset in zip(pair, frame.offsets, strict=True)
+            ]
+            made = {at: made[at] if at in made else side_of(*at) for at in wanted}
+            yield [made[at] for at in wanted]
 
-    def _fields(self) -> Iterator[np.ndarray]:
-        return (np.stack(fields) for fields in self._sides("field"))
+    def _image(self, key: Key, window: Grid) -> np.ndarray:
+        return self._reader.image(key, self._load(key), window)
 
-    def _image_meta(self, frames: list[PairFrame]) -> ImageSetMeta:
+    def _defects(self, key: Key, window: Grid) -> np.ndarray:
+        patch = self._load(key)
+        assert patch.defects is not None
+        return cut(patch.defects, self._reader.grid(key, patch), window)
+
+    def _field(self, key: Key, window: Grid) -> np.ndarray:
+        return self._reader.field(key, self._load(key))
+
+    @property
+    def _source(self) -> Volume:
+        """The volume of the images, or of the fields if there are no images."""
+        if self._reader.image_source is not None:
+            return self._reader.image_source.volume
+        assert self._reader.field_source is not None
+        return self._reader.field_source.stored.volume
+
+    def _image_meta(self, frames: Sequence[PairFrame]) -> ImageSetMeta:
         return ImageSetMeta(
             frames,
-            source=self._cutter.image.path,
+            source=self._source.path,
             command=command_line(),
-            request=self._request,
-            resolution=self._cutter.image.resolution,
-            anchor="center",
-            normalization=normalization(self._cutter.spec),
+            request=self._set.request,
+            resolution=self._source.resolution,
+            anchor=self._set.anchor,
+            normalization=self._set.normalization,
         )
 
-    def _field_meta(self, frames: list[PairFrame]) -> FieldSetMeta:
-        assert self._cutter.spec.field is not None
+    def _field_meta(self, frames: Sequence[PairFrame]) -> FieldSetMeta:
         return FieldSetMeta(
             frames,
-            source=self._cutter.spec.field.path,
+            source=self._set.field_source,
             command=command_line(),
-            request=self._request,
-            resolution=self._cutter.image.resolution,
+            request=self._set.request,
+            resolution=self._source.resolution,
             stage=0,
-            tag=self._tag,
+            tag=self._set.tag,
             num_sides=2,
         )
 
 
-def image_path(spec: DatasetSpec, folder: Path) -> Path:
-    """The image set that is made of a spec."""
-    return folder / _name_of(spec).filename
+def pack(patch: SectionPatch) -> np.ndarray:
+    """Lay a patch out as (num_bytes,) uint8, so that it is one part.
 
-
-def _name_of(spec: DatasetSpec) -> ImageSetName:
-    return ImageSetName(*spec.pairs[0][0], spec.dst_mip)
-
-
-def normalization(spec: DatasetSpec) -> dict:
-    """How the images are normalised, as image sets say it."""
-    reference = spec.image.reference
-    if reference is None:
-        return {"kind": "raw"}
-    return {
-        "kind": "tissue",
-        "reference": {
-            "area": "around the patch",
-            "path": reference.path,
-            "mip": reference.src_mip,
-            "size_px_of_mip": [reference.x_size, reference.y_size, reference.dst_mip],
-        },
+    A line of JSON describes it: numbers, and type and shape of each array. The arrays
+    follow, in that order.
+    """
+    arrays = {
+        name: np.ascontiguousarray(value)
+        for name, value in vars(patch).items()
+        if isinstance(value, np.ndarray)
     }
+    head: dict[str, Any] = {k: v for k, v in vars(patch).items() if k not in arrays}
+    head["arrays"] = [[name, a.dtype.str, a.shape] for name, a in arrays.items()]
+    blocks = [json.dumps(head).encode() + b"\n", *arrays.values()]
+    parts = []
+    for block in blocks:
+        # Aligned, as numpy wants it.
+        part = np.frombuffer(memoryview(block).cast("B"), np.uint8)
+        parts += [part, np.full(-part.size % _ALIGN_BYTES, ord(" "), np.uint8)]
+    return np.concatenate(parts)
 
 
-def _key(kind: str, center: Center) -> str:
-    return f"{kind}-{center.x}_{center.y}_{center.z}"
+def unpack(part: np.ndarray) -> SectionPatch:
+    """Read what `pack` laid out; arrays are views of `part`."""
+    line = part[:_MOST_HEAD_BYTES].tobytes().partition(b"\n")[0]
+    head, start = json.loads(line), len(line) + 1
+    for name, dtype, shape in head.pop("arrays"):
+        start += -start % _ALIGN_BYTES
+        end = start + int(np.prod(shape)) * np.dtype(dtype).itemsize
+        head[name] = part[start:end].view(dtype).reshape(shape)
+        start = end
+    statistics = head["statistics"] and GreyStatistics(*head["statistics"])
+    x, y = head["translation"]
+    return SectionPatch(**head | {"statistics": statistics, "translation": (x, y)})
+
+
+def is_done(path: Path, wanted: Mapping, *, overwrite: bool) -> bool:
+    """Whether the file that a request asks for exists, made from that request.
+
+    Raises:
+        DatasetError: a file of that name was made from other arguments, and
+            `overwrite` is not given.
+    """
+    if overwrite or not path.exists():
+        return False
+    try:
+        with h5py.File(path, "r") as file:
+            found = file.attrs.get("request")
+    except OSError:
+        found = None
+    if not isinstance(found, str):
+        raise DatasetError(
+            f"{path}: is there already and does not say how it was made; give "
+            "--overwrite to replace it, or write elsewhere"
+        )
+    if unlike := differences(json.loads(found), wanted):
+        raise DatasetError(
+            f"{path}: is there already, made with other arguments: {unlike}; give "
+            "--overwrite to replace it, or write elsewhere"
+        )
+    logger.info("%s: is there already, nothing to do", path)
+    return True
+
+
+def open_parts(path: Path, wanted: Mapping, *, overwrite: bool) -> PartStore:
+    """Open the parts of the file to be, with those of a run that was killed.
+
+    Raises:
+        DatasetError: there are parts made from other arguments, and `overwrite`
+            is not given.
+    """
+    folder = parts_folder(path)
+    try:
+        store = PartStore(folder, wanted)
+    except DatasetError:
+        if not overwrite:
+            raise
+        logger.info("%s: replaced, made with other arguments", folder)
+        PartStore.discard(folder)
+        store = PartStore(folder, wanted)
+    if done := len(store.keys()):
+        logger.info("%s: resumes with %d finished parts", path, done)
+    return store
+
+
+def check_references(reader: PatchReader, lacking: Sequence[Key], words: Words) -> None:
+    """Refuse references that have nothing where the images have tissue.
+
+    Raises:
+        DatasetError: there are some; their sections are named.
+    """
+    if lacking:
+        assert reader.image_source is not None
+        assert reader.image_source.reference is not None
+        sections = [key[2] for key in lacking]
+        raise no_reference(reader.image_source.reference, sections, words.reference_mip)
+
+
+def warn_unless_normalized(
+    path: PurePath, images: Iterable[np.ndarray | None], cure: str
+) -> None:
+    """Warn if images that are kept as stored are not normalised.
+
+    Args:
+        path: the file in the making.
+        images: as stored; the first that has tissue is looked at.
+        cure: what is to be given.
+    """
+    found = (tissue_statistics(torch.from_numpy(np.array(image))) for image in images)
+    first = next((statistics for statistics in found if statistics), None)
+    if first is not None and not looks_normalized(first):
+        logger.warning(
+            "%s: not normalised: tissue has mean %.3g and std %.3g, expected 0 and 1; "
+            "train.py refuses it; give %s",
+            *(path.name, first.mean, first.std, cure),
+        )
+
+
+def report_blank(
+    path: PurePath, source: str, shares: Mapping[int, float], what: str = "sections"
+) -> None:
+    """Log how much of the sections is blank, and name those that mostly are.
+
+    Args:
+        path: the file in the making.
+        source: the volume that was read.
+        shares: by z (or what else is counted), the share of pixels without data.
+        what: is counted.
+
+    Raises:
+        DatasetError: all of every one is blank.
+    """
+    if min(shares.values()) == 1:
+        raise DatasetError(
+            f"{path}: all {len(shares)} {what} of {source} are blank here; "
+            f"{WHAT_TO_CHECK}"
+        )
+    values = list(shares.values())
+    logger.info(
+        "%s: %d %s, blank %.1f%% (%.1f%%...%.1f%%)",
+        *(path.name, len(values), what),
+        *(100 * float(value) for value in (np.mean(values), min(values), max(values))),
+    )
+    if mostly := {z: share for z, share in shares.items() if share > _MUCH}:
+        named = ", ".join(f"{z} ({share:.0%})" for z, share in sorted(mostly.items()))
+        logger.warning("%s: mostly blank: %s %s", path.name, what, named)
+
+
+def _name(key: Key) -> str:
+    """Of the part of a patch; parts of version 1.0.0 had other names and contents."""
+    return "patch-" + "_".join(map(str, key))

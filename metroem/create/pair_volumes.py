@@ -14,14 +14,13 @@ not warped. A section whose sides/<z>.json is there is whole.
 
 import logging
 import threading
+from collections.abc import Sequence
 from pathlib import PurePosixPath
 
 import numpy as np
 
-from metroem.create.cutouts import Cutout, Cutter
-from metroem.create.download import report_blank
-from metroem.create.pair_files import normalization
-from metroem.create.spec import Center
+from metroem.create.pair_files import PairSet, check_references, report_blank
+from metroem.create.patches import Key, PatchReader, SectionPatch
 from metroem.errors import DatasetError
 from metroem.grid import Grid
 from metroem.io.cloud_errors import storage_errors
@@ -42,21 +41,23 @@ class PairVolumes:
         is_finished: whether all sections are there.
     """
 
-    def __init__(self, cutter: Cutter, path: str, *, overwrite: bool) -> None:
-        """Go on with what is there.
+    def __init__(
+        self, reader: PatchReader, pair_set: PairSet, path: str, *, overwrite: bool
+    ) -> None:
+        """Resume what a stopped run had finished.
 
         Raises:
             DatasetError: something else is there, made by another request and
                 `overwrite` is not given, or the path cannot be written to.
         """
-        self._cutter, self.path = cutter, path.rstrip("/")
-        self._request = cutter.spec.as_request() | {
-            "normalization": normalization(cutter.spec)
-        }
-        self._sections: dict[Center, list[int]] = {}
-        for index, pair in enumerate(cutter.spec.pairs):
-            for side, center in enumerate(pair):
-                self._sections.setdefault(center, []).append(2 * index + side)
+        self._reader, self._set, self.path = reader, pair_set, path.rstrip("/")
+        assert reader.image_source is not None
+        self._source = reader.image_source.volume
+        self._request = {**pair_set.request, "normalization": pair_set.normalization}
+        self._sections: dict[Key, list[int]] = {}
+        for index, pair in enumerate(pair_set.pairs):
+            for side, key in enumerate(pair):
+                self._sections.setdefault(key, []).append(2 * index + side)
         self._lock = threading.Lock()
         with storage_errors("--dst_path", path, doing="written"):
             self._notes = Notes(self.path)
@@ -68,47 +69,53 @@ class PairVolumes:
                 logger.info("%s: is there already, nothing to do", self.path)
                 return
             self._image = self._volume("image", 1)
-            self._field = self._volume("field", 2) if cutter.spec.field else None
+            self._field = self._volume("field", 2) if reader.field_source else None
 
-    def has(self, center: Center) -> bool:
-        """Whether a cut-out is in all its sections."""
-        return all(_name(z) in self._whole for z in self._sections[center])
+    def has(self, key: Key) -> bool:
+        """Whether a patch is in all its sections."""
+        return all(_name(z) in self._whole for z in self._sections[key])
 
-    def put(self, center: Center, cutout: Cutout) -> None:
-        """Write a cut-out to its sections."""
-        patch = self._cutter.spec.patch(center)
-        (x, y), (x_end, y_end) = (patch.x, patch.y), patch.end
-        dx, dy = cutout.translation
-        whole = Grid(patch.mip, 0, 0, *patch.shape)
+    def put(self, key: Key, patch: SectionPatch) -> None:
+        """Write a patch to its sections."""
+        grid = self._reader.patches[key]
+        window = self._reader.grid(key, patch)
+        (x, y), (x_end, y_end) = (window.x, window.y), window.end
+        image = self._reader.image(key, patch, window)
+        field = None if self._field is None else self._reader.field(key, patch)
+        whole = Grid(grid.mip, 0, 0, *grid.shape)
         with self._lock, storage_errors("--dst_path", self.path, doing="written"):
-            for z in self._sections[center]:
-                self._image.put(cutout.image[None], whole, z)
-                if self._field is not None and cutout.field is not None:
-                    self._field.put(cutout.field, whole, z)
+            for z in self._sections[key]:
+                self._image.put(image[None], whole, z)
+                if self._field is not None and field is not None:
+                    self._field.put(field, whole, z)
                 note = {
                     "pair": z // 2,
                     "side": ("src", "tgt")[z % 2],
-                    "center": list(center),
-                    "box": [x + dx, y + dy, center.z]
-                    + [x_end + dx, y_end + dy, center.z + 1],
-                    "offset": [dx, dy],
-                    "blank": float(np.mean(cutout.image == 0)),
+                    "center": list(key),
+                    "box": [x, y, key[2], x_end, y_end, key[2] + 1],
+                    "offset": list(patch.translation),
+                    "blank": float(np.mean(image == 0)),
                 }
                 self._notes.write(_name(z), note)
                 self._whole[_name(z)] = note
 
-    def finish(self) -> None:
+    def finish(self, lacking: Sequence[Key]) -> None:
         """Report what is blank.
 
+        Args:
+            lacking: patches that are not there, since their reference has nothing.
+
         Raises:
-            DatasetError: every pair has a side that is all blank.
+            DatasetError: there are such patches, or every pair has a side that is all
+                blank.
         """
-        num_pairs = len(self._cutter.spec.pairs)
+        check_references(self._reader, lacking, self._set.words)
+        num_pairs = len(self._set.pairs)
         blank = [self._whole[_name(z)]["blank"] for z in range(2 * num_pairs)]
         shares = {i: max(blank[2 * i : 2 * i + 2]) for i in range(num_pairs)}
         try:
             name = PurePosixPath(self.path)
-            report_blank(name, self._cutter.image.path, shares, "pairs")
+            report_blank(name, self._source.path, shares, "pairs")
         except DatasetError:
             # So that a second try, with credentials, reads again.
             self._clear()
@@ -141,15 +148,14 @@ class PairVolumes:
             self._notes.delete(prefix)
 
     def _volume(self, name: str, num_channels: int) -> SectionWriter:
-        spec = self._cutter.spec
-        patch = spec.patch(spec.pairs[0][0])
+        patch = next(iter(self._reader.patches.values()))
         wanted = NewVolume(
             num_channels=num_channels,
             dtype="float32",
             mip=patch.mip,
             area=Grid(patch.mip, 0, 0, *patch.shape).at_mip(0),
-            sections=range(2 * len(spec.pairs)),
-            resolution=self._cutter.image.resolution,
+            sections=range(2 * len(self._set.pairs)),
+            resolution=self._source.resolution,
         )
         path = f"{self.path}/{name}"
         return SectionWriter(path, wanted, flag="--dst_path", overwrite=True)

@@ -8,7 +8,9 @@ checked here before anything is read.
 import logging
 import math
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections import deque
+from collections.abc import Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -23,7 +25,6 @@ from metroem.io.cloud_retry import prepare_storage
 from metroem.io.shards import download
 from metroem.io.volume_info import unreadable_mips
 from metroem.io.zarr_n5 import FORMATS, ArrayVolume, open_arrays
-from metroem.progress import in_threads
 
 logger = logging.getLogger(__name__)
 
@@ -317,15 +318,6 @@ class Volume:
         for z, window in wanted.items():
             yield z, cut(layers[z - slab.start], hull, window)
 
-    def read_windows(
-        self, windows: Mapping[int, Grid]
-    ) -> Iterator[tuple[int, np.ndarray]]:
-        """Read a window of each section, each stored chunk once; see `read_layer`."""
-        if windows:
-            mip = next(iter(windows.values())).mip
-            for slab in self.slabs(mip, sorted(windows)):
-                yield from self.read_layer(windows, slab)
-
     def slabs(self, mip: int, sections: list[int]) -> list[range]:
         """Group sections so that those of one layer of chunks come together.
 
@@ -428,38 +420,44 @@ _OPTIONS: dict[str, Any] = {
 }
 
 
-def read_sections(
-    volume: Volume,
-    windows: Mapping[int, Grid],
-    take: Callable[[int, np.ndarray], None],
-    *,
-    parallel: int,
-    what: str,
-) -> None:
-    """Read sections, each stored chunk once, and hand each over as it arrives.
+def iter_sections(
+    volume: Volume, windows: Mapping[int, Grid], *, parallel: int = 1
+) -> Iterator[tuple[int, np.ndarray]]:
+    """Read a window of each section, each stored chunk once.
 
     Args:
         volume: where from.
         windows: by z, the area wanted of that section; all of one mip.
-        take: called with z and (C, H, W) as stored, from `parallel` threads.
         parallel: how many layers of chunks are read at a time; that many are in
             memory.
-        what: the work in words, for the progress.
+
+    Yields:
+        z, in rising order, and (C, H, W) as stored.
 
     Raises:
-        DatasetError: the volume cannot be read. What was handed over before
-            stays handed over.
+        DatasetError: the volume cannot be read.
     """
     if not windows:
         return
     mip = next(iter(windows.values())).mip
     slabs = volume.slabs(mip, sorted(windows))
-
-    def read(slab: range) -> None:
-        for z, layers in volume.read_layer(windows, slab):
-            take(z, layers)
-
-    in_threads(slabs, read, what, threads=parallel)
+    if parallel == 1:
+        for slab in slabs:
+            yield from volume.read_layer(windows, slab)
+        return
+    pool = ThreadPoolExecutor(parallel)
+    ahead: deque[Future[list[tuple[int, np.ndarray]]]] = deque()
+    try:
+        for slab in slabs:
+            ahead.append(
+                pool.submit(lambda at: list(volume.read_layer(windows, at)), slab)
+            )
+            if len(ahead) == parallel:
+                yield from ahead.popleft().result()
+        for layer in ahead:
+            yield from layer.result()
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def covering(grids: list[Grid]) -> Grid:

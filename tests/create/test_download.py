@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from metroem.create.download import already_there, open_parts, report_blank
+from metroem.create.pair_files import is_done, open_parts, report_blank
 from metroem.errors import DatasetError
 
 
@@ -9,8 +9,8 @@ def test_a_file_that_cannot_be_read_is_kept_unless_overwritten(tmp_path):
     path = tmp_path / "x0_y0_z0_MIP0.h5"
     path.write_bytes(b"nonsense")
     with pytest.raises(DatasetError, match="--overwrite"):
-        already_there(path, {}, overwrite=False)
-    assert not already_there(path, {}, overwrite=True)
+        is_done(path, {}, overwrite=False)
+    assert not is_done(path, {}, overwrite=True)
 
 
 def test_parts_of_other_arguments_are_dropped_only_to_overwrite(tmp_path):

@@ -8,7 +8,7 @@ from scipy import ndimage
 
 import download_image
 from metroem.__main__ import main
-from metroem.create.reference import samples_of
+from metroem.create.sources import samples_of
 from metroem.data.dataset import find_pairs
 from metroem.errors import DatasetError
 from metroem.grid import Grid
@@ -156,8 +156,8 @@ def test_a_reference_that_lacks_sections_is_refused_and_names_them(
     with pytest.raises(DatasetError, match=match):
         download(path, *flags)
     assert not list((tmp_path / "data").glob("*.h5"))
-    # A batch is one section here, in rising order.
-    match = f"no tissue at mip 2 .* in sections {min(z for z in lacking if z)}, where"
+    named = ", ".join(str(z) for z in lacking if z)
+    match = f"no tissue at mip 2 .* in sections {named}, where"
     with pytest.raises(DatasetError, match=match):
         make(path, area(path, 2, SIDE >> 2))
     # Once it is written, the same command goes on.
@@ -165,7 +165,9 @@ def test_a_reference_that_lacks_sections_is_refused_and_names_them(
     assert abs(download(path, *flags).read(0).src.mean()) < 0.2
 
 
-def test_a_download_that_1_0_0_left_unfinished_goes_on(tmp_path, download, monkeypatch):
+def test_what_1_0_0_kept_of_a_stopped_download_is_not_taken_for_ours(
+    tmp_path, download, monkeypatch
+):
     path = make_volume(tmp_path / "em", [noisy()])
     flags = [*AROUND, "--reference_size", SIDE]
     with monkeypatch.context() as patched:
@@ -174,9 +176,11 @@ def test_a_download_that_1_0_0_left_unfinished_goes_on(tmp_path, download, monke
     expected = images.read(0).src
     images.path.unlink()
     parts = parts_folder(images.path)
-    for old in parts.glob("greys-*.npy"):  # mean and std, as 1.0.0 kept them
-        old.rename(old.with_name(old.name.replace("greys", "statistics")))
-        np.save(old.with_name(old.name.replace("greys", "statistics")), [1.0, 2.0])
+    for ours in parts.glob("*.npy"):
+        z = ours.stem.rpartition("_")[2]
+        np.save(parts / f"image-{z}.npy", np.ones((64, 64), np.uint8))
+        np.save(parts / f"statistics-{z}.npy", [1.0, 2.0])  # mean and std
+        ours.unlink()
     np.testing.assert_array_equal(download(path, *flags).read(0).src, expected)
 
 

@@ -9,7 +9,7 @@ from google.auth.exceptions import DefaultCredentialsError
 
 from metroem.errors import DatasetError
 from metroem.grid import Grid
-from metroem.io.volume import Volume, cloud_path, covering, cut, read_sections
+from metroem.io.volume import Volume, cloud_path, covering, cut, iter_sections
 from tests.volumes import ReadCount, make_volume
 
 # (Z, C, X, Y): sections 10...15, x from 64 and y from -32 on.
@@ -183,14 +183,8 @@ def test_each_section_arrives_and_each_chunk_is_read_once(
 ):
     count = ReadCount(monkeypatch)
     windows = {z: Grid(0, 66 + z, -30, 40, 33) for z in (10, 12, 13, 15)}
-    arrived = {}
-    read_sections(
-        Volume(path),
-        windows,
-        lambda z, layers: arrived.update({z: layers.copy()}),
-        parallel=parallel,
-        what="read, layers",
-    )
+    sections = iter_sections(Volume(path), windows, parallel=parallel)
+    arrived = {z: layers.copy() for z, layers in sections}
     assert set(count.times.values()) == {1}
     assert sorted(arrived) == sorted(windows)
     for z, layers in arrived.items():
@@ -200,16 +194,14 @@ def test_each_section_arrives_and_each_chunk_is_read_once(
 
 
 def test_nothing_is_read_when_nothing_is_wanted(path):
-    read_sections(Volume(path), {}, print, parallel=1, what="read")
+    assert not list(iter_sections(Volume(path), {}))
 
 
-def test_an_error_while_reading_is_not_lost(path):
-    def take(z, layers):
-        raise KeyError(z)
-
+def test_an_error_while_reading_is_not_lost(path, monkeypatch):
+    monkeypatch.setattr(Volume, "read", lambda self, grid, sections: {}[sections])
     windows = {z: Grid(0, 64, 0, 4, 5) for z in (10, 14)}
     with pytest.raises(KeyError):
-        read_sections(Volume(path), windows, take, parallel=2, what="read")
+        list(iter_sections(Volume(path), windows, parallel=2))
 
 
 def test_a_cut_of_a_covering_grid_is_the_part_asked_for():
@@ -231,7 +223,7 @@ def test_after_a_failure_no_other_layer_is_begun(path, monkeypatch):
     monkeypatch.setattr(Volume, "read", fail)
     windows = {z: Grid(0, 64, 0, 4, 5) for z in (10, 14)}
     with pytest.raises(DatasetError):
-        read_sections(Volume(path), windows, print, parallel=1, what="read")
+        list(iter_sections(Volume(path), windows))
     assert begun == [range(10, 11)]
 
 

@@ -9,7 +9,7 @@ from cloudfiles import interfaces
 
 from metroem.errors import DatasetError
 from metroem.grid import Grid
-from metroem.io.volume import Volume, read_sections
+from metroem.io.volume import Volume, iter_sections
 from tests.zarrs import (
     chunks_of,
     in_axes,
@@ -448,14 +448,12 @@ def test_the_metadata_that_are_not_needed_are_not_asked_for(tmp_path, monkeypatc
 def test_several_threads_read_at_a_time(tmp_path):
     truth = made("uint16")
     write_zarr2(tmp_path / "em", in_axes(truth, "zyx"), chunks_of("zyx"))
-    arrived = {}
-    read_sections(
+    sections = iter_sections(
         Volume(f"zarr://file://{tmp_path}/em"),
         {z: Grid(0, 3, 5, 60, 30) for z in range(5)},
-        lambda z, layers: arrived.update({z: layers.copy()}),
         parallel=4,
-        what="read, layers",
     )
+    arrived = {z: layers.copy() for z, layers in sections}
     for z in range(5):
         np.testing.assert_array_equal(arrived[z][0], truth[3:63, 5:35, z, 0])
 

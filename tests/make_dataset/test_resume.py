@@ -56,7 +56,7 @@ def whole_spec(spec, tmp_path, volume):
     return with_mask(with_field(with_reference(spec, volume), tmp_path), tmp_path)
 
 
-@pytest.mark.parametrize("count", [0, 3, 9, 4 * NUM_CUTOUTS - 1])
+@pytest.mark.parametrize("count", [0, 1, 3, NUM_CUTOUTS - 1])
 def test_killed_anywhere_it_ends_with_the_same_bytes(
     tmp_path, make, spec, volume, monkeypatch, count
 ):

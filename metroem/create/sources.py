@@ -1,5 +1,6 @@
-"""The area that a section is normalised by, if it is not the patch.
+"""Open the volumes that data sets are made of: references and defect masks.
 
+A reference is the area that a section is normalised by, if that is not the patch.
 Averaging takes noise out of coarser mips, so that the standard deviation of an area
 depends on the mip that it is read at. It is wanted for the pixels of the images:
 
@@ -11,7 +12,8 @@ The second is the law of total variance: what is missing is the variance inside 
 pixels of the area. It is measured in windows of the area that are read at both mips.
 """
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -21,6 +23,8 @@ from metroem.errors import DatasetError
 from metroem.grid import Grid
 from metroem.io.volume import Volume, cut
 from metroem.normalize import GreyStatistics, coarsen_image
+
+logger = logging.getLogger(__name__)
 
 # Side of a sample, pixels of the images, and how many there are along x and y.
 _SAMPLE_PX, _NUM_SAMPLES = 128, 3
@@ -36,7 +40,7 @@ class Moments(NamedTuple):
     variance: float  # grey levels squared
 
 
-class Reference(NamedTuple):
+class ReferenceArea(NamedTuple):
     """An area of one size, around whatever patch is normalised or profiled by it."""
 
     volume: Volume
@@ -64,15 +68,14 @@ class Reference(NamedTuple):
 
 
 def no_reference(
-    reference: Reference, sections: Sequence[int], flag: str
+    reference: ReferenceArea, sections: Iterable[int], flag: str
 ) -> DatasetError:
     """The error for sections that have tissue, and nothing to be normalised by."""
-    volume = reference.volume
+    volume, named = reference.volume, ", ".join(map(str, sorted(set(sections))))
     return DatasetError(
         f"{volume.flag} {volume.path}: has no tissue at mip {reference.mip} around the "
-        f"patch in sections {', '.join(map(str, sections))}, where the images have "
-        f"some; was it written there? Give a {flag} that was, another volume, or leave "
-        "the reference out"
+        f"patch in sections {named}, where the images have some; was it written there? "
+        f"Give a {flag} that was, another volume, or leave the reference out"
     )
 
 
@@ -164,3 +167,95 @@ def statistics_for(
     inside = sum(f.count * (f.variance - c.variance) for c, f in both)
     inside /= sum(f.count for _, f in both) or 1
     return GreyStatistics(area.mean, max(area.variance + inside, _LEAST) ** 0.5)
+
+
+class DefectMask(NamedTuple):
+    """A volume that marks what is blanked: folds, cracks and dirt.
+
+    Attributes:
+        volume: whose values are compared.
+        threshold: values >= this are defects.
+        mip: that is read. None: that of what is masked, or else the next finer one
+            that there is, or else the next coarser one. A mip that is in its info but
+            was never written reads as "no defect".
+    """
+
+    volume: Volume
+    threshold: float
+    mip: int | None = None
+
+    def source_mip(self, mip: int) -> int:
+        """The mip that is read to mask pixels of another."""
+        if self.mip is not None:
+            return self.mip
+        finer = [m for m in self.volume.mips if m <= mip]
+        return finer[-1] if finer else self.volume.mips[0]
+
+    def check(self, of: Volume, mip: int, windows: Mapping[int, Grid]) -> None:
+        """Refuse a mask that does not reach over what is masked by it.
+
+        Args:
+            of: the volume that is masked.
+            mip: of what is masked.
+            windows: by z, what is read of it.
+
+        Raises:
+            DatasetError: so, or the mask lies elsewhere.
+        """
+        source = self.source_mip(mip)
+        self.volume.check_mip("mip", source)
+        self.volume.check_lies_on(of, source)
+        self.volume.check_sections(range(min(windows), max(windows) + 1), source)
+        for window in set(windows.values()):
+            if (inside := of.clip(window)) is not None:
+                self.volume.check_covers(inside, "what is masked", at=source)
+
+
+def open_mask(path: str | None, threshold: float, of: Volume) -> list[DefectMask]:
+    """Open the mask of a download; its scales and coordinates are those of `of`.
+
+    Raises:
+        DatasetError: it cannot be opened, or none of its scales is a mip of `of`.
+    """
+    if path is None:
+        return []
+    volume = Volume(path, flag="--cv_path_defects", resolution=of.resolution)
+    volume.check_channels(1, "a defect mask")
+    return [DefectMask(volume, threshold)]
+
+
+def marks_on(window: Grid, marked: np.ndarray, source: Grid) -> np.ndarray:
+    """Bring a mask to the pixels of another mip.
+
+    Args:
+        window: area wanted.
+        marked: (H, W) bool on `source`.
+        source: covers `window` on whole pixels of its own mip.
+
+    Returns:
+        (window.rows, window.cols) bool: where any finer pixel is marked, or the
+        coarser one is.
+    """
+    levels = source.mip - window.mip
+    if levels <= 0:
+        rows, cols = window.shape
+        blocks = marked.reshape(rows, 1 << -levels, cols, 1 << -levels)
+        return np.asarray(blocks.any((1, 3)))
+    fine = marked.repeat(1 << levels, 0).repeat(1 << levels, 1)
+    grid = Grid(window.mip, source.x, source.y, fine.shape[0], fine.shape[1])
+    return cut(fine, grid, window)
+
+
+def warn_of_integers(volume: Volume, cure: str) -> None:
+    """Say before anything is read that images will not be normalised.
+
+    Args:
+        volume: of images that are kept as stored.
+        cure: what is to be given.
+    """
+    if volume.dtype.kind in "iu":
+        logger.warning(
+            "%s %s: is %s and is kept as stored, which train.py refuses; give %s, or "
+            "normalise the files yourself",
+            *(volume.flag, volume.path, volume.dtype, cure),
+        )
