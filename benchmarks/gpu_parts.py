@@ -2,13 +2,13 @@
 
 import warnings
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 from unittest.mock import patch
 
 import numpy as np
 import torch
+from msgspec.structs import replace
 from torch import Tensor
 
 from metroem.aligner import Aligner

@@ -18,12 +18,12 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import side_by_side
 import torch
+from msgspec.structs import replace
 from train_data import Step, complete_step, made_pairs
 
 from metroem import cli

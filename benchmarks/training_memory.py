@@ -19,6 +19,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from msgspec import structs
 
 from metroem import cli
 from metroem.aligner import Aligner
@@ -170,7 +171,7 @@ def make_job(
     settings = TrainingSettings("ck", torch.device("cpu"), 0, None, 0, "fp32")
     run = RunFolder.of(folder / "pyramid", "ck")
     run.make()
-    shortened = tuple(replace(phase, **sizes) for phase in phases)  # type: ignore
+    shortened = tuple(structs.replace(phase, **sizes) for phase in phases)
     return StageJob(module, shortened, Split(refs, []), settings), run
 
 
