@@ -76,7 +76,9 @@ class MaskRule(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         flat = {k: v for k, v in rule.items() if (k, v) != ("coarsen_ranges", None)}
         inner = flat.pop("binarization", {})
         if not isinstance(inner, dict):
-            raise UsageError(f"{where}: binarization: expected an object, got {inner}")
+            raise UsageError(
+                f"{where}: binarization: expected an object, got {inner!r}"
+            )
         return flat | {f"binarization: {key}": value for key, value in inner.items()}
 
     def to_json(self) -> dict[str, Any]:

@@ -85,7 +85,7 @@ def _describe(message: str, value: Any, hint: Any, where: str) -> str:
     place, key = where, ""  # of the object that holds the value, and its key in there
     for index, name in re.findall(r"\[(\d+)\]|\.([^.\[`]+)", path):
         inner = _item(hint, index) if index else _fields(hint, value).get(name)
-        if inner is None or (index and _note(hint, "title") and not _kinds(inner)):
+        if inner is None or (index and note(hint, "title") and not _kinds(inner)):
             break  # the "type" of an object, or an item of a list of plain values
         place = f"{place}: {key}" if key else place
         place, key = (f"{place} {index}", "") if index else (place, name)
@@ -113,7 +113,7 @@ def _describe(message: str, value: Any, hint: Any, where: str) -> str:
     return f"{place}: expected {_expected(hint)}, got {value!r}"
 
 
-def _note(hint: Any, name: str) -> str | None:
+def note(hint: Any, name: str) -> str | None:
     """The title or the description that a type has from its `Meta`s."""
     notes = (getattr(note, name) for note in getattr(hint, "__metadata__", ()))
     return next(filter(None, notes), None)
@@ -159,7 +159,7 @@ def _item(hint: Any, index: str) -> Any:
 
 def _expected(hint: Any) -> str:
     """Say what a value of this type is."""
-    if title := _note(hint, "title"):
+    if title := note(hint, "title"):
         return title
     origin, args = get_origin(hint), get_args(hint)
     if origin in (Annotated, Union, UnionType):

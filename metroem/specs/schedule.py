@@ -93,8 +93,8 @@ class Phase(Spec):
     batch_size: Annotated[
         Count | None,
         about(
-            "pairs of a batch over all ranks; null leaves it to --batch_size, which "
-            "goes before it"
+            "pairs of a batch over all ranks; null leaves it to `--batch_size`, "
+            "which goes before it"
         ),
     ] = None
     accumulate: Annotated[
@@ -111,7 +111,7 @@ class Phase(Spec):
     warmup_steps: Annotated[
         Whole,
         about(
-            "over which the rate rises from 0 first; a step is an update of the "
+            "steps over which the rate rises from 0 first; a step is an update of the "
             "weights, however many batches it is made of"
         ),
     ] = 0
@@ -124,7 +124,7 @@ class Phase(Spec):
         about(
             "decay of a moving average of the weights, below 1, for example 0.999: "
             "the average is validated, kept, and passed to the next phase. null "
-            "leaves the weights as they are; --ema goes before it"
+            "leaves the weights as they are; `--ema` goes before it"
         ),
     ] = None
     losses: Annotated[tuple[LossSpec, ...], about("losses, whose sum is minimised")] = (
