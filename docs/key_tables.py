@@ -3,7 +3,7 @@
     ```{keys} metroem.specs.schedule.Phase
     ```
 
-has a row for each key of an object: its default, and what its `Meta` says of it. A
+has a row for each key of an object: its default, and the text beside its type. A
 dict of kinds of objects becomes a table for each.
 """
 
@@ -17,15 +17,13 @@ from docutils import nodes
 from sphinx.application import Sphinx
 from sphinx.util.docutils import SphinxDirective
 
-from metroem.specs.parse_json import note
-
 
 def table(kind: type[msgspec.Struct]) -> str:
     """The Markdown table of a kind of object."""
     rows = "| key | default | what it is |\n|---|---|---|\n"
     for field in msgspec.structs.fields(kind):
         key = field.encode_name.replace(": ", ".")  # inside of another
-        text = note(field.type, "description")
+        (text,) = (n for n in field.type.__metadata__ if isinstance(n, str))
         rows += f"| `{key}` | {_default(field)} | {text} |\n"
     return rows
 

@@ -11,7 +11,16 @@ STRATEGIES = ("eq", "neq", "lt", "gt", "between", "not_between")
 MAP_NAMES = ("src", "tgt", "src_zeros", "tgt_zeros", "src_defects", "tgt_defects")
 
 
-class MaskRule(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+_KEYS = {
+    "channel": "fm",
+    "strategy": "binarization: strat",
+    "value": "binarization: value",
+    "bounds": "binarization: range",
+    "rings": "coarsen_ranges",
+}
+
+
+class MaskRule(msgspec.Struct, frozen=True, forbid_unknown_fields=True, rename=_KEYS):
     """Where one map keeps a loss from counting.
 
     A pixel counts in full where the binarised map is 1.
@@ -22,42 +31,30 @@ class MaskRule(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     name: Annotated[
         str,
-        Meta(
-            title=f"one of {MAP_NAMES}",
-            description=f"which map, one of {', '.join(MAP_NAMES)}",
-        ),
+        Meta(title=f"one of {MAP_NAMES}"),
+        f"which map, one of {', '.join(MAP_NAMES)}",
     ]
     channel: Annotated[
-        int | None, Meta(description="channel of the map; null for all of one channel")
-    ] = msgspec.field(default=None, name="fm")
+        int | None, "channel of the map; null for all of one channel"
+    ] = None
     strategy: Annotated[
         str | None,
-        Meta(
-            description=f"how the map is binarised, one of {', '.join(STRATEGIES)}; "
-            "null if it is 0 or 1 already"
-        ),
-    ] = msgspec.field(default=None, name="binarization: strat")
-    value: Annotated[
-        float, Meta(description="threshold of eq, neq, lt, gt; grey levels")
-    ] = msgspec.field(default=0.0, name="binarization: value")
+        f"how the map is binarised, one of {', '.join(STRATEGIES)}; "
+        "null if it is 0 or 1 already",
+    ] = None
+    value: Annotated[float, "threshold of eq, neq, lt, gt; grey levels"] = 0.0
     bounds: Annotated[
         tuple[float, float],
-        Meta(
-            title="two numbers, low and high",
-            description="[low, high] of between and not_between, both exclusive",
-        ),
-    ] = msgspec.field(default=(0.0, 0.0), name="binarization: range")
-    mask_value: Annotated[
-        float, Meta(description="weight where the binarised map is not 1")
-    ] = 0.0
+        Meta(title="two numbers, low and high"),
+        "[low, high] of between and not_between, both exclusive",
+    ] = (0.0, 0.0)
+    mask_value: Annotated[float, "weight where the binarised map is not 1"] = 0.0
     rings: Annotated[
         tuple[tuple[int, float], ...],
-        Meta(
-            title="a list of [pixels, weight]",
-            description="[pixels, weight] in turn: the masked area grows by so many "
-            "pixels, and the ring gets that weight",
-        ),
-    ] = msgspec.field(default=(), name="coarsen_ranges")
+        Meta(title="a list of [pixels, weight]"),
+        "[pixels, weight] in turn: the masked area grows by so many "
+        "pixels, and the ring gets that weight",
+    ] = ()
 
     def __post_init__(self) -> None:
         if self.name not in MAP_NAMES:

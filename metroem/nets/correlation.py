@@ -149,10 +149,7 @@ class CorrelationNet(nn.Module):
         self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def forward(
-        self,
-        x: Tensor,
-        in_field: Tensor | None = None,
-        tile_px: int | None = None,
+        self, x: Tensor, in_field: Tensor | None = None, tile_px: int | None = None
     ) -> Tensor:
         """The whole field of a pair.
 

@@ -4,20 +4,12 @@ Each is {"type": ..., "prob": ..., more}; `metroem.data` applies them. Sizes are
 the sample, i.e. of the module's mip.
 """
 
-from typing import Annotated, Any, get_args
+from typing import Annotated, get_args
 
 from msgspec import Meta
 
 from metroem.errors import UsageError
-from metroem.specs.parse_json import (
-    Finite,
-    NotNegative,
-    Positive,
-    Spec,
-    Whole,
-    about,
-    parse,
-)
+from metroem.specs.parse_json import Finite, NotNegative, Positive, Spec, Whole
 
 # Known warps are drawn at level 2, where their slope needs 3 pixels.
 KNOWN_WARP_LEAST_PX = 9
@@ -30,8 +22,8 @@ Share = Annotated[float, Meta(gt=0, le=0.5, title="a share above 0 and up to 0.5
 # A sample as a network would see it two mips away, or less.
 Zoom = Annotated[float, Meta(ge=1, le=4, title="a factor from 1 to 4")]
 
-Prob = Annotated[Probability, about("probability")]
-SideProb = Annotated[Probability, about("probability, of each side")]
+Prob = Annotated[Probability, "probability"]
+SideProb = Annotated[Probability, "probability, of each side"]
 
 
 class RandomTranspose(Spec, tag="random_transpose"):
@@ -43,9 +35,9 @@ class RandomTranspose(Spec, tag="random_transpose"):
 class RandomTurn(Spec, tag="random_turn"):
     """Take a crop that lies at any angle in its patch, with probability `prob`."""
 
-    prob: Annotated[Probability, about("probability; else rows stay rows")] = 1.0
+    prob: Annotated[Probability, "probability; else rows stay rows"] = 1.0
     zoom: Annotated[
-        Zoom, about("the scale changes by up to this factor, or by its inverse")
+        Zoom, "the scale changes by up to this factor, or by its inverse"
     ] = 1.25
 
 
@@ -64,21 +56,15 @@ class RandomSrcTgtSwap(Spec, tag="random_src_tgt_swap"):
 class RandomWarp(Spec, tag="warp"):
     """Warp tgt by a random field, with probability `prob`."""
 
-    prob: Annotated[Probability, about("probability of a warp")] = 1.0
-    difficulty: Annotated[Whole, about("the field has 2**difficulty knots a side")] = 2
-    min_disp: Annotated[Displacement, about("least displacement of a knot, px")] = 0.0
-    max_disp: Annotated[Displacement, about("largest displacement of a knot, px")] = (
-        10.0
-    )
-    randomize_d: Annotated[bool, about("draw the difficulty from 0..difficulty")] = (
-        False
-    )
+    prob: Annotated[Probability, "probability of a warp"] = 1.0
+    difficulty: Annotated[Whole, "the field has 2**difficulty knots a side"] = 2
+    min_disp: Annotated[Displacement, "least displacement of a knot, px"] = 0.0
+    max_disp: Annotated[Displacement, "largest displacement of a knot, px"] = 10.0
+    randomize_d: Annotated[bool, "draw the difficulty from 0..difficulty"] = False
     random_epicenters: Annotated[
         bool,
-        about(
-            "shift the knots by a random part of their distance. Without it they lie "
-            "evenly, and one knot (difficulty 0) is a shift of the whole tgt"
-        ),
+        "shift the knots by a random part of their distance. Without it they lie "
+        "evenly, and one knot (difficulty 0) is a shift of the whole tgt",
     ] = True
 
     def __post_init__(self) -> None:
@@ -102,51 +88,37 @@ class KnownWarp(Spec, tag="known_warp"):
     further they move, so that nothing folds over.
     """
 
-    prob: Annotated[
-        Probability, about("probability; else the pair is left as it is")
-    ] = 0.95
-    peak_px: Annotated[Pixels, about("largest displacement of the smooth part")] = 30.0
+    prob: Annotated[Probability, "probability; else the pair is left as it is"] = 0.95
+    peak_px: Annotated[Pixels, "largest displacement of the smooth part"] = 30.0
     knot_px: Annotated[
         Pixels,
-        about(
-            "shortest distance of its knots; where the network's own field is used as "
-            "ground truth, the deviation of the Gaussian that smooths it"
-        ),
+        "shortest distance of its knots; where the network's own field is used as "
+        "ground truth, the deviation of the Gaussian that smooths it",
     ] = 16.0
-    shift_px: Annotated[Pixels, about("largest shift along rows and along cols")] = 12.0
-    degrees: Annotated[NotNegative, about("largest rotation")] = 3.0
-    stretch: Annotated[NotNegative, about("largest change of scale, as a fraction")] = (
-        0.03
-    )
+    shift_px: Annotated[Pixels, "largest shift along rows and along cols"] = 12.0
+    degrees: Annotated[NotNegative, "largest rotation"] = 3.0
+    stretch: Annotated[NotNegative, "largest change of scale, as a fraction"] = 0.03
     tear: Annotated[
-        Probability,
-        about("probability of a fold or a crack along which src is torn"),
+        Probability, "probability of a fold or a crack along which src is torn"
     ] = 0.25
     tear_px: Annotated[
-        Pixels,
-        about("width of the widest one, and how far tissue is moved along it"),
+        Pixels, "width of the widest one, and how far tissue is moved along it"
     ] = 40.0
     same: Annotated[
         Probability,
-        about(
-            "probability that both sides show one section, that of tgt. Its truth is "
-            "exact whatever the stack"
-        ),
+        "probability that both sides show one section, that of tgt. Its truth is "
+        "exact whatever the stack",
     ] = 0.3
     aligned: Annotated[
         bool,
-        about(
-            "whether the pairs of the data set are aligned already, as in FIB-SEM. If "
-            "not, the smooth part of the network's own field of the pair before the "
-            "warp is used as ground truth"
-        ),
+        "whether the pairs of the data set are aligned already, as in FIB-SEM. If "
+        "not, the smooth part of the network's own field of the pair before the "
+        "warp is used as ground truth",
     ] = False
     prior_px: Annotated[
         Pixels,
-        about(
-            "largest error of the prior field that is made from the truth for stages "
-            "that have one"
-        ),
+        "largest error of the prior field that is made from the truth for stages "
+        "that have one",
     ] = 6.0
 
 
@@ -159,60 +131,55 @@ class Photometric(Spec, tag="photometric"):
 
     prob: SideProb = 0.8
     contrast: Annotated[
-        NotNegative, about("the contrast changes by a factor of up to exp(contrast)")
+        NotNegative, "the contrast changes by a factor of up to exp(contrast)"
     ] = 0.35
-    brightness: Annotated[NotNegative, about("largest shift of the grey levels")] = 0.5
+    brightness: Annotated[NotNegative, "largest shift of the grey levels"] = 0.5
     gamma: Annotated[
-        NotNegative,
-        about("the exponent of the grey curve is up to exp(gamma) or its inverse"),
+        NotNegative, "the exponent of the grey curve is up to exp(gamma) or its inverse"
     ] = 0.35
     shading: Annotated[
-        NotNegative, about("deviation of a slow change of brightness, grey levels")
+        NotNegative, "deviation of a slow change of brightness, grey levels"
     ] = 0.35
-    noise: Annotated[
-        NotNegative, about("deviation of noise in each pixel, grey levels")
-    ] = 0.3
-    blur: Annotated[NotNegative, about("deviation of a Gaussian blur, px")] = 1.0
+    noise: Annotated[NotNegative, "deviation of noise in each pixel, grey levels"] = 0.3
+    blur: Annotated[NotNegative, "deviation of a Gaussian blur, px"] = 1.0
 
 
 class Defocus(Spec, tag="defocus"):
     """Blur a band across a section; src and tgt draw their own."""
 
     prob: SideProb = 0.1
-    sigma_px: Annotated[Pixels, about("deviation of the strongest blur")] = 5.0
-    width_px: Annotated[Pixels, about("width of the widest band")] = 200.0
+    sigma_px: Annotated[Pixels, "deviation of the strongest blur"] = 5.0
+    width_px: Annotated[Pixels, "width of the widest band"] = 200.0
 
 
 class Fold(Spec, tag="fold"):
     """Paint a dark band across a section; src and tgt draw their own."""
 
     prob: SideProb = 0.1
-    width_px: Annotated[Pixels, about("width of the widest band")] = 35.0
+    width_px: Annotated[Pixels, "width of the widest band"] = 35.0
 
 
 class Crack(Spec, tag="crack"):
     """Paint a bright wedge into a section; src and tgt draw their own."""
 
     prob: SideProb = 0.1
-    width_px: Annotated[
-        Pixels, about("width of the widest crack where it is open most")
-    ] = 30.0
+    width_px: Annotated[Pixels, "width of the widest crack where it is open most"] = (
+        30.0
+    )
 
 
 class Missing(Spec, tag="missing"):
     """Take a corner or an edge of a section away; src and tgt draw their own."""
 
     prob: SideProb = 0.1
-    share: Annotated[Share, about("largest fraction of the sample that is removed")] = (
-        0.2
-    )
+    share: Annotated[Share, "largest fraction of the sample that is removed"] = 0.2
 
 
 class Stain(Spec, tag="stain"):
     """Put dark blobs on a section; src and tgt draw their own."""
 
     prob: SideProb = 0.1
-    radius_px: Annotated[Pixels, about("radius of the largest blob")] = 60.0
+    radius_px: Annotated[Pixels, "radius of the largest blob"] = 60.0
 
 
 Augmentation = (
@@ -233,17 +200,3 @@ Augmentation = (
 AUGMENTATIONS: dict[str, type[Augmentation]] = {
     str(kind.__struct_config__.tag): kind for kind in get_args(Augmentation)
 }
-
-
-def parse_augmentation(spec: Any, where: str) -> Augmentation:
-    """Read one of the `augmentations` of a phase.
-
-    Args:
-        spec: {"type": ..., more}, decoded JSON.
-        where: its position, for messages.
-
-    Raises:
-        UsageError: an unknown type or key, or a value of the wrong kind or
-            outside of its range.
-    """
-    return parse(spec, Augmentation, where)  # type: ignore[arg-type]

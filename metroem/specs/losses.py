@@ -11,7 +11,7 @@ import msgspec
 from msgspec import Meta
 
 from metroem.errors import UsageError
-from metroem.specs.parse_json import Count, NotNegative, Positive, Spec, about, parse
+from metroem.specs.parse_json import Count, NotNegative, Positive, Spec, parse
 
 LossType = Literal["plain", "metric", "known_warp", "distil"]
 # The params that each type of loss takes.
@@ -40,46 +40,34 @@ class LossSpec(Spec):
 
     type: Annotated[
         LossType,
-        about(
-            '"plain": similarity of the aligned images and rigidity. "metric": '
-            "embeddings that differ before alignment and agree after it. "
-            '"known_warp": distance from the truth of the augmentation `known_warp`. '
-            '"distil": distance from what the finetuner makes of the field'
-        ),
+        '"plain": similarity of the aligned images and rigidity. "metric": '
+        "embeddings that differ before alignment and agree after it. "
+        '"known_warp": distance from the truth of the augmentation `known_warp`. '
+        '"distil": distance from what the finetuner makes of the field',
     ] = "plain"
     levels: Annotated[
         Levels,
-        about(
-            'of "metric", like the next six: levels of the network whose embeddings '
-            "are compared"
-        ),
+        'of "metric", like the next six: levels of the network whose embeddings '
+        "are compared",
     ] = (0,)
     pre_align_sample: Annotated[
         Count | None,
-        about(
-            "side of the tiles compared before alignment, px of the level; null "
-            "compares the whole images"
-        ),
+        "side of the tiles compared before alignment, px of the level; null "
+        "compares the whole images",
     ] = None
-    pre_align_weight: Annotated[NotNegative, about("weight of their difference")] = 0.7
-    norm_embeddings: Annotated[
-        bool, about("bring each feature to mean 0, std 1 first")
-    ] = True
-    sm_div: Annotated[bool, about("divide smoothness by 2**level")] = False
+    pre_align_weight: Annotated[NotNegative, "weight of their difference"] = 0.7
+    norm_embeddings: Annotated[bool, "bring each feature to mean 0, std 1 first"] = True
+    sm_div: Annotated[bool, "divide smoothness by 2**level"] = False
     train_thru: Annotated[
-        bool, about("let the loss train the embeddings, not only the field")
+        bool, "let the loss train the embeddings, not only the field"
     ] = True
     pure_emb: Annotated[
         bool,
-        about(
-            "measure the difference before alignment against a tgt that a random "
-            "field of up to 50 px has moved, not against the tgt of the pair"
-        ),
+        "measure the difference before alignment against a tgt that a random "
+        "field of up to 50 px has moved, not against the tgt of the pair",
     ] = False
-    iterations: Annotated[
-        Count, about('of "distil": steps of the finetuner, at most')
-    ] = 50
-    weight: Annotated[Positive, about("factor, where losses are added")] = 1.0
+    iterations: Annotated[Count, 'of "distil": steps of the finetuner, at most'] = 50
+    weight: Annotated[Positive, "factor, where losses are added"] = 1.0
 
     @property
     def embedding_levels(self) -> tuple[int, ...]:

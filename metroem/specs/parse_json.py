@@ -1,8 +1,11 @@
 """Turn JSON into frozen objects; a refusal says where the mistake is.
 
-A kind of object is a subclass of `Spec`, whose fields are the keys. `Meta(title=...)`
-of a field says what is expected, for messages. `about` says what the field means, for
-the tables of `docs/`.
+A kind of object is a subclass of `Spec`, whose fields are the keys:
+
+    lr: Annotated[NotNegative, "learning rate of Adam, at its highest"] = 0.1
+
+`Meta(title=...)` of a type says what is expected, for messages. The text beside a type
+says what the key means, for the tables of `docs/`.
 """
 
 import json
@@ -29,11 +32,6 @@ Count = Annotated[int, Meta(ge=1, title="a whole number >= 1")]
 
 _WORDS = {int: "a whole number", float: "a number", str: "a text"}
 _WORDS |= {bool: "true or false", tuple: "a list", dict: "an object"}
-
-
-def about(text: str) -> Meta:
-    """Say what a field means."""
-    return Meta(description=text)
 
 
 class Spec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -85,7 +83,7 @@ def _describe(message: str, value: Any, hint: Any, where: str) -> str:
     place, key = where, ""  # of the object that holds the value, and its key in there
     for index, name in re.findall(r"\[(\d+)\]|\.([^.\[`]+)", path):
         inner = _item(hint, index) if index else _fields(hint, value).get(name)
-        if inner is None or (index and note(hint, "title") and not _kinds(inner)):
+        if inner is None or (index and _title(hint) and not _kinds(inner)):
             break  # the "type" of an object, or an item of a list of plain values
         place = f"{place}: {key}" if key else place
         place, key = (f"{place} {index}", "") if index else (place, name)
@@ -113,10 +111,11 @@ def _describe(message: str, value: Any, hint: Any, where: str) -> str:
     return f"{place}: expected {_expected(hint)}, got {value!r}"
 
 
-def note(hint: Any, name: str) -> str | None:
-    """The title or the description that a type has from its `Meta`s."""
-    notes = (getattr(note, name) for note in getattr(hint, "__metadata__", ()))
-    return next(filter(None, notes), None)
+def _title(hint: Any) -> str | None:
+    """The title of a type."""
+    notes = getattr(hint, "__metadata__", ())
+    titles = [n.title for n in notes if isinstance(n, Meta) and n.title]
+    return titles[-1] if titles else None
 
 
 def _parts(hint: Any) -> list[Any]:
@@ -159,7 +158,7 @@ def _item(hint: Any, index: str) -> Any:
 
 def _expected(hint: Any) -> str:
     """Say what a value of this type is."""
-    if title := note(hint, "title"):
+    if title := _title(hint):
         return title
     origin, args = get_origin(hint), get_args(hint)
     if origin in (Annotated, Union, UnionType):

@@ -24,12 +24,7 @@ from msgspec import Meta
 from msgspec.structs import replace
 
 from metroem.errors import UsageError
-from metroem.mask_rules import (
-    SIMILARITY_RULES,
-    SMOOTHNESS_RULES,
-    MaskRule,
-    MaskRules,
-)
+from metroem.mask_rules import SIMILARITY_RULES, SMOOTHNESS_RULES, MaskRule, MaskRules
 from metroem.specs.augmentations import (
     KNOWN_WARP_LEAST_PX,
     Augmentation,
@@ -40,26 +35,11 @@ from metroem.specs.augmentations import (
     RandomWarp,
 )
 from metroem.specs.losses import LossSpec, parse_losses
-from metroem.specs.parse_json import (
-    Count,
-    NotNegative,
-    Spec,
-    Whole,
-    about,
-    parse,
-    read_json,
-)
+from metroem.specs.parse_json import Count, NotNegative, Spec, Whole, parse, read_json
 
 logger = logging.getLogger(__name__)
 
-MODES = (
-    "scratch",
-    "aligned",
-    "finetune",
-    "classic",
-    "classic_finetune",
-    "custom",
-)
+MODES = ("scratch", "aligned", "finetune", "classic", "classic_finetune", "custom")
 FINETUNING_MODES = ("finetune", "classic_finetune")  # which begin from weights
 DEFAULT_CROP_PX = 1024
 _LAST_SHARE = 0.01  # of the learning rate, at the end of a cosine
@@ -67,76 +47,65 @@ _MOVES_IMAGES = (RandomTranspose, RandomFlip, RandomSrcTgtSwap, RandomWarp, Know
 _DECAY = "0 <= decay < 1, such as 0.999"
 
 
-class Phase(Spec):
+_KEYS = {  # where keys have names of the original
+    "losses": "loss_spec",
+    "similarity_rules": "mse_keys_to_apply",
+    "smoothness_rules": "sm_keys_to_apply",
+}
+
+
+class Phase(Spec, rename=_KEYS):
     """One entry of a stage's schedule."""
 
-    lr: Annotated[NotNegative, about("learning rate of Adam, at its highest")]
-    num_epochs: Annotated[Count, about("epochs: passes over the pairs")]
-    smoothness: Annotated[NotNegative, about("factor of rigidity in the loss")]
+    lr: Annotated[NotNegative, "learning rate of Adam, at its highest"]
+    num_epochs: Annotated[Count, "epochs: passes over the pairs"]
+    smoothness: Annotated[NotNegative, "factor of rigidity in the loss"]
     num_samples: Annotated[
         Count | None,
-        about(
-            "samples of an epoch, each pair as often as any other; null takes each "
-            "pair once"
-        ),
+        "samples of an epoch, each pair as often as any other; null takes each "
+        "pair once",
     ] = None
     print_every: Annotated[
-        Count, about("epochs from one log line and validation to the next")
+        Count, "epochs from one log line and validation to the next"
     ] = 1
     crop_size: Annotated[
         Count,
-        about(
-            "side of a training sample, px of the module's mip; less where the "
-            "patches are smaller"
-        ),
+        "side of a training sample, px of the module's mip; less where the "
+        "patches are smaller",
     ] = DEFAULT_CROP_PX
     batch_size: Annotated[
         Count | None,
-        about(
-            "pairs of a batch over all ranks; null leaves it to `--batch_size`, "
-            "which goes before it"
-        ),
+        "pairs of a batch over all ranks; null leaves it to `--batch_size`, "
+        "which goes before it",
     ] = None
     accumulate: Annotated[
         Count,
-        about(
-            "batches of an update: their gradients are averaged, as if they were one "
-            "batch"
-        ),
+        "batches of an update: their gradients are averaged, as if they were one batch",
     ] = 1
     lr_schedule: Annotated[
         Literal["constant", "cosine"],
-        about('"constant", or "cosine": falling to 1 % over the phase'),
+        '"constant", or "cosine": falling to 1 % over the phase',
     ] = "constant"
     warmup_steps: Annotated[
         Whole,
-        about(
-            "steps over which the rate rises from 0 first; a step is an update of the "
-            "weights, however many batches it is made of"
-        ),
+        "steps over which the rate rises from 0 first; a step is an update of the "
+        "weights, however many batches it is made of",
     ] = 0
     max_grad_norm: Annotated[
-        NotNegative | None,
-        about("gradients are clipped to this norm; null leaves them"),
+        NotNegative | None, "gradients are clipped to this norm; null leaves them"
     ] = None
     ema: Annotated[
         Annotated[float, Meta(ge=0, lt=1, title=_DECAY)] | None,
-        about(
-            "decay of a moving average of the weights, below 1, for example 0.999: "
-            "the average is validated, kept, and passed to the next phase. null "
-            "leaves the weights as they are; `--ema` goes before it"
-        ),
+        "decay of a moving average of the weights, below 1, for example 0.999: "
+        "the average is validated, kept, and passed to the next phase. null "
+        "leaves the weights as they are; `--ema` goes before it",
     ] = None
-    losses: Annotated[tuple[LossSpec, ...], about("losses, whose sum is minimised")] = (
-        msgspec.field(default=(LossSpec(),), name="loss_spec")
+    losses: Annotated[tuple[LossSpec, ...], "losses, whose sum is minimised"] = (
+        LossSpec(),
     )
-    similarity_rules: Annotated[MaskRules, about("where similarity counts")] = (
-        msgspec.field(default=SIMILARITY_RULES, name="mse_keys_to_apply")
-    )
-    smoothness_rules: Annotated[MaskRules, about("where rigidity counts")] = (
-        msgspec.field(default=SMOOTHNESS_RULES, name="sm_keys_to_apply")
-    )
-    augmentations: Annotated[tuple[Augmentation, ...], about("applied in turn")] = ()
+    similarity_rules: Annotated[MaskRules, "where similarity counts"] = SIMILARITY_RULES
+    smoothness_rules: Annotated[MaskRules, "where rigidity counts"] = SMOOTHNESS_RULES
+    augmentations: Annotated[tuple[Augmentation, ...], "applied in turn"] = ()
 
     @property
     def embedding_levels(self) -> tuple[int, ...]:
@@ -253,21 +222,16 @@ def parse_schedule(tree: Any, source: str) -> Schedule:
 
 
 def _phase(entry: Any, where: str) -> Phase:
-    plain = entry
+    nested = {}
     if isinstance(entry, dict):
-        nested = ("loss_spec", "mse_keys_to_apply", "sm_keys_to_apply")
-        plain = {key: value for key, value in entry.items() if key not in nested}
-    phase = parse(plain, Phase, where)
-    if "loss_spec" in entry:
-        losses = parse_losses(entry["loss_spec"], f"{where}: loss_spec")
-        phase = replace(phase, losses=losses)
-    for key, name in (
-        ("mse_keys_to_apply", "similarity_rules"),
-        ("sm_keys_to_apply", "smoothness_rules"),
-    ):
-        if key in entry:
-            rules = parse_mask_rules(entry[key], f"{where}: {key}")
-            phase = replace(phase, **{name: rules})
+        nested = {key: entry[key] for key in _KEYS.values() if key in entry}
+        entry = {key: value for key, value in entry.items() if key not in nested}
+    phase = parse(entry, Phase, where)
+    parsers = (parse_losses, parse_mask_rules, parse_mask_rules)
+    for (name, key), parse_nested in zip(_KEYS.items(), parsers, strict=True):
+        if key in nested:
+            value = parse_nested(nested[key], f"{where}: {key}")
+            phase = replace(phase, **{name: value})
     if phase.crop_size < phase.least_px:
         raise UsageError(
             f"{where}: crop_size is {phase.crop_size}: the augmentations and losses of "
@@ -277,9 +241,9 @@ def _phase(entry: Any, where: str) -> Phase:
     return phase
 
 
-def check_decay(decay: float, flag: str) -> None:
+def check_decay(decay: Any, flag: str) -> None:
     """Refuse a decay of averaged weights that cannot be (UsageError)."""
-    if not 0 <= decay < 1:
+    if isinstance(decay, bool | str) or not 0 <= decay < 1:
         raise UsageError(f"{flag} {decay!r}: expected {_DECAY}")
 
 

@@ -2,6 +2,7 @@ import pytest
 
 from metroem.errors import UsageError
 from metroem.specs.augmentations import (
+    Augmentation,
     Crack,
     Defocus,
     Fold,
@@ -13,8 +14,12 @@ from metroem.specs.augmentations import (
     RandomWarp,
     SkipSection,
     Stain,
-    parse_augmentation,
 )
+from metroem.specs.parse_json import parse
+
+
+def parse_augmentation(spec, where):
+    return parse(spec, Augmentation, where)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
