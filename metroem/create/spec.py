@@ -41,7 +41,7 @@ class Center(NamedTuple):
     z: int
 
 
-class AreaSpec(Spec):
+class AreaSpec(Spec, frozen=True):
     """An area around the centre of each patch.
 
     Attributes:
@@ -59,7 +59,7 @@ class AreaSpec(Spec):
     y_size: Count
 
 
-class ImageSpec(Spec):
+class ImageSpec(Spec, frozen=True):
     """Where images come from, and what normalises them; None: nothing does."""
 
     path: VolumePath
@@ -77,7 +77,7 @@ class FieldSpec:
     reference: AreaSpec
 
 
-class MaskSpec(Spec):
+class MaskSpec(Spec, frozen=True):
     """A volume whose values >= `threshold` at `src_mip` mark what is blanked."""
 
     path: VolumePath
@@ -86,13 +86,13 @@ class MaskSpec(Spec):
     threshold: Annotated[int | float, Meta(title="a number")]
 
 
-class _CenterJson(Spec):
+class _CenterJson(Spec, frozen=True):
     x: int
     y: int
     z: int
 
 
-class _FieldJson(Spec):
+class _FieldJson(Spec, frozen=True):
     path: VolumePath
     src_mip: Whole
     reference: AreaSpec | None = None
@@ -101,7 +101,7 @@ class _FieldJson(Spec):
     int16_scale: Annotated[int | float, Meta(title="a number above 0")] | None = None
 
 
-class _DatasetJson(Spec, kw_only=True):
+class _DatasetJson(Spec, frozen=True, kw_only=True):
     image: ImageSpec
     field: _FieldJson | None = None
     masks: tuple[MaskSpec, ...] = ()

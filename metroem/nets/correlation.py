@@ -61,7 +61,7 @@ SizeOrNone = Annotated[
 ]
 
 
-class LevelSpec(Spec):
+class LevelSpec(Spec, frozen=True):
     """One level of the network, 2**level px of its input a pixel.
 
     Attributes:
@@ -84,7 +84,7 @@ class LevelSpec(Spec):
             raise PyramidError("hidden is 0: a level with a radius needs hidden")
 
 
-class _NetSpec(Spec, tag="correlation"):
+class _NetSpec(Spec, frozen=True, tag="correlation"):
     levels: Annotated[
         tuple[LevelSpec, ...], Meta(min_length=1, title="a list of at least one level")
     ]

@@ -26,13 +26,13 @@ Prob = Annotated[Probability, "probability"]
 SideProb = Annotated[Probability, "probability, of each side"]
 
 
-class RandomTranspose(Spec, tag="random_transpose"):
+class RandomTranspose(Spec, frozen=True, tag="random_transpose"):
     """Swap rows and cols of the pair, with probability `prob`."""
 
     prob: Prob = 0.5
 
 
-class RandomTurn(Spec, tag="random_turn"):
+class RandomTurn(Spec, frozen=True, tag="random_turn"):
     """Take a crop that lies at any angle in its patch, with probability `prob`."""
 
     prob: Annotated[Probability, "probability; else rows stay rows"] = 1.0
@@ -41,19 +41,19 @@ class RandomTurn(Spec, tag="random_turn"):
     ] = 1.25
 
 
-class RandomFlip(Spec, tag="random_flip"):
+class RandomFlip(Spec, frozen=True, tag="random_flip"):
     """Mirror the pair along rows, and along cols, each with probability `prob`."""
 
     prob: Prob = 0.5
 
 
-class RandomSrcTgtSwap(Spec, tag="random_src_tgt_swap"):
+class RandomSrcTgtSwap(Spec, frozen=True, tag="random_src_tgt_swap"):
     """Swap src and tgt, with probability `prob`."""
 
     prob: Prob = 0.5
 
 
-class RandomWarp(Spec, tag="warp"):
+class RandomWarp(Spec, frozen=True, tag="warp"):
     """Warp tgt by a random field, with probability `prob`."""
 
     prob: Annotated[Probability, "probability of a warp"] = 1.0
@@ -74,13 +74,13 @@ class RandomWarp(Spec, tag="warp"):
             )
 
 
-class SkipSection(Spec, tag="skip_section"):
+class SkipSection(Spec, frozen=True, tag="skip_section"):
     """Take src from one section further, with probability `prob`."""
 
     prob: Prob = 0.1
 
 
-class KnownWarp(Spec, tag="known_warp"):
+class KnownWarp(Spec, frozen=True, tag="known_warp"):
     """Warp src by a field that is known, for the loss `known_warp`.
 
     The smooth part has waves of two lengths; the largest displacement is drawn
@@ -122,7 +122,7 @@ class KnownWarp(Spec, tag="known_warp"):
     ] = 6.0
 
 
-class Photometric(Spec, tag="photometric"):
+class Photometric(Spec, frozen=True, tag="photometric"):
     """Change how a section was imaged; src and tgt draw their own.
 
     Each strength is drawn between nothing and the value here; 0 leaves that
@@ -144,7 +144,7 @@ class Photometric(Spec, tag="photometric"):
     blur: Annotated[NotNegative, "deviation of a Gaussian blur, px"] = 1.0
 
 
-class Defocus(Spec, tag="defocus"):
+class Defocus(Spec, frozen=True, tag="defocus"):
     """Blur a band across a section; src and tgt draw their own."""
 
     prob: SideProb = 0.1
@@ -152,14 +152,14 @@ class Defocus(Spec, tag="defocus"):
     width_px: Annotated[Pixels, "width of the widest band"] = 200.0
 
 
-class Fold(Spec, tag="fold"):
+class Fold(Spec, frozen=True, tag="fold"):
     """Paint a dark band across a section; src and tgt draw their own."""
 
     prob: SideProb = 0.1
     width_px: Annotated[Pixels, "width of the widest band"] = 35.0
 
 
-class Crack(Spec, tag="crack"):
+class Crack(Spec, frozen=True, tag="crack"):
     """Paint a bright wedge into a section; src and tgt draw their own."""
 
     prob: SideProb = 0.1
@@ -168,14 +168,14 @@ class Crack(Spec, tag="crack"):
     )
 
 
-class Missing(Spec, tag="missing"):
+class Missing(Spec, frozen=True, tag="missing"):
     """Take a corner or an edge of a section away; src and tgt draw their own."""
 
     prob: SideProb = 0.1
     share: Annotated[Share, "largest fraction of the sample that is removed"] = 0.2
 
 
-class Stain(Spec, tag="stain"):
+class Stain(Spec, frozen=True, tag="stain"):
     """Put dark blobs on a section; src and tgt draw their own."""
 
     prob: SideProb = 0.1

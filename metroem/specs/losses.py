@@ -35,7 +35,7 @@ Levels = Annotated[
 ]
 
 
-class LossSpec(Spec):
+class LossSpec(Spec, frozen=True):
     """One loss."""
 
     type: Annotated[
@@ -81,7 +81,7 @@ class LossSpec(Spec):
         return {"type": self.type, "weight": self.weight, "params": params}
 
 
-class _LossJson(Spec):
+class _LossJson(Spec, frozen=True):
     type: LossType
     weight: Positive = 1.0
     params: dict[str, Any] = {}

@@ -1,6 +1,7 @@
 """Turn JSON into frozen objects; a refusal says where the mistake is.
 
-A kind of object is a subclass of `Spec`, whose fields are the keys:
+A kind of object is a subclass of `Spec` (which says `frozen=True` too, for pyright),
+whose fields are the keys:
 
     lr: Annotated[NotNegative, "learning rate of Adam, at its highest"] = 0.1
 

@@ -54,7 +54,7 @@ _KEYS = {  # where keys have names of the original
 }
 
 
-class Phase(Spec, rename=_KEYS):
+class Phase(Spec, frozen=True, rename=_KEYS):
     """One entry of a stage's schedule."""
 
     lr: Annotated[NotNegative, "learning rate of Adam, at its highest"]
