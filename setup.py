@@ -39,6 +39,7 @@ setup(
         "google-auth",
         "h5py",
         "modelhouse>=0.1.4",
+        "msgspec>=0.22",
         "numpy",
         "pillow",
         "requests",

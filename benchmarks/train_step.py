@@ -18,12 +18,12 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import side_by_side
 import torch
+from msgspec.structs import replace
 from torch import Tensor
 
 from metroem import cli

@@ -176,12 +176,13 @@ def test_the_tables_of_keys_have_every_key(monkeypatch):
     named = re.findall(r"^```\{keys\} (\S+)", PAGES["schedules"], re.M)
     assert len(named) == 4
     for path in named:
-        kinds = key_tables._named(path)
+        kinds = key_tables.named(path)
         for kind in kinds.values() if isinstance(kinds, dict) else [kinds]:
             rows = key_tables.table(kind).splitlines()[2:]
-            assert len(rows) == len(kind.__dataclass_fields__)
-    losses = key_tables.meanings(key_tables._named("metroem.specs.losses.LossSpec"))
-    assert all(f'"{kind}"' in losses["type"] for kind in PARAMS)
+            assert len(rows) == len(kind.__struct_fields__)
+            assert all(row.count(" | ") == 2 and "None" not in row for row in rows)
+    losses = key_tables.table(key_tables.named("metroem.specs.losses.LossSpec"))
+    assert all(f'"{kind}"' in losses for kind in PARAMS)
 
 
 def test_the_page_of_files_names_all_that_files_hold(tmp_path):

@@ -18,6 +18,7 @@ FLOORS = {
     "field": 1,
     "both_ways": 1,
     "recording": 1,
+    "mask_rules": 1,
     "masks": 1,
     "normalize": 1,
     "smoothing": 1,

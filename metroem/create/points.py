@@ -12,7 +12,7 @@ from pathlib import Path
 from metroem.create.spec import Center, parse_spec
 from metroem.errors import UsageError
 from metroem.io.replace import make_folder, replace_file
-from metroem.specs.checks import read_json
+from metroem.specs.parse_json import read_json
 
 logger = logging.getLogger(__name__)
 

@@ -16,20 +16,21 @@ of the patch, x_size by y_size pixels of its dst_mip, read at its src_mip.
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 
-from metroem.create.stored_field import FieldFormat
+import msgspec
+from msgspec import Meta
+
 from metroem.errors import UsageError
 from metroem.grid import Grid
-from metroem.specs.checks import check_keys, check_list, check_object, read_json
+from metroem.specs.parse_json import Count, Spec, Whole, parse, read_json
 
-_AREA = ("path", "src_mip", "dst_mip", "x_size", "y_size")
-_FORM = ("channel_order", "field_unit", "int16_scale")
-# As the original took the fields of a spec, and corgie writes its channels.
-_FORM_DEFAULTS = {"channel_order": "yx", "field_unit": "mip0"}
+if TYPE_CHECKING:
+    from metroem.create.stored_field import FieldFormat
+
+VolumePath = Annotated[str, Meta(min_length=1, title="a path")]
 
 
 class Center(NamedTuple):
@@ -40,8 +41,7 @@ class Center(NamedTuple):
     z: int
 
 
-@dataclass(frozen=True)
-class AreaSpec:
+class AreaSpec(Spec, frozen=True):
     """An area around the centre of each patch.
 
     Attributes:
@@ -52,20 +52,19 @@ class AreaSpec:
         y_size: along the volume's y, pixels of dst_mip.
     """
 
-    path: str
-    src_mip: int
-    dst_mip: int
-    x_size: int
-    y_size: int
+    path: VolumePath
+    src_mip: Whole
+    dst_mip: Whole
+    x_size: Count
+    y_size: Count
 
 
-@dataclass(frozen=True)
-class ImageSpec:
+class ImageSpec(Spec, frozen=True):
     """Where images come from, and what normalises them; None: nothing does."""
 
-    path: str
-    src_mip: int
-    reference: AreaSpec | None
+    path: VolumePath
+    src_mip: Whole
+    reference: AreaSpec | None = None
 
 
 @dataclass(frozen=True)
@@ -74,17 +73,45 @@ class FieldSpec:
 
     path: str
     src_mip: int
-    form: FieldFormat
+    form: "FieldFormat"
     reference: AreaSpec
 
 
-@dataclass(frozen=True)
-class MaskSpec:
+class MaskSpec(Spec, frozen=True):
     """A volume whose values >= `threshold` at `src_mip` mark what is blanked."""
 
-    path: str
-    src_mip: int
-    threshold: float
+    path: VolumePath
+    src_mip: Whole
+    # Kept as it is written: files state it.
+    threshold: Annotated[int | float, Meta(title="a number")]
+
+
+class _CenterJson(Spec, frozen=True):
+    x: int
+    y: int
+    z: int
+
+
+class _FieldJson(Spec, frozen=True):
+    path: VolumePath
+    src_mip: Whole
+    reference: AreaSpec | None = None
+    channel_order: Literal["xy", "yx"] | None = None
+    field_unit: Literal["mip0", "relative"] | None = None
+    int16_scale: Annotated[int | float, Meta(title="a number above 0")] | None = None
+
+
+class _DatasetJson(Spec, frozen=True, kw_only=True):
+    image: ImageSpec
+    field: _FieldJson | None = None
+    masks: tuple[MaskSpec, ...] = ()
+    max_mip: Whole
+    dst_mip: Whole
+    x_size: Count
+    y_size: Count
+    pairs: tuple[
+        Annotated[tuple[_CenterJson, _CenterJson], Meta(title="src and tgt")], ...
+    ] = ()
 
 
 @dataclass(frozen=True)
@@ -136,7 +163,7 @@ class DatasetSpec:
         """What the content of the files depends on; pairs as a digest, since
         attributes of a file end at 64 KiB.
         """
-        tree = asdict(self)
+        tree = msgspec.to_builtins(self)
         pairs = json.dumps(tree.pop("pairs")).encode()
         return tree | {
             "num_pairs": len(self.pairs),
@@ -166,25 +193,48 @@ def parse_spec(tree: Any, where: str) -> DatasetSpec:
         tree: decoded JSON; "pairs" may be left out.
         where: its place, for messages.
     """
-    tree = check_object(tree, where)
-    sizes = ("max_mip", "dst_mip", "x_size", "y_size")
-    check_keys(tree, ("image", "field", "masks", *sizes, "pairs"), where)
-    numbers = {key: _whole(tree, key, where, at_least=_least(key)) for key in sizes}
+    if isinstance(tree, dict) and not tree.get("field", True):
+        tree = {key: value for key, value in tree.items() if key != "field"}
+    read = parse(tree, _DatasetJson, where)
     spec = DatasetSpec(
-        image=_image(_required(tree, "image", where), f"{where}: image"),
-        field=_field(tree, f"{where}: field", numbers) if tree.get("field") else None,
-        masks=tuple(
-            _mask(mask, f"{where}: masks {number}")
-            for number, mask in enumerate(check_list(tree.get("masks", []), where))
-        ),
+        image=read.image,
+        field=_field(read, where) if read.field else None,
+        masks=read.masks,
         pairs=tuple(
-            _pair(pair, f"{where}: pairs {number}")
-            for number, pair in enumerate(check_list(tree.get("pairs", []), where))
+            (Center(src.x, src.y, src.z), Center(tgt.x, tgt.y, tgt.z))
+            for src, tgt in read.pairs
         ),
-        **numbers,
+        max_mip=read.max_mip,
+        dst_mip=read.dst_mip,
+        x_size=read.x_size,
+        y_size=read.y_size,
     )
+    for number, (src, tgt) in enumerate(spec.pairs):
+        if src.z == tgt.z:
+            raise UsageError(
+                f"{where}: pairs {number}: src and tgt are the same section, {src.z}"
+            )
     _check_mips(spec, where)
     return spec
+
+
+def _field(read: _DatasetJson, where: str) -> FieldSpec:
+    """The field of a spec; without a reference the patch itself is profiled."""
+    from metroem.create.stored_field import FieldFormat  # imports torch
+
+    field = read.field
+    assert field is not None
+    try:
+        # As the original took the fields of a spec, and corgie writes its channels.
+        form = FieldFormat(
+            field.channel_order or "yx", field.field_unit or "mip0", field.int16_scale
+        )
+    except UsageError as error:
+        raise UsageError(f"{where}: field: {error}") from None
+    reference = field.reference or AreaSpec(
+        field.path, field.src_mip, read.dst_mip, read.x_size, read.y_size
+    )
+    return FieldSpec(field.path, field.src_mip, form, reference)
 
 
 def _check_mips(spec: DatasetSpec, where: str) -> None:
@@ -212,94 +262,3 @@ def _check_mips(spec: DatasetSpec, where: str) -> None:
             f"expected at least the dst_mip {spec.dst_mip} of the images; translations "
             "are whole pixels of it"
         )
-
-
-def _image(tree: Any, where: str) -> ImageSpec:
-    tree = check_object(tree, where)
-    check_keys(tree, ("path", "src_mip", "reference"), where)
-    reference = tree.get("reference")
-    return ImageSpec(
-        _text(tree, "path", where),
-        _whole(tree, "src_mip", where),
-        None if reference is None else _area(reference, f"{where}: reference"),
-    )
-
-
-def _field(tree: Mapping, where: str, root: Mapping[str, int]) -> FieldSpec:
-    """The field of a spec; without a reference the patch itself is profiled."""
-    field = check_object(tree["field"], where)
-    check_keys(field, ("path", "src_mip", "reference", *_FORM), where)
-    path, src_mip = _text(field, "path", where), _whole(field, "src_mip", where)
-    reference = field.get("reference")
-    if reference is None:
-        reference = {"path": path, "src_mip": src_mip}
-        reference |= {key: root[key] for key in _AREA if key in root}
-    form: dict[str, Any] = {k: field[k] for k in _FORM if field.get(k) is not None}
-    if not isinstance(form.get("int16_scale", 1), int | float):
-        raise UsageError(f"{where}: int16_scale is {form['int16_scale']!r}: no number")
-    try:
-        known = FieldFormat(**{**_FORM_DEFAULTS, **form})
-    except UsageError as error:
-        raise UsageError(f"{where}: {error}") from None
-    return FieldSpec(path, src_mip, known, _area(reference, f"{where}: reference"))
-
-
-def _mask(tree: Any, where: str) -> MaskSpec:
-    tree = check_object(tree, where)
-    check_keys(tree, ("path", "src_mip", "threshold"), where)
-    threshold = _required(tree, "threshold", where)
-    if isinstance(threshold, bool) or not isinstance(threshold, int | float):
-        raise UsageError(f"{where}: threshold is {threshold!r}: expected a number")
-    return MaskSpec(
-        _text(tree, "path", where), _whole(tree, "src_mip", where), threshold
-    )
-
-
-def _area(tree: Any, where: str) -> AreaSpec:
-    tree = check_object(tree, where)
-    check_keys(tree, _AREA, where)
-    numbers = {k: _whole(tree, k, where, at_least=_least(k)) for k in _AREA[1:]}
-    return AreaSpec(_text(tree, "path", where), **numbers)
-
-
-def _pair(tree: Any, where: str) -> tuple[Center, Center]:
-    sides = check_list(tree, where)
-    if len(sides) != 2:
-        raise UsageError(f"{where}: expected src and tgt, got {len(sides)} places")
-    src, tgt = (_center(side, where) for side in sides)
-    if src.z == tgt.z:
-        raise UsageError(f"{where}: src and tgt are the same section, {src.z}")
-    return src, tgt
-
-
-def _center(tree: Any, where: str) -> Center:
-    tree = check_object(tree, where)
-    check_keys(tree, Center._fields, where)
-    read: Callable = _whole
-    return Center(*(read(tree, key, where, at_least=None) for key in Center._fields))
-
-
-def _required(tree: Mapping, key: str, where: str) -> Any:
-    if key not in tree:
-        raise UsageError(f"{where}: {key} is missing")
-    return tree[key]
-
-
-def _text(tree: Mapping, key: str, where: str) -> str:
-    value = _required(tree, key, where)
-    if not isinstance(value, str) or not value:
-        raise UsageError(f"{where}: {key} is {value!r}: expected a path")
-    return value
-
-
-def _whole(tree: Mapping, key: str, where: str, at_least: int | None = 0) -> int:
-    value = _required(tree, key, where)
-    fits = isinstance(value, int) and not isinstance(value, bool)
-    if not fits or (at_least is not None and value < at_least):
-        least = "" if at_least is None else f" >= {at_least}"
-        raise UsageError(f"{where}: {key} is {value!r}: expected a whole number{least}")
-    return value
-
-
-def _least(key: str) -> int:
-    return 0 if key.endswith("mip") else 1

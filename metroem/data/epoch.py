@@ -1,9 +1,10 @@
 """The samples of one epoch: which pairs, in which order, cropped and augmented."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
+from msgspec.structs import replace
 from torch import Tensor
 
 from metroem.data.augment import augment, flip

@@ -15,12 +15,12 @@ arg-max as in GC-Net (arXiv:1703.04309).
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 import torch.nn.functional as F
+from msgspec import Meta
 from torch import Tensor, nn
 
 from metroem.errors import PyramidError
@@ -35,10 +35,10 @@ from metroem.nets.by_tiles import (
 )
 from metroem.nets.local_correlation import local_correlation
 from metroem.nets.votes import POOLING_REACH, POOLS, pooled, votes_of
+from metroem.specs.parse_json import Spec, parse
 
 State = dict[str, dict[str, dict[str, Tensor]]]
 
-_LARGEST = 1024  # a spec may be broken: no memory holds what it asks for then
 _SLOPE = 0.1  # of the leaky ReLUs
 # Shares of the vote itself, of each neighbourhood and of "no change", before the
 # soft-max: fresh steps keep to what was found before them, for example by the stage
@@ -48,8 +48,20 @@ _FIRST_TOLERANCE = 1.0  # px that a vote is off its neighbours to count half
 _FIRST_SCALE = 8.0  # of a correlation of unit vectors, before the soft arg-max
 
 
-@dataclass(frozen=True)
-class LevelSpec:
+# A spec may be broken: no memory holds what larger sizes ask for.
+_LARGEST = 1024
+Size = Annotated[
+    int, Meta(ge=1, le=_LARGEST, title=f"a whole number from 1 to {_LARGEST}")
+]
+Sizes = Annotated[
+    tuple[Size, ...], Meta(title=f"a list of whole numbers from 1 to {_LARGEST}")
+]
+SizeOrNone = Annotated[
+    int, Meta(ge=0, le=_LARGEST, title=f"a whole number from 0 to {_LARGEST}")
+]
+
+
+class LevelSpec(Spec, frozen=True):
     """One level of the network, 2**level px of its input a pixel.
 
     Attributes:
@@ -61,26 +73,21 @@ class LevelSpec:
         dilations: of the 3 x 3 convolutions of a step, in turn.
     """
 
-    features: int
-    blocks: int = 1
-    radius: tuple[int, ...] = ()
-    hidden: int = 0
-    dilations: tuple[int, ...] = ()
+    features: Size
+    blocks: SizeOrNone = 1
+    radius: Sizes = ()
+    hidden: SizeOrNone = 0
+    dilations: Sizes = ()
 
     def __post_init__(self) -> None:
-        """Refuse sizes that torch would only stumble over later (PyramidError)."""
-        sizes = [self.features, *self.radius, *self.dilations]
-        sizes += [self.hidden] if self.radius else []
-        are_whole = all(type(size) is int for size in (*sizes, self.blocks))
-        if not are_whole or min(*sizes, self.blocks + 1) < 1:
-            raise PyramidError(
-                f"correlation: {self}: expected whole numbers above 0; a level with a "
-                "radius needs hidden, and blocks may be 0"
-            )
-        if (largest := max(*sizes, self.blocks)) > _LARGEST:
-            raise PyramidError(
-                f"correlation: a size of {largest:.3g}, expected at most {_LARGEST}"
-            )
+        if self.radius and not self.hidden:
+            raise PyramidError("hidden is 0: a level with a radius needs hidden")
+
+
+class _NetSpec(Spec, frozen=True, tag="correlation"):
+    levels: Annotated[
+        tuple[LevelSpec, ...], Meta(min_length=1, title="a list of at least one level")
+    ]
 
 
 def parse_correlation(spec: dict[str, Any], create_module: Any) -> "CorrelationNet":
@@ -94,30 +101,13 @@ def parse_correlation(spec: dict[str, Any], create_module: Any) -> "CorrelationN
     Raises:
         PyramidError: keys that are missing, unknown, or do not fit together.
     """
-    unknown = set(spec) - {"type", "levels"}
-    levels = spec.get("levels")
-    if unknown or not isinstance(levels, list) or not levels:
-        raise PyramidError(
-            f"correlation: expected levels, a list, and nothing else; got {spec}"
-        )
-    try:
-        parsed = [_level(one) for one in levels]
-    except (AttributeError, TypeError) as error:
-        raise PyramidError(f"correlation: levels: {error}") from None
-    if not parsed[-1].radius:
+    levels = parse(spec, _NetSpec, "correlation", error=PyramidError).levels
+    if not levels[-1].radius:
         raise PyramidError(
             "correlation: the coarsest level has no radius: expected one, since the "
             "search begins there"
         )
-    return CorrelationNet(parsed)
-
-
-def _level(spec: dict[str, Any]) -> LevelSpec:
-    lists = ("radius", "dilations")
-    values: dict[str, Any] = {
-        key: tuple(value) if key in lists else value for key, value in spec.items()
-    }
-    return LevelSpec(**values)
+    return CorrelationNet(levels)
 
 
 class CorrelationNet(nn.Module):
@@ -159,10 +149,7 @@ class CorrelationNet(nn.Module):
         self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def forward(
-        self,
-        x: Tensor,
-        in_field: Tensor | None = None,
-        tile_px: int | None = None,
+        self, x: Tensor, in_field: Tensor | None = None, tile_px: int | None = None
     ) -> Tensor:
         """The whole field of a pair.
 

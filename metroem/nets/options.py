@@ -3,10 +3,17 @@
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
+from msgspec import structs
+
 from metroem.coarse_to_fine import RefineOptions
 from metroem.errors import UsageError
 from metroem.finetuner import FinetuneOptions, mask_rules
-from metroem.masks import SIMILARITY_RULES, SMOOTHNESS_RULES, MaskRule, MaskRules
+from metroem.mask_rules import (
+    SIMILARITY_RULES,
+    SMOOTHNESS_RULES,
+    MaskRule,
+    MaskRules,
+)
 from metroem.tiles import Tiling
 
 
@@ -153,7 +160,7 @@ class AlignerOptions:
             return mask_rules(self.sm_keys_to_apply, "sm_keys_to_apply")
         rings = tuple((int(px), float(w)) for px, w in self.sm_defect_coarsening)
         src = tuple(
-            replace(rule, mask_value=self.sm_mask_value)
+            structs.replace(rule, mask_value=self.sm_mask_value)
             if rule.name == "src_zeros"
             else rule
             for rule in SMOOTHNESS_RULES.src
@@ -192,6 +199,6 @@ def _with_rings(
 ) -> tuple[MaskRule, ...]:
     """The rules, with other rings around defects."""
     return tuple(
-        replace(rule, rings=rings) if rule.name.endswith("_defects") else rule
+        structs.replace(rule, rings=rings) if rule.name.endswith("_defects") else rule
         for rule in rules
     )

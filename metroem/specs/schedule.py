@@ -10,7 +10,6 @@ Keys and meanings are the original's; an unknown key is refused. Keys of ours:
 `max_grad_norm`, `ema`.
 """
 
-import dataclasses
 import json
 import logging
 import math
@@ -18,10 +17,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
+
+import msgspec
+from msgspec import Meta
+from msgspec.structs import replace
 
 from metroem.errors import UsageError
-from metroem.masks import SIMILARITY_RULES, SMOOTHNESS_RULES, MaskRule, MaskRules
+from metroem.mask_rules import SIMILARITY_RULES, SMOOTHNESS_RULES, MaskRule, MaskRules
 from metroem.specs.augmentations import (
     KNOWN_WARP_LEAST_PX,
     Augmentation,
@@ -30,82 +33,79 @@ from metroem.specs.augmentations import (
     RandomSrcTgtSwap,
     RandomTranspose,
     RandomWarp,
-    parse_augmentation,
 )
-from metroem.specs.checks import check_keys, check_list, check_object, read_json
 from metroem.specs.losses import LossSpec, parse_losses
+from metroem.specs.parse_json import Count, NotNegative, Spec, Whole, parse, read_json
 
 logger = logging.getLogger(__name__)
 
-MODES = (
-    "scratch",
-    "aligned",
-    "finetune",
-    "classic",
-    "classic_finetune",
-    "custom",
-)
+MODES = ("scratch", "aligned", "finetune", "classic", "classic_finetune", "custom")
 FINETUNING_MODES = ("finetune", "classic_finetune")  # which begin from weights
-LR_SCHEDULES = ("constant", "cosine")
 DEFAULT_CROP_PX = 1024
 _LAST_SHARE = 0.01  # of the learning rate, at the end of a cosine
-_COUNTS = (
-    "num_epochs",
-    "num_samples",
-    "print_every",
-    "crop_size",
-    "batch_size",
-    "accumulate",
-)
 _MOVES_IMAGES = (RandomTranspose, RandomFlip, RandomSrcTgtSwap, RandomWarp, KnownWarp)
+_DECAY = "0 <= decay < 1, such as 0.999"
 
 
-@dataclass(frozen=True)
-class Phase:
-    """One entry of a stage's schedule.
+_KEYS = {  # where keys have names of the original
+    "losses": "loss_spec",
+    "similarity_rules": "mse_keys_to_apply",
+    "smoothness_rules": "sm_keys_to_apply",
+}
 
-    Attributes:
-        lr: learning rate of Adam, at its highest.
-        num_epochs: how often the pairs are gone through.
-        smoothness: factor of rigidity in the loss.
-        num_samples: samples of an epoch, each pair as often as any other; None
-            takes each pair once.
-        print_every: epochs from one log line and validation to the next.
-        crop_size: side of a training sample, px of the module's mip; less
-            where the patches are smaller.
-        batch_size: pairs of a batch over all ranks; None leaves it to
-            --batch_size, which goes before it.
-        accumulate: batches of an update: their gradients are averaged, as if they
-            were one batch.
-        lr_schedule: "constant", or "cosine": falling to 1 % over the phase.
-        warmup_steps: over which the rate rises from 0 first; a step is an update of
-            the weights, however many batches it is made of.
-        max_grad_norm: gradients are clipped to this norm; None leaves them.
-        ema: decay of a moving average of the weights, below 1, for example 0.999:
-            the average is what is validated, kept, and handed to the next phase.
-            None leaves the weights as they are; --ema goes before it.
-        losses: what is minimised: their sum.
-        similarity_rules: where similarity counts.
-        smoothness_rules: where rigidity counts.
-        augmentations: applied in turn.
-    """
 
-    lr: float
-    num_epochs: int
-    smoothness: float
-    num_samples: int | None = None
-    print_every: int = 1
-    crop_size: int = DEFAULT_CROP_PX
-    batch_size: int | None = None
-    accumulate: int = 1
-    lr_schedule: str = "constant"
-    warmup_steps: int = 0
-    max_grad_norm: float | None = None
-    ema: float | None = None
-    losses: tuple[LossSpec, ...] = (LossSpec(),)
-    similarity_rules: MaskRules = SIMILARITY_RULES
-    smoothness_rules: MaskRules = SMOOTHNESS_RULES
-    augmentations: tuple[Augmentation, ...] = ()
+class Phase(Spec, frozen=True, rename=_KEYS):
+    """One entry of a stage's schedule."""
+
+    lr: Annotated[NotNegative, "learning rate of Adam, at its highest"]
+    num_epochs: Annotated[Count, "epochs: passes over the pairs"]
+    smoothness: Annotated[NotNegative, "factor of rigidity in the loss"]
+    num_samples: Annotated[
+        Count | None,
+        "samples of an epoch, each pair as often as any other; null takes each "
+        "pair once",
+    ] = None
+    print_every: Annotated[
+        Count, "epochs from one log line and validation to the next"
+    ] = 1
+    crop_size: Annotated[
+        Count,
+        "side of a training sample, px of the module's mip; less where the "
+        "patches are smaller",
+    ] = DEFAULT_CROP_PX
+    batch_size: Annotated[
+        Count | None,
+        "pairs of a batch over all ranks; null leaves it to `--batch_size`, "
+        "which goes before it",
+    ] = None
+    accumulate: Annotated[
+        Count,
+        "batches of an update: their gradients are averaged, as if they were one batch",
+    ] = 1
+    lr_schedule: Annotated[
+        Literal["constant", "cosine"],
+        '"constant", or "cosine": falling to 1 % over the phase',
+    ] = "constant"
+    warmup_steps: Annotated[
+        Whole,
+        "steps over which the rate rises from 0 first; a step is an update of the "
+        "weights, however many batches it is made of",
+    ] = 0
+    max_grad_norm: Annotated[
+        NotNegative | None, "gradients are clipped to this norm; null leaves them"
+    ] = None
+    ema: Annotated[
+        Annotated[float, Meta(ge=0, lt=1, title=_DECAY)] | None,
+        "decay of a moving average of the weights, below 1, for example 0.999: "
+        "the average is validated, kept, and passed to the next phase. null "
+        "leaves the weights as they are; `--ema` goes before it",
+    ] = None
+    losses: Annotated[tuple[LossSpec, ...], "losses, whose sum is minimised"] = (
+        LossSpec(),
+    )
+    similarity_rules: Annotated[MaskRules, "where similarity counts"] = SIMILARITY_RULES
+    smoothness_rules: Annotated[MaskRules, "where rigidity counts"] = SMOOTHNESS_RULES
+    augmentations: Annotated[tuple[Augmentation, ...], "applied in turn"] = ()
 
     @property
     def embedding_levels(self) -> tuple[int, ...]:
@@ -129,6 +129,14 @@ class Phase:
                 # One whole tile of a level, whose last pixel may be a part of one.
                 least.append((loss.pre_align_sample - 1) * 2 ** max(loss.levels) + 1)
         return max(least)
+
+    def to_json(self) -> dict[str, Any]:
+        """The entry of a schedule that gives this phase, with all keys."""
+        return msgspec.json.decode(msgspec.json.encode(self)) | {
+            "loss_spec": [loss.to_json() for loss in self.losses],
+            "mse_keys_to_apply": self.similarity_rules.to_json(),
+            "sm_keys_to_apply": self.smoothness_rules.to_json(),
+        }
 
     def rate(self, step: int, num_steps: int) -> float:
         """The learning rate of one of the phase's steps, counted from 0."""
@@ -164,7 +172,7 @@ class Schedule:
         if max_epochs is None:
             return self.phases[nearest]
         return tuple(
-            dataclasses.replace(phase, num_epochs=min(phase.num_epochs, max_epochs))
+            replace(phase, num_epochs=min(phase.num_epochs, max_epochs))
             for phase in self.phases[nearest]
         )
 
@@ -202,7 +210,7 @@ def parse_schedule(tree: Any, source: str) -> Schedule:
         )
     phases: dict[int, tuple[Phase, ...]] = {}
     for mip, entries in tree.items():
-        if not mip.isdigit():
+        if not mip.isdecimal():
             raise UsageError(f"{source}: mip {mip!r}: expected a whole number")
         if not isinstance(entries, list) or not entries:
             raise UsageError(f"{source}: mip {mip}: expected a list of phases")
@@ -214,71 +222,29 @@ def parse_schedule(tree: Any, source: str) -> Schedule:
 
 
 def _phase(entry: Any, where: str) -> Phase:
-    entry = dict(check_object(entry, where))
-    spec = entry.pop("loss_spec", {"type": "plain"})
-    losses = parse_losses(spec, f"{where}: loss_spec")
-    rules = {
-        ours: parse_mask_rules(entry.pop(key), f"{where}: {key}")
-        for key, ours in (
-            ("mse_keys_to_apply", "similarity_rules"),
-            ("sm_keys_to_apply", "smoothness_rules"),
-        )
-        if key in entry
-    }
-    augmentations = tuple(
-        parse_augmentation(spec, f"{where}: augmentations {number}")
-        for number, spec in enumerate(check_list(entry.pop("augmentations", []), where))
-    )
-    plain = ("lr", "num_epochs", "smoothness", *_COUNTS[1:])
-    plain += ("lr_schedule", "warmup_steps", "max_grad_norm", "ema")
-    also = ("loss_spec", "mse_keys_to_apply", "sm_keys_to_apply", "augmentations")
-    check_keys(entry, plain, where, also=also)
-    missing = [key for key in plain[:3] if key not in entry]
-    if missing:
-        raise UsageError(f"{where}: {missing} missing")
-    phase = Phase(losses=losses, augmentations=augmentations, **rules, **entry)
-    _check_numbers(phase, where)
-    _check_truth(phase, where)
-    return phase
-
-
-def _check_numbers(phase: Phase, where: str) -> None:
-    """Refuse values of the wrong kind or outside of what they mean."""
-    for key in ("lr", "smoothness", "max_grad_norm"):
-        value = getattr(phase, key)
-        if key == "max_grad_norm" and value is None:
-            continue
-        is_number = isinstance(value, int | float) and not isinstance(value, bool)
-        if not is_number or not 0 <= value < math.inf:
-            raise UsageError(f"{where}: {key} is {value!r}: expected a number >= 0")
-    for key in (*_COUNTS, "warmup_steps"):
-        value = getattr(phase, key)
-        if key in ("num_samples", "batch_size") and value is None:
-            continue
-        least = 0 if key == "warmup_steps" else 1
-        if not isinstance(value, int) or isinstance(value, bool) or value < least:
-            raise UsageError(
-                f"{where}: {key} is {value!r}: expected a whole number >= {least}"
-            )
+    nested = {}
+    if isinstance(entry, dict):
+        nested = {key: entry[key] for key in _KEYS.values() if key in entry}
+        entry = {key: value for key, value in entry.items() if key not in nested}
+    phase = parse(entry, Phase, where)
+    parsers = (parse_losses, parse_mask_rules, parse_mask_rules)
+    for (name, key), parse_nested in zip(_KEYS.items(), parsers, strict=True):
+        if key in nested:
+            value = parse_nested(nested[key], f"{where}: {key}")
+            phase = replace(phase, **{name: value})
     if phase.crop_size < phase.least_px:
         raise UsageError(
             f"{where}: crop_size is {phase.crop_size}: the augmentations and losses of "
             f"the phase need at least {phase.least_px} px"
         )
-    if phase.ema is not None:
-        check_decay(phase.ema, f"{where}: ema is")
-    if phase.lr_schedule not in LR_SCHEDULES:
-        raise UsageError(
-            f"{where}: lr_schedule is {phase.lr_schedule!r}: expected one of "
-            f"{LR_SCHEDULES}"
-        )
+    _check_truth(phase, where)
+    return phase
 
 
-def check_decay(decay: Any, what: str) -> None:
-    """Refuse a decay of averaged weights that is none; `what` names it (UsageError)."""
-    is_number = isinstance(decay, int | float) and not isinstance(decay, bool)
-    if not is_number or not 0 <= decay < 1:
-        raise UsageError(f"{what} {decay!r}: expected 0 <= decay < 1, such as 0.999")
+def check_decay(decay: Any, flag: str) -> None:
+    """Refuse a decay of averaged weights that cannot be (UsageError)."""
+    if isinstance(decay, bool | str) or not 0 <= decay < 1:
+        raise UsageError(f"{flag} {decay!r}: expected {_DECAY}")
 
 
 def _check_truth(phase: Phase, where: str) -> None:
@@ -308,35 +274,15 @@ def parse_mask_rules(spec: Any, where: str) -> MaskRules:
     Raises:
         UsageError: an unknown key, or a value of the wrong kind.
     """
-    spec = check_object(spec, where)
-    check_keys(spec, ("src", "tgt"), where)
-    return MaskRules(
-        **{
-            side: tuple(
-                _rule(rule, f"{where}: {side} {number}")
-                for number, rule in enumerate(check_list(rules, f"{where}: {side}"))
-            )
+    if isinstance(spec, dict):
+        spec = {
+            side: [
+                MaskRule.flatten_json(rule, f"{where}: {side} {number}")
+                for number, rule in enumerate(rules)
+            ]
+            if isinstance(rules, list)
+            else rules
             for side, rules in spec.items()
         }
-    )
-
-
-def _rule(spec: Any, where: str) -> MaskRule:
-    spec = check_object(spec, where)
-    known = ("name", "fm", "binarization", "mask_value", "coarsen_ranges")
-    check_keys(spec, known, where)
-    binarization = check_object(spec.get("binarization", {}), f"{where}: binarization")
-    check_keys(binarization, ("strat", "value", "range"), f"{where}: binarization")
-    rings = check_list(spec.get("coarsen_ranges") or [], f"{where}: coarsen_ranges")
-    try:
-        return MaskRule(
-            name=spec.get("name", ""),
-            channel=spec.get("fm"),
-            strategy=binarization.get("strat"),
-            value=float(binarization.get("value", 0.0)),
-            bounds=tuple(map(float, binarization.get("range", (0.0, 0.0)))),  # type: ignore[arg-type]
-            mask_value=float(spec.get("mask_value", 0.0)),
-            rings=tuple((int(pixels), float(weight)) for pixels, weight in rings),
-        )
-    except (TypeError, ValueError) as error:
-        raise UsageError(f"{where}: {error}") from None
+    # Callers of the original may write 1.0 for a number of pixels.
+    return parse(spec, MaskRules, where, strict=False)

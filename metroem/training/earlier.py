@@ -1,12 +1,13 @@
 """States of earlier programs, brought to what this one expects."""
 
-import dataclasses
 import logging
 import re
 from collections.abc import Mapping
 from typing import Any
 
-from metroem.masks import SIMILARITY_RULES, SMOOTHNESS_RULES, MaskRules
+from msgspec import structs
+
+from metroem.mask_rules import SIMILARITY_RULES, SMOOTHNESS_RULES, MaskRules
 from metroem.training import distributed
 
 logger = logging.getLogger(__name__)
@@ -102,4 +103,4 @@ def _forms(phase: Any) -> list[Any]:
 
 def _without_tgt_defects(rules: MaskRules) -> str:
     kept = tuple(rule for rule in rules.tgt if rule.name != "tgt_defects")
-    return repr(dataclasses.replace(rules, tgt=kept))
+    return repr(structs.replace(rules, tgt=kept))

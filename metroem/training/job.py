@@ -1,9 +1,10 @@
 """What the training of one stage is asked to do."""
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+from msgspec.structs import fields
 
 from metroem.data.dataset import Split
 from metroem.errors import UsageError

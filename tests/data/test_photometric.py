@@ -2,6 +2,7 @@ import math
 
 import pytest
 import torch
+from msgspec.structs import replace
 
 from metroem.data.photometric import (
     add_noise,
@@ -60,7 +61,7 @@ def test_strengths_of_0_leave_an_image_as_it_was(image):
     [("gamma", 0.5), ("shading", 1), ("noise", 1), ("blur", 2)],
 )
 def test_each_strength_changes_an_image_on_its_own(image, key, value):
-    options = Photometric(**{**vars(NOTHING), key: value})
+    options = replace(NOTHING, **{key: value})
     changed = image_anew(image, options, seeded_generator(1))
     assert (changed - image).abs().max() > 0.1
 
@@ -68,8 +69,8 @@ def test_each_strength_changes_an_image_on_its_own(image, key, value):
 @pytest.mark.parametrize("key", ["contrast", "brightness"])
 def test_contrast_and_brightness_tell_before_the_curve_and_the_noise(image, key):
     # On their own they are normalised away.
-    others = Photometric(**{**vars(NOTHING), "gamma": 0.5, "noise": 0.5})
-    both = Photometric(**{**vars(others), key: 0.5})
+    others = replace(NOTHING, gamma=0.5, noise=0.5)
+    both = replace(others, **{key: 0.5})
     without, changed = (
         image_anew(image, o, seeded_generator(1)) for o in (others, both)
     )

@@ -2,6 +2,7 @@ import pytest
 
 from metroem.errors import UsageError
 from metroem.specs.augmentations import (
+    Augmentation,
     Crack,
     Defocus,
     Fold,
@@ -13,8 +14,12 @@ from metroem.specs.augmentations import (
     RandomWarp,
     SkipSection,
     Stain,
-    parse_augmentation,
 )
+from metroem.specs.parse_json import parse
+
+
+def parse_augmentation(spec, where):
+    return parse(spec, Augmentation, where)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -55,8 +60,8 @@ def test_an_augmentation_is_read_with_its_values(spec, expected):
             r"unknown key \['width'\]; known are .*width_px",
         ),
         ({"type": "fold", "prob": 1.5}, "prob is 1.5: expected a probability"),
-        ({"type": "fold", "prob": "1"}, "prob is '1': expected a number"),
-        ({"type": "fold", "prob": True}, "prob is True: expected a number"),
+        ({"type": "fold", "prob": "1"}, "prob is '1': expected a probability"),
+        ({"type": "fold", "prob": True}, "prob is True: expected a probability"),
         ({"type": "fold", "width_px": 0}, "width_px is 0: expected .* above 0"),
         ({"type": "stain", "radius_px": float("inf")}, "radius_px is inf"),
         ({"type": "missing", "share": 0.6}, "share is 0.6: .* up to 0.5"),

@@ -1,12 +1,14 @@
 import json
 import logging
 import math
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from metroem.errors import UsageError
-from metroem.masks import SIMILARITY_RULES, MaskRule
+from metroem.mask_rules import SIMILARITY_RULES, MaskRule
 from metroem.specs.augmentations import KnownWarp, RandomTranspose, RandomWarp
 from metroem.specs.losses import LossSpec
 from metroem.specs.schedule import MODES, Phase, load_schedule, parse_schedule
@@ -235,7 +237,7 @@ def test_what_is_no_schedule_is_refused(tree):
 
 
 def test_a_missing_number_is_named():
-    with pytest.raises(UsageError, match="'lr'.* missing"):
+    with pytest.raises(UsageError, match="lr is missing: expected a number >= 0"):
         parse_schedule({"3": [{"num_epochs": 1, "smoothness": 1}]}, "mine")
 
 
@@ -249,3 +251,28 @@ def test_a_path_belongs_to_custom_and_only_to_it(tmp_path):
     (tmp_path / "s.json").write_text("{")
     with pytest.raises(UsageError, match="not JSON"):
         load_schedule("custom", tmp_path / "s.json")
+
+
+@pytest.mark.parametrize("mode", MODES[:-1])
+def test_a_phase_gives_back_json_that_it_is_read_from(mode):
+    for phases in load_schedule(mode, None).phases.values():
+        trees = json.loads(json.dumps([phase.to_json() for phase in phases]))
+        assert [phase.to_json() for phase in phases] == trees
+        assert parse_schedule({"1": trees}, "").phases[1] == phases
+
+
+def test_json_of_a_phase_has_each_key_with_its_default():
+    tree = parsed(loss_spec={"type": "distil"}).to_json()
+    assert tree.items() >= {"lr": 1e-3, "crop_size": 1024, "ema": None}.items()
+    distil = {"type": "distil", "weight": 1.0, "params": {"iterations": 50}}
+    assert tree["loss_spec"] == [distil]
+    rule = tree["sm_keys_to_apply"]["src"][0]
+    assert rule["name"] == "src_zeros" and rule["mask_value"] == 1e-5
+    assert rule["binarization"] == {"strat": "eq", "value": 0.0, "range": [0.0, 0.0]}
+    assert rule["coarsen_ranges"] == [[1, 0.0]]
+
+
+def test_a_schedule_is_read_without_torch():
+    code = "import sys, metroem.specs.schedule as s; s.load_schedule('scratch', None)"
+    code += "; import metroem.create.spec; assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -1,7 +1,7 @@
-from dataclasses import replace
 from pathlib import Path
 
 import torch
+from msgspec.structs import replace
 
 from metroem.data.dataset import Split
 from metroem.specs.pyramid import ModuleSpec
