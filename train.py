@@ -82,9 +82,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Parse the command line and train."""
     arguments = sys.argv[1:] if argv is None else argv
     args = build_parser().parse_args(arguments)
-    from metroem.pipeline import train_pyramid  # --help without torch
     from metroem.training.distributed import choose_device, launch
     from metroem.training.requests import TrainRequest
+    from metroem.training.run import train_pyramid  # --help without torch
 
     request = TrainRequest(**vars(args))
     if ranks := request.ranks_to_launch:
