@@ -33,8 +33,8 @@ from metroem.demo import Run, environment
 from metroem.errors import MetroEMError
 from metroem.specs.pyramid import find_modules
 from metroem.training import distributed
-from metroem.training.stop_request import StopRequest
-from metroem.training.write_fields import WriteFieldsConfig, write_fields
+from metroem.training.generate import FieldJob, generate_fields
+from metroem.training.stopping import StopRequest
 
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
 POLL_S = 0.01
@@ -154,7 +154,7 @@ def serve(folder: Path, threads: int) -> None:
     torch.set_num_threads(threads)
     (module,) = find_modules(folder / "pyramid")
     device = torch.device("cpu")
-    job = WriteFieldsConfig(
+    job = FieldJob(
         module,
         module.in_mip,
         folder / "dataset",
@@ -170,7 +170,7 @@ def serve(folder: Path, threads: int) -> None:
                     written.unlink()
             distributed.barrier()
             if asked.name == "go":
-                write_fields(job, stop)
+                generate_fields(job, stop)
             if distributed.rank() == 0:
                 asked.unlink()
             distributed.barrier()

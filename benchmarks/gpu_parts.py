@@ -25,11 +25,11 @@ from metroem.recording import RecordedStep
 from metroem.scaffold import init_pyramid
 from metroem.specs.losses import LossSpec
 from metroem.specs.schedule import Phase, load_schedule
-from metroem.training.compile import compile_network
+from metroem.training.compiling import compile_network
 from metroem.training.model import TrainingModel
-from metroem.training.phase_loss import phase_loss
+from metroem.training.natural import with_natural_field
+from metroem.training.objectives import phase_loss
 from metroem.training.step import scores_of, train_step
-from metroem.training.targets import add_pseudo_label
 
 Part = Callable[[], object]
 
@@ -122,7 +122,7 @@ class Bench:
         generator = torch.Generator().manual_seed(0)
 
         def batch() -> tuple[LossTerms, Tensor]:
-            sample = add_pseudo_label(given, model, phase.known_warp)
+            sample = with_natural_field(given, model, phase.known_warp)
             found = model(sample, ())
             terms = phase_loss(phase, sample, found, generator)
             return terms, scores_of(found, terms, None)

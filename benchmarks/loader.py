@@ -50,7 +50,7 @@ from metroem.normalize import normalize
 from metroem.scaffold import init_pyramid
 from metroem.specs.schedule import Phase, load_schedule
 from metroem.training.model import TrainingModel
-from metroem.training.phase_loss import levels_wanted, phase_loss
+from metroem.training.objectives import levels_wanted, phase_loss
 from metroem.training.step import scores_of, train_step
 
 _MIP = 1

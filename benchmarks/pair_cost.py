@@ -29,7 +29,7 @@ from metroem.io.field_parts import FieldParts
 from metroem.io.h5 import FieldSetMeta, PairFrame
 from metroem.nets.loading import load_module
 from metroem.specs.pyramid import find_modules
-from metroem.training.write_fields import finetune_iterations
+from metroem.training.generate import finetune_iterations
 
 REPEATS = 3
 

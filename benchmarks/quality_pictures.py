@@ -9,8 +9,8 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 from quality_cases import Solved
 
-from metroem.io.pictures import color_field, overlay
 from metroem.report.curves import Curve
+from metroem.report.pictures import color_field, overlay
 
 PANEL_PX, GAP_PX, TITLE_PX = 236, 6, 18
 ERROR_PX = 8.0  # drawn white

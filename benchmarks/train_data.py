@@ -17,9 +17,9 @@ from metroem.normalize import normalize
 from metroem.specs.schedule import Phase
 from metroem.tissue import TissueRecipe, make_tissue
 from metroem.training.model import TrainingModel
-from metroem.training.phase_loss import levels_wanted, phase_loss
+from metroem.training.natural import with_natural_field
+from metroem.training.objectives import levels_wanted, phase_loss
 from metroem.training.step import scores_of, train_step
-from metroem.training.targets import add_pseudo_label
 
 Step = Callable[[], float]
 
@@ -63,7 +63,7 @@ def complete_step(
 
     def batch() -> tuple[LossTerms, Tensor]:
         sample, generator = next(samples)
-        sample = add_pseudo_label(sample, model, phase.known_warp)
+        sample = with_natural_field(sample, model, phase.known_warp)
         made = model(sample, levels_wanted(phase, aligner.options))
         terms = phase_loss(phase, sample, made, generator, aligner.options)
         return terms, scores_of(made, terms, sample.prior_field)

@@ -29,11 +29,11 @@ from metroem.scaffold import init_pyramid
 from metroem.specs.pyramid import find_modules
 from metroem.specs.schedule import load_schedule
 from metroem.training import stage
+from metroem.training.activations import checkpoint_activations
 from metroem.training.checkpoint import RunFolder
-from metroem.training.config import StageJob, TrainingSettings
+from metroem.training.job import StageJob, TrainingSettings
 from metroem.training.memory import keep_freed_memory
-from metroem.training.model import checkpoint_activations
-from metroem.training.stop_request import StopRequest
+from metroem.training.stopping import StopRequest
 
 TEMPLATES = ("correlation", "scalenet")
 LONG_SIDE_PX, EARLY_STEPS = 96, 100

@@ -192,8 +192,10 @@ def describe_differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> s
             said += _schedule_differences(old, new)
         elif key == PAIRS and isinstance(old, list) and isinstance(new, list):
             said.append(_pair_differences(old, new))
-        elif key in (IMAGES, PRIORS):
-            said.append(f"the {key} of the pairs are not the same")
+        elif key == IMAGES:
+            said.append("the images of the pairs are not the same")
+        elif key == PRIORS:
+            said.append("the prior fields of the pairs are not the same")
         else:
             said.append(f"{key} was {_text(old)}, is {_text(new)}")
     return "; ".join(said)
@@ -242,5 +244,7 @@ def _pair_differences(before: list[str], now: list[str]) -> str:
 
 def _text(value: Any) -> str:
     """A value as JSON has it, cut short."""
+    if value is None:
+        return "not given"
     text = json.dumps(value, default=str)
     return text if len(text) <= 100 else f"{text[:97]}..."

@@ -5,7 +5,7 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel
+from torch.optim.swa_utils import PARAM_LIST, AveragedModel
 
 from metroem.specs.schedule import Phase
 from metroem.training.checkpoint import TrainingState
@@ -48,10 +48,8 @@ def make_average(net: nn.Module, decay: float) -> AveragedModel:
         decay: 0 <= decay < 1.
     """
 
-    def update(
-        averages: Sequence[Tensor], weights: Sequence[Tensor], n: Tensor
-    ) -> None:
-        number = int(n) - 1
+    def update(averages: PARAM_LIST, weights: PARAM_LIST, count: Tensor | int) -> None:
+        number = int(count) - 1
         fraction = min(decay, (1 + number) / (10 + number))
         for averaged, weight in zip(averages, weights, strict=True):
             averaged.lerp_(weight, 1 - fraction)

@@ -81,7 +81,7 @@ def test_a_fingerprint_is_json_and_equal_to_itself():
     ("change", "said"),
     [
         ({"lr": 0.002}, "lr of phase 2 was 0.001, is 0.002"),
-        ({"ema": 0.5}, "ema of phase 2 was null, is 0.5"),
+        ({"ema": 0.5}, "ema of phase 2 was not given, is 0.5"),
         ({"accumulate": 3}, "accumulate of phase 2 was 1, is 3"),
         (
             {"losses": (LossSpec("known_warp", weight=2.0),)},

@@ -1,4 +1,4 @@
-"""The loop of a training can be read from top to bottom: few functions are around it."""
+"""The loop of a training reads from top to bottom: few functions are around it."""
 
 import json
 import sys
