@@ -18,7 +18,7 @@ from metroem import cli
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The flags of `metroem.pipeline.TrainRequest`."""
+    """The flags of `metroem.training.requests.TrainRequest`."""
     parser = cli.parser(__doc__)
     add = parser.add_argument_group("what is trained").add_argument
     add("--pyramid_path", type=Path, required=True, help="directory of modules")
@@ -82,8 +82,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Parse the command line and train."""
     arguments = sys.argv[1:] if argv is None else argv
     args = build_parser().parse_args(arguments)
-    from metroem.pipeline import TrainRequest, train_pyramid  # --help without torch
     from metroem.training.distributed import choose_device, launch
+    from metroem.training.requests import TrainRequest
+    from metroem.training.run import train_pyramid  # --help without torch
 
     request = TrainRequest(**vars(args))
     if ranks := request.ranks_to_launch:

@@ -44,7 +44,7 @@ from metroem.masks import PairWeight
 from metroem.recording import RecordedStep
 from metroem.specs.losses import LossSpec
 from metroem.specs.schedule import Phase
-from metroem.training.compiling import compile_network
+from metroem.training.compile import compile_network
 from metroem.training.model import TrainingModel
 
 Part = Callable[[], object]

@@ -24,7 +24,6 @@ from typing import Any
 import side_by_side
 import torch
 from msgspec.structs import replace
-from torch import Tensor
 
 from metroem import cli
 from metroem.aligner import Aligner
@@ -33,7 +32,6 @@ from metroem.data.epoch import EpochKey, TrainingEpoch
 from metroem.data.sample import Sample, stack_samples
 from metroem.grid import Grid
 from metroem.io.h5 import ImageSetMeta, Pair, PairFrame, write_image_set
-from metroem.loss import LossTerms
 from metroem.nets.loading import load_module
 from metroem.normalize import normalize
 from metroem.scaffold import init_pyramid, templates
@@ -41,9 +39,8 @@ from metroem.specs.schedule import Phase, load_schedule
 from metroem.tissue import TissueRecipe, make_tissue
 from metroem.training.memory import keep_freed_memory
 from metroem.training.model import TrainingModel
-from metroem.training.natural import with_natural_field
-from metroem.training.objectives import levels_wanted, phase_loss
-from metroem.training.step import scores_of, train_step
+from metroem.training.step import train_step
+from metroem.training.targets import EarlierStages
 
 MIP = 3  # both schedules have it
 WARM_UP_ROUNDS = 2
@@ -147,16 +144,10 @@ def whole_step(
 ) -> Step:
     """A training step as train.py makes it; each call takes the next batch."""
     optimizer = torch.optim.Adam(model.parameters(), lr=phase.lr, fused=True)
-
-    def batch() -> tuple[LossTerms, Tensor]:
-        sample, generator = next(batches)
-        sample = with_natural_field(sample, model, phase.known_warp)
-        found = model(sample, levels_wanted(phase, model.options))
-        terms = phase_loss(phase, sample, found, generator, model.options)
-        return terms, scores_of(found, terms, sample.prior_field)
-
+    phase = replace(phase, accumulate=1)
+    earlier = EarlierStages(0, (), "checkpoint", next(model.parameters()).device)
     return lambda: train_step(
-        [batch], optimizer, stop=0, max_grad_norm=phase.max_grad_norm
+        model, optimizer, [next(batches)[0]], phase, earlier, loss_seed=(0,), stop=0
     )
 
 

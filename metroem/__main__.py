@@ -211,8 +211,9 @@ def _evaluate(args: argparse.Namespace) -> None:
 
 
 def _write_fields(args: argparse.Namespace) -> None:
-    from metroem.pipeline import TrainRequest, train_pyramid
     from metroem.training.distributed import choose_device, launch
+    from metroem.training.requests import TrainRequest
+    from metroem.training.run import train_pyramid
 
     flags = _flags(args)
     request = TrainRequest(

@@ -24,7 +24,7 @@ from metroem.nets.options import AlignerOptions
 from metroem.normalize import coarsen_image, normalize, tissue_statistics
 from metroem.specs.pyramid import find_modules
 from metroem.tiles import Tiling
-from metroem.training.generate import finetune_iterations
+from metroem.training.write_fields import finetune_iterations
 
 # The threads of a process do not live on in its forks, which would wait for them for
 # ever: multiprocessing.Pool around `align` is many processes of one thread each.

@@ -24,8 +24,8 @@ import metroem
 from metroem.distort import Distortion, Section, distort, true_pair
 from metroem.errors import MetroEMError, UsageError
 from metroem.field import warp
+from metroem.io.pictures import save_pair_picture
 from metroem.io.volume_write import write_volume
-from metroem.report.pictures import save_pair_picture
 from metroem.report.scores import print_json, print_scores
 from metroem.scoring import Score, mean_score, score_pair
 from metroem.tissue import TissueRecipe, make_tissue

@@ -49,8 +49,8 @@ from metroem.specs.filenames import check_checkpoint_name
 from metroem.specs.pyramid import ModuleSpec, find_modules
 from metroem.training.checkpoint import RunFolder
 from metroem.training.distributed import choose_device
-from metroem.training.generate import target_sets
 from metroem.training.memory import enough_memory
+from metroem.training.write_fields import target_sets
 
 logger = logging.getLogger(__name__)
 

@@ -31,10 +31,10 @@ class LossTerms(NamedTuple):
     similarity: Tensor  # of the aligned images or embeddings
     rigidity: Tensor  # px^2, before it is multiplied by smoothness
     before: Tensor  # similarity of the unaligned embeddings; 0 for plain
-    epe: Tensor  # px, mean distance from the field that is wanted
+    epe: Tensor  # px, mean distance from the target field
 
 
-def added(terms: Sequence[LossTerms], weights: Sequence[float]) -> LossTerms:
+def sum_losses(terms: Sequence[LossTerms], weights: Sequence[float]) -> LossTerms:
     """The sum of losses, each times its weight; other terms are averaged."""
     total = sum(w * t.total for w, t in zip(weights, terms, strict=True))
     columns = list(zip(*terms, strict=True))[1:]
@@ -42,8 +42,8 @@ def added(terms: Sequence[LossTerms], weights: Sequence[float]) -> LossTerms:
     return LossTerms(total, *means)  # type: ignore[arg-type]
 
 
-class Wanted(NamedTuple):
-    """The field that a network is to give."""
+class Target(NamedTuple):
+    """The field that a network is to find."""
 
     field: Tensor  # (B, 2, H, W), px
     weight: Tensor  # (B, 1, H, W): what each pixel counts
@@ -52,11 +52,11 @@ class Wanted(NamedTuple):
 def endpoint_loss(
     field: Tensor,
     coarse: Mapping[int, Tensor],
-    wanted: Wanted,
+    target: Target,
     *,
     nothing: float = 0.0,
 ) -> LossTerms:
-    """Distance from a field that is wanted, of the field of each level.
+    """Distance from a target field, of the field of each level.
 
     It is the endpoint error itself, not its square, so that places where the
     truth cannot be seen do not outweigh the others; the field of a coarser
@@ -66,7 +66,7 @@ def endpoint_loss(
         field: (B, 2, H, W), px.
         coarse: level -> (B, 2, >= H / 2**level, >= W / 2**level), px of the
             level; `field` is the finest of them, upsampled. May be empty.
-        wanted: what they are compared with, at the size of the finest.
+        target: what they are compared with, at the size of the finest.
         nothing: see `weighted_mean`.
 
     Returns:
@@ -74,10 +74,10 @@ def endpoint_loss(
     """
     levels = dict(coarse) or {0: field}
     finest = min(levels)
-    truth = downsample_field(wanted.field, finest)
+    truth = downsample_field(target.field, finest)
     rows, cols = truth.shape[-2:]
     # A coarse pixel counts as much as the least of its pixels.
-    weight = wanted.weight
+    weight = target.weight
     if finest:
         weight = -F.max_pool2d(-weight, 2**finest, ceil_mode=True)
     errors = {}

@@ -2,7 +2,7 @@
 
 A version rises when a file changes so that earlier programs would misread it; what
 is only added leaves it as it is. Files without one are of the original or of the
-first commits of this project, and are read.
+first release, and are read.
 """
 
 from typing import Any
@@ -10,7 +10,7 @@ from typing import Any
 from metroem.errors import MetroEMError
 
 SETS = 1  # image sets and field sets
-STATE = 1  # what a training goes on from
+STATE = 2  # what a training is resumed from; 1 was that of 1.0.0
 FIGURES = 1  # JSON of `evaluate`
 
 

@@ -21,7 +21,7 @@ from metroem.nets.loading import load_module
 from metroem.nets.options import AlignerOptions
 from metroem.specs.losses import PARAMS
 from metroem.specs.schedule import parse_mask_rules, parse_schedule
-from metroem.training.step import Scores
+from metroem.training.step import StepMetrics
 from tests.commands import (
     CORGIE,
     ROOT,
@@ -197,7 +197,7 @@ def test_the_page_of_files_names_all_that_files_hold(tmp_path):
         with h5py.File(path) as file:
             found |= set(file) | set(file.attrs)
     assert len(found) > 15
-    for name in found | set(Scores._fields):
+    for name in found | set(StepMetrics._fields):
         assert f"`{name}`" in PAGES["files"], name
 
 

@@ -47,7 +47,6 @@ FLOORS = {
     "distort": 6,
     "evaluate": 6,
     "inspect": 6,
-    "pipeline": 6,
     "report": 6,
     "scaffold": 6,
     "scoring": 6,

@@ -7,8 +7,7 @@ from metroem.loss import (
     COARSER,
     LossTerms,
     PairLoss,
-    Wanted,
-    added,
+    Target,
     endpoint_loss,
     metric_loss,
     normalize_features,
@@ -16,6 +15,7 @@ from metroem.loss import (
     rigidity,
     rigidity_map,
     similarity,
+    sum_losses,
     unaligned_similarity,
     weighted_mean,
 )
@@ -184,7 +184,7 @@ def constant(d_cols, d_rows, rows=ROWS, cols=COLS, batch=1):
 def wanted(field, weight=None):
     rows, cols = field.shape[-2:]
     full = torch.ones(len(field), 1, rows, cols)
-    return Wanted(field, full if weight is None else weight)
+    return Target(field, full if weight is None else weight)
 
 
 def test_the_endpoint_error_by_hand():
@@ -261,7 +261,7 @@ def test_losses_are_added_and_their_terms_averaged_where_known():
     nothing = torch.tensor(float("nan"))
     one = LossTerms(*map(torch.tensor, (1.0, 2.0, 3.0)), nothing, nothing)
     two = LossTerms(torch.tensor(10.0), nothing, torch.tensor(5.0), nothing, nothing)
-    terms = added([one, two], [2.0, 0.5])
+    terms = sum_losses([one, two], [2.0, 0.5])
     assert (terms.total, terms.similarity, terms.rigidity) == (7, 2, 4)
     assert math.isnan(terms.before) and math.isnan(terms.epe)
 
@@ -269,5 +269,5 @@ def test_losses_are_added_and_their_terms_averaged_where_known():
 def test_gradients_of_added_losses_keep_their_weights():
     a, b = (torch.tensor(2.0, requires_grad=True) for _ in range(2))
     terms = [LossTerms(*[leaf] * 5) for leaf in (a, b)]
-    added(terms, [3.0, 0.25]).total.backward()
+    sum_losses(terms, [3.0, 0.25]).total.backward()
     assert (a.grad, b.grad) == (3, 0.25)

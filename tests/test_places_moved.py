@@ -18,8 +18,9 @@ from metroem.errors import DatasetError
 from metroem.evaluate import EvaluateRequest, evaluate_dataset
 from metroem.inspect import InspectRequest, inspect_dataset
 from metroem.io.h5 import FieldSetMeta, ImageSet, PairFrame, write_field_set
-from metroem.pipeline import TrainRequest, train_pyramid
 from metroem.scaffold import init_pyramid
+from metroem.training.requests import TrainRequest
+from metroem.training.run import train_pyramid
 from tests.volumes import ReadCount, make_volume
 
 AREA = "--x_offset 32 --y_offset 16 --z_start 2 --z_end 4"
@@ -109,11 +110,17 @@ def test_the_readme_of_the_original_in_its_order_in_one_folder(
     assert not np.array_equal(images_in(f"data/{PLACE}_MIP0.h5"), unmoved)
     inspect_dataset(InspectRequest(Path("data")))
     init_pyramid(Path("pyramid"), [2, 1, 0])
-    trained = []
-    monkeypatch.setattr("metroem.pipeline._run_stages", lambda *a: trained.append(a))
+
+    class Reached(Exception):
+        """All is planned; the first stage would be prepared."""
+
+    def prepare(*args):
+        raise Reached
+
+    monkeypatch.setattr("metroem.training.run._prepare", prepare)
     one = {"train_stages": [1], "generate_field_stages": [1]}
-    train_pyramid(TrainRequest(Path("pyramid"), Path("data"), **one, device="cpu"))
-    assert trained
+    with pytest.raises(Reached):
+        train_pyramid(TrainRequest(Path("pyramid"), Path("data"), **one, device="cpu"))
 
     # Each line once more, as in a script that was stopped: nothing is read.
     count = ReadCount(monkeypatch)
@@ -127,16 +134,16 @@ def test_stages_before_do_not_make_the_priors_of_a_download(run, monkeypatch):
     run(field_line())
     run(image_line("1", "24", MOVE))
     init_pyramid(Path("pyramid"), [2, 1])
-    jobs = []
+    configs = []
     monkeypatch.setattr(
-        "metroem.pipeline.train_stage", lambda job, *a: jobs.append(job)
+        "metroem.training.run.train_stage", lambda config, *a: configs.append(config)
     )
-    monkeypatch.setattr("metroem.pipeline.generate_fields", lambda *a: None)
+    monkeypatch.setattr("metroem.training.run.write_fields", lambda *a: None)
     one = {"train_stages": [1], "generate_field_stages": [1], "val_pairs": 0}
     name = {"checkpoint_name": "precomputed", "device": "cpu"}
     train_pyramid(TrainRequest(Path("pyramid"), Path("data"), **one, **name))
-    (job,) = jobs
-    assert job.module.stage == 1 and job.before == ()
+    (config,) = configs
+    assert config.stage == 1 and config.earlier == ()
 
 
 @pytest.mark.parametrize("anchor", ["corner", "center"])

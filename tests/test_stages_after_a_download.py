@@ -31,8 +31,8 @@ from metroem.io.h5 import (
 from metroem.nets.options import AlignerOptions
 from metroem.prediction import Alignment
 from metroem.specs.pyramid import ModuleSpec
-from metroem.training import generate
-from metroem.training.stopping import Stopped
+from metroem.training import write_fields as writing
+from metroem.training.stop_request import Stopped
 
 MIPS = (3, 2, 1, 0)  # of stages 0, 1, 2 and 3
 X, Y, Z, NUM_PAIRS = 64, -32, 6, 2
@@ -130,7 +130,7 @@ class Keeps:
 @pytest.fixture
 def data(tmp_path, monkeypatch):
     """Images at all mips and a downloaded field at that of stage 1."""
-    monkeypatch.setattr(generate, "_load", lambda *job: Keeps())
+    monkeypatch.setattr(writing, "_load", lambda *job: Keeps())
     for mip in MIPS[1:]:
         write_images(tmp_path, mip)
     write_download(tmp_path, MIPS[1])
@@ -147,8 +147,8 @@ def write_fields(folder, stage, stops=0, mips=MIPS):
         modules.append(module)
     mip = modules[min(stage + 1, len(modules) - 1)].in_mip
     device = torch.device("cpu")
-    job = generate.FieldJob(modules[stage], mip, folder, folder, "ck", device)
-    generate.generate_fields(job, SimpleNamespace(code=stops))  # type: ignore[arg-type]
+    job = writing.WriteFieldsConfig(modules[stage], mip, folder, folder, "ck", device)
+    writing.write_fields(job, SimpleNamespace(code=stops))  # type: ignore[arg-type]
 
 
 def pairs_at(folder, stage, mips=MIPS):

@@ -16,9 +16,9 @@ import train
 from metroem.errors import MetroEMError
 from metroem.inspect import InspectRequest, inspect_dataset
 from metroem.io.h5 import FieldSet, FieldSetMeta, ImageSet, PairFrame, write_field_set
-from metroem.pipeline import TrainRequest
 from metroem.scaffold import init_pyramid
-from metroem.training import generate
+from metroem.training import write_fields as writing
+from metroem.training.requests import TrainRequest
 from tests.nets.specs import scalenet, write_spec
 from tests.pairs import SHIFT_PX, write_pairs
 
@@ -137,6 +137,8 @@ def test_other_settings_do_not_overwrite_a_run(run):
     train.main(arguments(run, "--max_epochs", "1", "--train_stages", "0"))
     with pytest.raises(MetroEMError, match="--seed was 0, is 1"):
         train.main(arguments(run, "--max_epochs", "1", "--seed", "1"))
+    with pytest.raises(MetroEMError, match="num_epochs of phase 1 was 1, is 2"):
+        train.main(arguments(run, "--max_epochs", "2", "--train_stages", "0"))
 
 
 def test_stages_can_be_run_one_at_a_time(run):
@@ -272,7 +274,7 @@ def spoil(path):
 
 def test_a_bad_pair_is_skipped_and_listed(run, monkeypatch):
     # On such a pair the finetuner tries all of its steps.
-    monkeypatch.setattr(generate, "finetune_iterations", lambda stage: 2)
+    monkeypatch.setattr(writing, "finetune_iterations", lambda stage: 2)
     spoil(run / "data" / "x0_y0_z1_MIP2.h5")
     zero = ("--train_stages", "0", "--generate_field_stages", "0")
     train.main(arguments(run, "--max_epochs", "1", *zero))

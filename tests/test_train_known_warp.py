@@ -1,7 +1,6 @@
 """train.py on sections that it warps itself, whose truth is known."""
 
 import json
-from itertools import islice
 
 import pytest
 import torch
@@ -10,8 +9,8 @@ import train
 from metroem.io.h5 import FieldSet
 from metroem.scaffold import init_pyramid
 from metroem.specs.schedule import load_schedule
-from metroem.training.priors import StagesBefore
-from metroem.training.stage import StageTrainer
+from metroem.training import stage
+from metroem.training.targets import EarlierStages
 from tests.nets.specs import CORRELATION, write_spec
 from tests.pairs import write_pairs
 from tests.test_train import arguments, digest, twin_of
@@ -78,14 +77,23 @@ def test_networks_learn_from_sections_that_are_warped(run):
 def first_weights(run):
     """What stage 1 had before its first step, and what stage 0 has."""
     train.main(arguments(run, "--train_stages", "0"))
-    trainers = []
+    found = {}
+
+    class Reached(Exception):
+        pass
+
+    def first_step(model, *args, **options):
+        found.update(model.net.state_dict())
+        raise Reached
+
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(StageTrainer, "train", lambda self: trainers.append(self))
-        train.main(
-            arguments(run, "--train_stages", "1", "--generate_field_stages", "0")
-        )
+        patch.setattr(stage, "train_step", first_step)
+        with pytest.raises(Reached):
+            train.main(
+                arguments(run, "--train_stages", "1", "--generate_field_stages", "0")
+            )
     weights = run / "pyramid/0_mip2in_correlation/model/ck.state.pth.tar"
-    return trainers[0].aligner.net.state_dict(), torch.load(weights, weights_only=True)
+    return found, torch.load(weights, weights_only=True)
 
 
 def test_a_stage_without_weights_starts_from_the_stage_before(run, caplog):
@@ -118,24 +126,24 @@ def test_a_run_that_was_stopped_ends_with_the_same_bytes(run):
 
 @pytest.fixture
 def steps(monkeypatch):
-    """What each step is given: pairs, rate, stages before, and has it a prior."""
+    """What each step is given: pairs, rate, earlier stages, and has it a prior."""
     noted = []
-    step, with_prior = StageTrainer._step, StagesBefore.with_prior
+    step, add_prior = stage.train_step, EarlierStages.add_prior
 
-    def noting(self, optimizer, samples, key):
-        (sample,) = seen = list(islice(samples, optimizer.phase.accumulate))
-        done = step(self, optimizer, iter(seen), key)
-        rates = {group["lr"] for group in optimizer.adam.param_groups}
+    def noting(model, optimizer, batches, *args, **options):
+        (sample,) = seen = list(batches)
+        done = step(model, optimizer, seen, *args, **options)
+        rates = {group["lr"] for group in optimizer.param_groups}
         noted[-1] = (len(sample.src), *rates, *noted[-1])
         return done
 
     def noting_prior(self, sample):
-        sample = with_prior(self, sample)
+        sample = add_prior(self, sample)
         noted.append((len(self.aligners), sample.prior_field is not None))
         return sample
 
-    monkeypatch.setattr(StageTrainer, "_step", noting)
-    monkeypatch.setattr(StagesBefore, "with_prior", noting_prior)
+    monkeypatch.setattr(stage, "train_step", noting)
+    monkeypatch.setattr(EarlierStages, "add_prior", noting_prior)
     return noted
 
 

@@ -30,7 +30,7 @@ from types import SimpleNamespace
 ROOT = Path(__file__).parents[1]
 TOO_LONG_S = 400.0
 # What commands import when they need it; torch._dynamo comes with an optimizer.
-IMPORTED = ("metroem.pipeline", "metroem.evaluate", "metroem.create.image")
+IMPORTED = ("metroem.training.run", "metroem.evaluate", "metroem.create.image")
 IMPORTED += ("metroem.create.field", "metroem.create.pairs")
 IMPORTED += ("torch._dynamo", "modelhouse", "artificery")
 
@@ -83,14 +83,14 @@ def main():
     signal.signal(signal.SIGINT, signal.default_int_handler)
     for name in IMPORTED:
         importlib.import_module(name)
-    from metroem.training import generate
+    from metroem.training import write_fields as writing
     from tests import commands
     from tests.faults import hooks
 
     wait_shorter()
 
     # Finetuning takes most of the time, and no test is about what it finds.
-    generate.finetune_iterations = lambda stage: 8 // 2**stage
+    writing.finetune_iterations = lambda stage: 8 // 2**stage
     mains = {name: module.main for name, module in commands.SCRIPTS.items()}
     mains["metroem"] = commands.metroem_main.main
     assert threading.active_count() == len(os.listdir("/proc/self/task")) == 1

@@ -16,9 +16,9 @@ from torch import Tensor
 
 from metroem.data.sample import Sample
 from metroem.field import warp
+from metroem.io.pictures import color_field, overlay, stretched
 from metroem.masks import grow
 from metroem.metrics import jacobian_determinant
-from metroem.report.pictures import color_field, overlay, stretched
 from metroem.scoring import comparable, correlation, defects_on_tgt
 
 PICTURE_PX = 1024  # longest side; larger images are averaged to it

@@ -1,9 +1,9 @@
-"""State to resume a run from, kept outside of the module directories.
+"""Keep the state that a training is resumed from, outside of the module directories.
 
 Everything lies in `<pyramid>/.train/<checkpoint_name>/`, since modelhouse and
 corgie copy a whole module directory on every load:
 
-    stage_<s>.state.pt                   to go on from
+    stage_<s>.state.pt                   to resume from
     stage_<s>_last.state.pth.tar         the last weights (the best ones are the
                                          module's checkpoint)
     stage_<s>_initial.state.pth.tar      the checkpoint that training began from
@@ -27,11 +27,6 @@ import torch
 from metroem import versions
 from metroem.errors import CheckpointError
 from metroem.io.replace import make_folder, replace_file, writing
-from metroem.training.distributed import check_same
-from metroem.training.earlier import DATA_KEYS, PAIRS, upgrade
-
-# Keys that states of earlier programs do not have.
-_ADDED = {"averages"}
 
 
 @dataclass(frozen=True)
@@ -76,33 +71,33 @@ class RunFolder:
 _NONE = type(None)
 # Of what else the values of a state are made, a training finds out when it begins.
 _KINDS: dict[str, Any] = {
-    **{"settings": dict, "phase": int, "epoch": int, "step": int, "net": dict},
+    **{"fingerprint": dict, "phase": int, "epoch": int, "step": int, "net": dict},
     **{"sums": list, "recent_bad": list, "quarantine": list},
-    **{"best": (float, _NONE), "optimizer": (dict, _NONE), "averages": (dict, _NONE)},
+    **{"best": (float, _NONE), "optimizer": (dict, _NONE), "average": (dict, _NONE)},
     "rng": (torch.Tensor, _NONE),
 }
 
 
 @dataclass
 class TrainingState:
-    """Where a stage's training stands.
+    """Where the training of a stage stands.
 
     Attributes:
-        settings: what the run was started with; another may not go on from it.
+        fingerprint: of the training; one with another may not resume it.
         phase: position in the schedule; its length when the stage is done.
         epoch: position in the phase.
         step: position in the epoch.
-        best: best validation score of the phase; None before the first.
-        sums: running sums of the epoch, see `stage.py`.
+        best: best validation loss of the phase; None before the first.
+        sums: sums of the metrics since the last report, then how many steps each is of.
         recent_bad: 1 for each bad one of the last steps, 0 for each good one.
         quarantine: names of pairs whose loss went bad.
         net: weights, as they are without averaging.
         optimizer: state of the optimizer; None at the start of a phase.
-        rng: torch's global random state, for networks that draw chance.
-        averages: see `averages.Averages`; None where weights are not averaged.
+        rng: torch's global random state, for networks that draw from it.
+        average: state of the averaged weights; None where there are none.
     """
 
-    settings: dict[str, Any]
+    fingerprint: dict[str, Any]
     phase: int = 0
     epoch: int = 0
     step: int = 0
@@ -113,7 +108,22 @@ class TrainingState:
     net: dict[str, torch.Tensor] = field(default_factory=dict)
     optimizer: dict[str, Any] | None = None
     rng: torch.Tensor | None = None
-    averages: dict[str, Any] | None = None
+    average: dict[str, Any] | None = None
+
+    def add_metrics(self, metrics: torch.Tensor) -> None:
+        """Count the metrics of a step; those that are not known are left out."""
+        known = ~metrics.isnan()
+        values = [*torch.where(known, metrics, 0.0).tolist(), *known.tolist()]
+        sums = self.sums or [0.0] * len(values)
+        self.sums = [a + b for a, b in zip(sums, values, strict=True)]
+
+    def mean_metrics(self) -> list[float]:
+        """The mean of each metric since the last report; NaN if it is not known."""
+        half = len(self.sums) // 2
+        return [
+            value / count if count else float("nan")
+            for value, count in zip(self.sums[:half], self.sums[half:], strict=True)
+        ]
 
 
 def save_state(path: Path, state: TrainingState) -> None:
@@ -124,75 +134,45 @@ def save_state(path: Path, state: TrainingState) -> None:
     replace_file(path, buffer.getvalue())
 
 
-def load_state(path: Path, settings: Mapping[str, Any]) -> TrainingState | None:
-    """Read the state that a run may go on from; None if there is none.
-
-    Args:
-        path: file written by `save_state`.
-        settings: of the run that wants to go on.
+def load_state(path: Path) -> TrainingState | None:
+    """Read the state that a training may be resumed from; None if there is none.
 
     Raises:
-        CheckpointError: the file cannot be read, is of a newer version, or
-            belongs to a run with other settings (the message names them).
-        UsageError: the ranks of the run see different states.
+        CheckpointError: the file cannot be read, is no state, or is of another version.
     """
-    state = _read_state(path, settings)
-    place = (state.phase, state.epoch, state.step) if state else (-1, -1, -1)
-    check_same(place, str(path))
-    return state
-
-
-def _read_state(path: Path, settings: Mapping[str, Any]) -> TrainingState | None:
     if not path.is_file():
         return None
     try:
         tree = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises whatever its readers raise
         raise CheckpointError(
-            f"{path}: cannot be read ({error}); start anew with --restart"
+            f"{path}: cannot be read ({error}); begin again with --restart"
         ) from error
-    if isinstance(tree, dict) and "version" in tree:
-        versions.check_version(
-            tree["version"], versions.STATE, str(path), CheckpointError
-        )
-    names = {f.name for f in dataclasses.fields(TrainingState)} | {"version"}
-    if not isinstance(tree, dict) or not names - _ADDED <= set(tree) <= names:
+    if not isinstance(tree, dict):
         raise CheckpointError(f"{path}: not a training state; give --restart")
-    del tree["version"]
+    version = tree.pop("version", None)
+    if "settings" in tree and version in (None, 1):
+        raise CheckpointError(
+            f"{path}: a training that MetroEM 1.0.0 began, which this version cannot "
+            "resume: finish it with MetroEM 1.0.0, or begin it again with --restart. "
+            "What it has trained can be used: leave its stage out (--train_stages)"
+        )
+    if version is not None:
+        versions.check_version(version, versions.STATE, str(path), CheckpointError)
+    if version is None or set(tree) != {
+        f.name for f in dataclasses.fields(TrainingState)
+    }:
+        raise CheckpointError(f"{path}: not a training state; give --restart")
     wrong = sorted(
         k for k, v in tree.items() if not isinstance(v, _KINDS.get(k, object))
     )
     counts = (tree[key] for key in ("phase", "epoch", "step") if key not in wrong)
     if wrong or not all(0 <= count < 2**31 for count in counts):
         raise CheckpointError(
-            f"{path}: not a training state ({wrong or 'its place'} cannot be); give "
+            f"{path}: not a training state ({wrong or 'its position'} cannot be); give "
             "--restart"
         )
-    upgrade(tree, settings)
-    state = TrainingState(**tree)
-    changed = {
-        key: _change(key, state.settings.get(key), settings.get(key))
-        for key in sorted(state.settings.keys() | settings.keys())
-        if state.settings.get(key) != settings.get(key)
-    }
-    if changed:
-        apply = ""
-        if changed.keys() & {PAIRS, *DATA_KEYS}:
-            apply = ". Fields of other data need no training: metroem write-fields"
-        raise CheckpointError(
-            f"{path}: this run was started with other settings: "
-            f"{'; '.join(changed.values())}. "
-            "Use the same ones to go on with it, another --checkpoint_name for a run "
-            "beside it, or --restart to begin it anew (with --train_stages: that stage "
-            f"alone){apply}"
-        )
-    return state
-
-
-def _change(key: str, before: Any, now: Any) -> str:
-    if isinstance(before, list):
-        return f"{key} are not the same"
-    return f"{key} was {before!r}, is {now!r}"
+    return TrainingState(**tree)
 
 
 def append_json_line(path: Path, record: Mapping[str, Any]) -> None:
@@ -216,7 +196,7 @@ def keep_json_lines(path: Path, before: tuple[int, int, int]) -> None:
 
     Args:
         path: of records with "stage", "phase" and "epoch".
-        before: (stage, phase, epoch) that the run goes on from.
+        before: (stage, phase, epoch) that the run resumes at.
     """
     if not path.is_file():
         return

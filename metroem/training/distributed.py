@@ -216,7 +216,7 @@ def process_group(device: torch.device) -> Iterator[None]:
         dist.destroy_process_group()
 
 
-def share_out(total: int) -> Iterator[int]:
+def work_queue(total: int) -> Iterator[int]:
     """Numbers below `total`, each for one rank: for whichever asks next.
 
     Ranks that are faster, or have less to do for their numbers, get more of them.
@@ -285,7 +285,7 @@ def check_same(values: Sequence[int], what: str) -> None:
     both = torch.tensor([*values, *(-value for value in values)], dtype=torch.int64)
     if dist.is_initialized() and dist.get_backend() == "nccl":
         both = both.cuda()
-    highest = largest(both).tolist()
+    highest = all_reduce_max(both).tolist()
     if highest[: len(values)] != [-value for value in highest[len(values) :]]:
         raise UsageError(
             f"the ranks see different versions of {what}; is it on storage that all "
@@ -298,7 +298,7 @@ def _store() -> dist.Store:  # type: ignore[reportPrivateImportUsage]
     return dist.distributed_c10d._get_default_store()
 
 
-def largest(values: Tensor) -> Tensor:
+def all_reduce_max(values: Tensor) -> Tensor:
     """The largest of each value over all ranks, the same on every rank."""
     if dist.is_initialized():
         values = values.clone()
@@ -306,7 +306,7 @@ def largest(values: Tensor) -> Tensor:
     return values
 
 
-def total(values: Tensor) -> Tensor:
+def all_reduce_sum(values: Tensor) -> Tensor:
     """The sum of each value over all ranks, the same on every rank."""
     if dist.is_initialized():
         values = values.clone()
@@ -314,7 +314,7 @@ def total(values: Tensor) -> Tensor:
     return values
 
 
-def gather_names(names: Sequence[str]) -> list[str]:
+def all_gather_names(names: Sequence[str]) -> list[str]:
     """The names of all ranks, in the order of ranks, on every rank."""
     if not dist.is_initialized():
         return list(names)

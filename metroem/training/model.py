@@ -1,22 +1,24 @@
-"""The model that a stage trains: its aligner, loaded, prepared and wrapped."""
+"""Load the aligner that a stage trains, prepare it, and wrap it for DDP."""
 
 import logging
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
 
 from metroem.aligner import Aligner, Prediction
 from metroem.data.sample import Sample
 from metroem.io.replace import replace_file
 from metroem.nets.checkpoint import checkpoint_path, load_weights
 from metroem.nets.loading import load_module
-from metroem.training import distributed
-from metroem.training.activations import checkpoint_activations
-from metroem.training.checkpoint import RunFolder
-from metroem.training.compiling import compile_network
-from metroem.training.job import StageJob, TrainingSettings
-from metroem.training.recorded_passes import RecordedPasses
+from metroem.training.buffers import buffers_kept
+from metroem.training.compile import compile_network
+from metroem.training.config import StageConfig
+from metroem.training.cuda_graph_model import CudaGraphModel
 
 logger = logging.getLogger(__name__)
 
@@ -33,14 +35,14 @@ class TrainingModel(nn.Module):
             aligner: what is trained.
             precision: "fp32" or "bf16" inside the network.
             is_recorded: whether a GPU may repeat its passes by itself: see
-                `RecordedPasses`.
+                `CudaGraphModel`.
         """
         super().__init__()
         self.net = aligner.net
         self.options = aligner.options
         self._predict = aligner.predict
         self._is_bf16 = precision == "bf16"
-        self._passes = RecordedPasses(self._pass, self.net) if is_recorded else None
+        self._passes = CudaGraphModel(self._pass, self.net) if is_recorded else None
 
     def forward(self, sample: Sample, levels: tuple[int, ...]) -> Prediction:
         """Field and embeddings of a batch; bf16 inside the network if asked."""
@@ -61,78 +63,115 @@ class TrainingModel(nn.Module):
         )
 
 
-def load_aligner(job: StageJob, run: RunFolder, *, is_fresh: bool) -> Aligner:
-    """The aligner that a stage's training begins with.
+def load_aligner(config: StageConfig, *, is_fresh: bool) -> Aligner:
+    """Load the aligner that the training of a stage begins with.
+
+    Fresh training keeps a copy of the weights that it begins with.
 
     Args:
-        job: names module and checkpoint.
-        run: keeps a copy of the weights that a fresh training begins with.
+        config: names module and checkpoint.
         is_fresh: False where a state is about to be loaded.
 
     Raises:
         CheckpointError: weights that do not fit.
     """
-    module, name = job.module, job.settings.checkpoint_name
-    initial = checkpoint_path(module.weights_folder, name)
-    if is_fresh and distributed.rank() == 0 and initial.is_file():
-        content = initial.read_bytes()
-        replace_file(run.weights(module.stage, "initial"), content)
+    initial = config.best_weights
+    if is_fresh and config.rank == 0 and initial.is_file():
+        kept = config.run.weights(config.stage, "initial")
+        replace_file(kept, initial.read_bytes())
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(job.settings.seed + module.stage)
+        torch.manual_seed(config.seed + config.stage)
         loaded = load_module(
-            module.path,
-            checkpoint_name=name if initial.is_file() else None,
+            config.module.path,
+            checkpoint_name=config.checkpoint_name if initial.is_file() else None,
             finetune=False,
             pass_field=True,
         )
-    aligner: Aligner = loaded.aligner.to(job.settings.device)  # type: ignore
+    aligner: Aligner = loaded.aligner.to(config.device)  # type: ignore
     fits = getattr(aligner.net, "fits_any_stage", False)
     if is_fresh and fits and not initial.is_file():
-        _take_weights_before(aligner, job)
+        _take_weights_before(aligner, config)
     return aligner
 
 
-def _take_weights_before(aligner: Aligner, job: StageJob) -> None:
+def _take_weights_before(aligner: Aligner, config: StageConfig) -> None:
     """Start a fresh network from the stage before, if that has the same one.
 
     Tissue looks alike at neighbouring mips: 100 steps then do what fresh
     weights need 450 for (FIB-SEM, mips 1 and 0, 2026-11).
     """
-    for before in job.before[-1:]:
-        weights = checkpoint_path(before.weights_folder, job.settings.checkpoint_name)
-        if weights.is_file() and before.spec() == job.module.spec():
+    for before in config.earlier[-1:]:
+        weights = checkpoint_path(before.weights_folder, config.checkpoint_name)
+        if weights.is_file() and before.spec() == config.module.spec():
             load_weights(aligner.net, weights)
             logger.info(
                 "stage %d: no weights yet; it starts from those of stage %d",
-                *(job.module.stage, before.stage),
+                *(config.stage, before.stage),
             )
 
 
-def prepared_model(aligner: Aligner, settings: TrainingSettings) -> nn.Module:
-    """A `TrainingModel` as it is called: by DDP where there are several ranks."""
-    if settings.checkpoints_activations:
+def wrap_model(aligner: Aligner, config: StageConfig) -> nn.Module:
+    """Make the `TrainingModel` of an aligner, in DDP where there are several ranks."""
+    if config.checkpoints_activations:
         checkpoint_activations(aligner.net)
-    if settings.compiles:
+    if config.compiles:
         compile_network(aligner)
     model = TrainingModel(
         aligner,
-        settings.precision,
-        # Stock operators wait for the GPU; what is computed again suits batches that
-        # keep it busy.
+        config.precision,
+        # Stock operators wait for the GPU; activations that are computed twice suit
+        # batches that keep it busy.
         is_recorded=aligner.operators == "corrected"
-        and not settings.checkpoints_activations,
+        and not config.checkpoints_activations,
     )
-    if distributed.world_size() == 1:
+    if config.num_ranks == 1:
         return model
-    is_cuda = settings.device.type == "cuda"
     return DistributedDataParallel(
         model,
-        device_ids=[settings.device] if is_cuda else None,
+        device_ids=[config.device] if config.device.type == "cuda" else None,
         # Networks from elsewhere have layers that a plain loss does not reach.
         find_unused_parameters=True,
     )
 
 
-def inner_model(model: nn.Module) -> TrainingModel:
+def unwrap_model(model: nn.Module) -> TrainingModel:
     """The `TrainingModel` that a model is, or that DDP has around it."""
     return getattr(model, "module", model)  # type: ignore[return-value]
+
+
+def checkpoint_activations(net: nn.Module) -> None:
+    """Let each block of a network keep its inputs, and no activations.
+
+    The backward pass computes them a second time, one block after the other. Blocks
+    are the encoder of each level and each of its steps. Values, gradients and the
+    names of weights stay the same.
+
+    Args:
+        net: with `level_upmodules` and `level_downmodules`.
+    """
+    for block in _blocks(net):
+        block.forward = _recomputed(block)  # type: ignore[method-assign]
+
+
+def _blocks(net: nn.Module) -> Iterator[nn.Module]:
+    for part in (net.level_upmodules, net.level_downmodules):
+        assert isinstance(part, nn.ModuleDict)
+        for block in part.values():
+            if isinstance(block, nn.ModuleList):
+                yield from block
+            else:
+                yield block
+
+
+def _recomputed(block: nn.Module) -> Callable[..., Any]:
+    forward = block.forward
+    has_buffers = any(True for _ in block.buffers())
+
+    def computed(*given: Any) -> Any:
+        more = {}
+        # Compiled, it writes into buffers once as it is; and takes no contexts.
+        if has_buffers and not torch.compiler.is_compiling():
+            more["context_fn"] = lambda: (nullcontext(), buffers_kept(block))
+        return checkpoint(forward, *given, use_reentrant=False, **more)
+
+    return computed

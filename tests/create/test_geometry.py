@@ -14,7 +14,7 @@ from metroem.data.dataset import find_pairs
 from metroem.errors import DatasetError
 from metroem.inspect import InspectRequest, inspect_dataset
 from metroem.io.h5 import FieldSet, ImageSet
-from metroem.training.generate import target_sets
+from metroem.training.write_fields import target_sets
 from tests.export.sets import export, make_sets
 from tests.image_sets import write_fields, write_images
 from tests.volumes import make_scales

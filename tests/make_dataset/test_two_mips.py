@@ -13,7 +13,7 @@ from metroem.io.h5 import FieldSet, ImageSet
 from metroem.nets.options import AlignerOptions
 from metroem.prediction import Alignment
 from metroem.specs.pyramid import ModuleSpec
-from metroem.training import generate
+from metroem.training import write_fields as writing
 from tests.make_dataset.conftest import COLS, PAIRS, ROWS, with_field, with_reference
 
 NAME = "x144_y32_z12_MIP{}"
@@ -47,13 +47,13 @@ def test_a_stage_at_the_finer_mip_sees_tgt_where_the_one_before_did(both, monkey
         def align_pair(self, src, tgt, prior, *, options, defects):
             return Alignment(prior, None)
 
-    monkeypatch.setattr(generate, "_load", lambda *job: Keeps())
+    monkeypatch.setattr(writing, "_load", lambda *job: Keeps())
     one = ModuleSpec(1, 1, "n", both / "1_mip1in_n")
     (one.path / "model").mkdir(parents=True)
     (one.path / "model" / "precomputed.state.pth.tar").touch()
     device = torch.device("cpu")
-    job = generate.FieldJob(one, 0, both, both, "precomputed", device)
-    generate.generate_fields(job, SimpleNamespace(code=0))  # type: ignore[arg-type]
+    job = writing.WriteFieldsConfig(one, 0, both, both, "precomputed", device)
+    writing.write_fields(job, SimpleNamespace(code=0))  # type: ignore[arg-type]
 
     for ref in find_pairs(both, 0, stage=2, checkpoint_name="precomputed"):
         sample = read_sample(ref, ref.grid)
@@ -80,5 +80,5 @@ def test_mips_of_which_each_has_a_reference_of_its_own_are_refused(
     sets = [ImageSet(tmp_path / "data" / f"{NAME.format(1)}.h5")]
     match = r"src of pair 0 was moved by .*make both mips with make-dataset"
     with pytest.raises(DatasetError, match=match):
-        generate.target_sets(tmp_path / "data", sets, 0)
+        writing.target_sets(tmp_path / "data", sets, 0)
     assert np.any([sets[0].offset(0, side) for side in (0, 1)])

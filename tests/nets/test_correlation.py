@@ -11,7 +11,7 @@ from metroem.aligner import Aligner
 from metroem.data.sample import seeded_generator
 from metroem.errors import PyramidError
 from metroem.field import upsample_field
-from metroem.loss import Wanted, endpoint_loss
+from metroem.loss import Target, endpoint_loss
 from metroem.nets.building import build_net
 from metroem.nets.correlation import CorrelationNet
 from metroem.nets.loading import load_module
@@ -295,7 +295,7 @@ def test_gradients_of_the_endpoint_error_reach_every_weight(aligner, has_prior):
     src, tgt, prior = images(2, 1, 32, 48), images(2, 1, 32, 48), images(2, 2, 32, 48)
     src[..., :12] = 0  # else that src has data everywhere says nothing
     found = aligner.predict(src, tgt, prior if has_prior else None, levels=())
-    wanted = Wanted(3 * images(2, 2, 32, 48), torch.ones(2, 1, 32, 48))
+    wanted = Target(3 * images(2, 2, 32, 48), torch.ones(2, 1, 32, 48))
     endpoint_loss(found.field, found.coarse, wanted).total.backward()
     for name, parameter in aligner.net.named_parameters():
         assert parameter.grad is not None, name

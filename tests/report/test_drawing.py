@@ -7,8 +7,8 @@ import torch
 from PIL import Image
 
 from metroem.data.sample import Sample
+from metroem.io.pictures import stretched
 from metroem.report.drawing import MASKS, draw_pair, draw_wheel
-from metroem.report.pictures import stretched
 from tests.pairs import SHIFT_PX, shifted_pair
 
 ROWS, COLS = 128, 192

@@ -14,7 +14,7 @@ from metroem.mask_rules import MaskRule, MaskRules
 from metroem.specs.augmentations import RandomSrcTgtSwap, RandomTranspose, RandomWarp
 from metroem.specs.losses import LossSpec
 from metroem.specs.schedule import Phase, load_schedule
-from metroem.training.objectives import phase_loss
+from metroem.training.phase_loss import phase_loss
 
 SWAPS = (RandomTranspose(0.5), RandomSrcTgtSwap(0.5))
 

@@ -10,12 +10,11 @@ import torch
 import train
 from metroem.aligner import Aligner
 from metroem.scaffold import init_pyramid
-from metroem.training import recorded_passes, stage
-from metroem.training.activations import checkpoint_activations
+from metroem.training import cuda_graph_model, step
 from metroem.training.buffers import buffers_kept, evaluating, restore_buffers
-from metroem.training.compiling import compile_network
-from metroem.training.model import TrainingModel
-from metroem.training.recorded_passes import RecordedPasses
+from metroem.training.compile import compile_network
+from metroem.training.cuda_graph_model import CudaGraphModel
+from metroem.training.model import TrainingModel, checkpoint_activations
 from tests.nets.specs import scalenet, write_spec
 from tests.pairs import write_pairs
 
@@ -76,8 +75,8 @@ def test_recording_a_pass_leaves_statistics_and_chance_as_they_were(
     aligner = make_aligner(tmp_path)
     # What is recorded on a GPU is not done; here it is, once, and what comes first not.
     stub = SimpleNamespace(recording=lambda graph: nullcontext())
-    monkeypatch.setattr(recorded_passes, "_Passes", lambda device: stub)
-    monkeypatch.setattr(recorded_passes.torch.cuda, "CUDAGraph", object)
+    monkeypatch.setattr(cuda_graph_model, "_Passes", lambda device: stub)
+    monkeypatch.setattr(cuda_graph_model.torch.cuda, "CUDAGraph", object)
     predict = TrainingModel(aligner, "fp32")._pass
     before = statistics(aligner.net)
     predict(*images(), None, ())
@@ -88,7 +87,7 @@ def test_recording_a_pass_leaves_statistics_and_chance_as_they_were(
         return predict(*given)._replace(trust=torch.rand(3))
 
     torch.manual_seed(5)
-    recorded = RecordedPasses(draw_and_predict, aligner.net)._record(images(), ())
+    recorded = CudaGraphModel(draw_and_predict, aligner.net)._record(images(), ())
 
     assert_equal(statistics(aligner.net), once)
     torch.manual_seed(5)
@@ -142,18 +141,16 @@ def train_one_stage(folder, *flags):
 @pytest.fixture
 def third_is_bad(monkeypatch):
     """The third step of a training has a loss of NaN, and is skipped."""
-    steps, real = [], stage.train_step
+    steps, real = [], step.phase_loss
 
-    def spoilt(terms, scores):
-        return terms._replace(total=terms.total * float("nan")), scores
-
-    def step(batches, optimizer, **more):
+    def loss(*args):
         steps.append(len(steps))
+        terms = real(*args)
         if len(steps) == 3:
-            batches = (lambda batch=batch: spoilt(*batch()) for batch in batches)
-        return real(batches, optimizer, **more)
+            terms = terms._replace(total=terms.total * float("nan"))
+        return terms
 
-    monkeypatch.setattr(stage, "train_step", step)
+    monkeypatch.setattr(step, "phase_loss", loss)
 
 
 # Nor do the passes count that look for natural fields, nor those of held-out pairs.

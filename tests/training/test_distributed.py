@@ -9,13 +9,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from metroem import pipeline
 from metroem.data.dataset import Split
 from metroem.errors import UsageError
-from metroem.pipeline import TrainRequest
+from metroem.specs.pyramid import ModuleSpec
 from metroem.specs.schedule import Phase
-from metroem.training import distributed
-from metroem.training.job import StageJob, TrainingSettings
+from metroem.training import distributed, run
+from metroem.training.checkpoint import RunFolder
+from metroem.training.config import StageConfig
+from metroem.training.requests import TrainRequest
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = """
@@ -29,11 +30,11 @@ folder, rank = Path(sys.argv[1]), distributed.rank()
 found = {}
 with distributed.process_group(torch.device("cpu")):
     taken = []
-    for number in distributed.share_out(12):
+    for number in distributed.work_queue(12):
         time.sleep(0.01 + 0.2 * rank)
         taken.append(number)
     found["taken"] = taken
-    found["again"] = list(distributed.share_out(3))
+    found["again"] = list(distributed.work_queue(3))
     steps = iter([1, 2, 3]) if rank == 0 else iter([])
     distributed.follow(steps, 3)
     found["left"] = len(list(steps))
@@ -101,7 +102,7 @@ def test_values_that_differ_are_noticed_on_both_ranks(two_ranks):
 
 def test_one_process_alone_has_all_numbers_and_all_steps(tmp_path):
     steps = iter([1, 2, 3])
-    assert list(distributed.share_out(3)) == [0, 1, 2]
+    assert list(distributed.work_queue(3)) == [0, 1, 2]
     distributed.follow(steps, 3)
     assert list(steps) == []
     distributed.check_shared(tmp_path)
@@ -111,15 +112,21 @@ def test_one_process_alone_has_all_numbers_and_all_steps(tmp_path):
 @pytest.mark.parametrize(
     ("asked", "ranks", "kept"), [(None, 1, None), (None, 3, 3), (6, 3, 6)]
 )
-def test_a_run_without_a_batch_size_depends_on_its_ranks(
-    monkeypatch, asked, ranks, kept
-):
-    monkeypatch.setenv("RANK", "0")
-    monkeypatch.setenv("WORLD_SIZE", str(ranks))
-    settings = TrainingSettings("ck", torch.device("cpu"), 0, asked, 0, "fp32")
-    phase = Phase(lr=1e-3, num_epochs=1, smoothness=0)
-    job = StageJob(None, (phase,), Split([], []), settings)  # type: ignore
-    assert job.fingerprint()["--batch_size"] == kept
+def test_a_run_without_a_batch_size_depends_on_its_ranks(tmp_path, asked, ranks, kept):
+    config = StageConfig(
+        module=ModuleSpec(0, 1, "x", tmp_path),
+        phases=(Phase(lr=1e-3, num_epochs=1, smoothness=0),),
+        split=Split([], []),
+        run=RunFolder(tmp_path),
+        checkpoint_name="ck",
+        device=torch.device("cpu"),
+        seed=0,
+        batch_size=asked,
+        num_workers=0,
+        precision="fp32",
+        num_ranks=ranks,
+    )
+    assert config.fingerprint()["--batch_size"] == kept
 
 
 def test_beginning_anew_is_refused_where_torchrun_restarts(tmp_path, monkeypatch):
@@ -137,5 +144,5 @@ def test_a_rank_with_a_gpu_reads_with_its_share_of_the_cores(
 ):
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(cores)))
     monkeypatch.setenv("LOCAL_WORLD_SIZE", str(ranks))
-    assert pipeline._workers_for(torch.device("cuda")) == workers
-    assert pipeline._workers_for(torch.device("cpu")) == 0
+    assert run._workers_for(torch.device("cuda")) == workers
+    assert run._workers_for(torch.device("cpu")) == 0

@@ -15,14 +15,14 @@ from metroem.prediction import Alignment
 from metroem.scaffold import init_pyramid
 from metroem.specs.pyramid import ModuleSpec
 from metroem.tiles import Tiling
-from metroem.training.generate import (
-    FieldJob,
+from metroem.training.stop_request import StopRequest
+from metroem.training.write_fields import (
+    WriteFieldsConfig,
     _field_of,
     _meta,
     _Sources,
-    generate_fields,
+    write_fields,
 )
-from metroem.training.stopping import StopRequest
 from tests.nets.specs import without_features, write_spec
 from tests.pairs import write_pairs
 
@@ -99,10 +99,12 @@ def test_fields_of_a_network_without_features_are_those_that_it_gives(tmp_path, 
             parameter.mul_(3)
     module.aligner.save_checkpoint(path / "model")
     spec = ModuleSpec.from_path(path)
-    job = FieldJob(spec, 0, tmp_path, tmp_path, "checkpoint", torch.device("cpu"))
+    job = WriteFieldsConfig(
+        spec, 0, tmp_path, tmp_path, "checkpoint", torch.device("cpu")
+    )
 
     with caplog.at_level(logging.INFO, "metroem"):
-        generate_fields(job, StopRequest(None))
+        write_fields(job, StopRequest(None))
 
     (pair,) = [ImageSet(tmp_path / "x0_y0_z1_MIP0.h5").read(0)]
     images = [torch.from_numpy(image)[None, None] for image in pair[:2]]

@@ -16,11 +16,10 @@ from metroem.scaffold import init_pyramid
 from metroem.specs.augmentations import KnownWarp
 from metroem.specs.losses import LossSpec
 from metroem.specs.schedule import Phase
-from metroem.training.earlier import upgrade
-from metroem.training.natural import with_natural_field
-from metroem.training.objectives import covered, phase_loss
-from metroem.training.priors import StagesBefore
-from metroem.training.step import Scores, validate
+from metroem.training.phase_loss import covered, phase_loss
+from metroem.training.step import StepMetrics
+from metroem.training.targets import EarlierStages, add_pseudo_label
+from metroem.training.validate import validate
 from tests.image_sets import pairs_of, write_images
 from tests.nets.specs import scalenet, write_spec
 from tests.pairs import write_pairs
@@ -53,7 +52,7 @@ def warped(network, prior=None):
     """A pair under a known warp, whose truth rests on what a network finds."""
     given = Sample(texture(), texture(), prior, ("a",))
     known = known_warp(given, WARP, seeded_generator(0))
-    return with_natural_field(known, network, WARP)
+    return add_pseudo_label(known, network, WARP)
 
 
 def finds(field):
@@ -139,7 +138,7 @@ def test_a_pair_that_shows_nothing_has_no_score():
     blank = Sample(0 * texture(), texture(), None, ("a",))
     assert math.isnan(score(phase_of("plain"), blank, shift(0.0)).total)
     assert math.isnan(covered(blank, shift(0.0)))
-    assert not Scores(*[math.nan] * 8).is_known
+    assert not StepMetrics(*[math.nan] * 8).is_known
 
 
 class Off(torch.nn.Module):
@@ -160,7 +159,7 @@ class Off(torch.nn.Module):
 def test_validation_leaves_out_pairs_without_a_score(tmp_path):
     write_images(tmp_path, "x0_y0_z1_MIP1.h5", num_pairs=3)
     pairs = pairs_of(tmp_path)
-    phase, before = phase_of("plain"), StagesBefore(1, (), "ck", CPU)
+    phase, before = phase_of("plain"), EarlierStages(1, (), "ck", CPU)
     whole = validate(
         Off(0.5), ValidationPairs(pairs[1:], phase, 0), before, seed=0, device=CPU
     )
@@ -198,7 +197,7 @@ def known_losses(monkeypatch, values):
 
     def scored(*args, **options):
         loss, share = next(left)
-        return Scores(loss, loss, 0.0, 0.0, math.nan, 1.0, 1.0, share)
+        return StepMetrics(loss, loss, 0.0, 0.0, math.nan, 1.0, 1.0, share)
 
     monkeypatch.setattr("metroem.training.stage.validate", scored)
 
@@ -235,13 +234,3 @@ def test_a_stage_without_any_score_says_so_and_keeps_what_was_there(
     train.main(arguments(run, *ONE_STAGE, "--seed", "5"))
     assert path.read_bytes() == best != best_and_last(run)[1]
     assert "Kept are the weights from before the phase" in caplog.text
-
-
-def test_a_state_of_an_earlier_program_goes_on_with_its_sums_and_without_its_zero():
-    nan = float("nan")
-    tree = {"settings": {}, "best": 0.0, "averages": None}
-    tree["sums"] = [6.0, 4.0, nan, 2.0, 8.0, 10.0, 12.0, 2.0]
-    upgrade(tree, {})
-    assert tree["best"] is None
-    assert tree["sums"][:8] == [6.0, 4.0, 0.0, 2.0, 8.0, 10.0, 12.0, 0.0]
-    assert tree["sums"][8:] == [2.0, 2.0, 0.0, 2.0, 2.0, 2.0, 2.0, 0.0]

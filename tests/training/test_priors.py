@@ -10,7 +10,7 @@ from metroem.nets.loading import load_module
 from metroem.normalize import coarsen_image, normalize
 from metroem.scaffold import init_pyramid
 from metroem.specs.pyramid import find_modules
-from metroem.training.priors import StagesBefore
+from metroem.training.targets import EarlierStages
 from tests.nets.specs import scalenet, write_spec
 
 ROWS, COLS = 50, 76
@@ -44,7 +44,7 @@ def sample():
 
 
 def test_the_prior_is_what_the_stages_before_make_of_the_pair(modules, sample):
-    done = StagesBefore(0, modules[:2], "ck", CPU).with_prior(sample)
+    done = EarlierStages(0, modules[:2], "ck", CPU).add_prior(sample)
 
     first, second = (
         load_module(module.path, checkpoint_name="ck").aligner for module in modules[:2]
@@ -67,27 +67,27 @@ def test_the_prior_is_what_the_stages_before_make_of_the_pair(modules, sample):
 
 
 def test_a_stage_of_the_same_mip_may_come_before(modules, sample):
-    done = StagesBefore(1, modules[:2], "ck", CPU).with_prior(sample)
+    done = EarlierStages(1, modules[:2], "ck", CPU).add_prior(sample)
     assert done.prior_field.shape == (2, 2, ROWS, COLS)
     assert done.prior_field.isfinite().all()
 
 
 def test_samples_that_no_warp_has_changed_keep_their_prior(modules, sample):
-    stages = StagesBefore(0, modules[:2], "ck", CPU)
+    stages = EarlierStages(0, modules[:2], "ck", CPU)
     plain = sample._replace(truth=None)
-    assert stages.with_prior(plain) is plain
+    assert stages.add_prior(plain) is plain
 
 
 def test_without_stages_before_there_is_nothing_to_do(modules, sample):
-    assert StagesBefore(3, (), "ck", CPU).with_prior(sample) is sample
+    assert EarlierStages(3, (), "ck", CPU).add_prior(sample) is sample
 
 
 def test_a_stage_without_weights_makes_no_priors(modules, sample):
-    stages = StagesBefore(0, modules[:2], "other", CPU)
-    assert stages.aligners == [] and stages.with_prior(sample) is sample
+    stages = EarlierStages(0, modules[:2], "other", CPU)
+    assert stages.aligners == [] and stages.add_prior(sample) is sample
 
 
 def test_weights_that_do_not_fit_are_refused(modules):
     write_spec(modules[0].path / "model", scalenet(3, 5))
     with pytest.raises(CheckpointError):
-        StagesBefore(0, modules[:2], "ck", CPU)
+        EarlierStages(0, modules[:2], "ck", CPU)

@@ -14,48 +14,63 @@ from metroem.nets.options import AlignerOptions
 from metroem.specs.augmentations import KnownWarp
 from metroem.specs.losses import LossSpec
 from metroem.specs.schedule import Phase
-from metroem.training.objectives import phase_loss
-from metroem.training.priors import StagesBefore
-from metroem.training.step import BAD_LOSS, Scores, scores_of, train_step, validate
+from metroem.training import step as step_module
+from metroem.training.phase_loss import phase_loss
+from metroem.training.step import BAD_LOSS, StepMetrics, train_step
+from metroem.training.targets import EarlierStages
+from metroem.training.validate import validate
 from tests.image_sets import pairs_of, write_images
+
+NO_STAGES = EarlierStages(0, (), "ck", torch.device("cpu"))
 
 
 class Line(nn.Module):
     """A network of one weight, 2.0: its field is that everywhere."""
 
+    options = AlignerOptions()
+
     def __init__(self):
         super().__init__()
         self.weight = nn.Parameter(torch.tensor(2.0))
 
-    def forward(self):
+    def forward(self, sample, levels):
         return Prediction(self.weight.expand(1, 2, 3, 4), {})
 
 
-def batch_of(predict, loss_of):
-    def batch():
-        prediction = predict()
-        terms = loss_of(prediction)
-        return terms, scores_of(prediction, terms, None)
-
-    return batch
+def times(factor):
+    """A batch whose loss is the weight, so many times."""
+    image = torch.full((1, 1, 3, 4), factor)
+    return Sample(image, torch.ones(1, 1, 3, 4), None, (f"pair {factor}",))
 
 
-def step(net, optimizer, factor, stop=0, **options):
-    def loss_of(prediction):
-        total = factor * prediction.field.mean()
+@pytest.fixture(autouse=True)
+def loss_by_sample(monkeypatch):
+    """The loss is the mean field, times what src holds."""
+
+    def loss(phase, sample, prediction, generator, options):
+        total = sample.src.flatten()[0] * prediction.field.mean()
         return LossTerms(total, total, 0 * total, 0 * total, math.nan * total)
 
-    return train_step([batch_of(net, loss_of)], optimizer, stop=stop, **options)
+    monkeypatch.setattr(step_module, "phase_loss", loss)
 
 
-def test_a_good_step_is_taken():
+def step(net, optimizer, *factors, stop=0, **options):
+    phase = Phase(1e-3, 1, 0.0, accumulate=len(factors), **options)
+    batches = (times(factor) for factor in factors)
+    return train_step(
+        net, optimizer, batches, phase, NO_STAGES, loss_seed=(0,), stop=stop
+    )
+
+
+def test_a_good_step_is_applied():
     net = Line()
     done = step(net, torch.optim.SGD(net.parameters(), lr=0.5), 1.0)
-    assert done.taken and done.suspects == (False,) and done.stop == 0
+    assert done.applied and done.bad_pairs == () and done.stop == 0
     assert net.weight.item() == 1.5
-    scores = Scores(*done.scores.tolist())
-    assert scores.loss == scores.similarity == 2 and math.isnan(scores.epe_px)
-    assert scores.field_px == scores.change_px == pytest.approx(8**0.5)  # |(2, 2)|
+    metrics = StepMetrics(*done.metrics.tolist())
+    assert metrics.loss == metrics.similarity == 2 and math.isnan(metrics.epe_px)
+    # |(2, 2)|
+    assert metrics.field_px == metrics.change_px == pytest.approx(8**0.5)
 
 
 @pytest.mark.parametrize(
@@ -70,27 +85,31 @@ def test_a_gradient_is_clipped_to_its_largest_norm(max_grad_norm, weight):
 
 
 def test_the_norm_that_is_clipped_is_that_of_all_weights():
-    first, second = (nn.Parameter(torch.tensor(0.0)) for _ in range(2))
-    optimizer = torch.optim.SGD([{"params": [first]}, {"params": [second]}], lr=1.0)
+    class Two(nn.Module):
+        options = AlignerOptions()
 
-    def predict():
-        return Prediction((3 * first + 4 * second).expand(1, 2, 3, 4), {})
+        def __init__(self):
+            super().__init__()
+            self.first = nn.Parameter(torch.tensor(0.0))
+            self.second = nn.Parameter(torch.tensor(0.0))
 
-    def loss_of(prediction):
-        return LossTerms(*[prediction.field.mean()] * 5)
+        def forward(self, sample, levels):
+            both = 3 * self.first + 4 * self.second
+            return Prediction(both.expand(1, 2, 3, 4), {})
 
-    batch = batch_of(predict, loss_of)
-    train_step([batch], optimizer, stop=0, max_grad_norm=1.0)
+    net = Two()
+    groups = [{"params": [net.first]}, {"params": [net.second]}]
+    step(net, torch.optim.SGD(groups, lr=1.0), 1.0, max_grad_norm=1.0)
     # (3, 4) is 5 long.
-    assert first.item() == pytest.approx(-0.6, rel=1e-4)
-    assert second.item() == pytest.approx(-0.8, rel=1e-4)
+    assert net.first.item() == pytest.approx(-0.6, rel=1e-4)
+    assert net.second.item() == pytest.approx(-0.8, rel=1e-4)
 
 
 def test_a_gradient_that_is_not_finite_is_not_clipped_but_skipped():
     net = Line()
     optimizer = torch.optim.SGD(net.parameters(), lr=0.5)
     done = step(net, optimizer, float("inf"), max_grad_norm=1.0)
-    assert not done.taken and net.weight.item() == 2.0
+    assert not done.applied and net.weight.item() == 2.0
 
 
 @pytest.mark.parametrize("factor", [float("nan"), float("inf"), BAD_LOSS, -BAD_LOSS])
@@ -100,58 +119,60 @@ def test_a_bad_step_leaves_the_weights_and_the_optimizer(factor):
     step(net, optimizer, 1.0)
     before = net.weight.item(), optimizer.state_dict()["state"][0]["step"].item()
     done = step(net, optimizer, factor)
-    assert not done.taken and done.suspects == (True,)
+    assert not done.applied and done.bad_pairs == (f"pair {factor}",)
     assert before == (
         net.weight.item(),
         optimizer.state_dict()["state"][0]["step"].item(),
     )
 
 
-def times(net, factor):
-    """A batch whose loss is the weight, so many times."""
-
-    def loss_of(prediction):
-        return LossTerms(*[factor * prediction.field.mean()] * 5)
-
-    return batch_of(net, loss_of)
-
-
 def test_the_gradients_of_batches_are_averaged_into_one_update():
     net = Line()
     optimizer = torch.optim.SGD(net.parameters(), lr=0.5)
-    batches = (times(net, factor) for factor in (1.0, 2.0, 6.0))
-    done = train_step(batches, optimizer, num_batches=3, stop=0)
+    done = step(net, optimizer, 1.0, 2.0, 6.0)
     assert net.weight.item() == pytest.approx(2 - 0.5 * 3)
-    assert done.taken and done.suspects == (False, False, False)
+    assert done.applied and done.bad_pairs == ()
     # Each batch saw the weight before the update.
-    assert Scores(*done.scores.tolist()).loss == pytest.approx(2 * 3)
+    assert StepMetrics(*done.metrics.tolist()).loss == pytest.approx(2 * 3)
 
 
 def test_only_the_last_batch_of_an_update_is_synchronised():
-    net, noted = Line(), []
+    noted = []
 
-    @contextmanager
-    def unsynced():
-        noted.append("in")
-        yield
-        noted.append("out")
+    class Noting(Line):
+        @contextmanager
+        def no_sync(self):
+            noted.append("in")
+            yield
+            noted.append("out")
 
-    def batch():
-        noted.append("batch")
-        return times(net, 1.0)()
+        def forward(self, sample, levels):
+            noted.append("batch")
+            return super().forward(sample, levels)
 
-    optimizer = torch.optim.SGD(net.parameters(), lr=0.5)
-    train_step([batch] * 3, optimizer, num_batches=3, stop=0, unsynced=unsynced)
+    net = Noting()
+    step(net, torch.optim.SGD(net.parameters(), lr=0.5), 1.0, 1.0, 1.0)
     assert noted == ["in", "batch", "out"] * 2 + ["batch"]
 
 
 def test_a_bad_batch_skips_the_update_and_is_the_one_suspected():
     net = Line()
     optimizer = torch.optim.SGD(net.parameters(), lr=0.5)
-    batches = [times(net, factor) for factor in (1.0, math.nan, 1.0)]
-    done = train_step(batches, optimizer, num_batches=3, stop=0)
-    assert not done.taken and net.weight.item() == 2.0
-    assert done.suspects == (False, True, False)
+    done = step(net, optimizer, 1.0, math.nan, 3.0)
+    assert not done.applied and net.weight.item() == 2.0
+    assert done.bad_pairs == ("pair nan",)
+
+
+def test_with_a_bad_gradient_of_good_losses_all_pairs_are_suspected():
+    class Steep(Line):
+        def forward(self, sample, levels):
+            # The value is 0; the slope of a square root there is not finite.
+            return Prediction((self.weight - 2).sqrt().expand(1, 2, 3, 4), {})
+
+    net = Steep()
+    done = step(net, torch.optim.SGD(net.parameters(), lr=0.5), 1.0, 3.0)
+    assert not done.applied and net.weight.item() == 2.0
+    assert done.bad_pairs == ("pair 1.0", "pair 3.0")
 
 
 def test_the_stop_code_is_handed_on():
@@ -186,12 +207,12 @@ def test_the_loss_of_a_phase_leaves_out_the_defects_of_a_sample():
 
 
 def test_what_is_not_known_is_left_out_of_the_text_and_null_in_json():
-    scores = Scores(1.5, math.nan, 0.25, math.nan, 0.1234, 3.0, 2.0)
-    assert scores.as_text() == "1.5 (epe 0.123 px, rigidity 0.25, field 3.00 px)"
-    decoded = json.loads(json.dumps(scores.as_json(), allow_nan=False))
+    metrics = StepMetrics(1.5, math.nan, 0.25, math.nan, 0.1234, 3.0, 2.0)
+    assert metrics.as_text() == "1.5 (epe 0.123 px, rigidity 0.25, field 3.00 px)"
+    decoded = json.loads(json.dumps(metrics.as_json(), allow_nan=False))
     assert decoded["similarity"] is None and decoded["before"] is None
     assert (decoded["loss"], decoded["epe_px"]) == (1.5, 0.1234)
-    assert list(decoded) == list(Scores._fields)
+    assert list(decoded) == list(StepMetrics._fields)
 
 
 class OffBy(nn.Module):
@@ -210,11 +231,12 @@ def test_validation_averages_over_the_held_out_pairs(tmp_path):
     warp = KnownWarp(aligned=True, tear=0, peak_px=3, shift_px=2)
     phase = Phase(1e-3, 1, 0.0, losses=(LossSpec("known_warp"),), augmentations=(warp,))
     cpu = torch.device("cpu")
-    before = StagesBefore(1, (), "ck", cpu)
+    earlier = EarlierStages(1, (), "ck", cpu)
     model = OffBy()
     samples = ValidationPairs(pairs_of(tmp_path), phase, 0)
-    scores = validate(model, samples, before, seed=0, device=cpu)
-    assert scores.epe_px == scores.loss == pytest.approx(5, rel=1e-4)
+    metrics = validate(model, samples, earlier, seed=0, device=cpu)
+    assert metrics is not None
+    assert metrics.epe_px == metrics.loss == pytest.approx(5, rel=1e-4)
     assert model.training
     none = ValidationPairs([], phase, 0)
-    assert validate(model, none, before, seed=0, device=cpu) is None
+    assert validate(model, none, earlier, seed=0, device=cpu) is None

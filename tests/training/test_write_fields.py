@@ -29,7 +29,7 @@ from metroem.io import replace
 from metroem.io.h5 import FieldSet, FieldSetMeta, ImageSet, PairFrame, write_field_set
 from metroem.nets.loading import load_module
 from metroem.scaffold import init_pyramid
-from metroem.training import generate
+from metroem.training import write_fields as writing
 from tests.export.sets import export
 from tests.pairs import write_pairs
 
@@ -75,7 +75,7 @@ def place(true_place, monkeypatch):
         grids = (one.grid(index) for one in (sources.images, sources.target))
         return move_field(field, *grids)[0].numpy(), None
 
-    monkeypatch.setattr(generate, "_field_of", field_of)
+    monkeypatch.setattr(writing, "_field_of", field_of)
     return true_place
 
 
@@ -155,7 +155,7 @@ def test_train_py_without_a_stage_to_train_writes_the_same_fields(true_place):
 
 
 def test_what_is_written_is_left_and_a_stopped_run_is_gone_on_with(place, monkeypatch):
-    made_now, field_of = [], generate._field_of
+    made_now, field_of = [], writing._field_of
 
     def counted(aligner, sources, sample, index):
         if len(made_now) == 2:
@@ -163,7 +163,7 @@ def test_what_is_written_is_left_and_a_stopped_run_is_gone_on_with(place, monkey
         made_now.append(index)
         return field_of(aligner, sources, sample, index)
 
-    monkeypatch.setattr(generate, "_field_of", counted)
+    monkeypatch.setattr(writing, "_field_of", counted)
     with pytest.raises(KeyboardInterrupt):
         write_fields(place, "--stages", 0)
     made_now.clear()
@@ -260,13 +260,13 @@ def test_images_of_the_original_are_known_by_what_they_hold(place):
 
 
 def test_parts_of_other_images_are_not_gone_on_with(place, monkeypatch):
-    joined = generate.FieldParts.join
+    joined = writing.FieldParts.join
     monkeypatch.setattr(
-        generate.FieldParts, "join", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt)
+        writing.FieldParts, "join", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt)
     )
     with pytest.raises(KeyboardInterrupt):
         write_fields(place, "--stages", 0)
-    monkeypatch.setattr(generate.FieldParts, "join", joined)
+    monkeypatch.setattr(writing.FieldParts, "join", joined)
     other = place / "other"
     shutil.copytree(place / "data", other)
     for folder in (place / "data", other):
@@ -342,14 +342,14 @@ def test_stages_without_weights_are_named_before_any_work(place):
 def test_weights_that_are_replaced_while_they_are_loaded_are_refused(
     place, monkeypatch
 ):
-    load = generate.load_module
+    load = writing.load_module
 
     def replaced(path, **more):
         module = load(path, **more)
         (path / "model" / "ck.state.pth.tar").write_bytes(b"another epoch")
         return module
 
-    monkeypatch.setattr(generate, "load_module", replaced)
+    monkeypatch.setattr(writing, "load_module", replaced)
     with pytest.raises(CheckpointError, match="replaced while it was read"):
         write_fields(place, "--stages", 0)
     assert not stamps(place / "data")
@@ -503,21 +503,6 @@ def test_held_out_pairs_are_part_of_what_a_training_is_of(place):
     change_images(place / "data" / COARSE, pairs=3)
     with pytest.raises(CheckpointError, match="the images of the pairs are not the"):
         run_train(place, *zero)
-
-
-def test_a_state_of_version_1_0_0_is_gone_on_with(place, caplog):
-    begin_anew(place)
-    zero = ("--train_stages", "0", "--generate_field_stages")
-    run_train(place, *zero, "--max_minutes", "1e-9")
-    path = place / "pyramid/.train/ck/stage_0.state.pt"
-    state = torch.load(path, weights_only=True)
-    for key in ("the images of the pairs", "the prior fields of the pairs"):
-        del state["settings"][key]
-    torch.save(state, path)
-    run_train(place, *zero)
-    assert "does not say which data" in caplog.text
-    after = torch.load(path, weights_only=True)
-    assert after["phase"] == 1 and "the images of the pairs" in after["settings"]
 
 
 def test_a_set_that_names_what_is_no_set_is_refused(place):

@@ -1,4 +1,4 @@
-"""Passes of a network that a GPU repeats by itself once it has made some.
+"""Repeat the passes of a network as CUDA graphs.
 
 A pass is some thousand small operations, and starting them one by one takes a host
 longer than they take a GPU: forward and backward pass of `correlation`, 4 pairs of
@@ -32,7 +32,7 @@ _AS_THEY_ARE = 3
 _MOST_PX = 2**22
 
 
-class RecordedPasses:
+class CudaGraphModel:
     """A network's forward and backward passes, each kind recorded when it comes again.
 
     Kinds differ in shapes, in what is wanted, and in whether gradients are. On a CPU,

@@ -1,4 +1,4 @@
-"""What the losses of a phase say of a batch."""
+"""Compute the loss of a batch: the sum of the losses of a phase."""
 
 from dataclasses import replace
 
@@ -13,11 +13,11 @@ from metroem.finetuning import finetune, pair_maps
 from metroem.loss import (
     LossTerms,
     PairLoss,
-    Wanted,
-    added,
+    Target,
     endpoint_loss,
     metric_loss,
     plain_loss,
+    sum_losses,
     weighted_mean,
 )
 from metroem.masks import PairMaps, tissue_mask, weigh
@@ -76,11 +76,11 @@ def phase_loss(
     for spec in phase.losses:
         if spec.type == "distil":
             how = replace(options or AlignerOptions(), finetune_iter=spec.iterations)
-            wanted = _finetuned(sample, prediction, how, is_score)
-            terms.append(_endpoint(phase, prediction, wanted, is_score))
+            target = _finetuned(sample, prediction, how, is_score)
+            terms.append(_endpoint(phase, prediction, target, is_score))
         else:
             terms.append(_loss(spec, phase, sample, prediction, generator, is_score))
-    return added(terms, [spec.weight for spec in phase.losses])
+    return sum_losses(terms, [spec.weight for spec in phase.losses])
 
 
 def _loss(
@@ -148,7 +148,7 @@ def _shown(sample: Sample, field: Tensor) -> Tensor:
     return shown & tissue_mask(sample.tgt)
 
 
-def _truth(sample: Sample, is_score: bool) -> Wanted:
+def _truth(sample: Sample, is_score: bool) -> Target:
     """The truth of a batch, with what each pixel of tgt counts."""
     assert sample.truth is not None and sample.truth_valid is not None
     truth, counts = sample.truth, sample.truth_valid
@@ -157,15 +157,15 @@ def _truth(sample: Sample, is_score: bool) -> Wanted:
         truth = torch.where(counts, truth, sample.truth_lost)
         counts = sample.truth_due
     seen = _shown(sample, truth)
-    return Wanted(truth, torch.where(seen, 1.0, _UNSEEN_WEIGHT) * counts)
+    return Target(truth, torch.where(seen, 1.0, _UNSEEN_WEIGHT) * counts)
 
 
 def _finetuned(
     sample: Sample, prediction: Prediction, options: AlignerOptions, is_score: bool
-) -> Wanted:
+) -> Target:
     """What the finetuner makes of a prediction, where both images show tissue.
 
-    In a score the prior field is wanted where the finetuner has lost the tissue.
+    In a score the prior field is the target where the finetuner has lost the tissue.
     """
     field = prediction.field.detach()
     embedding = prediction.embeddings[options.finetune_level]
@@ -179,15 +179,15 @@ def _finetuned(
         if is_score:
             before = _before(sample)
             found, shown = torch.where(shown, found, before), _shown(sample, before)
-    return Wanted(found, shown.float())
+    return Target(found, shown.float())
 
 
 def _endpoint(
-    phase: Phase, prediction: Prediction, wanted: Wanted, is_score: bool
+    phase: Phase, prediction: Prediction, target: Target, is_score: bool
 ) -> LossTerms:
-    """Distance from the field wanted, and smoothness times rigidity if asked for."""
+    """Distance from the target field, and smoothness times rigidity if asked for."""
     nothing = float("nan") if is_score else 0.0
-    terms = endpoint_loss(prediction.field, prediction.coarse, wanted, nothing=nothing)
+    terms = endpoint_loss(prediction.field, prediction.coarse, target, nothing=nothing)
     if not phase.smoothness:
         return terms
     strain = weighted_mean(rigidity_map(prediction.field))

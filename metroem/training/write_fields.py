@@ -38,7 +38,7 @@ from metroem.specs.pyramid import ModuleSpec
 from metroem.tiles import Tiling
 from metroem.training import distributed
 from metroem.training.memory import enough_memory
-from metroem.training.stopping import Stopped, StopRequest
+from metroem.training.stop_request import Stopped, StopRequest
 
 logger = logging.getLogger(__name__)
 
@@ -55,7 +55,7 @@ def finetune_iterations(stage: int) -> int:
 
 
 @dataclass(frozen=True)
-class FieldJob:
+class WriteFieldsConfig:
     """Which fields are to be made.
 
     Attributes:
@@ -105,7 +105,7 @@ class _Sources(NamedTuple):
         )
 
 
-def generate_fields(job: FieldJob, stop: StopRequest) -> None:
+def write_fields(config: WriteFieldsConfig, stop: StopRequest) -> None:
     """Write the fields of one stage for all its image sets.
 
     Each pair's field is finetuned and brought to the next stage's mip through
@@ -115,7 +115,7 @@ def generate_fields(job: FieldJob, stop: StopRequest) -> None:
     each taking the next when it is done with one; rank 0 joins what they made.
 
     Args:
-        job: module and data.
+        config: module and data.
         stop: looked at after each pair.
 
     Raises:
@@ -124,31 +124,31 @@ def generate_fields(job: FieldJob, stop: StopRequest) -> None:
         DatasetError: images or prior fields are missing, or a file of the
             same name was not made by a training.
     """
-    weights_of(job.module, job.checkpoint_name)
-    sets = image_sets_at(job.dataset, job.module.in_mip, verifies=job.verifies)
-    targets = target_sets(job.dataset, sets, job.mip)
+    weights_of(config.module, config.checkpoint_name)
+    sets = image_sets_at(config.dataset, config.module.in_mip, verifies=config.verifies)
+    targets = target_sets(config.dataset, sets, config.mip)
     aligner = None
-    digest = _sha256(job.weights)
+    digest = _sha256(config.weights)
     for images, target in zip(sets, targets, strict=True):
         prior = None
-        if job.module.stage > 0:
+        if config.module.stage > 0:
             prior = open_prior(
-                images, job.module.stage, job.checkpoint_name, job.fields_path
+                images, config.module.stage, config.checkpoint_name, config.fields_path
             )
         sources = _Sources(images, prior, target)
-        request = _request(job, sources, digest)
-        path = _field_path(job, target)
+        request = _request(config, sources, digest)
+        path = _field_path(config, target)
         # One answer for all ranks, of which some may not see a new file yet.
-        done = torch.tensor([float(_is_done(path, request))], device=job.device)
-        if distributed.largest(done).item():
+        done = torch.tensor([float(_is_done(path, request))], device=config.device)
+        if distributed.all_reduce_max(done).item():
             logger.info("%s: there already", path)
             if distributed.rank() == 0:
                 PartStore.discard(parts_folder(path))  # of a run killed at its end
             continue
         if distributed.rank() == 0:
-            try_writing(job.fields_path, "--fields_path")
-        aligner = aligner or _load(job, digest)
-        _generate_set(job, aligner, sources, request, stop)
+            try_writing(config.fields_path, "--fields_path")
+        aligner = aligner or _load(config, digest)
+        _write_set(config, aligner, sources, request, stop)
 
 
 def weights_of(module: ModuleSpec, checkpoint_name: str) -> Path:
@@ -202,13 +202,15 @@ def target_sets(dataset: Path, sets: Sequence[ImageSet], mip: int) -> list[Image
     return found
 
 
-def _field_path(job: FieldJob, target: ImageSet) -> Path:
+def _field_path(config: WriteFieldsConfig, target: ImageSet) -> Path:
     place = target.name.place
-    name = FieldSetName(job.module.stage, place, job.mip, job.checkpoint_name)
-    return job.fields_path / name.filename
+    name = FieldSetName(config.module.stage, place, config.mip, config.checkpoint_name)
+    return config.fields_path / name.filename
 
 
-def _request(job: FieldJob, sources: _Sources, digest: str) -> dict[str, Any]:
+def _request(
+    config: WriteFieldsConfig, sources: _Sources, digest: str
+) -> dict[str, Any]:
     """All that fields depend on: weights, data, and where they are to lie."""
     prior, before = sources.prior, None
     if prior is not None:
@@ -219,7 +221,7 @@ def _request(job: FieldJob, sources: _Sources, digest: str) -> dict[str, Any]:
         "weights_sha256": digest,
         "images": sources.images.path.name,
         "target": sources.target.path.name,
-        "finetune_iter": finetune_iterations(job.module.stage),
+        "finetune_iter": finetune_iterations(config.module.stage),
         "prior": before,
         "data": origins(sources.images, prior),
         "place": place_digest(sources.target),
@@ -257,37 +259,37 @@ def _is_done(path: Path, request: dict[str, Any]) -> bool:
     return False
 
 
-def _load(job: FieldJob, digest: str) -> Aligner:
+def _load(config: WriteFieldsConfig, digest: str) -> Aligner:
     """The module with the weights of a digest.
 
     Raises:
         CheckpointError: the weights are others by now.
     """
     module = load_module(
-        job.module.path,
-        checkpoint_name=job.checkpoint_name,
+        config.module.path,
+        checkpoint_name=config.checkpoint_name,
         finetune=True,
         pass_field=True,
-        finetune_iter=finetune_iterations(job.module.stage),
+        finetune_iter=finetune_iterations(config.module.stage),
     )
-    if _sha256(job.weights) != digest:
+    if _sha256(config.weights) != digest:
         raise CheckpointError(
-            f"{job.weights}: was replaced while it was read; give the same command "
+            f"{config.weights}: was replaced while it was read; give the same command "
             "again when it is trained"
         )
-    aligner: Aligner = module.aligner.to(job.device).eval()  # type: ignore
+    aligner: Aligner = module.aligner.to(config.device).eval()  # type: ignore
     if not aligner.has_features():
         logger.warning(
             "%s: level %d of its network gives the image alone, no features: fields "
             "are not finetuned",
-            *(job.module.path, aligner.options.finetune_level),
+            *(config.module.path, aligner.options.finetune_level),
         )
         aligner.options = replace(aligner.options, finetune=False)
     return aligner
 
 
-def _generate_set(
-    job: FieldJob,
+def _write_set(
+    config: WriteFieldsConfig,
     aligner: Aligner,
     sources: _Sources,
     request: dict[str, Any],
@@ -295,18 +297,20 @@ def _generate_set(
 ) -> None:
     started = time.monotonic()
     target = sources.target
-    path = _field_path(job, target)
+    path = _field_path(config, target)
     parts = _open_parts(path, request)
     rows, cols = sources.images.shape
     with enough_memory(
-        f"fields of stage {job.module.stage}, of {rows} x {cols} px",
+        f"fields of stage {config.module.stage}, of {rows} x {cols} px",
         "give --device cpu, with which this run goes on, or take smaller patches",
     ):
-        code = _make_share(job, aligner, sources, parts, stop)
-    (code,) = distributed.largest(torch.tensor([code], device=job.device)).tolist()
+        code = _make_share(config, aligner, sources, parts, stop)
+    (code,) = distributed.all_reduce_max(
+        torch.tensor([code], device=config.device)
+    ).tolist()
     if code:
         raise Stopped(code)
-    joining = parts.join(path, _meta(job, sources, request))
+    joining = parts.join(path, _meta(config, sources, request))
     distributed.follow(joining, target.num_pairs)
     if distributed.rank() == 0:
         parts.remove()
@@ -330,7 +334,7 @@ def _open_parts(path: Path, request: dict[str, Any]) -> FieldParts:
 
 
 def _make_share(
-    job: FieldJob,
+    config: WriteFieldsConfig,
     aligner: Aligner,
     sources: _Sources,
     parts: FieldParts,
@@ -342,14 +346,16 @@ def _make_share(
     beside it, by a thread that python does not wait for.
     """
     total, gains = sources.images.num_pairs, []
-    what = f"fields of stage {job.module.stage} for {sources.images.path.name}, pairs"
+    what = (
+        f"fields of stage {config.module.stage} for {sources.images.path.name}, pairs"
+    )
     if distributed.world_size() > 1:
         what += " of rank 0"
     with ThreadPoolExecutor(1) as pool:
         made, kept = None, None
-        for index in progress(distributed.share_out(total), what, total=total):
+        for index in progress(distributed.work_queue(total), what, total=total):
             if not parts.has(index):
-                sample = _read(job, sources, index)
+                sample = _read(config, sources, index)
                 # Not before: h5py reads and writes one after the other.
                 kept = _keep(pool, parts, made, kept)
                 field, finetuned = _field_of(aligner, sources, sample, index)
@@ -375,10 +381,10 @@ def _keep(
     return None if made is None else pool.submit(parts.put, *made)
 
 
-def _read(job: FieldJob, sources: _Sources, index: int) -> Sample:
+def _read(config: WriteFieldsConfig, sources: _Sources, index: int) -> Sample:
     """A pair, whole, on this rank's device."""
     ref = PairRef(sources.images, sources.prior, index)
-    return read_sample(ref, ref.grid).to(job.device)
+    return read_sample(ref, ref.grid).to(config.device)
 
 
 def _field_of(
@@ -414,14 +420,16 @@ def _with_tgt_field(sources: _Sources, index: int, field: np.ndarray) -> np.ndar
     return np.stack([field, of_tgt[0].numpy()])
 
 
-def _meta(job: FieldJob, sources: _Sources, request: dict[str, Any]) -> FieldSetMeta:
+def _meta(
+    config: WriteFieldsConfig, sources: _Sources, request: dict[str, Any]
+) -> FieldSetMeta:
     return FieldSetMeta(
         frames=[sources.frame(index) for index in range(sources.target.num_pairs)],
-        source=f"{job.weights} sha256 {request['weights_sha256']}",
+        source=f"{config.weights} sha256 {request['weights_sha256']}",
         command=" ".join(sys.argv),
         request=as_json(request),
         resolution=sources.target.resolution,
-        stage=job.module.stage,
-        tag=job.checkpoint_name,
+        stage=config.module.stage,
+        tag=config.checkpoint_name,
         num_sides=sources.num_sides,
     )

@@ -9,7 +9,7 @@ from metroem.data.sample import Sample, seeded_generator, stack_samples
 from metroem.field import compose, pixel_positions, warp
 from metroem.masks import grow
 from metroem.specs.augmentations import KnownWarp
-from metroem.training.natural import with_natural_field
+from metroem.training.targets import add_pseudo_label
 
 ROWS, COLS = 96, 144
 D_COLS, D_ROWS = 4.0, -3.0
@@ -53,7 +53,7 @@ def unaligned(seed, prior=None):
 @pytest.mark.parametrize("seed", range(4))
 def test_a_natural_field_completes_the_truth(seed):
     known, natural = unaligned(seed), natural_field()
-    done = with_natural_field(known, Knows(natural), WARP)
+    done = add_pseudo_label(known, Knows(natural), WARP)
 
     expected = compose(natural, known.truth)
     torch.testing.assert_close(done.truth, expected, atol=1e-3, rtol=0)
@@ -72,8 +72,8 @@ def test_what_moves_to_and_fro_within_some_pixels_is_not_natural():
     row, col = position()
     fro = torch.cat((torch.sin(col / 3), torch.cos(row / 2)), 1)
     known = unaligned(0)
-    done = with_natural_field(known, Knows(natural_field() + 1.5 * fro), WARP)
-    smooth = with_natural_field(known, Knows(natural_field()), WARP)
+    done = add_pseudo_label(known, Knows(natural_field() + 1.5 * fro), WARP)
+    smooth = add_pseudo_label(known, Knows(natural_field()), WARP)
     # exp(-(16 / 3)**2 / 2) is nothing; the borders see half a wave too much.
     inner = (..., slice(36, -36), slice(36, -36))
     off = (done.truth - smooth.truth)[inner]
@@ -85,7 +85,7 @@ def test_what_is_slower_than_the_warps_is_natural():
     row, col = position()
     slow = torch.cat((torch.sin(row / 90), torch.cos(col / 90)), 1)
     known, natural = unaligned(0), natural_field() + 6 * slow
-    done = with_natural_field(known, Knows(natural), WARP)
+    done = add_pseudo_label(known, Knows(natural), WARP)
     expected = compose(natural, known.truth)
     # 1 - exp(-(16 / 90)**2 / 2) of 6 px, and at the borders as much again.
     torch.testing.assert_close(done.truth, expected, atol=0.25, rtol=0)
@@ -96,8 +96,8 @@ def test_a_tear_between_the_sections_is_nothing_to_learn():
     jump = 20.0 * (col >= 70)
     known = unaligned(0)
     torn = natural_field() + torch.cat((jump, torch.zeros_like(jump)), 1)
-    done = with_natural_field(known, Knows(torn), WARP)
-    calm = with_natural_field(known, Knows(natural_field()), WARP)
+    done = add_pseudo_label(known, Knows(torn), WARP)
+    calm = add_pseudo_label(known, Knows(natural_field()), WARP)
     assert not done.truth_valid[..., 66:74].any()
     # Left of it, beyond three deviations of the Gaussian, all is as without it.
     left = (..., slice(None), slice(None, 70 - 3 * 16))
@@ -116,15 +116,15 @@ def test_what_is_found_where_a_section_shows_nothing_does_not_count(side):
     # In pixels of tgt: src is blank where it is read from beyond col 80.
     nowhere = blank if side == "tgt" else blank.roll(-int(D_COLS), 3)
     wild = torch.where(nowhere, 30.0, natural_field())
-    done = with_natural_field(known, Knows(wild), WARP)
-    calm = with_natural_field(known, Knows(natural_field()), WARP)
+    done = add_pseudo_label(known, Knows(wild), WARP)
+    calm = add_pseudo_label(known, Knows(natural_field()), WARP)
     shown = (..., slice(None), slice(0, 70))
     torch.testing.assert_close(done.truth[shown], calm.truth[shown], atol=0.02, rtol=0)
 
 
 def test_a_network_that_finds_nothing_but_noise_teaches_nothing():
     noise = 40 * torch.randn(1, 2, ROWS, COLS, generator=seeded_generator(5))
-    done = with_natural_field(unaligned(0), Knows(noise), WARP)
+    done = add_pseudo_label(unaligned(0), Knows(noise), WARP)
     assert done.truth_valid.float().mean() < 0.01
 
 
@@ -132,7 +132,7 @@ def test_the_network_is_shown_the_pair_before_the_warp():
     prior = torch.ones(1, 2, ROWS, COLS)
     known = unaligned(1, prior)
     network = Knows(natural_field())
-    done = with_natural_field(known, network, WARP)
+    done = add_pseudo_label(known, network, WARP)
     (shown,) = network.shown
     assert torch.equal(shown.src, texture())
     assert torch.equal(shown.prior_field, prior) and torch.equal(shown.tgt, known.tgt)
@@ -146,7 +146,7 @@ def test_validity_moves_with_the_natural_field():
     valid = torch.zeros_like(known.truth_valid)
     valid[..., 20:40, 50:80] = True
     known = known._replace(truth_valid=valid)
-    done = with_natural_field(known, Knows(natural_field()), WARP)
+    done = add_pseudo_label(known, Knows(natural_field()), WARP)
     expected = torch.zeros_like(valid)
     expected[..., 23:43, 46:76] = True
     assert torch.equal(done.truth_valid, expected)
@@ -155,10 +155,10 @@ def test_validity_moves_with_the_natural_field():
 def test_each_pair_of_a_batch_gets_its_own_truth():
     pairs = [unaligned(seed) for seed in range(3)]
     network = Knows(natural_field())
-    done = with_natural_field(stack_samples(pairs), network, WARP)
+    done = add_pseudo_label(stack_samples(pairs), network, WARP)
     assert len(network.shown) == 1
     for i, pair in enumerate(pairs):
-        alone = with_natural_field(pair, network, WARP)
+        alone = add_pseudo_label(pair, network, WARP)
         torch.testing.assert_close(done.truth[i : i + 1], alone.truth)
 
 
@@ -166,22 +166,22 @@ def test_a_pair_of_one_section_has_no_natural_field():
     pair, twice = unaligned(0), unaligned(1)
     twice = twice._replace(unwarped_src=torch.zeros_like(twice.src))
     network = Knows(natural_field())
-    done = with_natural_field(stack_samples([pair, twice]), network, WARP)
+    done = add_pseudo_label(stack_samples([pair, twice]), network, WARP)
     # Nor does the network spend time on it.
     assert [len(shown.src) for shown in network.shown] == [1]
     assert torch.equal(network.shown[0].src, pair.unwarped_src)
     # Sampled in place: positions are rounded by 1e-5 px.
     torch.testing.assert_close(done.truth[1:], twice.truth, atol=1e-3, rtol=0)
     assert torch.equal(done.truth_valid[1:], twice.truth_valid)
-    alone = with_natural_field(pair, network, WARP)
+    alone = add_pseudo_label(pair, network, WARP)
     torch.testing.assert_close(done.truth[:1], alone.truth)
 
     network.shown.clear()
-    done = with_natural_field(twice, network, WARP)
+    done = add_pseudo_label(twice, network, WARP)
     assert not network.shown and torch.equal(done.truth, twice.truth)
     assert done.unwarped_src is None and done.unwarped_prior is None
 
 
 def test_an_aligned_pair_is_left_as_it_is():
     sample = Sample(texture(), texture(), None, ("a",))
-    assert with_natural_field(sample, Knows(natural_field()), None) is sample
+    assert add_pseudo_label(sample, Knows(natural_field()), None) is sample

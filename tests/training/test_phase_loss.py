@@ -12,7 +12,7 @@ from metroem.masks import PairMaps, weigh
 from metroem.nets.options import AlignerOptions
 from metroem.specs.losses import LossSpec
 from metroem.specs.schedule import Phase
-from metroem.training.objectives import levels_wanted, phase_loss
+from metroem.training.phase_loss import levels_wanted, phase_loss
 
 ROWS, COLS = 48, 72
 KNOWN, PLAIN = LossSpec("known_warp"), LossSpec("plain")

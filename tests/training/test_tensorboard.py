@@ -9,10 +9,11 @@ import torch
 import train
 from metroem.data.sample import Sample
 from metroem.errors import UsageError
-from metroem.pipeline import TrainRequest
-from metroem.report.board import Board
 from metroem.scaffold import init_pyramid
-from metroem.training.step import EpochReport, HeldOut, Scores
+from metroem.training.requests import TrainRequest
+from metroem.training.step import StepMetrics
+from metroem.training.tensorboard import TensorBoardWriter
+from metroem.training.validate import EpochReport, HeldOut
 from tests.pairs import SHIFT_PX, shifted_pair, write_pairs
 
 NAN = float("nan")
@@ -22,7 +23,7 @@ PICTURES = ["held out/after", "held out/before", "held out/field"]
 
 
 def scores(loss):
-    return Scores(loss, NAN, NAN, NAN, 2 * loss, 1.0, 0.5)
+    return StepMetrics(loss, NAN, NAN, NAN, 2 * loss, 1.0, 0.5)
 
 
 def events(folder):
@@ -82,10 +83,10 @@ def test_scores_and_a_held_out_pair_are_written_and_change_nothing(pairs):
 def test_a_run_that_resumes_writes_its_epochs_once(tmp_path):
     pytest.importorskip("tensorboard")
     for epochs in ((1, 2, 3), (3, 4)):  # the third was lost with the first process
-        with Board(tmp_path) as board:
+        with TensorBoardWriter(tmp_path) as board:
             for epoch in epochs:
                 score = scores(len(epochs) + epoch / 8)
-                board(EpochReport(0, epoch, score, None, None))
+                board.write(EpochReport(0, epoch, score, None, None))
     found = events(tmp_path / "stage_0")
     expected = [(1, 3.125), (2, 3.25), (3, 2.375), (4, 2.5)]
     assert curve(found, "loss/training") == expected
@@ -97,9 +98,9 @@ def test_pictures_are_upright(tmp_path):
     pytest.importorskip("tensorboard")
     sample = Sample(*shifted_pair(48, 64, seed=0), None, ("a pair",))
     field = torch.full((1, 2, 48, 64), SHIFT_PX)
-    with Board(tmp_path) as board:
+    with TensorBoardWriter(tmp_path) as board:
         held_out = HeldOut(sample, field)
-        board(EpochReport(2, 1, scores(1.0), scores(2.0), held_out))
+        board.write(EpochReport(2, 1, scores(1.0), scores(2.0), held_out))
     found = events(tmp_path / "stage_2")
     assert sorted(found.Tags()["images"]) == PICTURES
     for tag in PICTURES:  # rows run along x

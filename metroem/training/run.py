@@ -1,13 +1,11 @@
-"""Per stage: train it, then write its fields; the one home of that order."""
+"""Train a pyramid stage by stage: train a module, then write its fields."""
 
 import hashlib
-import importlib.util
 import logging
 import os
 import sys
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,35 +21,33 @@ from metroem.data.dataset import (
     prior_path,
     split_pairs,
 )
-from metroem.errors import CheckpointError, DatasetError, UsageError
+from metroem.errors import CheckpointError, DatasetError
 from metroem.io.h5 import FieldSet, find_image_sets
 from metroem.io.lock import holding, lock_path
 from metroem.nets.checkpoint import check_weights, checkpoint_path
 from metroem.nets.loading import load_module
-from metroem.report.board import Board
-from metroem.specs.filenames import check_checkpoint_name
 from metroem.specs.pyramid import ModuleSpec, find_modules, select_stages
 from metroem.specs.schedule import (
     FINETUNING_MODES,
     Phase,
     Schedule,
-    check_decay,
     load_schedule,
 )
 from metroem.training import distributed
 from metroem.training.checkpoint import RunFolder
-from metroem.training.compiling import check_compiler, check_compiles
-from metroem.training.generate import (
-    FieldJob,
-    generate_fields,
+from metroem.training.compile import check_compiler, check_compiles
+from metroem.training.config import StageConfig, batch_size_of
+from metroem.training.memory import keep_freed_memory
+from metroem.training.requests import TrainRequest
+from metroem.training.stage import discard_training, train_stage, try_folders
+from metroem.training.stop_request import TIME_UP, Stopped, StopRequest
+from metroem.training.tensorboard import TensorBoardWriter
+from metroem.training.write_fields import (
+    WriteFieldsConfig,
     target_sets,
     weights_of,
+    write_fields,
 )
-from metroem.training.job import StageJob, TrainingSettings
-from metroem.training.memory import keep_freed_memory
-from metroem.training.stage import discard_training, train_stage, try_folders
-from metroem.training.step import Watch
-from metroem.training.stopping import TIME_UP, Stopped, StopRequest
 
 logger = logging.getLogger(__name__)
 
@@ -59,116 +55,13 @@ logger = logging.getLogger(__name__)
 # beside it makes 50 (2026-11).
 _MOST_WORKERS = 8
 
-DEVICES = ("auto", "cpu", "cuda")
-PRECISIONS = ("fp32", "bf16")
-
-
-@dataclass(frozen=True)
-class TrainRequest:
-    """A call of train.py, one field a flag.
-
-    Raises:
-        UsageError: values that cannot work, each named with its flag.
-    """
-
-    pyramid_path: Path
-    dataset_path: Path
-    fields_path: Path | None = None
-    checkpoint_name: str = "checkpoint"
-    train_mode: str = "scratch"
-    train_params_path: Path | None = None
-    gpu: str | None = None
-    train_stages: list[int] | None = None
-    generate_field_stages: list[int] | None = None
-    port: int | None = None
-    redirect_stdout: bool = True
-    device: str = "auto"
-    seed: int = 0
-    batch_size: int | None = None
-    num_workers: int | None = None
-    precision: str = "fp32"
-    max_epochs: int | None = None
-    max_minutes: float | None = None
-    val_pairs: int = 2
-    restart: bool = False
-    tensorboard: bool = False
-    ema: float | None = None
-    compile: bool = False
-    checkpoint_activations: bool = False
-    verify: bool = False
-
-    def __post_init__(self) -> None:
-        check_checkpoint_name(self.checkpoint_name)
-        named = [] if self.gpu is None else self.gpu.split(",")
-        if not all(index.strip().isdigit() for index in named):
-            raise UsageError(f"--gpu {self.gpu!r}: expected numbers, such as 0 or 0,1")
-        if len(set(self.gpus)) < len(named):
-            raise UsageError(f"--gpu {self.gpu}: names a GPU twice; name each once")
-        if self.port is not None and not 0 < self.port < 2**16:
-            raise UsageError(f"--port {self.port}: expected 1 to 65535")
-        for flag, least in (("batch_size", 1), ("max_epochs", 1), ("val_pairs", 0)):
-            value = getattr(self, flag)
-            if value is not None and value < least:
-                raise UsageError(f"--{flag} {value}: expected at least {least}")
-        if not (self.trains or self.generate_field_stages != []):
-            raise UsageError(
-                "--train_stages and --generate_field_stages without a stage: there is "
-                "nothing to do; leave one of them out for all stages"
-            )
-        if self.restart and not self.trains:
-            raise UsageError(
-                "--restart with --train_stages without a stage: there is no training "
-                "to begin anew; name its stage, or leave one of them out"
-            )
-        if self.restart and distributed.restarts_allowed():
-            raise UsageError(
-                "--restart with torchrun --max_restarts: each restart of torchrun "
-                "would begin the training anew; leave --max_restarts out, or begin "
-                "anew by a first run with --restart and without it"
-            )
-        if self.max_minutes is not None and not self.max_minutes > 0:
-            raise UsageError(f"--max_minutes {self.max_minutes}: expected more than 0")
-        if self.ema is not None:
-            check_decay(self.ema, "--ema")
-        if not self.dataset_path.is_dir():
-            raise UsageError(
-                f"--dataset_path {self.dataset_path}: no such folder; make one with "
-                "download_image.py --dst_folder"
-            )
-        if self.tensorboard and importlib.util.find_spec("tensorboard") is None:
-            raise UsageError(
-                "--tensorboard: the package tensorboard is not installed; get it with "
-                "pip install tensorboard, or leave the flag out"
-            )
-
-    @property
-    def trains(self) -> bool:
-        """Whether any stage is to be trained; else fields are written alone."""
-        return self.train_stages != []
-
-    @property
-    def fields_folder(self) -> Path:
-        """Where the field sets are written."""
-        return self.fields_path or self.dataset_path
-
-    @property
-    def gpus(self) -> list[int]:
-        """The GPUs of --gpu, none without it; as many ranks are started."""
-        return [] if self.gpu is None else [int(n) for n in self.gpu.split(",")]
-
-    @property
-    def ranks_to_launch(self) -> int:
-        """Ranks that are still to be started: 0 for this process alone."""
-        is_alone = len(self.gpus) < 2 or distributed.is_launched()
-        return 0 if is_alone else len(self.gpus)
-
 
 def train_pyramid(request: TrainRequest) -> None:
     """Train a pyramid stage by stage, each on the fields of the one before.
 
-    With no stage to train, fields are written alone: weights and states stay as
-    they are. A run that was stopped, whatever stopped it, goes on where it was when
-    it is called again with the same flags.
+    With no stage to train, only fields are written: weights and states stay as they
+    are. A run that was stopped, whatever stopped it, is resumed when it is called
+    again with the same flags.
 
     Raises:
         MetroEMError: what cannot work, before any training where possible.
@@ -182,23 +75,36 @@ def train_pyramid(request: TrainRequest) -> None:
     device = distributed.choose_device(request.device, request.gpus)
     logger.info("%s", distributed.describe(device))
     schedule = load_schedule(request.train_mode, request.train_params_path)
-    settings = _settings(request, device)
     if device.type == "cpu":
         keep_freed_memory()
     with (
         distributed.process_group(device),
         _claimed(request),
         StopRequest(request.max_minutes) as stop,
-        _board(request) as watch,
+        _tensorboard(request) as writer,
     ):
+        phases = _prepare(request, plan, schedule, device)
         try:
-            _run_stages(request, plan, schedule, settings, stop, watch)
+            for module in plan.modules:
+                if module in plan.to_train or module in plan.to_write:
+                    _check_prior_weights(request, plan, module)
+                if module in plan.to_train:
+                    config = _stage_config(
+                        request, plan, module, phases[module], device
+                    )
+                    train_stage(config, stop, writer)
+                    distributed.barrier()
+                if module in plan.to_write:
+                    write_fields(_fields_config(request, plan, module, device), stop)
         except Stopped as stopped:
             logger.info("stopped; the same command goes on from here")
             if stopped.code == cli.INTERRUPTED:
                 raise KeyboardInterrupt from None
             if stopped.code != TIME_UP:
                 sys.exit(stopped.code)
+        else:
+            done = request.pyramid_path if plan.to_train else request.fields_folder
+            logger.info("done: %s", done)
 
 
 @contextmanager
@@ -216,12 +122,14 @@ def _claimed(request: TrainRequest) -> Iterator[None]:
         yield
 
 
-def _board(request: TrainRequest) -> AbstractContextManager[Watch | None]:
+def _tensorboard(
+    request: TrainRequest,
+) -> AbstractContextManager[TensorBoardWriter | None]:
     """Where --tensorboard writes, on the first rank."""
     if not (request.tensorboard and request.trains) or distributed.rank() > 0:
         return nullcontext()
     run = RunFolder.of(request.pyramid_path, request.checkpoint_name)
-    return Board(run.tensorboard)
+    return TensorBoardWriter(run.tensorboard)
 
 
 class _Plan(NamedTuple):
@@ -236,59 +144,83 @@ class _Plan(NamedTuple):
         return (self.modules[module.stage + 1 :] or [module])[0].in_mip
 
 
-def _run_stages(
-    request: TrainRequest,
-    plan: _Plan,
-    schedule: Schedule,
-    settings: TrainingSettings,
-    stop: StopRequest,
-    watch: Watch | None,
-) -> None:
+def _prepare(
+    request: TrainRequest, plan: _Plan, schedule: Schedule, device: torch.device
+) -> dict[ModuleSpec, tuple[Phase, ...]]:
+    """Refuse, before hours of work, what a stage would fail for; clear for --restart.
+
+    Returns:
+        The phases of each module to train.
+    """
     run = RunFolder.of(request.pyramid_path, request.checkpoint_name)
     if plan.to_train:
         run.make()
         distributed.check_shared(run.path)
     _check_weights(request, plan.to_train, run)
-    fields_of = {m: request.fields_folder for m in plan.to_write}
-    # Refused before hours of work, whatever the stage, and before --restart.
     phases = {module: _phases(request, schedule, module) for module in plan.to_train}
     for module in plan.to_train:
         _check_sizes(request.dataset_path, module, phases[module])
         for phase in phases[module]:
-            settings.batch_of(phase)
+            batch_size_of(phase, request.batch_size, distributed.world_size())
     if request.restart:
         for module in plan.to_train:
-            try_folders(module, run, fields_of.get(module))
+            fields_path = request.fields_folder if module in plan.to_write else None
+            try_folders(module, run, fields_path, distributed.rank())
         if distributed.rank() == 0:
             for module in plan.to_train:
                 discard_training(module, run, request.checkpoint_name)
         distributed.barrier()
     if request.compile:
-        _check_compile(plan.to_train, settings.device)
-    for module in plan.modules:
-        if module in plan.to_train or module in plan.to_write:
-            _check_prior_weights(request, plan, module)
-        if module in plan.to_train:
-            split = _split(request, module)
-            before = tuple(m for m in plan.modules if m.stage < module.stage)
-            if any(ref.moves_tgt for ref in split.training):
-                before = ()  # priors come from a download, not from stage 0
-            stage = StageJob(module, phases[module], split, settings, before)
-            train_stage(stage, run, stop, watch, fields_of.get(module))
-            distributed.barrier()
-        if module in plan.to_write:
-            job = FieldJob(
-                module=module,
-                mip=plan.mip_of_fields(module),
-                dataset=request.dataset_path,
-                fields_path=request.fields_folder,
-                checkpoint_name=request.checkpoint_name,
-                device=settings.device,
-                verifies=request.verify,
-            )
-            generate_fields(job, stop)
-    done = request.pyramid_path if plan.to_train else request.fields_folder
-    logger.info("done: %s", done)
+        _check_compile(plan.to_train, device)
+    return phases
+
+
+def _stage_config(
+    request: TrainRequest,
+    plan: _Plan,
+    module: ModuleSpec,
+    phases: tuple[Phase, ...],
+    device: torch.device,
+) -> StageConfig:
+    """All that the training of a module is told."""
+    split = _split(request, module)
+    earlier = tuple(m for m in plan.modules if m.stage < module.stage)
+    if any(ref.moves_tgt for ref in split.training):
+        earlier = ()  # priors come from a download, not from stage 0
+    workers = request.num_workers
+    return StageConfig(
+        module=module,
+        phases=phases,
+        split=split,
+        run=RunFolder.of(request.pyramid_path, request.checkpoint_name),
+        checkpoint_name=request.checkpoint_name,
+        device=device,
+        seed=request.seed,
+        batch_size=request.batch_size,
+        num_workers=_workers_for(device) if workers is None else workers,
+        precision=request.precision,
+        compiles=request.compile,
+        checkpoints_activations=request.checkpoint_activations,
+        earlier=earlier,
+        fields_path=request.fields_folder if module in plan.to_write else None,
+        rank=distributed.rank(),
+        num_ranks=distributed.world_size(),
+    )
+
+
+def _fields_config(
+    request: TrainRequest, plan: _Plan, module: ModuleSpec, device: torch.device
+) -> WriteFieldsConfig:
+    """Which fields of a module are to be written."""
+    return WriteFieldsConfig(
+        module=module,
+        mip=plan.mip_of_fields(module),
+        dataset=request.dataset_path,
+        fields_path=request.fields_folder,
+        checkpoint_name=request.checkpoint_name,
+        device=device,
+        verifies=request.verify,
+    )
 
 
 def _plan(request: TrainRequest) -> _Plan:
@@ -428,20 +360,6 @@ def _split(request: TrainRequest, module: ModuleSpec) -> Split:
         "; ".join(ref.name for ref in split.validation) or "none",
     )
     return split
-
-
-def _settings(request: TrainRequest, device: torch.device) -> TrainingSettings:
-    workers = request.num_workers
-    return TrainingSettings(
-        checkpoint_name=request.checkpoint_name,
-        device=device,
-        seed=request.seed,
-        batch_size=request.batch_size,
-        num_workers=_workers_for(device) if workers is None else workers,
-        precision=request.precision,
-        compiles=request.compile,
-        checkpoints_activations=request.checkpoint_activations,
-    )
 
 
 def _workers_for(device: torch.device) -> int:

@@ -9,10 +9,10 @@ from metroem.data.sample import Sample
 from metroem.errors import ResourceError
 from metroem.prediction import Prediction
 from metroem.scaffold import init_pyramid
-from metroem.training import recorded_passes
-from metroem.training.compiling import compile_network
+from metroem.training import cuda_graph_model
+from metroem.training.compile import compile_network
+from metroem.training.cuda_graph_model import CudaGraphModel
 from metroem.training.model import TrainingModel
-from metroem.training.recorded_passes import RecordedPasses
 from tests.training.test_buffers import make_aligner as with_statistics
 
 ROWS, COLS = 64, 96
@@ -52,7 +52,7 @@ def images(batch=1, *, seed=0):
 
 def test_on_a_cpu_each_pass_is_made_as_it_is():
     net = Scales()
-    passes = RecordedPasses(net.predict, net)
+    passes = CudaGraphModel(net.predict, net)
     for _ in range(5):
         field = passes(*images(), None, ()).field
         assert torch.equal(field, 2 * torch.cat(images(), 1))
@@ -61,12 +61,12 @@ def test_on_a_cpu_each_pass_is_made_as_it_is():
 
 
 def test_each_kind_of_pass_is_recorded_when_it_comes_the_fourth_time(monkeypatch):
-    monkeypatch.setattr(recorded_passes, "_is_worth_it", lambda given: True)
-    monkeypatch.setattr(recorded_passes, "_Recorded", Noted)
-    monkeypatch.setattr(recorded_passes, "_Passes", lambda device: None)
+    monkeypatch.setattr(cuda_graph_model, "_is_worth_it", lambda given: True)
+    monkeypatch.setattr(cuda_graph_model, "_Recorded", Noted)
+    monkeypatch.setattr(cuda_graph_model, "_Passes", lambda device: None)
     monkeypatch.setattr(Noted, "made", [])
     net = Scales()
-    passes = RecordedPasses(net.predict, net)
+    passes = CudaGraphModel(net.predict, net)
     prior = torch.zeros(1, 2, ROWS, COLS)
     kinds = [(1, None, ()), (2, None, ()), (1, prior, ()), (1, None, (1,))]
     for count in range(1, 6):
@@ -92,11 +92,11 @@ def test_a_network_that_cannot_be_recorded_is_an_error_that_says_what_to_do(
     def fails(*_):
         raise RuntimeError(f"{said}\nand more")
 
-    monkeypatch.setattr(recorded_passes, "_is_worth_it", lambda given: True)
-    monkeypatch.setattr(recorded_passes, "_Recorded", fails)
-    monkeypatch.setattr(recorded_passes, "_Passes", lambda device: None)
+    monkeypatch.setattr(cuda_graph_model, "_is_worth_it", lambda given: True)
+    monkeypatch.setattr(cuda_graph_model, "_Recorded", fails)
+    monkeypatch.setattr(cuda_graph_model, "_Passes", lambda device: None)
     net = Scales()
-    passes = RecordedPasses(net.predict, net)
+    passes = CudaGraphModel(net.predict, net)
     for _ in range(3):
         passes(*images(), None, ())
     with pytest.raises(raised, match=said) as found:
@@ -112,7 +112,7 @@ def test_weights_are_replaced_wherever_a_network_has_them(tmp_path):
     src, tgt = images()
     wanted = aligner.predict(src, tgt).field
     others = [torch.nn.Parameter(p.detach() * 1.1) for p in own]
-    with recorded_passes._replaced(aligner.net, dict(zip(own, others, strict=True))):
+    with cuda_graph_model._replaced(aligner.net, dict(zip(own, others, strict=True))):
         field = aligner.predict(src, tgt).field
         assert not torch.allclose(field, wanted)
         assert all(
@@ -173,13 +173,13 @@ def without_tf32(monkeypatch):
 @needs_gpu
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("template", ["correlation", "scalenet"])
-@pytest.mark.parametrize("with_prior", [False, True])
+@pytest.mark.parametrize("add_prior", [False, True])
 def test_recorded_passes_are_those_that_torch_makes(
-    tmp_path, template, with_prior, precision, without_tf32
+    tmp_path, template, add_prior, precision, without_tf32
 ):
     aligner = aligner_of(tmp_path / "p", template)
     model = TrainingModel(aligner, precision, is_recorded=True)
-    prior = torch.randn(2, 2, ROWS, COLS, device="cuda") if with_prior else None
+    prior = torch.randn(2, 2, ROWS, COLS, device="cuda") if add_prior else None
     for seed in range(7):
         given = (*(x.cuda() for x in images(2, seed=seed)), prior)
         # What it was made from is kept, as by a loss that was not yet let go.

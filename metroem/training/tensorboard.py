@@ -1,4 +1,4 @@
-"""How a training goes, as TensorBoard reads it.
+"""Write how a training goes, for TensorBoard.
 
 Each stage is a run of its own, so that TensorBoard lays their curves over each other.
 The step is the number of the stage's epochs that are done.
@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from metroem.field import warp
-from metroem.report.pictures import color_field, overlay
-from metroem.training.step import EpochReport, HeldOut
+from metroem.io.pictures import color_field, overlay
+from metroem.training.validate import EpochReport, HeldOut
 
 
-class Board:
-    """A `metroem.training.step.Watch` that writes what it is told.
+class TensorBoardWriter:
+    """Writes the reports of epochs.
 
     Args:
         folder: of the runs, stage_0, stage_1 and so on.
@@ -23,21 +23,21 @@ class Board:
         self._folder = folder
         self._writers: dict[int, Any] = {}
 
-    def __enter__(self) -> "Board":
+    def __enter__(self) -> "TensorBoardWriter":
         return self
 
     def __exit__(self, *error: object) -> None:
         for writer in self._writers.values():
             writer.close()
 
-    def __call__(self, report: EpochReport) -> None:
-        """Write the scores, and a held-out pair before and after."""
+    def write(self, report: EpochReport) -> None:
+        """Write the metrics, and a held-out pair before and after."""
         writer = self._writer(report)
-        for name, scores in (
+        for name, metrics in (
             ("training", report.training),
             ("validation", report.validation),
         ):
-            for key, value in scores.as_json().items() if scores else ():
+            for key, value in metrics.as_json().items() if metrics else ():
                 if value is not None:
                     writer.add_scalar(f"{key}/{name}", value, report.epochs)
         if report.held_out is not None:

@@ -11,13 +11,13 @@ import train
 from metroem.aligner import Aligner
 from metroem.errors import ResourceError, UsageError
 from metroem.scaffold import init_pyramid
-from metroem.training.activations import checkpoint_activations
-from metroem.training.compiling import (
+from metroem.training.compile import (
     check_compiler,
     check_compiles,
     compile_network,
     compiler_failures_named,
 )
+from metroem.training.model import checkpoint_activations
 from tests.nets.specs import scalenet, write_spec
 from tests.nets.test_correlation import SMALL
 from tests.pairs import write_pairs
@@ -46,7 +46,7 @@ def test_a_machine_without_a_compiler_is_refused(tmp_path, zygote):
     script.write_text(
         "import torch\n"
         "from torch._inductor import config\n"
-        "from metroem.training.compiling import check_compiler\n"
+        "from metroem.training.compile import check_compiler\n"
         "config.cpp.cxx = ('no-such-compiler',)\n"
         "check_compiler(torch.device('cpu'))\n"
     )
@@ -64,7 +64,7 @@ def test_modules_with_stock_operators_are_refused_before_any_training(
     (module / "create.py").write_text(ORIGINAL_CREATE)
     phase = {"lr": 1e-3, "num_epochs": 1, "smoothness": 5, "crop_size": 48}
     (tmp_path / "schedule.json").write_text(json.dumps({"1": [phase]}))
-    monkeypatch.setattr("metroem.pipeline.check_compiler", lambda device: None)
+    monkeypatch.setattr("metroem.training.run.check_compiler", lambda device: None)
     with pytest.raises(UsageError, match="0_mip1in_scalenet has stock operators"):
         train.main(arguments(tmp_path, "--compile"))
     assert not list(tmp_path.glob("pyramid/*/model/ck*"))

@@ -3,7 +3,7 @@ import pytest
 from PIL import Image
 
 from metroem.errors import FieldError
-from metroem.report.pictures import GAP_PX, color_field, overlay, save_pair_picture
+from metroem.io.pictures import GAP_PX, color_field, overlay, save_pair_picture
 
 
 @pytest.fixture

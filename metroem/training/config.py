@@ -1,0 +1,210 @@
+"""Describe the training of one stage: all that it is told."""
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from metroem.data.dataset import Split
+from metroem.data.epoch import EpochKey, num_steps
+from metroem.errors import UsageError
+from metroem.io.origins import origin_digest
+from metroem.nets.checkpoint import checkpoint_path
+from metroem.specs.pyramid import ModuleSpec
+from metroem.specs.schedule import Phase
+from metroem.training.checkpoint import RunFolder, TrainingState
+
+# Keys of a fingerprint that are no flags.
+SCHEDULE, PAIRS = "schedule", "training pairs"
+IMAGES, PRIORS = "images", "prior fields"
+
+
+@dataclass(frozen=True)
+class StageConfig:
+    """All that the training of one stage is told.
+
+    Attributes:
+        module: is trained.
+        phases: of its schedule, in turn.
+        split: its pairs.
+        run: folder of the state.
+        checkpoint_name: of the weights.
+        device: of this rank.
+        seed: of all randomness.
+        batch_size: pairs of a step, over all ranks; None leaves it to the phase.
+        num_workers: processes that read samples, per rank.
+        precision: "fp32" or "bf16" inside the network.
+        compiles: whether the network is compiled.
+        checkpoints_activations: whether activations are computed a second time in the
+            backward pass instead of being kept for it.
+        earlier: the modules of the stages before it.
+        fields_path: folder that its fields are written to afterwards; None if they are
+            not.
+        rank: of this process.
+        num_ranks: how many processes train.
+    """
+
+    module: ModuleSpec
+    phases: tuple[Phase, ...]
+    split: Split
+    run: RunFolder
+    checkpoint_name: str
+    device: torch.device
+    seed: int
+    batch_size: int | None
+    num_workers: int
+    precision: str
+    compiles: bool = False
+    checkpoints_activations: bool = False
+    earlier: tuple[ModuleSpec, ...] = ()
+    fields_path: Path | None = None
+    rank: int = 0
+    num_ranks: int = 1
+
+    @property
+    def stage(self) -> int:
+        """Number of the stage."""
+        return self.module.stage
+
+    @property
+    def best_weights(self) -> Path:
+        """The module's checkpoint, which the best weights become."""
+        return checkpoint_path(self.module.weights_folder, self.checkpoint_name)
+
+    def batch_of(self, phase: Phase) -> int:
+        """Pairs of a batch of a phase, over all ranks: see `batch_size_of`."""
+        return batch_size_of(phase, self.batch_size, self.num_ranks)
+
+    def pairs_of_update(self, phase: Phase) -> int:
+        """Pairs of one update of the weights: those of all its batches."""
+        return self.batch_of(phase) * phase.accumulate
+
+    def num_updates(self, phase: Phase) -> int:
+        """Updates of one epoch of a phase."""
+        num_pairs = len(self.split.training)
+        return num_steps(phase, num_pairs, self.pairs_of_update(phase))
+
+    def epoch_seed(self, state: TrainingState) -> EpochKey:
+        """Seed of the samples of the epoch at which a state stands."""
+        return EpochKey(self.seed, self.stage, state.phase, state.epoch)
+
+    def loss_seed(self, state: TrainingState) -> tuple[int, ...]:
+        """Seed of the randomness inside the losses of a step."""
+        # Samples have the numbers from 0 up.
+        return self.seed, self.stage, state.phase, state.epoch, -1 - state.step
+
+    def fingerprint(self) -> dict[str, Any]:
+        """What must be equal for a training to be resumed, as JSON.
+
+        Phases have the keys of a schedule's JSON, with the values that are the default
+        where it has none.
+        """
+        size = self.batch_size
+        if size is None and not all(phase.batch_size for phase in self.phases):
+            # One pair a rank: with other ranks, steps would be of other pairs.
+            size = self.num_ranks if self.num_ranks > 1 else None
+        # Held-out pairs too: they say which weights are best.
+        refs = [*self.split.training, *self.split.validation]
+        priors = {ref.prior.path: ref.prior for ref in refs if ref.prior is not None}
+        return {
+            SCHEDULE: [phase.to_json() for phase in self.phases],
+            PAIRS: [ref.name for ref in self.split.training],
+            IMAGES: [ref.images.identity(ref.index) for ref in refs],
+            PRIORS: [origin_digest(prior) for prior in priors.values()],
+            "--seed": self.seed,
+            "--batch_size": size,
+            "--precision": self.precision,
+        }
+
+
+def batch_size_of(phase: Phase, batch_size: int | None, num_ranks: int) -> int:
+    """Pairs of a batch of a phase, over all ranks: at least one each.
+
+    Args:
+        phase: may have a batch size of its own.
+        batch_size: of the command, which goes before it.
+        num_ranks: share the batch.
+
+    Raises:
+        UsageError: the ranks cannot share them evenly.
+    """
+    size = batch_size or phase.batch_size or num_ranks
+    if size % num_ranks:
+        raise UsageError(
+            f"batch size {size} (--batch_size, or batch_size of the schedule): the "
+            f"pairs of a step are shared by {num_ranks} ranks; expected a multiple of "
+            f"{num_ranks}"
+        )
+    return size
+
+
+def describe_differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    """Say how two fingerprints differ, for a user; "" if they are equal."""
+    said = []
+    for key in [*now, *(key for key in before if key not in now)]:
+        old, new = before.get(key), now.get(key)
+        if old == new:
+            continue
+        if key == SCHEDULE and isinstance(old, list) and isinstance(new, list):
+            said += _schedule_differences(old, new)
+        elif key == PAIRS and isinstance(old, list) and isinstance(new, list):
+            said.append(_pair_differences(old, new))
+        elif key == IMAGES:
+            said.append("the images of the pairs are not the same")
+        elif key == PRIORS:
+            said.append("the prior fields of the pairs are not the same")
+        else:
+            said.append(f"{key} was {_text(old)}, is {_text(new)}")
+    return "; ".join(said)
+
+
+def _schedule_differences(before: list[Any], now: list[Any]) -> Iterator[str]:
+    if len(before) != len(now):
+        yield f"the schedule had {len(before)} phases, has {len(now)}"
+        return
+    for number, (old, new) in enumerate(zip(before, now, strict=True), start=1):
+        for where, was, is_ in _json_differences(old, new):
+            yield f"{where} of phase {number} was {was}, is {is_}"
+
+
+def _json_differences(
+    before: Any, now: Any, where: str = ""
+) -> Iterator[tuple[str, str, str]]:
+    """Where two JSON values differ, and both values there."""
+    if isinstance(before, dict) and isinstance(now, dict):
+        for key in [*now, *(key for key in before if key not in now)]:
+            inner = f"{where} {key}".strip()
+            if key not in before:
+                yield inner, "not there", _text(now[key])
+            elif key not in now:
+                yield inner, _text(before[key]), "not there"
+            else:
+                yield from _json_differences(before[key], now[key], inner)
+    elif isinstance(before, list) and isinstance(now, list) and len(before) == len(now):
+        for index, (old, new) in enumerate(zip(before, now, strict=True)):
+            yield from _json_differences(old, new, f"{where} {index}")
+    elif before != now:
+        yield where, _text(before), _text(now)
+
+
+def _pair_differences(before: list[str], now: list[str]) -> str:
+    gone = [name for name in before if name not in set(now)]
+    new = [name for name in now if name not in set(before)]
+    changes = [
+        f"{len(names)} {what}, such as {names[0]}"
+        for names, what in ((gone, "are gone"), (new, "are new"))
+        if names
+    ]
+    how = " and ".join(changes) or "their order has changed"
+    return f"the pairs to train on are not the same ({how})"
+
+
+def _text(value: Any) -> str:
+    """A value as JSON has it, cut short."""
+    if value is None:
+        return "not given"
+    text = json.dumps(value, default=str)
+    return text if len(text) <= 100 else f"{text[:97]}..."
