@@ -46,14 +46,18 @@ _LEAST_BENDING = 3e-3
 _PIXELS_PER_KNOT = 16
 _FINEST_LEVEL = 1
 # Sections are compared at 8 px to see how much of their difference is no noise, but
-# tissue that has moved on: as if a displacement, which smoothness holds against. They
-# are compared as knots this far apart can lay src. Where a field follows what has moved
-# on, as that of a trained network does, sections look alike: compared as it lays them
-# it was held the less the more it had followed (a briefly trained pyramid, 2 to 4 pairs
-# on which 64, 128 and 256 px were tried: mean error of neighbours, made tissue 1.44 px,
-# now 1.19, FIB-SEM 1.94, now 1.58; torn sections on themselves 0.53, now 0.44;
-# 2026-11).
-_STRUCTURE_LEVEL, _STRUCTURE_PX = 3, 128
+# tissue that has moved on: as if a displacement, which smoothness holds against. A
+# network that is trained follows what has moved on, so sections look alike as its own
+# field lays src, and it was held the less the more it had followed. So displacements
+# that leave a field of control points 128 px apart by less than 3 px count as tissue
+# that has moved on: src is laid without them. Larger ones are warps: laid without
+# them, too, rough warps are held so stiffly that they are lost (30 px: 2.02 px instead
+# of 1.46, A 60 px up to 1.7 instead of 0.3). Mean error without this, and with 1.5, 3
+# and 6 px (a pyramid trained by `aligned`, 11 pairs of its own sections; 2026-11):
+# sections on themselves 0.25, 0.25, 0.22, 0.18; neighbours warped by 12 px 1.06, 1.05,
+# 1.04, 1.03; by 30 px 1.46, 1.47, 1.48, 1.72; with defects 1.20, 1.20, 1.18, 1.16; made
+# tissue, a briefly trained pyramid, 1.34, 1.33, 1.28, 1.19.
+_STRUCTURE_LEVEL, _STRUCTURE_PX, _MOVED_ON_PX = 3, 128, 3.0
 _LEAST_UNLIKE = 0.02
 _NO_POWER = 1e-6
 # Gauss-Newton takes the loss for more curved than it is, so that twice its step
@@ -308,6 +312,9 @@ class _Problem:
         of their power: 0 for equal tissue, 1 for tissue that has nothing in common.
         """
         smooth = _without_detail(self._field, _STRUCTURE_PX >> self.scale)
+        detail = self._field - smooth
+        moved_px = 2**self.scale * detail.norm(dim=1, keepdim=True)
+        smooth = smooth + detail * (1 - torch.exp(-((moved_px / _MOVED_ON_PX) ** 2)))
         warped = warp(self._src, smooth)
         whole = _least((self._weight(smooth) > 0).float(), levels)
         src, tgt = _mean(warped, levels), _mean(self._tgt, levels)
