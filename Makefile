@@ -5,11 +5,13 @@
 # make docs     the pages of docs/, in docs/_build/html
 # make install  only the virtual environment
 # make clients  .venv-corgie, with corgie, which applies the modules
-# All of them make .venv first where it is not there or its requirements changed;
-# the last makes its own alone.
+# All of them make .venv first if it is missing or its requirements changed; the last
+# makes its own alone. From the public index torch brings CUDA. Without a GPU:
+#     make install REQUIREMENTS=requirements-cpu.txt
 
 PYTHON ?= python3
 VENV ?= .venv
+REQUIREMENTS ?= requirements.txt
 BIN := $(VENV)/bin
 # What takes longer is left to CI; make test PYTEST_ARGS= runs all, -m long what CI
 # leaves out.
@@ -46,12 +48,15 @@ install: $(INSTALLED)
 
 $(INSTALLED): requirements.txt setup.py
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install -r requirements.txt
+	$(BIN)/python -m pip install -r $(REQUIREMENTS)
 	$(BIN)/python -m pip install --no-deps -e .
 	touch $@
 
-$(TOOLS): requirements-dev.txt $(INSTALLED)
+# A CUDA build of torch brings its own triton.
+$(TOOLS): requirements-dev.txt requirements-cpu-tests.txt $(INSTALLED)
 	$(BIN)/python -m pip install -r requirements-dev.txt
+	if $(BIN)/python -m pip show torch | grep -q '^Version:.*+cpu'; then \
+	    $(BIN)/python -m pip install -r requirements-cpu-tests.txt; fi
 	touch $@
 
 clients: $(CORGIE)

@@ -1,5 +1,6 @@
 """Packaging of MetroEM."""
 
+import os
 import re
 from pathlib import Path
 
@@ -9,6 +10,8 @@ ROOT = Path(__file__).parent
 VERSION = re.search(
     r'^__version__ = "(.+)"$', (ROOT / "metroem" / "__init__.py").read_text(), re.M
 )
+# Where this repository lives: `METROEM_URL=https://... python -m build`.
+URL = os.environ.get("METROEM_URL", "").rstrip("/")
 
 setup(
     name="metroem",
@@ -16,13 +19,36 @@ setup(
     description="Trains aligners for serial-section electron microscopy",
     long_description=(ROOT / "README.md").read_text(),
     long_description_content_type="text/markdown",
-    license="Apache-2.0",
+    author="MetroEM contributors",
+    license_expression="Apache-2.0",
+    keywords=["electron microscopy", "image registration", "connectomics"],
+    url=URL or None,
+    project_urls={"Changelog": f"{URL}/blob/main/CHANGELOG.md"} if URL else {},
+    classifiers=[
+        "Development Status :: 5 - Production/Stable",
+        "Environment :: Console",
+        "Environment :: GPU :: NVIDIA CUDA",
+        "Intended Audience :: Science/Research",
+        "Operating System :: POSIX :: Linux",
+        "Programming Language :: Python :: 3",
+        "Programming Language :: Python :: 3.10",
+        "Programming Language :: Python :: 3.11",
+        "Programming Language :: Python :: 3 :: Only",
+        "Topic :: Scientific/Engineering :: Image Processing",
+        "Topic :: Scientific/Engineering :: Medical Science Apps.",
+        "Typing :: Typed",
+    ],
     python_requires=">=3.10",
     packages=find_packages(include=["metroem", "metroem.*"]),
     package_data={
-        "metroem": ["params/*.json"],
-        "metroem.nets": ["templates/*.json", "templates/*.py"],
-        "metroem.report": ["*.html", "*.css", "*.js"],
+        "metroem": [
+            "py.typed",
+            "**/*.json",
+            "**/*.html",
+            "**/*.css",
+            "**/*.js",
+            "**/templates/*.py",
+        ],
     },
     # The three scripts that people know by name, on the PATH beside `metroem`.
     scripts=["download_image.py", "download_field.py", "train.py"],
@@ -54,5 +80,21 @@ setup(
     extras_require={
         "tensorboard": ["tensorboard"],  # of train.py --tensorboard
         "zarr": ["numcodecs"],  # of Zarr and N5 in blosc, lz4 and with filters
+        # To lint, test and build docs/. requirements-dev.txt pins them.
+        "dev": [
+            "furo",
+            "hypothesis",
+            "moto[s3,server]",
+            "myst-parser",
+            "numcodecs",
+            "pip-audit",
+            "pyright",
+            "pytest",
+            "pytest-cov",
+            "pytest-xdist",
+            "ruff",
+            "sphinx",
+            "tensorboard",
+        ],
     },
 )

@@ -9,7 +9,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "docs")]
 import metroem  # noqa: E402  # the one of this checkout
 
 project = "MetroEM"
-author = copyright = "The MetroEM developers"
+author = copyright = "MetroEM contributors"
 version = release = metroem.__version__
 
 extensions = [
