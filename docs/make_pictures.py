@@ -3,8 +3,9 @@
     make demo
     python docs/make_pictures.py
 
-The grids of docs/fields.md are computed with `metroem.field`, not drawn by hand. The other
-pictures show the demo: sections 23 to 27, which it did not train on. They need Chromium.
+The grids of docs/fields.md are computed with `metroem.field`, not drawn by hand. The
+other pictures show sections 23 to 27 of the demo, which it did not train on. They need
+Chromium.
 """
 
 import shlex
@@ -266,7 +267,7 @@ def read_section(z: int) -> np.ndarray:
 
 def draw_report() -> None:
     """The page of `metroem evaluate` on the demo: its table, and one pair opened."""
-    with tempfile.TemporaryDirectory() as name, Browser(960, 600) as browser:
+    with tempfile.TemporaryDirectory() as name, Browser(1100, 640) as browser:
         folder = Path(name)
         (folder / "pyramid").symlink_to(DEMO / "pyramid")
         for line in REPORT_COMMANDS.replace("\n    ", " ").splitlines():
