@@ -16,12 +16,16 @@ extensions = [
     "myst_parser",
     "sphinx.ext.autodoc",
     "sphinx.ext.napoleon",
+    "sphinx_copybutton",
     "key_tables",
 ]
 exclude_patterns = ["_build"]
 html_theme = "furo"
 html_title = f"MetroEM {release}"
 html_copy_source = False
+html_static_path = ["_static"]
+html_css_files = ["wide.css"]  # room for the longest line of code
+smartquotes = False  # else --flags lose a dash
 
 myst_heading_anchors = 3
 

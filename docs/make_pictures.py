@@ -1,18 +1,46 @@
-"""Draw the pictures of docs/fields.md: `python docs/make_pictures.py`.
+"""Draw the pictures of README and docs/.
 
-What the grids show is computed with `metroem.field`, not drawn by hand.
+    make demo
+    python docs/make_pictures.py
+
+The grids of docs/fields.md are computed with `metroem.field`, not drawn by hand. The
+other pictures show sections 23 to 27 of the demo, which it did not train on. They need
+Chromium.
 """
 
+import shlex
+import subprocess
+import sys
+import tempfile
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
+from cloudvolume import CloudVolume
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+import metroem
 from metroem.field import compose, upsample_field, warp
+from metroem.report.pictures import overlay
 
 FOLDER = Path(__file__).parent
+PICTURES = FOLDER / "pictures"
+ROOT = FOLDER.parent
+sys.path.insert(0, str(ROOT))
+from tests.browser import Browser  # noqa: E402  # Chromium without a driver
+
+DEMO = ROOT / "demo"
+SRC_Z = 26  # of the pair before and after
+VIEW = (slice(40, 440), slice(64, 424))  # rows and cols of a section that are shown
+# What the report is made of; `{folder}` is a temporary one.
+REPORT_COMMANDS = """\
+download_image.py --cv_path {demo}/sections --dst_folder {folder}/unseen --mip 2 0
+    --patch_size 112 448 --x_offset 32 --y_offset 0 --z_start 23 --z_end 28 --normalize
+-m metroem evaluate --pyramid_path pyramid --dataset_path unseen --known_warps
+    --report report.html
+"""
 CELL = 44  # px of the picture, of a pixel of the finest grid
 ROWS, COLS = 8, 10
 INK, GREY, LINE = "#1c2733", "#5f6f80", "#c9d2dc"
@@ -204,6 +232,68 @@ def _draw_path(canvas: Canvas, panel: Panel, f: Tensor, g: Tensor) -> None:
     canvas.text(panel.left, 470, "invert(f) is the field h with compose(h, f) = 0")
 
 
+def draw_before_after() -> None:
+    """One pair of the demo before and after alignment, with captions."""
+    src, tgt = read_section(SRC_Z), read_section(SRC_Z - 1)
+    pyramid = metroem.Pyramid.load(DEMO / "pyramid")
+    field = torch.from_numpy(pyramid.align(src, tgt, mip=0))[None]
+    image = torch.from_numpy(src.astype(np.float32))[None, None]
+    warped = warp(image, field)[0, 0].numpy()
+    overlays = [overlay(side, tgt)[VIEW].swapaxes(0, 1) for side in (src, warped)]
+    height, width = overlays[0].shape[:2]
+    canvas = Canvas(2 * width + 12, height + 34)
+    captions = (
+        "Before: a section (red) on its neighbour (cyan)",
+        "After: what fits is grey",
+    )
+    for number, (caption, pixels) in enumerate(zip(captions, overlays, strict=True)):
+        left = number * (width + 12)
+        canvas.text(left + 2, 4, caption, size=17)
+        canvas.image.paste(Image.fromarray(pixels), (left, 34))
+    canvas.image = fewer_colours(canvas.image)
+    canvas.save("pictures/before_after.png")
+
+
+def fewer_colours(image: Image.Image) -> Image.Image:
+    """64 colours: enough for red, cyan and grey, and a third of the bytes."""
+    return image.quantize(64, dither=Image.Dither.NONE)
+
+
+def read_section(z: int) -> np.ndarray:
+    """A section of the demo's volume at mip 0, rows along x."""
+    volume = CloudVolume(f"file://{DEMO / 'sections'}", progress=False)
+    return np.asarray(volume[:, :, z])[..., 0, 0]
+
+
+def draw_report() -> None:
+    """The page of `metroem evaluate` on the demo: its table, and one pair opened."""
+    with tempfile.TemporaryDirectory() as name, Browser(1100, 640) as browser:
+        folder = Path(name)
+        (folder / "pyramid").symlink_to(DEMO / "pyramid")
+        for line in REPORT_COMMANDS.replace("\n    ", " ").splitlines():
+            words = shlex.split(line.format(demo=DEMO, folder=folder))
+            if words[0].endswith(".py"):
+                words[0] = str(ROOT / words[0])
+            subprocess.run([sys.executable, *words], cwd=folder, check=True)
+        browser.load(folder / "report.html")
+        save_screenshot(browser, "report_overview.png")
+        browser.run("document.querySelector('#pairs tbody tr').click()")
+        browser.wait("byId('canvas').dataset.shows")
+        browser.press("o")  # src red, tgt cyan
+        browser.run("new Promise((done) => requestAnimationFrame(done))")
+        save_screenshot(browser, "report_pair.png")
+
+
+def save_screenshot(browser: Browser, name: str) -> None:
+    """Save what the browser shows."""
+    path = PICTURES / name
+    browser.screenshot(path)
+    with Image.open(path) as image:
+        fewer_colours(image.convert("RGB")).save(path, optimize=True)
+
+
 if __name__ == "__main__":
     draw_field()
     draw_algebra()
+    draw_before_after()
+    draw_report()

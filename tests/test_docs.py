@@ -24,6 +24,8 @@ from metroem.specs.schedule import parse_mask_rules, parse_schedule
 from metroem.training.step import StepMetrics
 from tests.commands import (
     CORGIE,
+    PAGES,
+    README,
     ROOT,
     blocks,
     check_spelling,
@@ -36,12 +38,13 @@ from tests.image_sets import one_mask, write_fields, write_images
 from tests.pairs import texture, write_pairs
 
 DOCS = ROOT / "docs"
-PAGES = {path.stem: path.read_text() for path in sorted(DOCS.glob("*.md"))}
 TUTORIAL = PAGES["tutorial"]
 COMMANDS = [words for page in PAGES.values() for words in commands(page)]
-OURS = [words for words in COMMANDS if words[0] == "python"]
+OURS = [words for words in COMMANDS if words[0] in ("python", "torchrun")]
 OF_TORCHRUN = ("--nproc_per_node", "--nnodes", "--max_restarts", "--rdzv_backend")
 OF_TORCHRUN += ("--rdzv_endpoint", "--rdzv_id", "--rdzv_conf")
+OF_OTHERS = ("--logdir", "--no-deps")  # tensorboard, pip
+MAX_COLUMNS = 96  # of code; pages are as wide (docs/_static/wide.css)
 OF_CORGIE = [words for words in COMMANDS if words[0] == CORGIE]
 
 
@@ -63,9 +66,6 @@ def tutorial(tmp_path_factory):
     images = np.stack([section.image for section in make_sections(request)])
     write_volume(folder / "em", images, 3)
     (folder / "schedule.json").write_text(short_schedule())
-    template = blocks(TUTORIAL, "json")[0].replace("gs://my-bucket", str(folder))
-    (folder / "template.json").write_text(template.replace("448", "128"))
-    (folder / "points.csv").write_text("x0,y0,z0\n100,108,5\n128,96,6\n")
     before = os.getcwd()
     os.chdir(folder)
     try:
@@ -78,16 +78,15 @@ def tutorial(tmp_path_factory):
 
 
 @pytest.mark.slow
-def test_the_tutorial_ends_with_weights_a_report_fields_and_places(tutorial):
+def test_the_tutorial_ends_with_weights_a_report_and_fields(tutorial):
     assert len(list(tutorial.glob("pyramid/*/model/checkpoint.state.pth.tar"))) == 2
     assert "<html" in (tutorial / "report.html").read_text()
     assert (tutorial / "fields" / "info").is_file()
     assert list(tutorial.glob("looks/*/info")) and list(tutorial.glob("sofima/*.npy"))
-    assert list(tutorial.glob("places/x*.h5"))
 
 
 @pytest.mark.slow
-@pytest.mark.long  # CI runs the same of the README: tests/clients/test_corgie.py
+@pytest.mark.long  # CI runs those of volumes.md: tests/clients/test_corgie.py
 @pytest.mark.skipif(
     not (ROOT / CORGIE).is_file(), reason="no corgie: make clients installs it"
 )
@@ -128,7 +127,7 @@ def test_what_corgie_is_given_names_our_modules_and_options(words):
 
 def test_every_command_of_the_pages_is_one_that_is_checked():
     programs = {words[0] for words in COMMANDS}
-    assert programs <= {"python", "make", CORGIE}
+    assert programs <= {"python", "torchrun", "make", CORGIE}
 
 
 def test_the_make_targets_exist():
@@ -141,11 +140,19 @@ def test_the_make_targets_exist():
 def test_flags_that_pages_mention_exist():
     code = "".join(path.read_text() for path in ROOT.glob("*.py"))
     code += "".join(path.read_text() for path in ROOT.glob("metroem/**/*.py"))
+    code += "".join(path.read_text() for path in ROOT.glob("benchmarks/*.py"))
     code += " ".join(word for words in OF_CORGIE for word in words)
-    code += " ".join(f'"{flag}"' for flag in OF_TORCHRUN)
+    code += " ".join(f'"{flag}"' for flag in OF_TORCHRUN + OF_OTHERS)
     for name, page in PAGES.items():
-        for flag in set(re.findall(r"(?<!-)--[a-z]\w+", page)):
+        for flag in set(re.findall(r"(?<!-)--[a-z][\w-]+", page)):
             assert f'"{flag}"' in code or f"{flag} " in code, f"{name}: {flag}"
+
+
+def test_no_line_of_code_is_wider_than_the_pages():
+    for name, page in {"README": README, **PAGES}.items():
+        code = re.findall(r"^```(?:sh|bash|json|python)\n(.*?)^```", page, re.S | re.M)
+        for line in "".join(code).splitlines():
+            assert len(line) <= MAX_COLUMNS, f"{name}: {line}"
 
 
 def test_the_place_that_the_link_states_is_where_the_tutorial_downloads():
@@ -278,7 +285,7 @@ def test_the_network_of_the_page_offers_what_the_page_asks_for(own_module):
 
 @pytest.mark.slow
 def test_the_pages_build_without_a_warning(tmp_path):
-    for needed in ("sphinx", "myst_parser", "furo"):
+    for needed in ("sphinx", "myst_parser", "furo", "sphinx_copybutton"):
         pytest.importorskip(needed, reason="requirements-dev.txt has it")
     command = [sys.executable, "-m", "sphinx", "-W", "-n", "-q", "-b", "html"]
     done = subprocess.run(

@@ -1,4 +1,7 @@
-"""Every command of the README is run: here, in tests/clients, or by .ci/run."""
+"""The README, and the pages that go on with its data: every command is run.
+
+Here, in tests/clients (corgie), or by .ci/run (make, pip).
+"""
 
 import re
 
@@ -8,6 +11,7 @@ import pytest
 from metroem.io.volume_write import write_volume
 from tests.commands import (
     CORGIE,
+    PAGES,
     README,
     ROOT,
     blocks,
@@ -20,38 +24,68 @@ from tests.commands import (
 from tests.pairs import texture
 from tests.volumes import make_volume
 
+# In the order in which their commands need each other.
+TO_FOLLOW = [README] + [
+    PAGES[name] for name in ("data_sets", "points", "training", "report", "volumes")
+]
+RUN_ELSEWHERE = ("make", "source", "pip", CORGIE)
+
+
+def small(text, folder):
+    """A command or an example on a volume in `folder`, with less to do."""
+    text = text.replace("gs://my-bucket/em", "demo/sections")
+    text = text.replace("gs://my-bucket", str(folder))
+    text = text.replace("demo/pyramid", "pyramid")
+    text = text.replace("[:, :, z]", "[:128, :128, z]")
+    return {"112": "32", "448": "128", "28": "25"}.get(text, text)
+
 
 @pytest.mark.slow
-def test_the_commands_of_the_readme_work_in_their_order(tmp_path, monkeypatch):
+def test_the_commands_of_the_readme_and_its_pages_work_in_their_order(
+    tmp_path, monkeypatch
+):
     sections = [texture(512, 512, seed=0)[0, 0].byte().numpy() for _ in range(9)]
-    write_volume(tmp_path / "em", np.stack(sections), 3)
+    (tmp_path / "demo").mkdir()
+    stack = np.stack([sections[z % 9] for z in range(28)])
+    write_volume(tmp_path / "demo" / "sections", stack, 3)
     # 4 px along x, in mip-0 pixels.
     by_mip = [np.zeros((9, 2, 512 >> m, 512 >> m), np.float32) for m in range(3)]
     for field in by_mip:
         field[:, 0] = 4.0
     make_volume(tmp_path / "field", by_mip, resolution=(8, 8, 40))
     monkeypatch.chdir(tmp_path)
-    template = blocks(README, "json")[0]
-    template = template.replace("gs://my-bucket", str(tmp_path))
-    (tmp_path / "template.json").write_text(template)
+    (template,) = blocks(PAGES["points"], "json")
+    (tmp_path / "template.json").write_text(small(template, tmp_path))
     (tmp_path / "points.csv").write_text("x0,y0,z0\n256,260,5\n200,300,7\n")
     (tmp_path / "schedule.json").write_text(short_schedule())
 
-    for words in commands(README):
-        words = [w.replace("gs://my-bucket", str(tmp_path)) for w in words]
-        # A smaller patch, since all of this runs on a CPU.
-        words = [{"128": "32", "512": "128"}.get(w, w) for w in words]
-        # Those are what .ci/run does and what tests/clients/test_corgie.py does.
-        if words[0] not in ("make", "bash", CORGIE):
+    done = []
+    for words in (words for page in TO_FOLLOW for words in commands(page)):
+        words = [small(word, tmp_path) for word in words]
+        # Pages repeat what the README has.
+        if words[0] not in RUN_ELSEWHERE and words not in done:
             run(words)
+            done.append(words)
+    names = {}
+    (example,) = blocks(README, "python")
+    exec(small(example, tmp_path), names)
 
-    # Two stages under two names, one under three.
+    # Two stages under two names, one under three; and a finetuned copy.
     assert len(list(tmp_path.glob("pyramid/*/model/*.state.pth.tar"))) == 7
+    assert len(list(tmp_path.glob("finetuned/*/model/*.state.pth.tar"))) == 2
+    assert list(tmp_path.glob("points/x*.h5"))
+    assert "<html" in (tmp_path / "report.html").read_text()
+    assert names["field"].shape == (2, 128, 128)
+
+
+def test_the_readme_is_short():
+    assert len(README.splitlines()) <= 130
+    assert len(README.split()) <= 1200
 
 
 def test_the_make_targets_exist():
     targets = re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.M)
-    used = make_targets(README)
+    used = make_targets(README) | set(re.findall(r"`make (\w+)", README))
     assert used and used <= set(targets)
 
 
@@ -60,6 +94,6 @@ def test_each_command_is_spelled_as_its_parser_has_it(words):
     check_spelling(words)
 
 
-def test_the_python_example_names_what_there_is():
-    for block in blocks(README, "python"):
-        compile(block, "README.md", "exec")
+def test_links_and_pictures_of_the_readme_exist():
+    for target in re.findall(r"\]\((?!https?:)([^)#]+)", README):
+        assert (ROOT / target).exists(), target

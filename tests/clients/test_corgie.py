@@ -72,9 +72,9 @@ def test_a_module_passes_the_client(tmp_path, modules, template, shape, flags):
     assert np.median(field[1]) == pytest.approx(0, abs=1)
 
 
-def readme_commands():
-    """corgie's commands of the README, each as a list of words."""
-    text = (ROOT / "README.md").read_text()
+def page_commands():
+    """corgie's commands of docs/volumes.md, each as a list of words."""
+    text = (ROOT / "docs" / "volumes.md").read_text()
     blocks = re.findall(r"```sh\n(.*?)```", text, re.S)
     lines = "".join(blocks).replace("\\\n", " ").splitlines()
     commands = [shlex.split(line) for line in lines]
@@ -89,11 +89,11 @@ def read(volume):
     return values.transpose(2, 3, 0, 1).astype(np.float32)
 
 
-def test_a_pyramid_aligns_a_volume_by_the_commands_of_the_readme(tmp_path, modules):
+def test_a_pyramid_aligns_a_volume_by_the_commands_of_its_page(tmp_path, modules):
     pyramid_of(tmp_path / "pyramid", modules["correlation"], (2, 0))
     stack = shifted_stack(3, 256, 256, grain=2)
     write_volume(tmp_path / "em", stack, 3)
-    commands = readme_commands()
+    commands = page_commands()
     assert [words[1] for words in commands] == [
         "align-block",
         "compute-field",
