@@ -20,7 +20,8 @@ from metroem.errors import FieldError, UsageError
 from metroem.field import check_field
 from metroem.field_loss import FieldLoss, FinetuneOptions
 from metroem.field_search import Finetuned, Search
-from metroem.masks import MaskRules, PairMaps, PairWeight, weigh
+from metroem.mask_rules import MaskRules
+from metroem.masks import PairMaps, PairWeight, weigh
 from metroem.recording import RecordedStep
 from metroem.specs.schedule import parse_mask_rules
 

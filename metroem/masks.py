@@ -4,7 +4,6 @@ A weight map is (B, 1, H, W) float32, 1 where a pixel counts in full. Weights of
 src are given in src's own pixels and are warped along with it.
 """
 
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -13,10 +12,9 @@ import torch.nn.functional as F
 from scipy import ndimage
 from torch import Tensor
 
-from metroem.errors import UsageError
 from metroem.field import warp
+from metroem.mask_rules import MaskRule, MaskRules
 
-STRATEGIES = ("eq", "neq", "lt", "gt", "between", "not_between")
 # What `find_bands` takes for a defect, in standard deviations of tissue and pixels.
 # Measured 2026-11 on 45 FIB-SEM and 20 TEM sections, and 40 with planted defects:
 # 0.01 % of clean pixels taken, at most 0.5 % of a section; of dark folds 98 %, of
@@ -31,7 +29,6 @@ _MAX_WIDTH_PX = 45
 _REACH_PX = 4
 # Of a warped pixel, so that a line of one pixel is not lost between two.
 _MASKED_SHARE = 0.4
-MAP_NAMES = ("src", "tgt", "src_zeros", "tgt_zeros", "src_defects", "tgt_defects")
 
 
 class PairMaps(NamedTuple):
@@ -51,83 +48,6 @@ class PairMaps(NamedTuple):
         return None if value is None else value.float()
 
 
-@dataclass(frozen=True)
-class MaskRule:
-    """Where one map keeps a loss from counting.
-
-    A pixel counts in full where the binarised map is 1.
-
-    Attributes:
-        name: which map, one of `MAP_NAMES`.
-        channel: channel of the map; None for all of one channel.
-        strategy: how the map is binarised, one of `STRATEGIES`; None if it
-            is 0 or 1 already.
-        value: threshold of eq, neq, lt, gt; grey levels.
-        bounds: (low, high) of between and not_between, both exclusive.
-        mask_value: weight where the binarised map is not 1.
-        rings: (pixels, weight) in turn: the masked area grows by so many
-            pixels, and the ring gets that weight.
-
-    Raises:
-        UsageError: unknown name or strategy.
-    """
-
-    name: str
-    channel: int | None = None
-    strategy: str | None = None
-    value: float = 0.0
-    bounds: tuple[float, float] = (0.0, 0.0)
-    mask_value: float = 0.0
-    rings: tuple[tuple[int, float], ...] = ()
-
-    def __post_init__(self) -> None:
-        if self.name not in MAP_NAMES:
-            raise UsageError(f"mask of {self.name!r}: expected one of {MAP_NAMES}")
-        if self.strategy not in (None, *STRATEGIES):
-            raise UsageError(
-                f"binarization {self.strategy!r} of {self.name}: expected one of "
-                f"{STRATEGIES}"
-            )
-
-    def counts(self, values: Tensor) -> Tensor:
-        """Bool map: where `values` (B, C, H, W) lets a pixel count in full."""
-        low, high = self.bounds
-        match self.strategy:
-            case "eq":
-                return values == self.value
-            case "neq":
-                return values != self.value
-            case "lt":
-                return values < self.value
-            case "gt":
-                return values > self.value
-            case "between":
-                return (values > low) & (values < high)
-            case "not_between":
-                return (values < low) | (values > high)
-        return values == 1
-
-    def weight(self, values: Tensor) -> Tensor:
-        """Weight map (B, 1, H, W) that the map `values` (B, C, H, W) gives."""
-        if self.channel is not None and values.shape[1] > 1:
-            values = values[:, self.channel : self.channel + 1]
-        masked = ~self.counts(values).all(dim=1, keepdim=True)
-        weight = torch.where(masked, self.mask_value, 1.0).float()
-        for pixels, ring_weight in self.rings:
-            grown = grow(masked, pixels)
-            weight = torch.where(grown & ~masked & (weight == 1), ring_weight, weight)
-            masked = grown
-        return weight
-
-
-@dataclass(frozen=True)
-class MaskRules:
-    """The rules of one loss term, for each side of a pair."""
-
-    src: tuple[MaskRule, ...] = ()
-    tgt: tuple[MaskRule, ...] = ()
-
-
 class PairWeight(NamedTuple):
     """Weights of one loss term, made once for a pair."""
 
@@ -139,25 +59,36 @@ class PairWeight(NamedTuple):
         return warp(self.src, field, padding="border") * self.tgt
 
 
-def _no_data(side: str, mask_value: float = 0.0) -> MaskRule:
-    return MaskRule(
-        f"{side}_zeros", strategy="eq", mask_value=mask_value, rings=((1, 0.0),)
-    )
+def _counts(rule: MaskRule, values: Tensor) -> Tensor:
+    """Bool map: where `values` (B, C, H, W) lets a pixel count in full."""
+    low, high = rule.bounds
+    match rule.strategy:
+        case "eq":
+            return values == rule.value
+        case "neq":
+            return values != rule.value
+        case "lt":
+            return values < rule.value
+        case "gt":
+            return values > rule.value
+        case "between":
+            return (values > low) & (values < high)
+        case "not_between":
+            return (values < low) | (values > high)
+    return values == 1
 
 
-def _defects(side: str) -> MaskRule:
-    return MaskRule(f"{side}_defects", strategy="eq", rings=((1, 0.0),))
-
-
-# The finetuner's rules in the original (`aligner.py`), also of schedules that name
-# none: no similarity at "no data" and defects, free tearing at both. It leaves the
-# defects of tgt out, as if a fold of tgt had something to be aligned to.
-SIMILARITY_RULES = MaskRules(
-    src=(_no_data("src"), _defects("src")), tgt=(_no_data("tgt"), _defects("tgt"))
-)
-SMOOTHNESS_RULES = MaskRules(
-    src=(_no_data("src", 1e-5), _defects("src")), tgt=(_defects("tgt"),)
-)
+def rule_weight(rule: MaskRule, values: Tensor) -> Tensor:
+    """Weight map (B, 1, H, W) that the map `values` (B, C, H, W) gives."""
+    if rule.channel is not None and values.shape[1] > 1:
+        values = values[:, rule.channel : rule.channel + 1]
+    masked = ~_counts(rule, values).all(dim=1, keepdim=True)
+    weight = torch.where(masked, rule.mask_value, 1.0).float()
+    for pixels, ring_weight in rule.rings:
+        grown = grow(masked, pixels)
+        weight = torch.where(grown & ~masked & (weight == 1), ring_weight, weight)
+        masked = grown
+    return weight
 
 
 def weigh(rules: MaskRules, maps: PairMaps) -> PairWeight:
@@ -176,7 +107,7 @@ def weigh(rules: MaskRules, maps: PairMaps) -> PairWeight:
         for rule in side_rules:
             values = maps.named(rule.name)
             if values is not None:
-                weight = torch.minimum(weight, rule.weight(values))
+                weight = torch.minimum(weight, rule_weight(rule, values))
         return weight
 
     return PairWeight(side(rules.src, maps.src), side(rules.tgt, maps.tgt))

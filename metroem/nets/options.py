@@ -6,7 +6,7 @@ from typing import Any
 from metroem.coarse_to_fine import RefineOptions
 from metroem.errors import UsageError
 from metroem.finetuner import FinetuneOptions, mask_rules
-from metroem.masks import SIMILARITY_RULES, SMOOTHNESS_RULES, MaskRule, MaskRules
+from metroem.mask_rules import SIMILARITY_RULES, SMOOTHNESS_RULES, MaskRule, MaskRules
 from metroem.tiles import Tiling
 
 

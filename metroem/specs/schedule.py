@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from metroem.errors import UsageError
-from metroem.masks import SIMILARITY_RULES, SMOOTHNESS_RULES, MaskRule, MaskRules
+from metroem.mask_rules import SIMILARITY_RULES, SMOOTHNESS_RULES, MaskRule, MaskRules
 from metroem.specs.augmentations import (
     KNOWN_WARP_LEAST_PX,
     Augmentation,

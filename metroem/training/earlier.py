@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from metroem.masks import SIMILARITY_RULES, SMOOTHNESS_RULES, MaskRules
+from metroem.mask_rules import SIMILARITY_RULES, SMOOTHNESS_RULES, MaskRules
 from metroem.training import distributed
 
 logger = logging.getLogger(__name__)

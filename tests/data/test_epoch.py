@@ -15,7 +15,7 @@ from metroem.data.sample import stack_samples, with_defects
 from metroem.errors import DatasetError
 from metroem.field import compose
 from metroem.io.h5 import FieldSetMeta, Pair, write_field_set
-from metroem.masks import MaskRules
+from metroem.mask_rules import MaskRules
 from metroem.specs.augmentations import (
     KnownWarp,
     Photometric,

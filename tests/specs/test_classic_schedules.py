@@ -10,7 +10,7 @@ import torch
 
 from metroem.aligner import Prediction
 from metroem.data.sample import Sample, seeded_generator
-from metroem.masks import MaskRule, MaskRules
+from metroem.mask_rules import MaskRule, MaskRules
 from metroem.specs.augmentations import RandomSrcTgtSwap, RandomTranspose, RandomWarp
 from metroem.specs.losses import LossSpec
 from metroem.specs.schedule import Phase, load_schedule

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from metroem.errors import UsageError
-from metroem.masks import SIMILARITY_RULES, MaskRule
+from metroem.mask_rules import SIMILARITY_RULES, MaskRule
 from metroem.specs.augmentations import KnownWarp, RandomTranspose, RandomWarp
 from metroem.specs.losses import LossSpec
 from metroem.specs.schedule import MODES, Phase, load_schedule, parse_schedule
