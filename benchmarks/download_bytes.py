@@ -20,7 +20,8 @@ from cloudfiles import interfaces
 from cloudvolume import CloudVolume
 
 from metroem import cli
-from metroem.create.image import ImageRequest, create_image_sets
+from metroem.create.image import create_image_sets
+from metroem.create.requests import ImageRequest
 
 _CHUNK_PX = 128
 _SIDE_PX = 1024

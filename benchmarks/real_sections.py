@@ -31,7 +31,6 @@ import torch
 from metroem import cli
 from metroem.demo import (
     MARGIN_PX,
-    SCHEDULE,
     Run,
     distort_sections,
     run_steps,
@@ -44,6 +43,7 @@ from metroem.field import downsample_field
 from metroem.io.h5 import FieldSet
 from metroem.io.volume_write import write_field_volume, write_volume
 from metroem.report.scores import print_json, print_scores
+from metroem.requests import SCHEDULE
 
 logger = logging.getLogger("metroem.benchmarks.real_sections")
 

@@ -1,13 +1,12 @@
 """Per stage: train it, then write its fields; the one home of that order."""
 
 import hashlib
-import importlib.util
 import logging
 import os
 import sys
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,19 +21,17 @@ from metroem.data.dataset import (
     prior_path,
     split_pairs,
 )
-from metroem.errors import CheckpointError, DatasetError, UsageError
+from metroem.errors import CheckpointError, DatasetError
 from metroem.io.h5 import FieldSet, find_image_sets
 from metroem.io.lock import holding, lock_path
 from metroem.nets.checkpoint import check_weights, checkpoint_path
 from metroem.nets.loading import load_module
 from metroem.report.board import Board
-from metroem.specs.filenames import check_checkpoint_name
 from metroem.specs.pyramid import ModuleSpec, find_modules, select_stages
 from metroem.specs.schedule import (
     FINETUNING_MODES,
     Phase,
     Schedule,
-    check_decay,
     load_schedule,
 )
 from metroem.training import distributed
@@ -48,6 +45,7 @@ from metroem.training.generate import (
 )
 from metroem.training.job import StageJob, TrainingSettings
 from metroem.training.memory import keep_freed_memory
+from metroem.training.requests import TrainRequest
 from metroem.training.stage import discard_training, train_stage, try_folders
 from metroem.training.step import Watch
 from metroem.training.stopping import TIME_UP, Stopped, StopRequest
@@ -57,109 +55,6 @@ logger = logging.getLogger(__name__)
 # By the default schedule an H100 trains on 230 samples of 256 px a second, and a core
 # beside it makes 50 (2026-11).
 _MOST_WORKERS = 8
-
-DEVICES = ("auto", "cpu", "cuda")
-PRECISIONS = ("fp32", "bf16")
-
-
-@dataclass(frozen=True)
-class TrainRequest:
-    """A call of train.py, one field a flag.
-
-    Raises:
-        UsageError: values that cannot work, each named with its flag.
-    """
-
-    pyramid_path: Path
-    dataset_path: Path
-    fields_path: Path | None = None
-    checkpoint_name: str = "checkpoint"
-    train_mode: str = "scratch"
-    train_params_path: Path | None = None
-    gpu: str | None = None
-    train_stages: list[int] | None = None
-    generate_field_stages: list[int] | None = None
-    port: int | None = None
-    redirect_stdout: bool = True
-    device: str = "auto"
-    seed: int = 0
-    batch_size: int | None = None
-    num_workers: int | None = None
-    precision: str = "fp32"
-    max_epochs: int | None = None
-    max_minutes: float | None = None
-    val_pairs: int = 2
-    restart: bool = False
-    tensorboard: bool = False
-    ema: float | None = None
-    compile: bool = False
-    checkpoint_activations: bool = False
-    verify: bool = False
-
-    def __post_init__(self) -> None:
-        check_checkpoint_name(self.checkpoint_name)
-        named = [] if self.gpu is None else self.gpu.split(",")
-        if not all(index.strip().isdigit() for index in named):
-            raise UsageError(f"--gpu {self.gpu!r}: expected numbers, such as 0 or 0,1")
-        if len(set(self.gpus)) < len(named):
-            raise UsageError(f"--gpu {self.gpu}: names a GPU twice; name each once")
-        if self.port is not None and not 0 < self.port < 2**16:
-            raise UsageError(f"--port {self.port}: expected 1 to 65535")
-        for flag, least in (("batch_size", 1), ("max_epochs", 1), ("val_pairs", 0)):
-            value = getattr(self, flag)
-            if value is not None and value < least:
-                raise UsageError(f"--{flag} {value}: expected at least {least}")
-        if not (self.trains or self.generate_field_stages != []):
-            raise UsageError(
-                "--train_stages and --generate_field_stages without a stage: there is "
-                "nothing to do; leave one of them out for all stages"
-            )
-        if self.restart and not self.trains:
-            raise UsageError(
-                "--restart with --train_stages without a stage: there is no training "
-                "to begin anew; name its stage, or leave one of them out"
-            )
-        if self.restart and distributed.restarts_allowed():
-            raise UsageError(
-                "--restart with torchrun --max_restarts: each restart of torchrun "
-                "would begin the training anew; leave --max_restarts out, or begin "
-                "anew by a first run with --restart and without it"
-            )
-        if self.max_minutes is not None and not self.max_minutes > 0:
-            raise UsageError(f"--max_minutes {self.max_minutes}: expected more than 0")
-        if self.ema is not None:
-            check_decay(self.ema, "--ema")
-        if not self.dataset_path.is_dir():
-            raise UsageError(
-                f"--dataset_path {self.dataset_path}: no such folder; make one with "
-                "download_image.py --dst_folder"
-            )
-        if self.tensorboard and importlib.util.find_spec("tensorboard") is None:
-            raise UsageError(
-                "--tensorboard: the package tensorboard is not installed; get it with "
-                "pip install tensorboard, or leave the flag out"
-            )
-
-    @property
-    def trains(self) -> bool:
-        """Whether any stage is to be trained; else fields are written alone."""
-        return self.train_stages != []
-
-    @property
-    def fields_folder(self) -> Path:
-        """Where the field sets are written."""
-        return self.fields_path or self.dataset_path
-
-    @property
-    def gpus(self) -> list[int]:
-        """The GPUs of --gpu, none without it; as many ranks are started."""
-        return [] if self.gpu is None else [int(n) for n in self.gpu.split(",")]
-
-    @property
-    def ranks_to_launch(self) -> int:
-        """Ranks that are still to be started: 0 for this process alone."""
-        is_alone = len(self.gpus) < 2 or distributed.is_launched()
-        return 0 if is_alone else len(self.gpus)
 
 
 def train_pyramid(request: TrainRequest) -> None:

@@ -15,10 +15,11 @@ import torch
 import metroem
 import train
 from metroem.aligner import Aligner
-from metroem.demo import DemoRequest, make_sections
+from metroem.demo import make_sections
 from metroem.io.volume_write import write_volume
 from metroem.nets.loading import load_module
 from metroem.nets.options import AlignerOptions
+from metroem.requests import DemoRequest
 from metroem.specs.losses import PARAMS
 from metroem.specs.schedule import parse_mask_rules, parse_schedule
 from metroem.training.step import Scores

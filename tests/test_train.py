@@ -13,12 +13,13 @@ import pytest
 import torch
 
 import train
+from metroem.create.requests import InspectRequest
 from metroem.errors import MetroEMError
-from metroem.inspect import InspectRequest, inspect_dataset
+from metroem.inspect import inspect_dataset
 from metroem.io.h5 import FieldSet, FieldSetMeta, ImageSet, PairFrame, write_field_set
-from metroem.pipeline import TrainRequest
 from metroem.scaffold import init_pyramid
 from metroem.training import generate
+from metroem.training.requests import TrainRequest
 from tests.nets.specs import scalenet, write_spec
 from tests.pairs import SHIFT_PX, write_pairs
 

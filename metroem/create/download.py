@@ -2,8 +2,6 @@
 
 import json
 import logging
-import shlex
-import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path, PurePath
 
@@ -11,7 +9,7 @@ import h5py
 import numpy as np
 import torch
 
-from metroem.errors import DatasetError, UsageError
+from metroem.errors import DatasetError
 from metroem.grid import Grid
 from metroem.io.parts import PartStore, differences, parts_folder
 from metroem.io.volume import WHAT_TO_CHECK, Volume, cut, read_sections
@@ -21,40 +19,6 @@ logger = logging.getLogger(__name__)
 
 # A section that is blanker than this is named in the log.
 _MUCH = 0.5
-
-
-def check_range(z_start: int, z_end: int, parallel: int) -> None:
-    """Refuse a range of sections without any, or no reader.
-
-    Raises:
-        UsageError: as said.
-    """
-    if z_end <= z_start:
-        raise UsageError(
-            f"--z_end {z_end}: must be above --z_start {z_start}; it is one past the "
-            f"last src section, so --z_end {z_start + 1} makes one pair"
-        )
-    if parallel < 1:
-        raise UsageError(f"--parallel {parallel}: must be >= 1 (reads at a time)")
-
-
-def check_offset(flag: str, value: int, mip: int) -> None:
-    """Refuse a corner between the pixels of a mip.
-
-    Raises:
-        UsageError: as said.
-    """
-    if value % (1 << mip):
-        below = value - value % (1 << mip)
-        raise UsageError(
-            f"{flag} {value}: must be a multiple of 2^{mip} = {1 << mip}, since mip "
-            f"{mip} is asked for; use {below} or {below + (1 << mip)}"
-        )
-
-
-def command_line() -> str:
-    """The command that is running, as typed."""
-    return shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
 
 
 def already_there(path: Path, wanted: Mapping, *, overwrite: bool) -> bool:

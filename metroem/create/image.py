@@ -6,15 +6,13 @@ from pathlib import Path
 
 from metroem.create.download import DefectMask, warn_of_integers
 from metroem.create.image_file import ImageFile, Sources
-from metroem.create.image_request import ImageRequest
+from metroem.create.requests import ImageRequest
 from metroem.errors import DatasetError
 from metroem.grid import Grid, in_nm, same_resolution
 from metroem.io.h5 import FieldSet, ImageSet, PairFrame
 from metroem.io.image_volume import ImageVolume
 from metroem.io.moved import moved_apart
 from metroem.specs.filenames import ImageSetName
-
-__all__ = ["ImageRequest", "create_image_sets"]
 
 logger = logging.getLogger(__name__)
 

@@ -7,16 +7,15 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from metroem import cli
 from metroem.create.download import (
     DefectMask,
     already_there,
-    command_line,
     open_parts,
     report_blank,
     report_masked,
     warn_unless_normalized,
 )
-from metroem.create.image_request import ImageRequest
 from metroem.create.reference import (
     Moments,
     Reference,
@@ -27,6 +26,7 @@ from metroem.create.reference import (
     samples_of,
     statistics_for,
 )
+from metroem.create.requests import ImageRequest
 from metroem.errors import DatasetError
 from metroem.grid import Grid
 from metroem.io.h5 import (
@@ -392,7 +392,7 @@ class ImageFile:
         return ImageSetMeta(
             self.frames,
             source=self.sources.image.path,
-            command=command_line(),
+            command=cli.command_line(),
             request=wanted,
             resolution=self.sources.image.resolution,
             anchor=self.request.anchor,

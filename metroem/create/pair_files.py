@@ -6,10 +6,10 @@ from pathlib import Path
 
 import numpy as np
 
+from metroem import cli
 from metroem.create.cutouts import REFERENCE, Cutout, Cutter
 from metroem.create.download import (
     already_there,
-    command_line,
     open_parts,
     report_blank,
     warn_unless_normalized,
@@ -179,7 +179,7 @@ class PairFiles:
         return ImageSetMeta(
             frames,
             source=self._cutter.image.path,
-            command=command_line(),
+            command=cli.command_line(),
             request=self._request,
             resolution=self._cutter.image.resolution,
             anchor="center",
@@ -191,7 +191,7 @@ class PairFiles:
         return FieldSetMeta(
             frames,
             source=self._cutter.spec.field.path,
-            command=command_line(),
+            command=cli.command_line(),
             request=self._request,
             resolution=self._cutter.image.resolution,
             stage=0,

@@ -2,59 +2,18 @@
 
 import logging
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 from pathlib import Path
 
 from metroem.create.cutouts import Cutter
 from metroem.create.pair_files import PairFiles, image_path
 from metroem.create.pair_volumes import PairVolumes
+from metroem.create.requests import DatasetRequest
 from metroem.create.spec import Center, load_spec
-from metroem.errors import UsageError
 from metroem.io.lock import holding, lock_path
-from metroem.io.storage import check_destination, local_folder
+from metroem.io.paths import local_folder
 from metroem.progress import in_threads
-from metroem.specs.filenames import check_checkpoint_name
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class DatasetRequest:
-    """What `metroem make-dataset` is asked for, one field a flag.
-
-    Attributes:
-        spec_path: JSON, see `metroem.create.spec`.
-        dst_path: a folder for h5 files; a path with a scheme (gs://, file://):
-            CloudVolumes.
-        checkpoint_name: of the training whose stage 1 starts from the fields.
-        parallel: batches of cut-outs made at a time.
-        overwrite: replace what another spec made.
-        verify: check the checksum of each pair of the h5 files at the end, also of
-            those that were there.
-
-    Raises:
-        UsageError: flags that cannot work.
-    """
-
-    spec_path: Path
-    dst_path: str
-    checkpoint_name: str = "precomputed"
-    parallel: int = 1
-    overwrite: bool = False
-    verify: bool = False
-
-    def __post_init__(self) -> None:
-        check_checkpoint_name(self.checkpoint_name)
-        if self.parallel < 1:
-            raise UsageError(f"--parallel {self.parallel}: must be >= 1")
-        if not self.dst_path:
-            raise UsageError("--dst_path: expected a folder or a cloud path")
-        check_destination("--dst_path", self.dst_path)
-        if self.verify and "://" in self.dst_path:
-            raise UsageError(
-                f"--verify: {self.dst_path} gets CloudVolumes, which have no "
-                "checksums; leave --verify out, or give a folder for h5 files"
-            )
 
 
 def make_dataset(request: DatasetRequest) -> None:

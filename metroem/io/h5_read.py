@@ -27,6 +27,7 @@ from metroem.io.h5_open import (
     own_dataset,
     whole_numbers,
 )
+from metroem.io.paths import check_dataset
 from metroem.normalize import DARKEST
 from metroem.specs.filenames import FieldSetName, ImageSetName
 
@@ -437,10 +438,7 @@ def find_field_sets(folder: Path) -> list[FieldSet]:
 
 
 def _visible_h5_files(folder: Path) -> list[Path]:
-    if not folder.is_dir():
-        raise DatasetError(
-            f"{folder}: no such folder; download_image.py makes one with image sets"
-        )
+    check_dataset(folder)
     return sorted(path for path in folder.glob("*.h5") if path.name[0] != ".")
 
 

@@ -11,14 +11,13 @@ import fcntl
 import json
 import logging
 import os
-import shlex
 import socket
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from metroem import cli
 from metroem.errors import StorageError
 from metroem.io.replace import folder_trouble, writing
 
@@ -104,7 +103,7 @@ def _sign(descriptor: int) -> None:
         "host": socket.gethostname(),
         "pid": os.getpid(),
         "since": time.strftime("%Y-%m-%d %H:%M:%S"),
-        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "command": cli.command_line(),
     }
     os.ftruncate(descriptor, 0)
     with suppress(PermissionError):  # others of a shared folder lock it, too

@@ -1,19 +1,18 @@
-"""Storage behind cloud-volume: paths, and what its errors mean."""
+"""Prepare the storage behind cloud-volume, and say what its errors mean."""
 
 import errno
 import json
 import os
 import re
-import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path, PurePath
+from pathlib import PurePath
 
-import cloudfiles.paths
 from cloudvolume.exceptions import InfoUnavailableError
 
-from metroem.errors import DatasetError, UsageError
+from metroem.errors import DatasetError
 from metroem.io.chunk_checks import check_chunks
+from metroem.io.paths import HOW_TO_WRITE, local_folder
 from metroem.io.patience import NO_CREDENTIALS, asked_pause, limit_patience, status_of
 from metroem.io.volume_info import check_infos
 from metroem.io.whereabouts import (
@@ -25,122 +24,8 @@ from metroem.io.whereabouts import (
     place_of,
 )
 
-_ENDPOINT = re.compile(r"(?:\w+://)?s3://(https?://[^/]+)/?(.*)")
-# As neuroglancer has it: gs://bucket/em/|zarr2:
-_FORMAT_LAST = re.compile(r"(.+?)/*\|([\w-]+):")
-# What cloud-volume takes for the first folder of a path, less the rest of its name.
-_FIRST_FOLDER = re.compile(r"[\w~.-]*\w")
-_READ = ("precomputed", "zarr", "zarr2", "zarr3", "n5")
 _IMAGES = (".png", ".tif", ".tiff", ".jpg", ".jpeg", ".bmp", ".npy", ".npz", ".mrc")
-_WRITE = (
-    "make a CloudVolume of them: metroem.io.volume_write.write_volume takes them as an "
-    "array (docs/troubleshooting.md shows how)"
-)
 _COLOURS = re.compile(r"\x1b\[[0-9;]*m")
-
-
-def split_format(path: str) -> tuple[str, str]:
-    """The format that a path names, "" if it names none, and the path without it."""
-    if match := _FORMAT_LAST.fullmatch(path):
-        path = f"{match[2].removeprefix('neuroglancer-')}://{match[1]}"
-    form, separator, place = path.partition("://")
-    known = separator and form in cloudfiles.paths.ALLOWED_FORMATS
-    return (form, place) if known else ("", path)
-
-
-def local_folder(path: str) -> Path | None:
-    """The folder on this machine that a path means; None for other storage."""
-    place = split_format(path)[1].removeprefix("file://")
-    return None if "://" in place else Path(place).expanduser().absolute()
-
-
-def cloud_path(path: str) -> str:
-    """A path as cloud-volume opens it: without a scheme it is a local one.
-
-    Raises:
-        DatasetError: s3:// followed by the server's address, or a local folder that
-            cloud-volume takes for another.
-    """
-    path = path.rstrip("/")
-    if match := _ENDPOINT.fullmatch(path):
-        raise DatasetError(
-            f"{path}: cloud-volume does not take the server's address in the path; "
-            f"set AWS_ENDPOINT_URL_S3={match[1]} and give s3://{match[2]}"
-        )
-    form, place = split_format(path)
-    if "://" not in place and form != "precomputed":
-        place = f"file://{Path(place).expanduser().resolve()}"
-    if (folder := local_folder(place)) is not None:
-        first, *others = folder.parts[1:] or ("",)
-        if not others or not _FIRST_FOLDER.fullmatch(first):
-            raise DatasetError(
-                f"{path}: cloud-volume takes it for another path, since its first "
-                f"folder, {first!r}, is all of it or has other characters than letters "
-                f"and digits; link to it from a path that is not there yet and begins "
-                f"otherwise (ln -s {shlex.quote(str(folder))} PATH), and give file://"
-                "PATH, all of it"
-            )
-    return f"{form}://{place}" if form else place
-
-
-def check_source(flag: str, path: str) -> None:
-    """Refuse a path that cannot be that of a volume that is read.
-
-    Args:
-        flag: where the path came from.
-        path: from `cloud_path`.
-
-    Raises:
-        DatasetError: another format, an unknown scheme, or a file.
-    """
-    form, place = split_format(path)
-    if form not in ("", *_READ):
-        kind = "a segmentation for proofreading" if form == "graphene" else "not read"
-        raise DatasetError(
-            f"{flag} {path}: {form}:// is {kind}; expected images, fields or a mask as "
-            f"{', '.join(_READ)}"
-        )
-    _check_scheme(flag, path)
-    folder = local_folder(path)
-    if folder is not None and folder.is_file():
-        raise DatasetError(
-            f"{flag} {path}: is a file; expected a CloudVolume, which is a folder with "
-            f"an info file. If it holds images, {_WRITE}"
-        )
-
-
-def check_destination(flag: str, path: str) -> None:
-    """Refuse to write anything but a precomputed volume, or where nobody can.
-
-    Raises:
-        DatasetError: see `cloud_path`; or an unknown scheme.
-        UsageError: another format, or a web server.
-    """
-    form, place = split_format(path)
-    if form not in ("", "precomputed"):
-        raise UsageError(
-            f"{flag} {path}: {form} is not written, only read; expected a path of a "
-            "precomputed volume: gs://, s3:// or a local folder"
-        )
-    if place.startswith(("http://", "https://")):
-        raise UsageError(
-            f"{flag} {path}: web servers take no files; give a local path, gs:// or "
-            "s3://"
-        )
-    _check_scheme(flag, path)
-    if "://" in path:
-        cloud_path(path)
-
-
-def _check_scheme(flag: str, path: str) -> None:
-    scheme, separator, _ = split_format(path)[1].partition("://")
-    cloudfiles.paths.update_aliases_from_file()
-    known = cloudfiles.paths.ALLOWED_PROTOCOLS
-    if separator and scheme not in known:
-        raise DatasetError(
-            f"{flag} {path}: {scheme}:// is not known; expected one of "
-            f"{', '.join(known)}, or a local folder"
-        )
 
 
 def prepare_storage() -> None:
@@ -200,7 +85,8 @@ def _nothing_at(path: str) -> str:
     names = [path] if folder is None else sorted(file.name for file in folder.iterdir())
     images = [name for name in names if name.lower().endswith(_IMAGES)]
     if images:
-        return f"no volume there, but images ({PurePath(images[0]).name} ...); {_WRITE}"
+        first = PurePath(images[0]).name
+        return f"no volume there, but images ({first} ...); {HOW_TO_WRITE}"
     return (
         "no volume there (its info file cannot be read); check the path, and that your "
         "credentials may read it"

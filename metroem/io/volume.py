@@ -17,14 +17,9 @@ from cloudvolume.exceptions import InfoUnavailableError
 
 from metroem.errors import DatasetError
 from metroem.grid import Grid, Resolution, in_nm, nm_of, same_resolution
+from metroem.io.paths import check_source, cloud_path, split_format
 from metroem.io.shards import download
-from metroem.io.storage import (
-    check_source,
-    cloud_path,
-    explained,
-    prepare_storage,
-    split_format,
-)
+from metroem.io.storage import explained, prepare_storage
 from metroem.io.volume_info import unreadable_mips
 from metroem.io.whereabouts import InfoError, place_in, reading
 from metroem.io.zarr_n5 import FORMATS, ArrayVolume, open_arrays

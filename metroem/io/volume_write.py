@@ -23,14 +23,8 @@ from cloudvolume import CloudVolume
 from metroem.errors import DatasetError
 from metroem.grid import Grid
 from metroem.io.parts import differences
-from metroem.io.storage import (
-    check_destination,
-    cloud_path,
-    explained,
-    local_folder,
-    prepare_storage,
-    split_format,
-)
+from metroem.io.paths import check_destination, cloud_path, local_folder, split_format
+from metroem.io.storage import explained, prepare_storage
 from metroem.io.volume import Volume, cut
 from metroem.io.whereabouts import place_in
 from metroem.io.zarr_n5 import open_arrays

@@ -9,9 +9,9 @@ import torch
 import train
 from metroem.data.sample import Sample
 from metroem.errors import UsageError
-from metroem.pipeline import TrainRequest
 from metroem.report.board import Board
 from metroem.scaffold import init_pyramid
+from metroem.training.requests import TrainRequest
 from metroem.training.step import EpochReport, HeldOut, Scores
 from tests.pairs import SHIFT_PX, shifted_pair, write_pairs
 

@@ -9,10 +9,10 @@ import torch
 
 import train
 from metroem.errors import UsageError
-from metroem.pipeline import TrainRequest
 from metroem.scaffold import init_pyramid
 from metroem.training import distributed
 from metroem.training.distributed import choose_device
+from metroem.training.requests import TrainRequest
 from tests.nets.specs import scalenet, write_spec
 from tests.pairs import write_pairs
 

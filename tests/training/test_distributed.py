@@ -12,10 +12,10 @@ import torch
 from metroem import pipeline
 from metroem.data.dataset import Split
 from metroem.errors import UsageError
-from metroem.pipeline import TrainRequest
 from metroem.specs.schedule import Phase
 from metroem.training import distributed
 from metroem.training.job import StageJob, TrainingSettings
+from metroem.training.requests import TrainRequest
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = """
