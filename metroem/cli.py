@@ -81,10 +81,10 @@ def flag(
         is_positional: whether it has no name on the command line.
     """
     about = locals()
-    start = {"default": about.pop("default")}
+    del about["default"]
     if isinstance(default, list):
-        start = {"default_factory": default.copy}
-    return dataclasses.field(**start, metadata=about)
+        return dataclasses.field(default_factory=default.copy, metadata=about)
+    return dataclasses.field(default=default, metadata=about)
 
 
 class _Flag(NamedTuple):
@@ -116,10 +116,11 @@ class _Flag(NamedTuple):
             return
         if self.is_list and not isinstance(value, list | tuple):
             raise UsageError(f"{self.name} {value!r}: expected a list")
-        if isinstance(self.nargs, int) and len(value) != self.nargs:
+        values: Any = value if self.is_list else [value]
+        if isinstance(self.nargs, int) and len(values) != self.nargs:
             raise UsageError(f"{self.name} {value!r}: expected {self.nargs} values")
         fits, words = _KINDS[self.kind]
-        for one in value if self.is_list else [value]:
+        for one in values:
             is_bool = isinstance(one, bool)
             if not isinstance(one, fits) or is_bool != (self.kind is bool):
                 raise UsageError(f"{self.name} {one!r}: expected {words}")
