@@ -1,21 +1,10 @@
-"""The command `metroem` (or `python -m metroem`): all but the three scripts.
-
-metroem init PYRAMID --mip 5 3      write untrained modules
-metroem fetch SOURCE PYRAMID        copy a pyramid or module from any cloud path
-metroem inspect DATASET             list and check image sets and field sets
-metroem write-fields --pyramid_path P ...    the fields of a trained pyramid
-metroem create-spec --points_path CSV ...    pairs around points, for make-dataset
-metroem make-dataset --spec_path S --dst_path D    image and field sets of them
-metroem evaluate --pyramid_path P   how well it aligns a data set, and where worst
-metroem export-fields ...           fields as a CloudVolume, or for SOFIMA or ITK
-metroem demo                        the main job on sections that it makes itself
-"""
+"""The command `metroem` (or `python -m metroem`): all but the three scripts."""
 
 import argparse
 import sys
 from collections.abc import Callable, Sequence
 from importlib import import_module
-from typing import Any, NamedTuple
+from typing import Any
 
 from metroem import __version__, cli
 from metroem.create.requests import DatasetRequest, InspectRequest, SpecRequest
@@ -28,11 +17,12 @@ from metroem.training.requests import WriteFieldsRequest
 Run = Callable[[Any, Sequence[str]], object]
 
 
-def _late(module: str, function: str) -> Run:
-    """Run a function of a module that is imported then.
+def _late(name: str) -> Run:
+    """Run a function, named with its module, which is imported then.
 
     So --help, --version and refusals do without torch and all else that is slow.
     """
+    module, _, function = name.rpartition(".")
     return lambda request, _: getattr(import_module(module), function)(request)
 
 
@@ -69,44 +59,46 @@ def _write_fields(asked: WriteFieldsRequest, arguments: Sequence[str]) -> None:
     train_pyramid(request)
 
 
-class _Command(NamedTuple):
-    """A command: what it is asked for, and what it then does."""
-
-    name: str
-    help: str
-    request: type[cli.Request]
-    run: Run  # of the request and the command line
-
-
-_make_dataset = _late("metroem.create.pairs", "make_dataset")
-_evaluate = _late("metroem.evaluate", "evaluate_dataset")
-_export = _late("metroem.export.run", "export_fields")
-COMMANDS = (
-    _Command("init", "write untrained modules", InitRequest, _init),
-    _Command("fetch", "copy a pyramid or module", FetchRequest, _fetch),
-    _Command(
-        "inspect",
-        "list and check a data set",
+# Each command: what it is asked for, what it then does, and its help.
+COMMANDS: dict[str, tuple[type[cli.Request], Run, str]] = {
+    "init": (InitRequest, _init, "write untrained modules"),
+    "fetch": (FetchRequest, _fetch, "copy a pyramid or module from any cloud path"),
+    "inspect": (
         InspectRequest,
-        _late("metroem.inspect", "inspect_dataset"),
+        _late("metroem.inspect.inspect_dataset"),
+        "list and check image sets and field sets",
     ),
-    _Command("evaluate", "how well a pyramid aligns", EvaluateRequest, _evaluate),
-    _Command(
-        "create-spec",
-        "a spec of pairs at points",
+    "evaluate": (
+        EvaluateRequest,
+        _late("metroem.evaluate.evaluate_dataset"),
+        "measure how well a pyramid aligns a data set, and where worst",
+    ),
+    "create-spec": (
         SpecRequest,
-        _late("metroem.create.points", "create_spec"),
+        _late("metroem.create.points.create_spec"),
+        "write a spec of pairs around points, for make-dataset",
     ),
-    _Command("make-dataset", "image sets from a spec", DatasetRequest, _make_dataset),
-    _Command("write-fields", "fields of a pyramid", WriteFieldsRequest, _write_fields),
-    _Command("export-fields", "fields out again", ExportRequest, _export),
-    _Command(
-        "demo",
-        "the main job on made sections",
+    "make-dataset": (
+        DatasetRequest,
+        _late("metroem.create.pairs.make_dataset"),
+        "make image and field sets from a spec",
+    ),
+    "write-fields": (
+        WriteFieldsRequest,
+        _write_fields,
+        "write the fields of a trained pyramid",
+    ),
+    "export-fields": (
+        ExportRequest,
+        _late("metroem.export.run.export_fields"),
+        "write fields as a CloudVolume, or for SOFIMA or ITK",
+    ),
+    "demo": (
         DemoRequest,
-        _late("metroem.demo", "run_demo"),
+        _late("metroem.demo.run_demo"),
+        "run the three steps on sections that it makes itself",
     ),
-)
+}
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -114,14 +106,11 @@ def build_parser() -> argparse.ArgumentParser:
     parser = cli.parser(__doc__)
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(dest="command", required=True)
-    for command in COMMANDS:
+    for name, (request, _, help) in COMMANDS.items():
         made = commands.add_parser(
-            command.name,
-            help=command.help,
-            description=command.help,
-            allow_abbrev=False,
+            name, help=help, description=help, allow_abbrev=False
         )
-        cli.add_flags(made, command.request)
+        cli.add_flags(made, request)
     return parser
 
 
@@ -129,11 +118,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Parse the command line and run its command."""
     arguments = sys.argv[1:] if argv is None else argv
     flags = vars(build_parser().parse_args(arguments))
-    (command,) = (one for one in COMMANDS if one.name == flags["command"])
-    del flags["command"]
-    request = command.request(**flags)
+    request_type, run, _ = COMMANDS[flags.pop("command")]
+    request = request_type(**flags)
     request.check_paths()
-    command.run(request, arguments)
+    run(request, arguments)
 
 
 def entry_point() -> None:

@@ -16,6 +16,7 @@ import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from numbers import Integral, Real
 from pathlib import Path
 from types import NoneType, UnionType
@@ -52,7 +53,7 @@ def flag(
     help: str,
     default: Any = _REQUIRED,
     *,
-    unset: str = "none",
+    unset: str | None = None,
     names: tuple[str, ...] = (),
     group: str = "",
     choices: tuple[str, ...] | None = None,
@@ -70,7 +71,7 @@ def flag(
     Args:
         help: text of --help; the default is added to it.
         default: value without the flag; left out, the flag is required.
-        unset: what a default of None means, in words.
+        unset: what a default of None, which may be left out then, means in words.
         names: of the flag, if it is not that of the field.
         group: heading in --help, one of `Request.GROUPS`.
         choices: the values that it may have.
@@ -82,9 +83,16 @@ def flag(
     """
     about = locals()
     del about["default"]
+    if unset is not None:
+        default = None
     if isinstance(default, list):
         return dataclasses.field(default_factory=default.copy, metadata=about)
     return dataclasses.field(default=default, metadata=about)
+
+
+def flags_of_group(group: str) -> Callable[..., Any]:
+    """The function `flag` for the flags under one heading of --help."""
+    return partial(flag, group=group)
 
 
 class _Flag(NamedTuple):
@@ -95,7 +103,7 @@ class _Flag(NamedTuple):
     is_list: bool
     default: Any  # _REQUIRED if there is none
     help: str
-    unset: str
+    unset: str | None
     names: tuple[str, ...]
     group: str
     choices: tuple[str, ...] | None
@@ -150,7 +158,7 @@ class _Flag(NamedTuple):
         default = [self.default] if not self.is_list else self.default or []
         shown = f" {' '.join(map(str, default))}"
         if self.default is None:
-            shown = f": {self.unset}"
+            shown = f": {self.unset or 'none'}"
         help = f"{self.help} (default{shown})"
         return options | {"default": self.default, "help": help}
 
@@ -164,8 +172,8 @@ class Request:
         GROUPS: headings of --help, in their order; "" for flags without one.
 
     Raises:
-        UsageError: a value of another type, that is not one of the choices or is too
-            small; the flag is named.
+        UsageError: a value of another type, none of the choices, too small, or that
+            the `__post_init__` of a subclass refuses; its flag is named.
     """
 
     GROUPS: ClassVar[tuple[str, ...]] = ("",)

@@ -154,7 +154,7 @@ REQUESTS = {
     "download_image.py": ImageRequest,
     "download_field.py": FieldRequest,
     "train.py": TrainRequest,
-    **{command.name: command.request for command in metroem_main.COMMANDS},
+    **{name: request for name, (request, *_) in metroem_main.COMMANDS.items()},
 }
 
 

@@ -145,7 +145,7 @@ def test_the_make_targets_exist():
 def test_flags_that_pages_mention_exist():
     parsers = [script.build_parser() for script in SCRIPTS.values()]
     parsers += [metroem_main.build_parser()]
-    parsers += [cli.parser("", one.request) for one in metroem_main.COMMANDS]
+    parsers += [cli.parser("", one) for one, *_ in metroem_main.COMMANDS.values()]
     known = {flag for one in parsers for flag in one._option_string_actions}
     known |= {word for words in OF_CORGIE for word in words} | {*OF_TORCHRUN}
     for name, page in PAGES.items():

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from metroem.cli import Request, flag
+from metroem.cli import Request, flag, flags_of_group
 from metroem.errors import DatasetError, UsageError
 from metroem.grid import Grid
 from metroem.io.paths import check_dataset, check_destination, check_exists
@@ -16,49 +16,33 @@ from metroem.specs.filenames import (
 from metroem.specs.pyramid import find_modules
 
 _CORNER = "of the patch's corner, mip-0 pixels, a multiple of 2^mip"
+_GROUPS = ("what", "grey levels", "what the volume's values are")
+_GROUPS += ("where", "files and reading", "defects")
+_what, _grey, _values, _where, _files, _defects = map(flags_of_group, _GROUPS)
 _VOLUME = "gs://, s3://, https://, file:// or a plain path"
 
 
 @dataclass(frozen=True, kw_only=True)
 class DownloadRequest(Request):
-    """The flags that both downloads have.
+    """The flags that both downloads have."""
 
-    Raises:
-        UsageError: flags that cannot work.
-    """
+    GROUPS = _GROUPS
 
-    GROUPS = (
-        "what",
-        "grey levels",
-        "what the volume's values are",
-        "where",
-        "files and reading",
-        "defects",
+    x_offset: int = _where(f"x {_CORNER}", 0)
+    y_offset: int = _where(f"y {_CORNER}", 0)
+    z_start: int = _where("first src section; its tgt is the one before")
+    z_end: int = _where("one past the last src section")
+    dst_folder: Path = _files("folder of the files", Path("dataset01"))
+    overwrite: bool = _files("replace what other flags made", False)
+    parallel: int = _files(
+        "layers of chunks read at a time; 4 to 16 for cloud paths", 1, least=1
     )
-
-    x_offset: int = flag(f"x {_CORNER}", 0, group="where")
-    y_offset: int = flag(f"y {_CORNER}", 0, group="where")
-    z_start: int = flag("first src section; its tgt is the one before", group="where")
-    z_end: int = flag("one past the last src section", group="where")
-    dst_folder: Path = flag(
-        "folder of the files", Path("dataset01"), group="files and reading"
-    )
-    overwrite: bool = flag(
-        "replace what other flags made", False, group="files and reading"
-    )
-    parallel: int = flag(
-        "layers of chunks read at a time; 4 to 16 for cloud paths",
-        1,
-        least=1,
-        group="files and reading",
-    )
-    cv_path_defects: str | None = flag(
+    cv_path_defects: str | None = _defects(
         "CloudVolume of defects, which do not count; read at the mip of the rest, so "
         "it must be written there",
         None,
-        group="defects",
     )
-    mask_val: float = flag("values >= this are defects", 1, group="defects")
+    mask_val: float = _defects("values >= this are defects", 1)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -87,55 +71,38 @@ class DownloadRequest(Request):
 
 @dataclass(frozen=True)
 class ImageRequest(DownloadRequest):
-    """What download_image.py is asked for.
+    """What download_image.py is asked for."""
 
-    Raises:
-        UsageError: flags that cannot work.
-    """
-
-    cv_path: str = flag(f"CloudVolume of the images: {_VOLUME}", group="what")
-    mips: list[int] = flag("one file each", names=("--mip", "--mips"), group="what")
-    patch_sizes: list[int] = flag(
+    cv_path: str = _what(f"CloudVolume of the images: {_VOLUME}")
+    mips: list[int] = _what("one file each", names=("--mip", "--mips"))
+    patch_sizes: list[int] = _what(
         "side of the square patch, one a mip, pixels of that mip",
         names=("--patch_size", "--patch_sizes"),
         least=1,
-        group="what",
     )
-    anchor: str = flag(
+    anchor: str = _what(
         "what the patches of all mips share; with center, the offsets are those of the "
         "largest",
         "corner",
         choices=("corner", "center"),
-        group="what",
     )
-    suffix: str | None = flag(
-        "text in the file names, for several sets of one place", None, group="what"
+    suffix: str | None = _what(
+        "text in the file names, for several sets of one place", None
     )
-    field_dset: Path | None = flag(
-        "downloaded field set whose offsets move each patch", None, group="what"
+    field_dset: Path | None = _what(
+        "downloaded field set whose offsets move each patch", None
     )
-    normalize: bool = flag(
-        "mean 0, std 1 over tissue, by section; 0 stays 0", False, group="grey levels"
+    normalize: bool = _grey("mean 0, std 1 over tissue, by section; 0 stays 0", False)
+    reference_path: str | None = _grey(
+        "volume whose statistics normalise", unset="--cv_path"
     )
-    reference_path: str | None = flag(
-        "volume whose statistics normalise",
-        None,
-        unset="--cv_path",
-        group="grey levels",
+    reference_mip: int | None = _grey(
+        "mip of the reference area", unset="the patch's", least=0
     )
-    reference_mip: int | None = flag(
-        "mip of the reference area",
-        None,
-        unset="the patch's",
-        least=0,
-        group="grey levels",
-    )
-    reference_size: int | None = flag(
+    reference_size: int | None = _grey(
         "side of the reference area, centred on the patch, pixels of its mip",
-        None,
         unset="the patch's area",
         least=1,
-        group="grey levels",
     )
 
     def __post_init__(self) -> None:
@@ -198,53 +165,35 @@ class ImageRequest(DownloadRequest):
 
 @dataclass(frozen=True)
 class FieldRequest(DownloadRequest):
-    """What download_field.py is asked for.
+    """What download_field.py is asked for."""
 
-    Raises:
-        UsageError: flags that cannot work.
-    """
-
-    cv_path: str = flag(
-        f"CloudVolume of the fields, of two channels: {_VOLUME}", group="what"
-    )
-    src_mip: int = flag("mip that is read", group="what")
-    dst_mip: int = flag(
-        "mip of the images that the fields are for, <= src_mip", group="what"
-    )
-    patch_size: int = flag(
+    cv_path: str = _what(f"CloudVolume of the fields, of two channels: {_VOLUME}")
+    src_mip: int = _what("mip that is read")
+    dst_mip: int = _what("mip of the images that the fields are for, <= src_mip")
+    patch_size: int = _what(
         "side of the square patch, pixels of dst_mip",
         names=("--patch_size", "--patch_sizes"),
         least=1,
-        group="what",
     )
-    suffix: str | None = flag(
-        "checkpoint name under which train.py finds the fields", None, group="what"
+    suffix: str | None = _what(
+        "checkpoint name under which train.py finds the fields", None
     )
-    place: str | None = flag(
+    place: str | None = _what(
         "location of the image sets that the fields are for, as in their names: "
         "x<X>_y<Y>_z<Z>[_<suffix>]. It differs where those have a suffix, or share a "
         "centre",
-        None,
         unset="the corner and z_start",
-        group="what",
     )
-    channel_order: str = flag(
-        "axes that channel 0 and 1 displace along",
-        "xy",
-        choices=("xy", "yx"),
-        group="what the volume's values are",
+    channel_order: str = _values(
+        "axes that channel 0 and 1 displace along", "xy", choices=("xy", "yx")
     )
-    field_unit: str = flag(
+    field_unit: str = _values(
         "mip-0 pixels, or relative: pixels of src_mip",
         "mip0",
         choices=("mip0", "relative"),
-        group="what the volume's values are",
     )
-    int16_scale: float | None = flag(
-        "what 1 of an int16 volume stands for, in that unit",
-        None,
-        unset="0.25",
-        group="what the volume's values are",
+    int16_scale: float | None = _values(
+        "what 1 of an int16 volume stands for, in that unit", unset="0.25"
     )
 
     def __post_init__(self) -> None:
@@ -292,11 +241,7 @@ class FieldRequest(DownloadRequest):
 
 @dataclass(frozen=True)
 class SpecRequest(Request):
-    """What `metroem create-spec` is asked for.
-
-    Raises:
-        UsageError: flags that cannot work.
-    """
+    """What `metroem create-spec` is asked for."""
 
     src_spec_path: Path = flag(
         "template: a spec (JSON), with pairs, which are kept, or none"
@@ -326,11 +271,7 @@ class SpecRequest(Request):
 
 @dataclass(frozen=True)
 class DatasetRequest(Request):
-    """What `metroem make-dataset` is asked for.
-
-    Raises:
-        UsageError: flags that cannot work.
-    """
+    """What `metroem make-dataset` is asked for."""
 
     spec_path: Path = flag("spec (JSON), from create-spec")
     dst_path: str = flag(
@@ -367,11 +308,7 @@ class DatasetRequest(Request):
 
 @dataclass(frozen=True)
 class InspectRequest(Request):
-    """What `metroem inspect` is asked for.
-
-    Raises:
-        UsageError: the name cannot be one.
-    """
+    """What `metroem inspect` is asked for."""
 
     dataset: Path = flag("folder of image sets and field sets", is_positional=True)
     pyramid_path: Path | None = flag(

@@ -27,8 +27,7 @@ class EvaluateRequest(Request):
     known_warps: bool = flag("warp sections by known fields too", False)
     no_finetune: bool = flag("the networks alone", False)
     verify: bool = flag(
-        "check each pair's checksum before it is read: reads it once more, whole",
-        False,
+        "check each pair's checksum before it is read: reads it once more, whole", False
     )
 
     def __post_init__(self) -> None:

@@ -15,11 +15,7 @@ QUARTER = 0.25
 
 @dataclass(frozen=True)
 class ExportRequest(Request):
-    """What export-fields is asked for.
-
-    Raises:
-        UsageError: flags that cannot work.
-    """
+    """What export-fields is asked for."""
 
     dataset_path: Path = flag(
         "folder of image sets and, without --fields_path, of field sets"
@@ -27,17 +23,15 @@ class ExportRequest(Request):
     dst_path: str = flag(
         "the volume: gs://, s3:// or a local path; of other formats the folder"
     )
-    fields_path: Path | None = flag(
-        "folder of field sets", None, unset="--dataset_path"
-    )
+    fields_path: Path | None = flag("folder of field sets", unset="--dataset_path")
     checkpoint_name: str = flag(
         'tag of the field sets: checkpoint, or --suffix of a download; "" for '
         "downloads without one",
         "checkpoint",
     )
-    stage: int | None = flag("stage of the fields", None, unset="the last that has any")
+    stage: int | None = flag("stage of the fields", unset="the last that has any")
     mip: int | None = flag(
-        "mip of the fields, where there are several", None, unset="the one there is"
+        "mip of the fields, where there are several", unset="the one there is"
     )
     format: str = flag(
         "what is written", "cloudvolume", choices=("cloudvolume", "sofima", "itk")
@@ -62,7 +56,6 @@ class ExportRequest(Request):
     )
     like: str | None = flag(
         "volume whose bounds and resolution new ones get",
-        None,
         unset="those of what is written",
     )
     resolution: list[float] | None = flag(
@@ -72,13 +65,10 @@ class ExportRequest(Request):
         metavar=("X", "Y", "Z"),
     )
     tgt_offset: int | None = flag(
-        "only fields onto the section so far from src, for example -1",
-        None,
-        unset="all",
+        "only fields onto the section so far from src, for example -1", unset="all"
     )
     overlap: str | None = flag(
         "whose values count where several pairs cover a pixel",
-        None,
         unset="they must be equal",
         choices=("first", "last"),
     )

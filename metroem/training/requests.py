@@ -5,53 +5,38 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from metroem import ranks
-from metroem.cli import Request, flag
+from metroem.cli import Request, flags_of_group
 from metroem.errors import UsageError
 from metroem.specs.filenames import check_checkpoint_name
 from metroem.specs.pyramid import find_modules, select_stages
 from metroem.specs.schedule import MODES, check_decay, load_schedule
 
-_DATA, _TRAINED, _RUN = "pyramid and data", "what is trained", "how it is run"
+_GROUPS = ("pyramid and data", "what is trained", "how it is run")
+_data, _trained, _run = map(flags_of_group, _GROUPS)
 
 
 @dataclass(frozen=True)
 class RunRequest(Request):
-    """The flags that train.py and write-fields share.
+    """The flags that train.py and write-fields share."""
 
-    Raises:
-        UsageError: values that cannot work, each named with its flag.
-    """
+    GROUPS = _GROUPS
 
-    GROUPS = (_DATA, _TRAINED, _RUN)
-
-    pyramid_path: Path = flag("directory of modules", group=_DATA)
-    dataset_path: Path = flag(
-        "folder of image sets, of every mip of the pyramid", group=_DATA
+    pyramid_path: Path = _data("directory of modules")
+    dataset_path: Path = _data("folder of image sets, of every mip of the pyramid")
+    fields_path: Path | None = _data(
+        "folder of field sets, written and read", unset="--dataset_path"
     )
-    fields_path: Path | None = flag(
-        "folder of field sets, written and read",
-        None,
-        unset="--dataset_path",
-        group=_DATA,
-    )
-    checkpoint_name: str = flag("name of the weights", "checkpoint", group=_DATA)
-    verify: bool = flag(
+    checkpoint_name: str = _data("name of the weights", "checkpoint")
+    verify: bool = _data(
         "check each pair's checksum before its first read: each worker of each rank "
         "reads all of its pairs once more, whole",
         False,
-        group=_DATA,
     )
-    gpu: str | None = flag(
-        "GPUs, as 3 or 0,1,2: that many ranks",
-        None,
-        unset="the first, if there is one",
-        group=_RUN,
+    gpu: str | None = _run(
+        "GPUs, as 3 or 0,1,2: that many ranks", unset="the first, if there is one"
     )
-    device: str = flag(
-        "auto takes a GPU if there is one",
-        "auto",
-        choices=("auto", "cpu", "cuda"),
-        group=_RUN,
+    device: str = _run(
+        "auto takes a GPU if there is one", "auto", choices=("auto", "cpu", "cuda")
     )
 
     def __post_init__(self) -> None:
@@ -82,93 +67,62 @@ class RunRequest(Request):
 
 @dataclass(frozen=True)
 class TrainRequest(RunRequest):
-    """What train.py is asked for.
+    """What train.py is asked for."""
 
-    Raises:
-        UsageError: values that cannot work, each named with its flag.
-    """
-
-    train_mode: str = flag(
-        "which schedule", "scratch", choices=MODES, read=str.lower, group=_TRAINED
+    train_mode: str = _trained(
+        "which schedule", "scratch", choices=MODES, read=str.lower
     )
-    train_params_path: Path | None = flag(
-        "schedule (JSON) of --train_mode custom", None, group=_TRAINED
+    train_params_path: Path | None = _trained(
+        "schedule (JSON) of --train_mode custom", None
     )
-    train_stages: list[int] | None = flag(
-        "stages to train; without a number: none",
-        None,
-        unset="all",
-        nargs="*",
-        group=_TRAINED,
+    train_stages: list[int] | None = _trained(
+        "stages to train; without a number: none", unset="all", nargs="*"
     )
-    generate_field_stages: list[int] | None = flag(
+    generate_field_stages: list[int] | None = _trained(
         "stages to write fields of; without a number: none",
-        None,
         unset="all that can",
         nargs="*",
-        group=_TRAINED,
     )
-    val_pairs: int = flag("pairs held out for validation", 2, least=0, group=_TRAINED)
-    max_epochs: int | None = flag(
-        "cap on the epochs of each phase", None, least=1, group=_TRAINED
+    val_pairs: int = _trained("pairs held out for validation", 2, least=0)
+    max_epochs: int | None = _trained("cap on the epochs of each phase", None, least=1)
+    max_minutes: float | None = _trained("minutes after which to stop cleanly", None)
+    restart: bool = _trained(
+        "discard the training of the stages to train, and begin again", False
     )
-    max_minutes: float | None = flag(
-        "minutes after which to stop cleanly", None, group=_TRAINED
-    )
-    restart: bool = flag(
-        "discard the training of the stages to train, and begin again",
-        False,
-        group=_TRAINED,
-    )
-    port: int | None = flag(
-        "where the ranks of --gpu meet", None, unset="any that is free", group=_RUN
-    )
-    seed: int = flag("random seed", 0, group=_RUN)
-    batch_size: int | None = flag(
+    port: int | None = _run("where the ranks of --gpu meet", unset="any that is free")
+    seed: int = _run("random seed", 0)
+    batch_size: int | None = _run(
         "pairs of a step over all ranks",
-        None,
         unset="the schedule's, else one a rank",
         least=1,
-        group=_RUN,
     )
-    num_workers: int | None = flag(
-        "data-loading processes per rank",
-        None,
-        unset="up to 8 beside a GPU, else 0",
-        group=_RUN,
+    num_workers: int | None = _run(
+        "data-loading processes per rank", unset="up to 8 beside a GPU, else 0"
     )
-    precision: str = flag(
-        "number format inside the network",
-        "fp32",
-        choices=("fp32", "bf16"),
-        group=_RUN,
+    precision: str = _run(
+        "number format inside the network", "fp32", choices=("fp32", "bf16")
     )
-    ema: float | None = flag(
+    ema: float | None = _run(
         "decay of a moving average of the weights, which is what is saved; of all "
         "phases",
-        None,
         unset="the schedule's",
         metavar="DECAY",
-        group=_RUN,
     )
-    compile: bool = flag(
+    compile: bool = _run(
         "torch.compile the network: minutes a stage, for each size of its samples",
         False,
-        group=_RUN,
     )
-    checkpoint_activations: bool = flag(
+    checkpoint_activations: bool = _run(
         "compute activations again instead of keeping them: less memory, more time",
         False,
-        group=_RUN,
     )
-    tensorboard: bool = flag(
-        "curves and pictures for TensorBoard in <pyramid>/.train", False, group=_RUN
+    tensorboard: bool = _run(
+        "curves and pictures for TensorBoard in <pyramid>/.train", False
     )
-    redirect_stdout: bool = flag(
+    redirect_stdout: bool = _run(
         "do not keep the log in <pyramid>/<checkpoint_name>.log",
         True,
         names=("--no_redirect_stdout",),
-        group=_RUN,
     )
 
     def __post_init__(self) -> None:
@@ -221,12 +175,10 @@ class TrainRequest(RunRequest):
 class WriteFieldsRequest(RunRequest):
     """What `metroem write-fields` is asked for."""
 
-    stages: list[int] | None = flag(
+    stages: list[int] | None = _data(
         "stages to write the fields of; the first starts from the fields of the stage "
         "before",
-        None,
         unset="all",
-        group=_DATA,
     )
 
     def check_paths(self) -> None:
