@@ -21,50 +21,21 @@ import argparse
 from collections.abc import Sequence
 
 from metroem import cli
+from metroem.create.requests import FieldRequest
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The flags, one a field of `FieldRequest`."""
-    parser = cli.parser(__doc__)
-    add = parser.add_argument_group("what").add_argument
-    path = "CloudVolume of the fields: gs://, s3://, https://, file:// or a plain path"
-    add("--cv_path", required=True, help=path)
-    add("--src_mip", type=int, required=True, help="mip that is read")
-    dst_mip = "mip of the images that the fields are for, <= src_mip"
-    add("--dst_mip", type=int, required=True, help=dst_mip)
-    size = {"dest": "patch_size", "type": int, "required": True}
-    side = "side of the patch, pixels of dst_mip"
-    add("--patch_size", "--patch_sizes", **size, help=side)
-    add("--suffix", help="checkpoint name under which train.py finds the fields")
-    place = (
-        "of the image sets that the fields are for, as in their names, if it is not "
-    )
-    place += "the corner and z_start: x<X>_y<Y>_z<Z>[_<suffix>]"
-    add("--place", help=place)
-    _add_values(parser)
-    cli.add_download_flags(parser)
-    return parser
-
-
-def _add_values(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument_group("what the volume's values are").add_argument
-    order = "axes that channel 0 and 1 displace along (xy)"
-    add("--channel_order", choices=("xy", "yx"), default="xy", help=order)
-    unit = "mip-0 pixels, or relative: pixels of src_mip (mip0)"
-    add("--field_unit", choices=("mip0", "relative"), default="mip0", help=unit)
-    scale = "what 1 of an int16 volume stands for, in that unit (0.25)"
-    add("--int16_scale", type=float, help=scale)
+    """Make the parser of this command."""
+    return cli.parser(__doc__, FieldRequest)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command."""
-    args = build_parser().parse_args(argv)
-    from metroem.create.field import (  # --help comes without torch
-        FieldRequest,
-        create_field_set,
-    )
+    request = cli.parse(FieldRequest, __doc__, argv)
+    # Slow to import, so only when the request has been checked.
+    from metroem.create.field import create_field_set
 
-    create_field_set(FieldRequest(**vars(args)))
+    create_field_set(request)
 
 
 if __name__ == "__main__":

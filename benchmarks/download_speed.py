@@ -27,7 +27,8 @@ from cloudvolume import Bbox, CloudVolume
 from scipy import ndimage
 
 from metroem import cli
-from metroem.create.image import ImageRequest, create_image_sets
+from metroem.create.image import create_image_sets
+from metroem.create.requests import ImageRequest
 from metroem.normalize import normalize
 
 _MIPS = (2, 1, 0)

@@ -43,12 +43,13 @@ from quality_results import (
 )
 
 from metroem import cli
-from metroem.demo import SCHEDULE, Run, environment, run_steps, script
+from metroem.demo import Run, environment, run_steps, script
 from metroem.errors import MetroEMError, UsageError
 from metroem.io.volume_write import write_volume
 from metroem.nets.checkpoint import checkpoint_path
 from metroem.report.curves import main_curves, read_curves
 from metroem.report.scores import print_json, write_json
+from metroem.requests import SCHEDULE
 from metroem.specs.pyramid import find_modules
 
 logger = logging.getLogger("metroem.benchmarks.quality")

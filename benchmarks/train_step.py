@@ -33,8 +33,9 @@ from metroem.data.sample import Sample, stack_samples
 from metroem.grid import Grid
 from metroem.io.h5 import ImageSetMeta, Pair, PairFrame, write_image_set
 from metroem.nets.loading import load_module
+from metroem.nets.requests import templates
 from metroem.normalize import normalize
-from metroem.scaffold import init_pyramid, templates
+from metroem.scaffold import init_pyramid
 from metroem.specs.schedule import Phase, load_schedule
 from metroem.tissue import TissueRecipe, make_tissue
 from metroem.training.memory import keep_freed_memory

@@ -14,7 +14,6 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib import resources
 from pathlib import Path
 
 import numpy as np
@@ -27,6 +26,7 @@ from metroem.field import warp
 from metroem.io.pictures import save_pair_picture
 from metroem.io.volume_write import write_volume
 from metroem.report.scores import print_json, print_scores
+from metroem.requests import MARKER, DemoRequest
 from metroem.scoring import Score, mean_score, score_pair
 from metroem.tissue import TissueRecipe, make_tissue
 
@@ -34,54 +34,6 @@ logger = logging.getLogger(__name__)
 
 MIPS = (2, 0)  # of the stages
 MARGIN_PX = 24  # tissue that a section may be pulled from: beyond any displacement
-GAP = 2  # sections between the last one trained on and the first one scored on
-MARKER = ".metroem-demo"
-SCHEDULE = Path(str(resources.files("metroem") / "params" / "demo.json"))
-
-
-@dataclass(frozen=True)
-class DemoRequest:
-    """What `metroem demo` is asked for, one field a flag.
-
-    Attributes:
-        folder: for all that it writes; what an earlier demo left is removed.
-        num_sections: how many sections to make.
-        rows: height of a section, px, a multiple of 4.
-        cols: width of a section, px, a multiple of 4.
-        num_held_out: how many of the last pairs are scored, not trained on.
-        seed: of the tissue, the distortions and the training.
-        train_params_path: the schedule.
-
-    Raises:
-        UsageError: too few sections, or sizes that mip 2 does not divide.
-    """
-
-    folder: Path
-    num_sections: int = 28
-    rows: int = 512
-    cols: int = 448
-    num_held_out: int = 5
-    seed: int = 0
-    train_params_path: Path = SCHEDULE
-
-    def __post_init__(self) -> None:
-        if self.num_held_out < 1 or self.num_train < 3:
-            raise UsageError(
-                f"--num_sections {self.num_sections} --num_held_out "
-                f"{self.num_held_out}: leaves {self.num_train} sections for "
-                f"training, with {GAP} between them and the scored ones; at least 3 "
-                "are needed, and one pair to score"
-            )
-        if self.rows % 4 or self.cols % 4 or min(self.rows, self.cols) < 64:
-            raise UsageError(
-                f"--rows {self.rows} --cols {self.cols}: expected multiples of 4, "
-                "64 or more"
-            )
-
-    @property
-    def num_train(self) -> int:
-        """How many of the first sections are trained on."""
-        return self.num_sections - self.num_held_out - 1 - GAP
 
 
 @dataclass(frozen=True)
@@ -155,6 +107,7 @@ def run_demo(request: DemoRequest) -> None:
         MetroEMError: one of the steps failed.
     """
     started = time.monotonic()
+    request.check_paths()
     _clear(request.folder)
     sections = make_sections(request)
     longest = min(request.rows, request.cols)
@@ -338,14 +291,8 @@ def environment() -> dict[str, str]:
 
 
 def _clear(folder: Path) -> None:
-    """Make the folder anew; refuse one with other things in it."""
-    if folder.exists() and not folder.is_dir():
-        raise UsageError(f"--folder {folder}: is a file; name a new folder")
+    """Empty the folder of a demo, or make it."""
     if folder.exists() and any(folder.iterdir()):
-        if not (folder / MARKER).is_file():
-            raise UsageError(
-                f"--folder {folder}: holds things that no demo wrote; name a new folder"
-            )
         shutil.rmtree(folder)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / MARKER).write_text("made by metroem demo, which removes it when run\n")

@@ -54,6 +54,11 @@ class ResourceError(MetroEMError):
     """Too little memory, a process that was killed, or what a device cannot do."""
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of what an error says; the name of its class if it is mute."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
 def disk_trouble(error: OSError, path: Path | None = None) -> StorageError | None:
     """What an error of the operating system says of the disk; None if nothing.
 

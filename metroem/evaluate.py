@@ -4,7 +4,6 @@ import logging
 import time
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,7 +16,8 @@ from metroem.data.known_warp import warp_section
 from metroem.data.photometric import image_anew
 from metroem.data.sample import Sample, seeded_generator, with_defects
 from metroem.distort import Truth
-from metroem.errors import DatasetError, UsageError
+from metroem.errors import DatasetError
+from metroem.evaluation.requests import EvaluateRequest
 from metroem.field import move_field
 from metroem.io.h5 import ImageSet, find_image_sets
 from metroem.io.replace import try_writing
@@ -45,7 +45,6 @@ from metroem.scoring import (
     without_value,
 )
 from metroem.specs.augmentations import KnownWarp, Photometric
-from metroem.specs.filenames import check_checkpoint_name
 from metroem.specs.pyramid import ModuleSpec, find_modules
 from metroem.training.checkpoint import RunFolder
 from metroem.training.distributed import choose_device
@@ -56,52 +55,6 @@ logger = logging.getLogger(__name__)
 
 # What sections are warped by; both sides are imaged anew, each with its own noise.
 _WARP, _IMAGING = KnownWarp(), Photometric()
-
-
-@dataclass(frozen=True)
-class EvaluateRequest:
-    """What `metroem evaluate` is asked for, one field a flag.
-
-    Attributes:
-        pyramid_path: the pyramid.
-        dataset_path: folder of image sets, of every mip of the pyramid.
-        checkpoint_name: which weights.
-        json: file for all figures, also those of each pair.
-        report: HTML file to look at all pairs in.
-        known_warps: add sections warped by known fields.
-        no_finetune: leave the fields as the networks give them.
-        verify: check the checksum of each pair before it is read.
-
-    Raises:
-        UsageError: a name that cannot be one, a folder for `json` or `report`, or
-            one file for both.
-    """
-
-    pyramid_path: Path
-    dataset_path: Path
-    checkpoint_name: str = "checkpoint"
-    json: Path | None = None
-    report: Path | None = None
-    known_warps: bool = False
-    no_finetune: bool = False
-    verify: bool = False
-
-    def __post_init__(self) -> None:
-        check_checkpoint_name(self.checkpoint_name)
-        for flag, path, name in (
-            ("--json", self.json, "figures.json"),
-            ("--report", self.report, "report.html"),
-        ):
-            if path is not None and path.is_dir():
-                raise UsageError(
-                    f"{flag} {path}: is a folder; name a file, for example "
-                    f"{path / name}"
-                )
-        if self.json is not None and self.json == self.report:
-            raise UsageError(
-                f"--report {self.report}: --json names the same file; name another, "
-                f"for example {self.json.with_name('report.html')}"
-            )
 
 
 class _Place(NamedTuple):

@@ -3,8 +3,6 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
-
 from metroem.errors import DatasetError
 
 Resolution = tuple[float, float, float]  # nm of a voxel along x, y, z
@@ -25,7 +23,9 @@ def in_nm(resolution: Resolution | None) -> str:
 
 def same_resolution(one: Resolution | None, other: Resolution | None) -> bool:
     """Whether two resolutions agree to 1 %; one that is not known agrees with any."""
-    return one is None or other is None or np.allclose(one, other, rtol=0.01)
+    if one is None or other is None:
+        return True
+    return all(abs(a - b) <= 0.01 * abs(b) for a, b in zip(one, other, strict=True))
 
 
 @dataclass(frozen=True)

@@ -8,41 +8,20 @@ from typing import NamedTuple
 
 import numpy as np
 
+from metroem.create.requests import InspectRequest
 from metroem.data.dataset import check_sides, prior_path
 from metroem.errors import DatasetError
 from metroem.grid import in_nm, same_resolution
+from metroem.io.cloud_paths import check_dataset
 from metroem.io.h5 import FieldSet, ImageSet, verify
 from metroem.io.moved import command_to_move, moved_apart, unlike_offsets
 from metroem.io.origins import why_stale
 from metroem.normalize import DARKEST, GreyStatistics, looks_normalized
-from metroem.specs.filenames import FieldSetName, ImageSetName, check_checkpoint_name
+from metroem.specs.filenames import FieldSetName, ImageSetName
 from metroem.specs.pyramid import find_modules
 from metroem.specs.schedule import load_schedule
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class InspectRequest:
-    """What `metroem inspect` is asked for.
-
-    Attributes:
-        dataset: folder of image sets and field sets.
-        pyramid_path: whose stages must find their images and prior fields.
-        checkpoint_name: tag of those fields.
-        fields_path: another folder of field sets for these images; None: none.
-
-    Raises:
-        UsageError: the name cannot be one.
-    """
-
-    dataset: Path
-    pyramid_path: Path | None = None
-    checkpoint_name: str = "checkpoint"
-    fields_path: Path | None = None
-
-    def __post_init__(self) -> None:
-        check_checkpoint_name(self.checkpoint_name)
 
 
 class _Tissue(NamedTuple):
@@ -110,8 +89,7 @@ def inspect_dataset(request: InspectRequest) -> None:
 
 def _open(folder: Path, contents: _Contents) -> None:
     """Open every set, so that one that is broken does not hide the others."""
-    if not folder.is_dir():
-        raise DatasetError(f"{folder}: no such folder")
+    check_dataset(folder)
     for path in sorted(folder.glob("*.h5")):
         if path.name.startswith("."):
             continue

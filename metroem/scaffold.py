@@ -6,26 +6,17 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from importlib import resources
 from pathlib import Path, PurePosixPath
 
-from metroem.errors import PyramidError, UsageError
-from metroem.io.cloud_retry import prepare_storage
+from metroem.errors import PyramidError
 from metroem.io.replace import make_folder, writing
+from metroem.nets.requests import TEMPLATES, FetchRequest, InitRequest
 from metroem.specs.pyramid import ModuleSpec
 from metroem.trust import code_in, shown
 
 logger = logging.getLogger(__name__)
 
-_TEMPLATES = resources.files("metroem") / "nets" / "templates"
-
 Files = dict[str, dict[str, bytes]]  # module name -> path inside it -> content
-
-
-def templates() -> list[str]:
-    """Names of the templates that `init_pyramid` knows, sorted."""
-    names = (entry.name for entry in _TEMPLATES.iterdir())
-    return sorted(name[: -len(".json")] for name in names if name.endswith(".json"))
 
 
 def init_pyramid(
@@ -36,7 +27,7 @@ def init_pyramid(
     Args:
         path: directory of the pyramid; must not exist, or be empty.
         mips: mip of each stage, in processing order; they must not rise.
-        template: one of `templates()`.
+        template: one of `metroem.nets.requests.templates()`.
 
     Returns:
         The module directories, `<STAGE>_mip<MIP>in_<template>`.
@@ -45,13 +36,7 @@ def init_pyramid(
         UsageError: no mips, a negative or rising one, or an unknown template.
         PyramidError: there is something at `path` already.
     """
-    _check_mips(mips)
-    if template not in templates():
-        raise UsageError(f"--template {template}: expected one of {templates()}")
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise PyramidError(
-            f"{path}: exists already; name a new directory, or delete this one"
-        )
+    InitRequest(path, list(mips), template).check_paths()
     names = [f"{stage}_mip{mip}in_{template}" for stage, mip in enumerate(mips)]
     with _built_beside(path) as folder:
         for name, mip in zip(names, mips, strict=True):
@@ -80,6 +65,7 @@ def fetch(
             modules is in `path` already, or it is not trusted; then nothing is
             copied.
     """
+    FetchRequest(source, path).check_paths()
     modules = _modules_of(source, _read_files(source))
     there = [name for name in modules if (path / name).exists()]
     if there:
@@ -109,23 +95,15 @@ def fetch(
     return [path / name for name in modules]
 
 
-def _check_mips(mips: Sequence[int]) -> None:
-    if not mips or min(mips) < 0 or list(mips) != sorted(mips, reverse=True):
-        raise UsageError(
-            f"--mip {' '.join(map(str, mips))}: expected one mip >= 0 for each "
-            "stage, coarsest (largest) first, for example --mip 5 3"
-        )
-
-
 def _write_module(folder: Path, mip: int, template: str) -> None:
     (folder / "model").mkdir(parents=True)
     (folder / "create.py").write_text(_create_py(mip))
-    spec = (_TEMPLATES / f"{template}.json").read_bytes()
+    spec = (TEMPLATES / f"{template}.json").read_bytes()
     (folder / "model" / "model_spec.json").write_bytes(spec)
 
 
 def _create_py(mip: int) -> str:
-    text = (_TEMPLATES / "create.py").read_text()
+    text = (TEMPLATES / "create.py").read_text()
     return text.replace("MIP = 0", f"MIP = {mip}", 1)
 
 
@@ -153,9 +131,8 @@ def _umask() -> int:
 def _read_files(source: str) -> list[tuple[str, bytes]]:
     from modelhouse.storage import get_files_and_contents  # writes below HOME
 
-    local = source.removeprefix("file://")
-    if "://" not in local and not Path(local).expanduser().is_dir():
-        raise PyramidError(f"{source}: no such directory")
+    from metroem.io.cloud_retry import prepare_storage  # a second, which init needs not
+
     prepare_storage()
     try:
         return get_files_and_contents(source)

@@ -1,14 +1,19 @@
 import logging
 import os
+import re
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
+from metroem import __main__ as metroem_main
 from metroem import __version__, cli
 from metroem.__main__ import main
+from metroem.create.requests import FieldRequest, ImageRequest
 from metroem.errors import UsageError
+from metroem.training.requests import TrainRequest
 
 ROOT = Path(__file__).parents[1]
 
@@ -143,3 +148,123 @@ def test_init_makes_a_pyramid_that_can_be_inspected(tmp_path):
     ]
     main(["fetch", str(tmp_path / "p"), str(tmp_path / "copy")])
     assert (tmp_path / "copy" / "1_mip3in_correlation" / "create.py").is_file()
+
+
+REQUESTS = {
+    "download_image.py": ImageRequest,
+    "download_field.py": FieldRequest,
+    "train.py": TrainRequest,
+    **{name: request for name, (request, *_) in metroem_main.COMMANDS.items()},
+}
+
+
+@pytest.mark.parametrize("command", REQUESTS)
+def test_each_flag_has_help_that_shows_its_default(command):
+    parser = cli.parser("", REQUESTS[command])
+    for action in parser._actions:
+        if action.dest == "help" or not action.option_strings:
+            assert action.help
+            continue
+        shown = action.default
+        if action.nargs == 0:
+            shown = "off"
+        elif isinstance(shown, list):
+            shown = " ".join(map(str, shown))
+        end = "(required)" if action.required else f"(default {shown})"
+        words, _, told = action.help.rpartition(" (")
+        assert words
+        if shown is None and not action.required:
+            assert told.startswith("default: ")
+        else:
+            assert f"({told}" == end
+
+
+# Commands with one wrong path: no/em is not there, "has" holds something else.
+PYRAMID = ["--pyramid_path", "has/pyramid"]
+DATA = ["--dataset_path", "has/data"]
+AREA = "--x_offset 0 --y_offset 0 --z_start 1 --z_end 2".split()
+IMAGES = ["download_image.py", "--mip", "1", "--patch_size", "8", *AREA]
+FIELDS = ["download_field.py", "--src_mip", "1", "--dst_mip", "1", "--patch_size"]
+FIELDS += ["8", *AREA]
+COLUMNS = ["-m", "metroem", "create-spec", "--dst_spec_path", "o.json"]
+EXPORT = ["-m", "metroem", "export-fields", "--dst_path", "out"]
+WRONG_PATHS = {
+    "download_image": [*IMAGES, "--cv_path", "no/em"],
+    "its reference": [*IMAGES, "--cv_path", "has", "--cv_path_defects", "no/em"],
+    "its field": [*IMAGES, "--cv_path", "has", "--field_dset", "no/em"],
+    "download_field": [*FIELDS, "--cv_path", "no/em"],
+    "train's pyramid": ["train.py", *DATA, "--pyramid_path", "no/em"],
+    "train's data": ["train.py", *PYRAMID, "--dataset_path", "no/em"],
+    "train's schedule": [
+        *("train.py", *PYRAMID, *DATA, "--train_mode", "custom"),
+        *("--train_params_path", "no/em"),
+    ],
+    "write-fields": ["-m", "metroem", "write-fields", *DATA, "--pyramid_path", "no/em"],
+    "fields' data": ["-m", "metroem", "write-fields", *PYRAMID, "--dataset_path"]
+    + ["no/em"],
+    "fetch": ["-m", "metroem", "fetch", "no/em", "copy"],
+    "inspect": ["-m", "metroem", "inspect", "no/em"],
+    "inspect's pyramid": ["-m", "metroem", "inspect", "has", "--pyramid_path", "no/em"],
+    "create-spec": [*COLUMNS, "--src_spec_path", "no/em", "--points_path", "has/file"],
+    "its points": [*COLUMNS, "--src_spec_path", "has/file", "--points_path", "no/em"],
+    "make-dataset": "-m metroem make-dataset --spec_path no/em --dst_path out".split(),
+    "evaluate": ["-m", "metroem", "evaluate", *DATA, "--pyramid_path", "no/em"],
+    "its data": ["-m", "metroem", "evaluate", *PYRAMID, "--dataset_path", "no/em"],
+    "export-fields": [*EXPORT, "--dataset_path", "no/em"],
+    "its bounds": [*EXPORT, *DATA, "--like", "no/em"],
+    "init": ["-m", "metroem", "init", "has", "--mip", "1"],
+    "demo": ["-m", "metroem", "demo", "--folder", "has"],
+}
+
+
+@pytest.mark.parametrize("words", WRONG_PATHS.values(), ids=WRONG_PATHS.keys())
+def test_a_wrong_path_is_refused_before_anything_slow_is_imported(words, tmp_path):
+    (tmp_path / "has" / "pyramid" / "0_mip1in_x").mkdir(parents=True)
+    (tmp_path / "has" / "data").mkdir()
+    (tmp_path / "has" / "file").touch()
+    words = [re.sub("^(no|has)\\b", f"{tmp_path}/\\1", word) for word in words]
+    code, loaded, output = loaded_by(running(words))
+    assert (code, loaded) == (1, "loaded []") and "error: " in output
+    assert ("no/em" if f"{tmp_path}/no/em" in words else "has") in output
+
+
+@dataclass(frozen=True)
+class Asked(cli.Request):
+    sizes: list[int] = cli.flag("sizes", [2, 3], least=1)
+    ratio: float | None = cli.flag("ratio", None)
+    mode: str = cli.flag("mode", "a", choices=("a", "b", "c"))
+    folder: Path = cli.flag("folder", Path("x"))
+    point: list[float] | None = cli.flag("point", None, nargs=3)
+    quiet: bool = cli.flag("say nothing", False)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"sizes": 2}, "--sizes 2: expected a list"),
+        ({"sizes": ["2"]}, "--sizes '2': expected a whole number"),
+        ({"sizes": [True]}, "--sizes True: expected a whole number"),
+        ({"sizes": [1, 0]}, "--sizes 0: must be >= 1"),
+        ({"sizes": None}, "--sizes None: expected a list"),
+        ({"ratio": "half"}, "--ratio 'half': expected a number"),
+        ({"mode": "d"}, "--mode d: expected a, b or c"),
+        ({"folder": "x"}, "--folder 'x': expected a pathlib.Path"),
+        ({"point": [1, 2]}, r"--point \[1, 2\]: expected 3 values"),
+        ({"quiet": 1}, "--quiet 1: expected True or False"),
+    ],
+)
+def test_a_request_refuses_what_its_parser_would(wrong, message):
+    with pytest.raises(UsageError, match=message):
+        Asked(**wrong)
+
+
+def test_a_request_takes_what_its_parser_makes():
+    flags = "--sizes 4 5 --ratio 2 --mode b --folder f --point 1 2 3 --quiet".split()
+    made = cli.parse(Asked, None, flags)
+    assert made == Asked([4, 5], 2.0, "b", Path("f"), [1.0, 2.0, 3.0], True)
+    assert cli.parse(Asked, None, []) == Asked()
+
+
+def test_a_training_on_a_device_that_is_none_is_refused(tmp_path):
+    with pytest.raises(UsageError, match="--device tpu: expected auto, cpu or cuda"):
+        TrainRequest(tmp_path, tmp_path, device="tpu")

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 from metroem import demo
-from metroem.demo import MARKER, DemoRequest, Run, make_sections, run_demo, run_steps
+from metroem.demo import Run, make_sections, run_demo, run_steps
 from metroem.errors import MetroEMError, UsageError
+from metroem.requests import GAP, MARKER, DemoRequest
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -32,7 +33,7 @@ def test_the_same_request_makes_the_same_sections(tmp_path):
 def test_sections_scored_are_apart_from_those_trained_on(tmp_path):
     request = DemoRequest(tmp_path)
     first_scored = request.num_sections - request.num_held_out - 1  # tgt of a pair
-    assert first_scored - (request.num_train - 1) > demo.GAP
+    assert first_scored - (request.num_train - 1) > GAP
 
 
 def test_too_few_sections_are_refused(tmp_path):
@@ -97,7 +98,8 @@ def test_the_demo_runs_twice_and_ends_with_its_figures(tmp_path):
     schedule.write_text(json.dumps({"2": [phase], "0": [phase]}))
     code = (
         "from pathlib import Path; from metroem import cli; "
-        "from metroem.demo import DemoRequest, run_demo; cli.run(lambda: "
+        "from metroem.demo import run_demo; "
+        "from metroem.requests import DemoRequest; cli.run(lambda: "
         "run_demo(DemoRequest(Path('d'), 12, 160, 128, 1, "
         f"train_params_path=Path({str(schedule)!r}))))"
     )

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import download_field
-from metroem.create.field import FieldRequest
+from metroem.create.requests import FieldRequest
 from metroem.errors import DatasetError, UsageError
 from metroem.field import warp
 from metroem.grid import Grid
@@ -93,7 +93,7 @@ def test_flags_left_out_are_what_the_request_has_by_default():
     required = "--cv_path a --src_mip 2 --dst_mip 1 --patch_size 8".split()
     required += "--z_start 1 --z_end 2".split()
     request = FieldRequest(**vars(download_field.build_parser().parse_args(required)))
-    assert request == FieldRequest("a", 2, 1, 8, 1, 2)
+    assert request == FieldRequest("a", 2, 1, 8, z_start=1, z_end=2)
 
 
 @pytest.mark.parametrize("dst_mip", [0, 1, 2])

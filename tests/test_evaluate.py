@@ -8,7 +8,8 @@ import pytest
 
 from metroem.__main__ import build_parser, main
 from metroem.errors import CheckpointError, DatasetError, UsageError
-from metroem.evaluate import EvaluateRequest, evaluate_dataset
+from metroem.evaluate import evaluate_dataset
+from metroem.evaluation.requests import EvaluateRequest
 from metroem.io.h5 import find_image_sets
 from metroem.scaffold import init_pyramid
 from tests.pairs import write_pairs

@@ -2,9 +2,10 @@ import h5py
 import numpy as np
 import pytest
 
+from metroem.create.requests import InspectRequest
 from metroem.errors import DatasetError, PyramidError, UsageError
 from metroem.grid import Grid
-from metroem.inspect import InspectRequest, inspect_dataset
+from metroem.inspect import inspect_dataset
 from metroem.io.h5 import (
     FieldSetMeta,
     ImageSetMeta,

@@ -9,7 +9,8 @@ import torch
 from metroem.data.sample import Sample
 from metroem.distort import Truth
 from metroem.errors import DatasetError
-from metroem.evaluate import EvaluateRequest, evaluate_dataset
+from metroem.evaluate import evaluate_dataset
+from metroem.evaluation.requests import EvaluateRequest
 from metroem.grid import Grid
 from metroem.io.h5 import ImageSetMeta, Pair, PairFrame, write_image_set
 from metroem.metrics import chunked_correlation

@@ -9,7 +9,8 @@ import train
 from metroem import Pyramid
 from metroem.__main__ import main
 from metroem.errors import CheckpointError
-from metroem.evaluate import EvaluateRequest, evaluate_dataset
+from metroem.evaluate import evaluate_dataset
+from metroem.evaluation.requests import EvaluateRequest
 from metroem.nets.checkpoint import checkpoint_path
 from metroem.nets.loading import load_module
 from metroem.scaffold import fetch, init_pyramid

@@ -13,10 +13,12 @@ import download_field
 import download_image
 from metroem.__main__ import main
 from metroem.create.image import _ImageFile
+from metroem.create.requests import InspectRequest
 from metroem.data.dataset import open_prior
 from metroem.errors import DatasetError
-from metroem.evaluate import EvaluateRequest, evaluate_dataset
-from metroem.inspect import InspectRequest, inspect_dataset
+from metroem.evaluate import evaluate_dataset
+from metroem.evaluation.requests import EvaluateRequest
+from metroem.inspect import inspect_dataset
 from metroem.io.h5 import FieldSetMeta, ImageSet, PairFrame, write_field_set
 from metroem.scaffold import init_pyramid
 from metroem.training.requests import TrainRequest

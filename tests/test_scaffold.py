@@ -6,7 +6,8 @@ import os
 import pytest
 
 from metroem.errors import PyramidError, UsageError
-from metroem.scaffold import fetch, init_pyramid, templates
+from metroem.nets.requests import templates
+from metroem.scaffold import fetch, init_pyramid
 from metroem.specs.pyramid import find_modules
 
 

@@ -5,8 +5,9 @@ import json
 import pytest
 
 import train
+from metroem.create.requests import InspectRequest
 from metroem.errors import DatasetError, UsageError
-from metroem.inspect import InspectRequest, inspect_dataset
+from metroem.inspect import inspect_dataset
 from metroem.scaffold import init_pyramid
 from metroem.specs.schedule import load_schedule, parse_schedule
 from tests.nets.specs import CORRELATION, write_spec

@@ -13,8 +13,9 @@ import pytest
 import torch
 
 import train
+from metroem.create.requests import InspectRequest
 from metroem.errors import MetroEMError
-from metroem.inspect import InspectRequest, inspect_dataset
+from metroem.inspect import inspect_dataset
 from metroem.io.h5 import FieldSet, FieldSetMeta, ImageSet, PairFrame, write_field_set
 from metroem.scaffold import init_pyramid
 from metroem.training import write_fields as writing

@@ -5,9 +5,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
-from metroem.create.image_request import ImageRequest
 from metroem.create.pair_files import PairFiles, PairSet
 from metroem.create.patches import ImageSource, Key, PatchReader, moved
+from metroem.create.requests import ImageRequest
 from metroem.create.sources import (
     DefectMask,
     ReferenceArea,
@@ -23,8 +23,6 @@ from metroem.io.moved import moved_apart
 from metroem.io.parts import as_json
 from metroem.io.volume import covering
 from metroem.specs.filenames import ImageSetName
-
-__all__ = ["ImageRequest", "create_image_sets"]
 
 logger = logging.getLogger(__name__)
 

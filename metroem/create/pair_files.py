@@ -15,7 +15,7 @@ import h5py
 import numpy as np
 import torch
 
-from metroem.create.download import command_line
+from metroem import cli
 from metroem.create.patches import Key, PatchReader, SectionPatch, moved
 from metroem.create.sources import no_reference
 from metroem.errors import DatasetError
@@ -260,7 +260,7 @@ class PairFiles:
         return ImageSetMeta(
             frames,
             source=self._source.path,
-            command=command_line(),
+            command=cli.command_line(),
             request=self._set.request,
             resolution=self._source.resolution,
             anchor=self._set.anchor,
@@ -271,7 +271,7 @@ class PairFiles:
         return FieldSetMeta(
             frames,
             source=self._set.field_source,
-            command=command_line(),
+            command=cli.command_line(),
             request=self._set.request,
             resolution=self._source.resolution,
             stage=0,

@@ -2,25 +2,24 @@
 
 import logging
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 from pathlib import Path
 
 from metroem.create.pair_files import PairFiles, PairSet, Words
 from metroem.create.pair_volumes import PairVolumes
 from metroem.create.patches import FieldSource, ImageSource, Key, PatchReader
+from metroem.create.requests import DatasetRequest
 from metroem.create.sources import DefectMask, ReferenceArea, warn_of_integers
 from metroem.create.spec import AreaSpec, Center, DatasetSpec, FieldSpec, load_spec
 from metroem.create.stored_field import StoredField
-from metroem.errors import DatasetError, UsageError
+from metroem.errors import DatasetError
 from metroem.grid import Grid
-from metroem.io.cloud_paths import check_destination, local_folder
+from metroem.io.cloud_paths import local_folder
 from metroem.io.image_volume import ImageVolume
 from metroem.io.lock import holding, lock_path
 from metroem.io.volume import Volume
 from metroem.specs.filenames import (
     FieldSetName,
     ImageSetName,
-    check_checkpoint_name,
 )
 
 logger = logging.getLogger(__name__)
@@ -32,45 +31,6 @@ _WORDS = Words(
     threshold="threshold",
     counted="pairs",
 )
-
-
-@dataclass(frozen=True)
-class DatasetRequest:
-    """What `metroem make-dataset` is asked for, one field a flag.
-
-    Attributes:
-        spec_path: JSON, see `metroem.create.spec`.
-        dst_path: a folder for h5 files; a path with a scheme (gs://, file://):
-            CloudVolumes.
-        checkpoint_name: of the training whose stage 1 starts from the fields.
-        parallel: batches of cut-outs made at a time.
-        overwrite: replace what another spec made.
-        verify: check the checksum of each pair of the h5 files at the end, also of
-            those that were there.
-
-    Raises:
-        UsageError: flags that cannot work.
-    """
-
-    spec_path: Path
-    dst_path: str
-    checkpoint_name: str = "precomputed"
-    parallel: int = 1
-    overwrite: bool = False
-    verify: bool = False
-
-    def __post_init__(self) -> None:
-        check_checkpoint_name(self.checkpoint_name)
-        if self.parallel < 1:
-            raise UsageError(f"--parallel {self.parallel}: must be >= 1")
-        if not self.dst_path:
-            raise UsageError("--dst_path: expected a folder or a cloud path")
-        check_destination("--dst_path", self.dst_path)
-        if self.verify and "://" in self.dst_path:
-            raise UsageError(
-                f"--verify: {self.dst_path} gets CloudVolumes, which have no "
-                "checksums; leave --verify out, or give a folder for h5 files"
-            )
 
 
 def make_dataset(request: DatasetRequest) -> None:

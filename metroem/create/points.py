@@ -6,9 +6,9 @@ import logging
 import math
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
+from metroem.create.requests import SpecRequest
 from metroem.create.spec import Center, parse_spec
 from metroem.errors import UsageError
 from metroem.io.replace import make_folder, replace_file
@@ -18,36 +18,6 @@ logger = logging.getLogger(__name__)
 
 # As neuroglancer exports an annotation layer, and as tables of points have it.
 _EXPORTED, _PLAIN = "Coordinate 1", ("x0", "y0", "z0")
-
-
-@dataclass(frozen=True)
-class SpecRequest:
-    """What `metroem create-spec` is asked for, one field a flag.
-
-    Attributes:
-        src_spec_path: the template, a spec; pairs that it has are kept.
-        points_path: CSV of points.
-        dst_spec_path: the spec to write.
-        offsets: one pair a point each: src at the point's z, tgt at z + offset.
-        overwrite: replace a file that holds something else.
-
-    Raises:
-        UsageError: flags that cannot work.
-    """
-
-    src_spec_path: Path
-    points_path: Path
-    dst_spec_path: Path
-    offsets: list[int]
-    overwrite: bool = False
-
-    def __post_init__(self) -> None:
-        if not self.offsets or 0 in self.offsets:
-            raise UsageError(
-                f"--offsets {' '.join(map(str, self.offsets))}: expected distances in "
-                "z other than 0, for example --offsets -1 -2: tgt is 1 and 2 sections "
-                "below src"
-            )
 
 
 def create_spec(request: SpecRequest) -> Path:

@@ -11,7 +11,7 @@ import numpy as np
 
 from metroem.errors import DatasetError
 from metroem.export.place import Place
-from metroem.export.request import ExportRequest
+from metroem.export.requests import ExportRequest
 from metroem.export.sections import ExportedSet
 from metroem.grid import Grid, Resolution
 from metroem.io.replace import make_folder, replace_file

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import numpy as np
 
 from metroem.errors import DatasetError
-from metroem.export.request import ExportRequest
+from metroem.export.requests import ExportRequest
 from metroem.export.sections import ExportedSet
 from metroem.grid import Grid
 from metroem.io.volume import cut

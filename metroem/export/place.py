@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from metroem.errors import DatasetError
-from metroem.export.request import ExportRequest
+from metroem.export.requests import ExportRequest
 from metroem.export.sections import ExportedSet
 from metroem.grid import Grid, Resolution, in_nm, nm_of, same_resolution
 from metroem.io.h5 import Box

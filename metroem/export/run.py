@@ -1,13 +1,11 @@
 """Field sets out again: as volumes for corgie and neuroglancer, or as files."""
 
-from metroem.create.download import command_line
+from metroem import cli
 from metroem.export.files import write_files
 from metroem.export.overlaps import Overlaps
-from metroem.export.request import ExportRequest
+from metroem.export.requests import ExportRequest
 from metroem.export.sections import find_exported
 from metroem.export.volumes import write_volumes
-
-__all__ = ["ExportRequest", "export_fields"]
 
 
 def export_fields(request: ExportRequest) -> None:
@@ -24,6 +22,6 @@ def export_fields(request: ExportRequest) -> None:
     overlaps = Overlaps(request, sets)
     overlaps.check()
     if request.format == "cloudvolume":
-        write_volumes(request, sets, overlaps, command_line())
+        write_volumes(request, sets, overlaps, cli.command_line())
     else:
         write_files(request, sets)

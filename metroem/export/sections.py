@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 
 from metroem.errors import DatasetError
-from metroem.export.request import ExportRequest
+from metroem.export.requests import ExportRequest
 from metroem.grid import Grid, Resolution
 from metroem.io.h5 import FieldSet, ImageSet, find_field_sets
 from metroem.io.moved import command_to_move, unlike_offsets

@@ -9,7 +9,7 @@ import torch
 from metroem.errors import DatasetError
 from metroem.export.overlaps import Overlaps, Part
 from metroem.export.place import Place, check_on_pixels
-from metroem.export.request import QUARTER, ExportRequest
+from metroem.export.requests import QUARTER, ExportRequest
 from metroem.export.sections import ExportedSet
 from metroem.field import warp
 from metroem.grid import Grid

@@ -1,10 +1,8 @@
-"""Understand the paths of volumes, and refuse those that cannot be meant."""
+"""Read and check paths of volumes, without cloud-volume, which is slow to import."""
 
 import re
 import shlex
 from pathlib import Path
-
-import cloudfiles.paths
 
 from metroem.errors import DatasetError, UsageError
 
@@ -14,6 +12,10 @@ _FORMAT_LAST = re.compile(r"(.+?)/*\|([\w-]+):")
 # What cloud-volume takes for the first folder of a path, less the rest of its name.
 _FIRST_FOLDER = re.compile(r"[\w~.-]*\w")
 _READ = ("precomputed", "zarr", "zarr2", "zarr3", "n5")
+# The formats of cloud-files, for which tests/io/test_paths.py compares the two.
+FORMATS = (*_READ, "graphene", "boss", "brainmaps", "deepzoom", "nggraph", "render")
+FORMATS += ("vtk", "nifti", "dvid")
+_SCHEMES = ("file", "gs", "s3", "http", "https", "mem")
 HOW_TO_WRITE = (
     "make a CloudVolume of them: metroem.io.volume_write.write_volume takes them as an "
     "array (docs/troubleshooting.md shows how)"
@@ -25,7 +27,7 @@ def split_format(path: str) -> tuple[str, str]:
     if match := _FORMAT_LAST.fullmatch(path):
         path = f"{match[2].removeprefix('neuroglancer-')}://{match[1]}"
     form, separator, place = path.partition("://")
-    known = separator and form in cloudfiles.paths.ALLOWED_FORMATS
+    known = separator and form in FORMATS
     return (form, place) if known else ("", path)
 
 
@@ -90,6 +92,29 @@ def check_source(flag: str, path: str) -> None:
         )
 
 
+def check_exists(flag: str, path: str | None) -> None:
+    """Refuse a path, if one is given, that no volume can be read from.
+
+    Raises:
+        DatasetError: see `cloud_path` and `check_source`; or no such local folder.
+    """
+    if path is None:
+        return
+    path = cloud_path(path)
+    check_source(flag, path)
+    folder = local_folder(path)
+    if folder is not None and not folder.exists():
+        raise DatasetError(f"{flag} {path}: no such folder; check the path")
+
+
+def check_dataset(folder: Path) -> None:
+    """Refuse a data set that is not there (DatasetError)."""
+    if not folder.is_dir():
+        raise DatasetError(
+            f"{folder}: no such folder; download_image.py makes one with image sets"
+        )
+
+
 def check_destination(flag: str, path: str) -> None:
     """Refuse to write anything but a precomputed volume, or where nobody can.
 
@@ -115,9 +140,13 @@ def check_destination(flag: str, path: str) -> None:
 
 def _check_scheme(flag: str, path: str) -> None:
     scheme, separator, _ = split_format(path)[1].partition("://")
+    if not separator or scheme in _SCHEMES:
+        return
+    import cloudfiles.paths  # slow; it knows the user's own aliases too
+
     cloudfiles.paths.update_aliases_from_file()
     known = cloudfiles.paths.ALLOWED_PROTOCOLS
-    if separator and scheme not in known:
+    if scheme not in known:
         raise DatasetError(
             f"{flag} {path}: {scheme}:// is not known; expected one of "
             f"{', '.join(known)}, or a local folder"

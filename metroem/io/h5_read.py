@@ -20,6 +20,7 @@ from metroem.io.checksums import (
     checksums_of,
     stored_checksums,
 )
+from metroem.io.cloud_paths import check_dataset
 from metroem.io.h5_open import (
     attributes_of,
     check_stored,
@@ -437,10 +438,7 @@ def find_field_sets(folder: Path) -> list[FieldSet]:
 
 
 def _visible_h5_files(folder: Path) -> list[Path]:
-    if not folder.is_dir():
-        raise DatasetError(
-            f"{folder}: no such folder; download_image.py makes one with image sets"
-        )
+    check_dataset(folder)
     return sorted(path for path in folder.glob("*.h5") if path.name[0] != ".")
 
 

@@ -10,9 +10,7 @@ import errno
 import json
 import logging
 import os
-import shlex
 import socket
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,6 +18,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
+from metroem import cli
 from metroem.errors import StorageError
 from metroem.io.replace import folder_trouble, writing
 
@@ -86,7 +85,7 @@ def _about_this_run() -> dict[str, str | int]:
         "host": socket.gethostname(),
         "pid": os.getpid(),
         "since": time.strftime("%Y-%m-%d %H:%M:%S"),
-        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "command": cli.command_line(),
     }
 
 

@@ -9,6 +9,8 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from metroem.errors import first_line
+
 logger = logging.getLogger(__name__)
 
 
@@ -26,12 +28,11 @@ def _kernels_work(device: torch.device) -> bool:
 
         search.coarser(torch.zeros(1, 2, 2, 2, device=device), 2)
     except Exception as error:  # it raises whatever its parts raise
-        first_line = next(iter(str(error).strip().splitlines()), type(error).__name__)
         logger.warning(
             "fields are finetuned 6 to 13 times slower than they could be, since "
             "Triton does not work on this machine: %s. It needs a C compiler, for "
             "example apt install gcc",
-            first_line,
+            first_line(error),
         )
         return False
     return True

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from metroem.aligner import Aligner
-from metroem.errors import ResourceError, UsageError
+from metroem.errors import ResourceError, UsageError, first_line
 
 # What artificery runs its parsers under, which is no module that can be imported: the
 # compiler looks names of functions up there.
@@ -38,11 +38,11 @@ def check_compiler(device: torch.device) -> None:
     try:
         torch.compile(probe, dynamic=False)(torch.zeros(16, device=device))
     except Exception as error:  # the compiler raises whatever its parts raise
-        first_line = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise UsageError(
-            f"--compile: torch.compile does not work on this machine: {first_line}. It "
-            "needs a C++ compiler and the headers of Python for a CPU (for example apt "
-            "install g++ python3-dev), triton for a GPU; or leave the flag out"
+            "--compile: torch.compile does not work on this machine: "
+            f"{first_line(error)}. It needs a C++ compiler and the headers of Python "
+            "for a CPU (for example apt install g++ python3-dev), triton for a GPU; or "
+            "leave the flag out"
         ) from error
 
 
@@ -70,11 +70,10 @@ def compiler_failures_named() -> Iterator[None]:
         if not isinstance(error, TorchDynamoException):
             raise
         cause = getattr(error, "inner_exception", error)
-        first_line = next(iter(str(cause).strip().splitlines()), "")
         raise ResourceError(
             "--compile: torch.compile failed on the network "
-            f"({type(cause).__name__}: {first_line}). The same command without the "
-            "flag goes on from the last save; another crop_size of the schedule or "
+            f"({type(cause).__name__}: {first_line(cause)}). The same command without "
+            "the flag goes on from the last save; another crop_size of the schedule or "
             "another version of torch may compile"
         ) from error
 

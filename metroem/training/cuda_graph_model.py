@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from metroem.errors import ResourceError
+from metroem.errors import ResourceError, first_line
 from metroem.prediction import Prediction
 from metroem.recording import recording
 from metroem.training.buffers import buffers_kept
@@ -87,11 +87,11 @@ class CudaGraphModel:
         except RuntimeError as error:
             if "captur" not in str(error):  # as CUDA calls it
                 raise
-            first_line = str(error).strip().splitlines()[0]
             raise ResourceError(
                 "the GPU could not record the passes of this network "
-                f"({first_line}); the same command with --checkpoint_activations makes "
-                "them one by one, and goes on from the last save"
+                f"({first_line(error)}); the same command with "
+                "--checkpoint_activations makes them one by one, and goes on from the "
+                "last save"
             ) from error
 
 

@@ -22,7 +22,13 @@ from torch.distributed.elastic.multiprocessing import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
 from metroem.cli import INTERRUPTED, TERMINATED
-from metroem.errors import ResourceError, UsageError
+from metroem.errors import ResourceError, UsageError, first_line
+from metroem.ranks import (
+    is_launched,
+    rank,
+    ranks_of_machine,
+    world_size,
+)
 
 # How long ranks wait for one that gives no sign of life: longer than any takes for a
 # pair. A rank whose process dies is noticed at once, one whose machine vanishes then.
@@ -31,36 +37,6 @@ PATIENCE = timedelta(minutes=30)
 _LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe")
 # Network storage may show a new file to other machines only after a minute.
 SEEN_WITHIN_S = 90.0
-
-
-def is_launched() -> bool:
-    """Whether this process was started as one rank of a run, as torchrun does.
-
-    Schedulers of clusters set RANK=0 and WORLD_SIZE=1 for processes that are alone.
-    """
-    if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
-        return False
-    return "LOCAL_RANK" in os.environ or os.environ["WORLD_SIZE"] != "1"
-
-
-def rank() -> int:
-    """This process's place among all, 0 without torchrun."""
-    return int(os.environ["RANK"]) if is_launched() else 0
-
-
-def world_size() -> int:
-    """Number of processes of the run, 1 without torchrun."""
-    return int(os.environ["WORLD_SIZE"]) if is_launched() else 1
-
-
-def ranks_of_machine() -> int:
-    """How many of the ranks run on this machine."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-
-
-def restarts_allowed() -> int:
-    """How often torchrun may start the ranks again after one has failed."""
-    return int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0"))
 
 
 def launch(
@@ -209,7 +185,7 @@ def process_group(device: torch.device) -> Iterator[None]:
             raise
         raise ResourceError(
             f"rank {rank()}: another rank has ended or cannot be reached: see its own "
-            f"message ({str(error).splitlines()[0]}). The same command goes on from "
+            f"message ({first_line(error)}). The same command goes on from "
             "the last save"
         ) from error
     finally:

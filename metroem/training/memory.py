@@ -6,7 +6,7 @@ from contextlib import contextmanager
 
 import torch
 
-from metroem.errors import DatasetError, ResourceError
+from metroem.errors import DatasetError, ResourceError, first_line
 
 # glibc's names for what mallopt sets.
 _TRIM_THRESHOLD, _MMAP_MAX = -1, -4
@@ -50,7 +50,7 @@ def enough_memory(what: str, advice: str) -> Iterator[None]:
         if "DataLoader worker" in text:
             raise ResourceError(
                 f"{what}: a process that reads samples was killed or died "
-                f"({_first_line(error)}), most likely for want of memory: lower "
+                f"({first_line(error)[:200]}), most likely for want of memory: lower "
                 f"--num_workers, or {advice}"
             ) from error
         if "can't allocate memory" in text:
@@ -59,8 +59,4 @@ def enough_memory(what: str, advice: str) -> Iterator[None]:
 
 
 def _out_of_memory(what: str, advice: str, error: BaseException) -> str:
-    return f"{what}: out of memory ({_first_line(error)}); {advice}"
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0][:200]
+    return f"{what}: out of memory ({first_line(error)[:200]}); {advice}"

@@ -12,9 +12,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from metroem.create.requests import InspectRequest
 from metroem.errors import CheckpointError
 from metroem.grid import Grid
-from metroem.inspect import InspectRequest, inspect_dataset
+from metroem.inspect import inspect_dataset
 from metroem.io.h5 import (
     FieldSet,
     FieldSetMeta,

@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from metroem.create.points import SpecRequest, create_spec, read_points
+from metroem.create.points import create_spec, read_points
+from metroem.create.requests import SpecRequest
 from metroem.create.spec import load_spec
 from metroem.errors import UsageError
 from metroem.specs.filenames import FieldSetName, ImageSetName

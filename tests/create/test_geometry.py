@@ -10,9 +10,10 @@ import pytest
 import download_field
 import download_image
 from metroem.__main__ import main
+from metroem.create.requests import InspectRequest
 from metroem.data.dataset import find_pairs
 from metroem.errors import DatasetError
-from metroem.inspect import InspectRequest, inspect_dataset
+from metroem.inspect import inspect_dataset
 from metroem.io.h5 import FieldSet, ImageSet
 from metroem.training.write_fields import target_sets
 from tests.export.sets import export, make_sets

@@ -1,6 +1,6 @@
 import pytest
 
-from metroem.create.image_request import ImageRequest
+from metroem.create.requests import ImageRequest
 from metroem.errors import UsageError
 from metroem.grid import Grid
 

@@ -5,7 +5,8 @@ import json
 import pytest
 
 from metroem.__main__ import build_parser, main
-from metroem.create.points import SpecRequest, read_points
+from metroem.create.points import read_points
+from metroem.create.requests import SpecRequest
 from metroem.errors import UsageError
 
 TEMPLATE = {

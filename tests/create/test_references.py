@@ -8,11 +8,12 @@ from scipy import ndimage
 
 import download_image
 from metroem.__main__ import main
+from metroem.create.requests import InspectRequest
 from metroem.create.sources import samples_of
 from metroem.data.dataset import find_pairs
 from metroem.errors import DatasetError
 from metroem.grid import Grid
-from metroem.inspect import InspectRequest, inspect_dataset
+from metroem.inspect import inspect_dataset
 from metroem.io.h5 import ImageSet
 from metroem.io.parts import PartStore, parts_folder
 from tests import volumes

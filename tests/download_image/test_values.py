@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import download_image
-from metroem.create.image import ImageRequest
+from metroem.create.requests import ImageRequest
 from metroem.errors import DatasetError, UsageError
 from metroem.grid import Grid
 from metroem.io.h5 import FieldSetMeta, ImageSet, PairFrame, write_field_set
@@ -28,7 +28,7 @@ def test_flags_left_out_are_what_the_request_has_by_default():
     parser = download_image.build_parser()
     required = "--cv_path a --mip 0 --patch_size 8 --z_start 1 --z_end 2".split()
     request = ImageRequest(**vars(parser.parse_args(required)))
-    assert request == ImageRequest("a", [0], [8], 1, 2)
+    assert request == ImageRequest("a", [0], [8], z_start=1, z_end=2)
 
 
 def test_pair_i_is_section_z_start_plus_i_on_the_one_before(download, sections):

@@ -1,7 +1,7 @@
 import dataclasses
 
 from metroem.__main__ import build_parser
-from metroem.export.request import ExportRequest
+from metroem.export.requests import ExportRequest
 
 
 def test_each_flag_is_a_field_of_the_request(tmp_path):

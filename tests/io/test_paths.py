@@ -7,6 +7,7 @@ import shlex
 import subprocess
 from pathlib import Path
 
+import cloudfiles.paths
 import numpy as np
 import pytest
 from cloudvolume import CloudVolume
@@ -15,7 +16,7 @@ import download_image
 from metroem.__main__ import build_parser, main
 from metroem.errors import DatasetError
 from metroem.grid import Grid
-from metroem.io.cloud_paths import cloud_path
+from metroem.io.cloud_paths import FORMATS, check_source, cloud_path
 from metroem.io.volume import Volume
 from metroem.io.volume_write import write_volume
 from metroem.report.page import neuroglancer_source
@@ -183,3 +184,15 @@ def test_a_destination_of_no_known_storage_is_refused_by_name(tmp_path, flag):
     with pytest.raises(DatasetError, match=f"{flag} .*ftp:// is not known"):
         main(["export-fields", "--dataset_path", str(tmp_path / "sets"), *words])
     assert [file.name for file in tmp_path.iterdir()] == ["sets"]
+
+
+def test_the_formats_are_those_of_cloud_files():
+    assert sorted(FORMATS) == sorted(cloudfiles.paths.ALLOWED_FORMATS)
+
+
+def test_a_scheme_of_cloud_files_alone_and_an_alias_of_the_user_are_taken(monkeypatch):
+    check_source("--cv_path", "matrix://bucket/em")
+    monkeypatch.setattr(cloudfiles.paths, "ALLOWED_PROTOCOLS", ["file", "mine"])
+    check_source("--cv_path", "mine://bucket/em")
+    with pytest.raises(DatasetError, match="expected one of file, mine"):
+        check_source("--cv_path", "matrix://bucket/em")

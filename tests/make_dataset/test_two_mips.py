@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 import torch
 
+from metroem.create.requests import InspectRequest
 from metroem.data.dataset import PairRef, find_pairs, read_sample
 from metroem.errors import DatasetError
-from metroem.inspect import InspectRequest, inspect_dataset
+from metroem.inspect import inspect_dataset
 from metroem.io.h5 import FieldSet, ImageSet
 from metroem.nets.options import AlignerOptions
 from metroem.prediction import Alignment

@@ -9,7 +9,7 @@ import pytest
 
 import train
 from metroem.__main__ import build_parser, main
-from metroem.create.pairs import DatasetRequest
+from metroem.create.requests import DatasetRequest
 from metroem.errors import DatasetError, UsageError
 from metroem.grid import Grid
 from metroem.io.h5 import FieldSet, ImageSet, verify

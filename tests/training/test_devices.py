@@ -117,13 +117,14 @@ def test_ranks_that_cannot_find_each_other_are_refused(monkeypatch):
 
 def test_a_port_that_is_taken_is_refused_in_one_line(tmp_path):
     (tmp_path / "data").mkdir()
+    (tmp_path / "pyramid" / "0_mip1in_x").mkdir(parents=True)
     with socket.socket() as other:
         other.bind(("127.0.0.1", 0))
         other.listen()
         port = other.getsockname()[1]
         with pytest.raises(UsageError, match=f"--port {port}: cannot be used"):
             train.main(
-                ["--pyramid_path", str(tmp_path), "--device", "cpu"]
+                ["--pyramid_path", str(tmp_path / "pyramid"), "--device", "cpu"]
                 + ["--dataset_path", str(tmp_path / "data"), "--gpu", "0,1"]
                 + ["--port", str(port)]
             )

@@ -15,6 +15,7 @@ import torch
 
 import train
 from metroem.__main__ import main
+from metroem.create.requests import InspectRequest
 from metroem.errors import (
     CheckpointError,
     DatasetError,
@@ -24,7 +25,7 @@ from metroem.errors import (
 )
 from metroem.field import move_field
 from metroem.grid import Grid
-from metroem.inspect import InspectRequest, inspect_dataset
+from metroem.inspect import inspect_dataset
 from metroem.io import replace
 from metroem.io.h5 import FieldSet, FieldSetMeta, ImageSet, PairFrame, write_field_set
 from metroem.nets.loading import load_module

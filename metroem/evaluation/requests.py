@@ -1,0 +1,53 @@
+"""Say what the evaluation of a pyramid is asked for."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from metroem.cli import Request, flag
+from metroem.errors import UsageError
+from metroem.io.cloud_paths import check_dataset
+from metroem.specs.filenames import check_checkpoint_name
+from metroem.specs.pyramid import find_modules
+
+
+@dataclass(frozen=True)
+class EvaluateRequest(Request):
+    """What `metroem evaluate` is asked for.
+
+    Raises:
+        UsageError: a name that cannot be one, a folder for `json` or `report`, or
+            one file for both.
+    """
+
+    pyramid_path: Path = flag("the pyramid")
+    dataset_path: Path = flag("folder of image sets, of every mip of the pyramid")
+    checkpoint_name: str = flag("which weights", "checkpoint")
+    json: Path | None = flag("file for all figures, also those of each pair", None)
+    report: Path | None = flag("HTML file to look at all pairs in", None)
+    known_warps: bool = flag("warp sections by known fields too", False)
+    no_finetune: bool = flag("the networks alone", False)
+    verify: bool = flag(
+        "check each pair's checksum before it is read: reads it once more, whole", False
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_checkpoint_name(self.checkpoint_name)
+        for name, path, example in (
+            ("--json", self.json, "figures.json"),
+            ("--report", self.report, "report.html"),
+        ):
+            if path is not None and path.is_dir():
+                raise UsageError(
+                    f"{name} {path}: is a folder; name a file, for example "
+                    f"{path / example}"
+                )
+        if self.json is not None and self.json == self.report:
+            raise UsageError(
+                f"--report {self.report}: --json names the same file; name another, "
+                f"for example {self.json.with_name('report.html')}"
+            )
+
+    def check_paths(self) -> None:
+        find_modules(self.pyramid_path)
+        check_dataset(self.dataset_path)
