@@ -94,6 +94,7 @@ setup(
             "pytest-xdist",
             "ruff",
             "sphinx",
+            "sphinx-copybutton",
             "tensorboard",
         ],
     },

@@ -147,8 +147,11 @@ def test_flags_that_pages_mention_exist():
     parsers += [cli.parser("", one) for one, *_ in metroem_main.COMMANDS.values()]
     known = {flag for one in parsers for flag in one._option_string_actions}
     known |= {word for words in OF_CORGIE for word in words} | {*OF_TORCHRUN}
+    known |= {*OF_OTHERS}
+    for path in ROOT.glob("benchmarks/*.py"):
+        known |= set(re.findall(r"(--[a-z]\w+)", path.read_text()))
     for name, page in PAGES.items():
-        for flag in set(re.findall(r"(?<!-)--[a-z]\w+", page)):
+        for flag in set(re.findall(r"(?<!-)--[a-z][\w-]+", page)):
             assert flag in known, f"{name}: {flag}"
 
 

@@ -8,9 +8,10 @@ import pytest
 
 import download_image
 import train
-from metroem.demo import MARGIN_PX, SCHEDULE, Run, distort_sections, score_sections
+from metroem.demo import MARGIN_PX, Run, distort_sections, score_sections
 from metroem.distort import Distortion
 from metroem.io.volume_write import write_volume
+from metroem.requests import SCHEDULE
 from metroem.scaffold import init_pyramid
 
 SHARED = os.environ.get("METROEM_SHARED")
