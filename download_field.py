@@ -20,8 +20,8 @@ Example:
 import argparse
 from collections.abc import Sequence
 
-from metroem import cli
-from metroem.create.requests import FieldRequest
+from metroem.prepare.requests import FieldRequest
+from metroem.utils import cli
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -33,9 +33,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run the command."""
     request = cli.parse(FieldRequest, __doc__, argv)
     # Slow to import, so only when the request has been checked.
-    from metroem.create.field import create_field_set
+    from metroem.prepare.download_field import download_field
 
-    create_field_set(request)
+    download_field(request)
 
 
 if __name__ == "__main__":

@@ -17,8 +17,8 @@ Example:
 import argparse
 from collections.abc import Sequence
 
-from metroem import cli
-from metroem.create.requests import ImageRequest
+from metroem.prepare.requests import ImageRequest
+from metroem.utils import cli
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -30,9 +30,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run the command."""
     request = cli.parse(ImageRequest, __doc__, argv)
     # Slow to import, so only when the request has been checked.
-    from metroem.create.image import create_image_sets
+    from metroem.prepare.download_image import download_image
 
-    create_image_sets(request)
+    download_image(request)
 
 
 if __name__ == "__main__":

@@ -13,8 +13,8 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from metroem import cli
 from metroem.training.requests import TrainRequest
+from metroem.utils import cli
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -27,8 +27,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments = sys.argv[1:] if argv is None else argv
     request = cli.parse(TrainRequest, __doc__, arguments)
     # Torch is imported from here on, when all that needs none has been checked.
-    from metroem.training.distributed import choose_device, launch
     from metroem.training.run import train_pyramid
+    from metroem.utils.distributed import choose_device, launch
 
     if ranks := request.ranks_to_launch:
         choose_device(request.device, request.gpus)  # refused once, not by each rank

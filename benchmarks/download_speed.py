@@ -3,7 +3,7 @@ r"""Time download_image.py beside cloud-volume alone, and measure its memory.
 A volume on this disk, three mips of blurred noise, is read three ways in turn: by
 cloud-volume alone, each chunk once; by it and h5py, which writes the same arrays as
 they are compressed in image sets, without anything else; and by download_image.py
-(`create_image_sets`, in this process). Then fresh processes download few sections and
+(`download_image`, in this process). Then fresh processes download few sections and
 many, of small patches, and say the most memory that they had.
 
 Example:
@@ -26,10 +26,10 @@ import torch
 from cloudvolume import Bbox, CloudVolume
 from scipy import ndimage
 
-from metroem import cli
-from metroem.create.image import create_image_sets
-from metroem.create.requests import ImageRequest
-from metroem.normalize import normalize
+from metroem.imaging.normalize import normalize
+from metroem.prepare.download_image import download_image
+from metroem.prepare.requests import ImageRequest
+from metroem.utils import cli
 
 _MIPS = (2, 1, 0)
 _CORNER = 64  # mip-0 pixels along x and y; not on the border of a chunk
@@ -173,7 +173,7 @@ def _normalized(patches: np.ndarray, z: int) -> np.ndarray:
 def download(folder: Path, num_sections: int, patch_px: int, parallel: int) -> None:
     """Make the image sets from nothing by download_image.py."""
     shutil.rmtree(folder / "data", ignore_errors=True)
-    create_image_sets(
+    download_image(
         ImageRequest(
             cv_path=str(folder / "em"),
             mips=list(_MIPS),

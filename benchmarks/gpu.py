@@ -32,20 +32,20 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 from train_step import fresh_aligner, make_pairs, timed_phases, whole_step
 
-from metroem import cli
 from metroem.aligner import Aligner
 from metroem.data.dataset import PairRef
-from metroem.data.epoch import EpochKey, TrainingEpoch
 from metroem.data.sample import Sample, stack_samples
+from metroem.data.sampling import EpochSeed, TrainingEpoch
 from metroem.errors import UsageError
-from metroem.field_loss import FieldLoss, FinetuneOptions
-from metroem.field_search import Search
-from metroem.masks import PairWeight
-from metroem.recording import RecordedStep
+from metroem.finetune.adam import FieldAdam
+from metroem.finetune.analytic_loss import AdamOptions, AnalyticLoss
+from metroem.imaging.loss_weights import PairWeight
 from metroem.specs.losses import LossSpec
 from metroem.specs.schedule import Phase
 from metroem.training.compile import compile_network
 from metroem.training.model import TrainingModel
+from metroem.utils import cli
+from metroem.utils.cuda_graphs import RecordedStep
 
 Part = Callable[[], object]
 
@@ -114,7 +114,7 @@ class Bench:
         self.default_sample: Sample = self._load(self.default_phase).to(device)
 
     def _load(self, phase: Phase) -> Sample:
-        key = EpochKey(0, 0, 0, 0)
+        key = EpochSeed(0, 0, 0, 0)
         epoch = TrainingEpoch(self.pairs, phase, key, batch_size=self.batch)
         return stack_samples([epoch[i] for i in range(self.batch)])
 
@@ -166,22 +166,24 @@ class Bench:
             self.sample.src, self.sample.tgt, options=options
         )
 
-    def search(self) -> tuple[Part, FieldLoss, Tensor]:
+    def search(self) -> tuple[Part, AnalyticLoss, Tensor]:
         """A step of the finetuner, its loss, and the field it starts from."""
         loss, start = field_loss(self.device, self.batch, self.size)
-        search = Search(start, loss.options)
+        search = FieldAdam(start, loss.options)
         step = RecordedStep(lambda: search.step(*loss.with_gradient(search.field)))
         return lambda: step(self.device), loss, start
 
     def search_by_torch(self) -> Part:
         """The same step, each operation of torch started by itself."""
         loss, start = field_loss(self.device, self.batch, self.size)
-        search = Search(start, loss.options)
+        search = FieldAdam(start, loss.options)
 
         def run() -> None:
             with (
-                patch("metroem.field_loss.has_kernels", return_value=False),
-                patch("metroem.field_search.has_kernels", return_value=False),
+                patch(
+                    "metroem.finetune.analytic_loss.can_use_triton", return_value=False
+                ),
+                patch("metroem.finetune.adam.can_use_triton", return_value=False),
             ):
                 search.step(*loss.with_gradient(search.field))
 
@@ -200,7 +202,9 @@ class Bench:
         return TrainingModel(aligner, kind.precision, is_recorded=kind.is_recorded)
 
 
-def field_loss(device: torch.device, batch: int, size: int) -> tuple[FieldLoss, Tensor]:
+def field_loss(
+    device: torch.device, batch: int, size: int
+) -> tuple[AnalyticLoss, Tensor]:
     """A loss of random features with masks, and a smooth field of some pixels."""
     generator = torch.Generator().manual_seed(0)
     features = torch.randn(2, batch, _NUM_FEATURES, size, size, generator=generator)
@@ -211,11 +215,11 @@ def field_loss(device: torch.device, batch: int, size: int) -> tuple[FieldLoss, 
     weight[..., size // 4 : size // 3, :] = 0
     pair = PairWeight(weight.to(device), weight.mT.contiguous().to(device))
     src, tgt = features.to(device)
-    options = FinetuneOptions(l2=0.0, border=2)
-    return FieldLoss((src, tgt), (pair, pair), options), start.to(device)
+    options = AdamOptions(l2=0.0, border=2)
+    return AnalyticLoss((src, tgt), (pair, pair), options), start.to(device)
 
 
-def bare_warp(loss: FieldLoss, start: Tensor) -> Part:
+def bare_warp(loss: AnalyticLoss, start: Tensor) -> Part:
     """`F.grid_sample` of as many features, and its backward pass to the field."""
     size = start.shape[-1]
     src = torch.randn(len(start), _NUM_FEATURES, size, size, device=start.device)

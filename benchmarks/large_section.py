@@ -27,12 +27,12 @@ import numpy as np
 import torch
 
 import metroem
-from metroem import cli
 from metroem.demo import distort_sections, environment
-from metroem.distort import Distortion
-from metroem.scaffold import init_pyramid
-from metroem.tiles import Tiling
-from metroem.tissue import TissueRecipe, make_tissue
+from metroem.models.module_folders import init_pyramid
+from metroem.models.tiling import Tiling
+from metroem.synthetic.distortion import Distortion
+from metroem.synthetic.tissue import TissueRecipe, make_tissue
+from metroem.utils import cli
 
 _MARGIN_PX = 32
 _WHOLE = 1 << 20  # a tile that no section exceeds

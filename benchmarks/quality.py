@@ -42,15 +42,15 @@ from quality_results import (
     bars_of_cases,
 )
 
-from metroem import cli
 from metroem.demo import Run, environment, run_steps, script
 from metroem.errors import MetroEMError, UsageError
+from metroem.evaluation.report.curves import main_curves, read_curves
+from metroem.evaluation.tables import print_json, write_json
 from metroem.io.volume_write import write_volume
-from metroem.nets.checkpoint import checkpoint_path
-from metroem.report.curves import main_curves, read_curves
-from metroem.report.scores import print_json, write_json
-from metroem.requests import SCHEDULE
-from metroem.specs.pyramid import find_modules
+from metroem.models.weights import checkpoint_path
+from metroem.specs.modules import find_modules
+from metroem.synthetic.requests import SCHEDULE
+from metroem.utils import cli
 
 logger = logging.getLogger("metroem.benchmarks.quality")
 

@@ -13,8 +13,8 @@ from PIL import Image, ImageDraw, ImageFont
 from quality_cases import Solved
 from quality_results import METHODS, NONE, STAGE0, UNWARPED, Bar, Results
 
+from metroem.evaluation.report.curves import Curve
 from metroem.io.pictures import color_field, overlay
-from metroem.report.curves import Curve
 
 _LOG = "What was tried on the way to these figures is in [docs/log.md](../docs/log.md)."
 _NAMES = {NONE: "no alignment", **{m: name for m, (_, name) in METHODS.items()}}

@@ -12,8 +12,8 @@ from collections.abc import Callable, Mapping
 
 import torch
 
-from metroem import cli
 from metroem.errors import UsageError
+from metroem.utils import cli
 
 Contender = Callable[[], object]
 

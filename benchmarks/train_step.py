@@ -25,23 +25,23 @@ import side_by_side
 import torch
 from msgspec.structs import replace
 
-from metroem import cli
 from metroem.aligner import Aligner
 from metroem.data.dataset import PairRef, find_pairs, read_sample
-from metroem.data.epoch import EpochKey, TrainingEpoch
 from metroem.data.sample import Sample, stack_samples
-from metroem.grid import Grid
-from metroem.io.h5 import ImageSetMeta, Pair, PairFrame, write_image_set
-from metroem.nets.loading import load_module
-from metroem.nets.requests import templates
-from metroem.normalize import normalize
-from metroem.scaffold import init_pyramid
+from metroem.data.sampling import EpochSeed, TrainingEpoch
+from metroem.geometry.grid import Grid
+from metroem.imaging.normalize import normalize
+from metroem.io.h5 import ImageSetMeta, Pair, PairLocation, write_image_set
+from metroem.models.load import load_module
+from metroem.models.module_folders import init_pyramid
+from metroem.models.requests import templates
 from metroem.specs.schedule import Phase, load_schedule
-from metroem.tissue import TissueRecipe, make_tissue
-from metroem.training.memory import keep_freed_memory
+from metroem.synthetic.tissue import TissueRecipe, make_tissue
 from metroem.training.model import TrainingModel
 from metroem.training.step import train_step
 from metroem.training.targets import EarlierStages
+from metroem.utils import cli
+from metroem.utils.memory import keep_freed_memory
 
 MIP = 3  # both schedules have it
 WARM_UP_ROUNDS = 2
@@ -76,7 +76,7 @@ def make_pairs(folder: Path, num_pairs: int, size: int) -> list[PairRef]:
     tissue = make_tissue(TissueRecipe(num_pairs + 1, size, size))
     images = [normalize(torch.from_numpy(section)).numpy() for section in tissue]
     grid = Grid(MIP, 0, 0, size, size)
-    frames = [PairFrame(grid, (z + 1, z)) for z in range(num_pairs)]
+    frames = [PairLocation(grid, (z + 1, z)) for z in range(num_pairs)]
     pairs = [Pair(images[z + 1], images[z]) for z in range(num_pairs)]
     meta = ImageSetMeta(frames, "made", "", {}, normalization={"kind": "tissue"})
     write_image_set(folder / f"x0_y0_z1_MIP{MIP}.h5", pairs, meta)
@@ -156,7 +156,7 @@ def read_batches(phase: Phase, pairs: list[PairRef], batch_size: int) -> Batches
     """Batches without end, each read when it is asked for."""
     epoch = 0
     while True:
-        key = EpochKey(0, 0, 0, epoch)
+        key = EpochSeed(0, 0, 0, epoch)
         samples = TrainingEpoch(pairs, phase, key, batch_size=batch_size)
         for first in range(0, len(samples), batch_size):
             batch = [samples[first + i] for i in range(batch_size)]

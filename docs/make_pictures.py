@@ -3,9 +3,9 @@
     make demo
     python docs/make_pictures.py
 
-The grids of docs/fields.md are computed with `metroem.field`, not drawn by hand. The
-other pictures show sections 23 to 27 of the demo, which it did not train on. They need
-Chromium.
+The grids of docs/fields.md are computed with `metroem.geometry.field`, not drawn by
+hand. The other pictures show sections 23 to 27 of the demo, which it did not train on.
+They need Chromium.
 """
 
 import shlex
@@ -23,7 +23,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 import metroem
-from metroem.field import compose, upsample_field, warp
+from metroem.geometry.field import compose, upsample_field, warp
 
 FOLDER = Path(__file__).parent
 PICTURES = FOLDER / "pictures"

@@ -17,7 +17,7 @@ def __getattr__(name: str) -> Any:
     if name in _SUBMODULES:
         return import_module(f"metroem.{name}")
     if name == "Pyramid":
-        return import_module("metroem.align").Pyramid
+        return import_module("metroem.pyramid").Pyramid
     raise AttributeError(f"module 'metroem' has no attribute {name!r}")
 
 

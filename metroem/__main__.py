@@ -6,13 +6,14 @@ from collections.abc import Callable, Sequence
 from importlib import import_module
 from typing import Any
 
-from metroem import __version__, cli
-from metroem.create.requests import DatasetRequest, InspectRequest, SpecRequest
+from metroem import __version__
 from metroem.evaluation.requests import EvaluateRequest
 from metroem.export.requests import ExportRequest
-from metroem.nets.requests import FetchRequest, InitRequest
-from metroem.requests import DemoRequest
+from metroem.models.requests import FetchRequest, InitRequest
+from metroem.prepare.requests import DatasetRequest, InspectRequest, SpecRequest
+from metroem.synthetic.requests import DemoRequest
 from metroem.training.requests import WriteFieldsRequest
+from metroem.utils import cli
 
 Run = Callable[[Any, Sequence[str]], object]
 
@@ -27,13 +28,13 @@ def _late(name: str) -> Run:
 
 
 def _init(request: InitRequest, _: Sequence[str]) -> None:
-    from metroem.scaffold import init_pyramid
+    from metroem.models.module_folders import init_pyramid
 
     init_pyramid(request.pyramid, request.mips, request.template)
 
 
 def _fetch(request: FetchRequest, _: Sequence[str]) -> None:
-    from metroem.scaffold import fetch
+    from metroem.models.module_folders import fetch
 
     is_sure = request.trust or request.is_local
     is_trusted = (lambda code: True) if is_sure else _is_trusted
@@ -49,8 +50,8 @@ def _is_trusted(code: str) -> bool:
 
 
 def _write_fields(asked: WriteFieldsRequest, arguments: Sequence[str]) -> None:
-    from metroem.training.distributed import choose_device, launch
     from metroem.training.run import train_pyramid
+    from metroem.utils.distributed import choose_device, launch
 
     request = asked.as_training()
     if ranks := request.ranks_to_launch:
@@ -65,22 +66,22 @@ COMMANDS: dict[str, tuple[type[cli.Request], Run, str]] = {
     "fetch": (FetchRequest, _fetch, "copy a pyramid or module from any cloud path"),
     "inspect": (
         InspectRequest,
-        _late("metroem.inspect.inspect_dataset"),
+        _late("metroem.prepare.inspect.inspect_dataset"),
         "list and check image sets and field sets",
     ),
     "evaluate": (
         EvaluateRequest,
-        _late("metroem.evaluate.evaluate_dataset"),
+        _late("metroem.evaluation.evaluate.evaluate_dataset"),
         "measure how well a pyramid aligns a data set, and where worst",
     ),
     "create-spec": (
         SpecRequest,
-        _late("metroem.create.points.create_spec"),
+        _late("metroem.prepare.create_spec.create_spec"),
         "write a spec of pairs around points, for make-dataset",
     ),
     "make-dataset": (
         DatasetRequest,
-        _late("metroem.create.pairs.make_dataset"),
+        _late("metroem.prepare.make_dataset.make_dataset"),
         "make image and field sets from a spec",
     ),
     "write-fields": (
@@ -90,7 +91,7 @@ COMMANDS: dict[str, tuple[type[cli.Request], Run, str]] = {
     ),
     "export-fields": (
         ExportRequest,
-        _late("metroem.export.run.export_fields"),
+        _late("metroem.export.export_fields.export_fields"),
         "write fields as a CloudVolume, or for SOFIMA or ITK",
     ),
     "demo": (

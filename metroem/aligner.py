@@ -9,41 +9,41 @@ forms in, a torchfields `Field` out.
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from metroem.both_ways import agree
-from metroem.boundary import read_given, read_image
-from metroem.errors import UsageError
-from metroem.field import compose, fill_not_finite, invert, warp
-from metroem.field_search import Finetuned
-from metroem.finetuner import as_torchfields
-from metroem.finetuning import Defects, finetune, pair_maps
-from metroem.masks import has_tissue
-from metroem.nets.building import (
+from metroem.errors import FieldError, UsageError
+from metroem.finetune.adam import FinetuneResult
+from metroem.geometry.field import compose, fill_not_finite, invert, warp
+from metroem.geometry.regularize import make_inverse_consistent, remove_folds
+from metroem.geometry.torchfields import as_bchw, as_torchfields
+from metroem.imaging.masks import has_tissue
+from metroem.imaging.normalize import finite_or_no_data, normalize_if_raw
+from metroem.models.build import (
     build_net,
     padding,
-    side_multiple,
+    size_divisor,
     stock_operators_at_work,
 )
-from metroem.nets.checkpoint import checkpoint_path, load_weights, save_weights
-from metroem.nets.options import AlignerOptions
-from metroem.normalize import finite_or_no_data
-from metroem.prediction import (
+from metroem.models.finetuning import Defects, find_pair_masks, finetune
+from metroem.models.options import AlignerOptions
+from metroem.models.tiling import predict_by_tiles
+from metroem.models.types import (
     Alignment,
     Embedding,
-    Found,
+    ForwardBackward,
     Prediction,
     State,
     has_features,
     or_zeros,
 )
-from metroem.tiles import predict_by_tiles
-from metroem.unfold import unfold
+from metroem.models.weights import checkpoint_path, load_weights, save_weights
 
 logger = logging.getLogger(__name__)
 
@@ -58,7 +58,7 @@ class Aligner(nn.Module):
         checkpoint_name: of the weights, also of those that `save_checkpoint` writes.
         pass_field: whether the network gets the prior field (True), or an src
             already warped by it (False).
-        operators: "corrected" or "stock", see `metroem.nets.building`.
+        operators: "corrected" or "stock", see `metroem.models.build`.
         options: see `AlignerOptions`.
     """
 
@@ -107,7 +107,7 @@ class Aligner(nn.Module):
         # float32, whatever torch's default is.
         self.net: Any = build_net(spec_path, operators=operators).float()
         self.net.name = self.checkpoint_name
-        self._multiple = side_multiple(self.net, spec_path)
+        self._multiple = size_divisor(self.net, spec_path)
         path = checkpoint_path(self.model_folder, self.checkpoint_name)
         loaded = checkpoint_name is not None and self.load_checkpoint(path.parent)
         weights = f"weights of {path.name}" if loaded else "fresh weights"
@@ -260,7 +260,7 @@ class Aligner(nn.Module):
             FieldError: a prior that is no field of the images.
         """
         with _no_inference_mode(torch.is_grad_enabled()):
-            options, (src, tgt), prior, defects = read_given(
+            options, (src, tgt), prior, defects = parse_forward_args(
                 self.options, (src_img, tgt_img), src_agg_field, given
             )
             self.to(src.device)
@@ -396,10 +396,10 @@ class Aligner(nn.Module):
         prior: Tensor | None,
         options: AlignerOptions,
         defects: Defects,
-    ) -> Found:
+    ) -> ForwardBackward:
         """The field of each direction that the options want, by itself."""
         if options.finetune:  # found once, for both ways
-            maps = pair_maps(src, tgt, defects, options)
+            maps = find_pair_masks(src, tgt, defects, options)
             defects = maps.src_defects, maps.tgt_defects
         field, tuned, state = self._directed(src, tgt, prior, options, defects)
         backward = None
@@ -407,14 +407,14 @@ class Aligner(nn.Module):
             back = None if prior is None else invert(prior)
             swapped = defects[1], defects[0]
             backward = self._directed(tgt, src, back, options, swapped)[0]
-        return Found(field, backward, tuned, state)
+        return ForwardBackward(field, backward, tuned, state)
 
     def _finished(self, field: Tensor, other: Tensor | None) -> Tensor:
         """A field of one direction made to agree with the other, without folds."""
         if other is not None:
-            field = agree(field, other)
+            field = make_inverse_consistent(field, other)
         if self.operators == "corrected":  # stock modules keep their numbers
-            field = unfold(field)
+            field = remove_folds(field)
         return field
 
     def _directed(
@@ -424,7 +424,7 @@ class Aligner(nn.Module):
         prior: Tensor | None,
         options: AlignerOptions,
         defects: Defects,
-    ) -> tuple[Tensor, Finetuned | None, State]:
+    ) -> tuple[Tensor, FinetuneResult | None, State]:
         """The field from src to tgt alone, finetuned if the options say so."""
         level = options.finetune_level
         levels = (level,) if options.finetune else ()
@@ -437,7 +437,7 @@ class Aligner(nn.Module):
             found = predict_by_tiles(self.predict, (src, tgt), prior, tiling, levels)
         if not options.finetune:
             return found.field, None, state
-        maps = pair_maps(src, tgt, defects, options)
+        maps = find_pair_masks(src, tgt, defects, options)
         features = found.embeddings.pop  # none are kept here while that is at work
         tuned = finetune(found.field, features(level), maps, options, trust=found.trust)
         return tuned.field, tuned, state
@@ -459,3 +459,155 @@ def _finite(prior: Tensor | None) -> Tensor | None:
     if prior is None:
         return None
     return fill_not_finite(prior.clone() if prior.is_inference() else prior)
+
+
+class ForwardArgs(NamedTuple):
+    """One call of a module, as plain tensors."""
+
+    options: AlignerOptions
+    images: list[Tensor]  # src and tgt, (B, 1, H, W) float32
+    prior: Tensor | None  # (B, 2, H, W), pixels
+    defects: Defects  # of src and tgt, (B, 1, H, W) bool
+
+
+def parse_forward_args(
+    options: AlignerOptions,
+    images: tuple[Any, Any],
+    prior: Any,
+    given: dict[str, Any],
+) -> ForwardArgs:
+    """The arguments of `metroem.aligner.Aligner.forward`, in the forms it works on.
+
+    Args:
+        options: the module's own.
+        images: src and tgt.
+        prior: field, or None.
+        given: keyword arguments.
+
+    Raises:
+        UsageError: images, or masks, that are none or differ in shape.
+        FieldError: a prior that is no field of the images.
+    """
+    options = options.updated(given)
+    is_default = given.get("finetune_sm") is None and not options.finetune_knots
+    if given.get("final_stage") and is_default:
+        options = replace(options, finetune_sm=10 * options.finetune_sm)
+    src, tgt = (
+        read_image(image, name)
+        for image, name in zip(images, ("src_img", "tgt_img"), strict=True)
+    )
+    if src.shape != tgt.shape:
+        raise UsageError(
+            f"src_img {tuple(src.shape)} and tgt_img {tuple(tgt.shape)}: expected "
+            "images of the same shape"
+        )
+    return ForwardArgs(
+        options,
+        normalize_if_raw([src, tgt], options.normalize),
+        None if prior is None else _prior(prior, src),
+        tuple(  # type: ignore[arg-type]
+            _mask(given.get(name), name, src) for name in ("src_defects", "tgt_defects")
+        ),
+    )
+
+
+def read_image(image: Any, name: str) -> Tensor:
+    """An image as (B, 1, H, W), what is not finite 0 ("no data").
+
+    Args:
+        image: (H, W) to (B, 1, H, W), of any kind of numbers and any layout; a tensor,
+            an array, or what numpy makes one of.
+        name: for messages.
+
+    Raises:
+        UsageError: no image.
+    """
+    if not isinstance(image, Tensor):
+        image = torch.from_numpy(as_array(image, name))
+    if image.dtype == torch.bool or image.is_complex():
+        raise UsageError(_not_grey_levels(name, image.dtype))
+    batch = as_bchw(image)
+    if batch.ndim != 4 or batch.shape[1] != 1 or 0 in batch.shape:
+        raise UsageError(
+            f"{name} {tuple(image.shape)}: expected an image of one channel, (H, W) to "
+            "(B, 1, H, W), with pixels"
+        )
+    if batch.dtype in (torch.uint16, torch.uint32, torch.uint64):
+        batch = batch.long()  # torch cannot do much with those
+    return finite_or_no_data(batch)
+
+
+def as_array(image: Any, name: str) -> np.ndarray:
+    """What somebody takes for an image as an array that torch takes.
+
+    Args:
+        image: array, masked array (masked: 0, "no data"), tensor, PIL image, or list;
+            any byte order and layout.
+        name: for messages.
+
+    Returns:
+        Contiguous, writable, in native byte order; uint8, int8, int16, int32 (of
+        uint16), int64, float32 or float64.
+
+    Raises:
+        UsageError: no grey levels.
+    """
+    if isinstance(image, Tensor):
+        image = image.detach().cpu()
+        image = image.float() if image.dtype == torch.bfloat16 else image
+    elif isinstance(image, np.ma.MaskedArray):
+        image = image.filled(0)
+    elif getattr(image, "mode", None) in ("P", "PA"):
+        raise UsageError(
+            f"{name}: a PIL image of mode {image.mode} holds numbers of colours, not "
+            "grey levels; give image.convert('L')"
+        )
+    try:
+        values = np.asarray(image)
+    except (TypeError, ValueError) as error:
+        raise UsageError(f"{name}: cannot be made an array ({error})") from error
+    kind, size = values.dtype.kind, values.dtype.itemsize
+    if kind not in "uif":
+        raise UsageError(_not_grey_levels(name, values.dtype))
+    if kind == "f":
+        dtype = np.float32 if size <= 4 else np.float64
+    elif size == 1:
+        dtype = values.dtype
+    elif size == 2:
+        dtype = np.int32 if kind == "u" else np.int16
+    else:
+        dtype = np.int64
+    return np.require(values, dtype, ["C", "W"])
+
+
+def _not_grey_levels(name: str, dtype: Any) -> str:
+    return (
+        f"{name}: is {dtype}, which are no grey levels; expected whole numbers or "
+        "floats, 0 = no data"
+    )
+
+
+def _prior(prior: Any, image: Tensor) -> Tensor:
+    if not isinstance(prior, Tensor):
+        prior = torch.from_numpy(as_array(prior, "src_agg_field")).to(image.device)
+    field, (batch, _, *size) = as_bchw(prior).float(), image.shape
+    if field.shape != (batch, 2, *size):
+        raise FieldError(
+            f"src_agg_field {tuple(prior.shape)}: expected the field of images of "
+            f"{tuple(image.shape)}, {(batch, 2, *size)}"
+        )
+    return field
+
+
+def _mask(mask: Any, name: str, image: Tensor) -> Tensor | None:
+    if mask is None:
+        return None
+    if not isinstance(mask, Tensor):
+        mask = torch.from_numpy(np.array(mask) != 0).to(image.device)
+    marked = as_bchw(mask) != 0
+    if marked.ndim != 4 or marked.shape[-2:] != image.shape[-2:]:
+        raise UsageError(
+            f"{name} {tuple(mask.shape)}: expected a mask of images of "
+            f"{tuple(image.shape)}"
+        )
+    return marked

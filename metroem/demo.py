@@ -20,15 +20,15 @@ import numpy as np
 import torch
 
 import metroem
-from metroem.distort import Distortion, Section, distort, true_pair
 from metroem.errors import MetroEMError, UsageError
-from metroem.field import warp
+from metroem.evaluation.scores import Score, mean_score, score_pair
+from metroem.evaluation.tables import print_json, print_scores
+from metroem.geometry.field import warp
 from metroem.io.pictures import save_pair_picture
 from metroem.io.volume_write import write_volume
-from metroem.report.scores import print_json, print_scores
-from metroem.requests import MARKER, DemoRequest
-from metroem.scoring import Score, mean_score, score_pair
-from metroem.tissue import TissueRecipe, make_tissue
+from metroem.synthetic.distortion import Distortion, Section, distort, true_pair
+from metroem.synthetic.requests import MARKER, DemoRequest
+from metroem.synthetic.tissue import TissueRecipe, make_tissue
 
 logger = logging.getLogger(__name__)
 

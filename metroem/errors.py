@@ -10,7 +10,7 @@
       ResourceError     memory that does not suffice, a process that was killed
 
 A message names the path or flag, says what was found and what was expected,
-and what to do. `metroem.cli.run` prints it and exits with 1; any other
+and what to do. `metroem.utils.cli.run` prints it and exits with 1; any other
 exception is a bug and keeps its traceback.
 """
 

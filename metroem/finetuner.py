@@ -1,7 +1,7 @@
 """A field optimised directly on the features of its pair.
 
 Minimises similarity + smoothness * rigidity + l2 * mean(field^2) by Adam on what is
-added to the field, at several scales at once (`metroem.field_search`), each sample of
+added to the field, at several scales at once (`metroem.finetune.adam`), each sample of
 a batch for itself. The best field seen is kept, so the result is never worse by this
 loss than the field it started from.
 
@@ -16,90 +16,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from metroem.errors import FieldError, UsageError
-from metroem.field import check_field
-from metroem.field_loss import FieldLoss, FinetuneOptions
-from metroem.field_search import Finetuned, Search
-from metroem.mask_rules import MaskRules
-from metroem.masks import PairMaps, PairWeight, weigh
-from metroem.recording import RecordedStep
+from metroem.errors import UsageError
+from metroem.finetune.adam import finetune_adam
+from metroem.finetune.analytic_loss import AdamOptions
+from metroem.geometry.torchfields import as_bchw, as_torchfields
+from metroem.imaging.loss_weights import PairMasks, pair_weights
+from metroem.imaging.mask_rules import MaskRules
 from metroem.specs.schedule import parse_mask_rules
 
 logger = logging.getLogger(__name__)
-
-# Share of the weight that a field may lose for nothing.
-_MAY_BE_LOST = 0.1
-# How many steps pass between looks at whether all samples are done: a look
-# makes the host wait for a GPU.
-_LOOK_EVERY = 25
-
-
-def finetune_field(
-    src: Tensor,
-    tgt: Tensor,
-    field: Tensor,
-    similarity_weight: PairWeight,
-    smoothness_weight: PairWeight,
-    options: FinetuneOptions,
-) -> Finetuned:
-    """Improve a field on the features of its pair.
-
-    Args:
-        src: (B, C, H, W) features as they are compared (normalised, without
-            the image channel, 0 where there is no data).
-        tgt: (B, C, H, W).
-        field: (B, 2, H, W), pixels; where to start. Not written into.
-        similarity_weight: weights of the features.
-        smoothness_weight: weights of the rigidity.
-        options: see `FinetuneOptions`.
-
-    Returns:
-        The best field seen, detached.
-
-    Raises:
-        FieldError: `field` is no field of the size of the features.
-    """
-    check_field(field)
-    if field.shape[-2:] != src.shape[-2:] or src.shape != tgt.shape:
-        raise FieldError(
-            f"features of {tuple(src.shape)} and {tuple(tgt.shape)} and a field of "
-            f"{tuple(field.shape)}: sizes must be equal"
-        )
-    features, weights = (
-        (src.detach(), tgt.detach()),
-        (similarity_weight, smoothness_weight),
-    )
-    loss = FieldLoss(features, weights, options)
-    start = field.detach().float()
-    loss_before, _ = loss.with_gradient(start)
-    search = Search(start, options)
-    step = RecordedStep(lambda: search.step(*loss.with_gradient(search.field)))
-    steps = 0
-    for steps in range(1, options.num_steps + 1):
-        step(start.device)
-        if steps % _LOOK_EVERY == 0 and bool(search.finished.all()):
-            break
-    # The last step has not been judged yet.
-    search.judge(loss.with_gradient(search.field)[0])
-    lost = [_lost(similarity_weight, start, one) for one in (start, search.best_field)]
-    # What is lost counts twice as much as the mean of what was there: else the best
-    # field would be one that leaves nothing to compare.
-    cost = 2 * loss_before
-    better = search.best_loss + cost * lost[1] < loss_before + cost * lost[0]
-    better &= search.best_loss < loss_before
-    found = torch.where(better.view(-1, 1, 1, 1), search.best_field, start)
-    loss_after = torch.where(better, search.best_loss, loss_before)
-    return Finetuned(found, loss_before, loss_after, steps)
-
-
-def _lost(weight: PairWeight, start: Tensor, field: Tensor) -> Tensor:
-    """Share of what a start, or no field, leaves to compare and a field loses, (B,).
-
-    Borders that move out of the image are no loss.
-    """
-    due = torch.maximum(weight.along(start), weight.along(torch.zeros_like(start)))
-    lost = (due - weight.along(field)).clamp(min=0).sum((1, 2, 3))
-    return (lost / due.sum((1, 2, 3)).clamp(min=1e-6) - _MAY_BE_LOST).clamp(min=0)
 
 
 def optimize_pre_post_ups(
@@ -126,7 +51,7 @@ def optimize_pre_post_ups(
     verbose: bool = False,
     max_bad: int = 15,
 ) -> Tensor:
-    """`finetune_field` in the form the original gives it, for code that calls it.
+    """`finetune_adam` in the form the original gives it, for code that calls it.
 
     Args:
         src: (B, C, H, W) features.
@@ -159,7 +84,7 @@ def optimize_pre_post_ups(
     Raises:
         UsageError: an unknown `opt_mode`, option of it, or mask rule.
     """
-    options = FinetuneOptions(
+    options = AdamOptions(
         smoothness=sm,
         rate_px=lr,
         num_iter=num_iter,
@@ -171,22 +96,23 @@ def optimize_pre_post_ups(
         weight_decay=wd,
         momentum=_momentum(opt_mode, opt_params or {}),
     )
-    src, tgt, field = (plain_batch(t).float() for t in (src, tgt, initial_res))
-    no_data = [plain_batch(mask) != 0 for mask in (src_zeros, tgt_zeros)]
-    maps = PairMaps(
+    src, tgt, field = (as_bchw(t).float() for t in (src, tgt, initial_res))
+    no_data = [as_bchw(mask) != 0 for mask in (src_zeros, tgt_zeros)]
+    maps = PairMasks(
         _marked(src, no_data[0]),
         _marked(tgt, no_data[1]),
-        *(
-            None if d is None else plain_batch(d) != 0
-            for d in (src_defects, tgt_defects)
-        ),
+        *(None if d is None else as_bchw(d) != 0 for d in (src_defects, tgt_defects)),
     )
-    similarity_weight = weigh(mask_rules(mse_keys_to_apply, "mse_keys_to_apply"), maps)
-    smoothness_weight = weigh(mask_rules(sm_keys_to_apply, "sm_keys_to_apply"), maps)
+    similarity_weight = pair_weights(
+        mask_rules(mse_keys_to_apply, "mse_keys_to_apply"), maps
+    )
+    smoothness_weight = pair_weights(
+        mask_rules(sm_keys_to_apply, "sm_keys_to_apply"), maps
+    )
     if normalize:
         src = normalize_jointly(src, ~no_data[0])
         tgt = normalize_jointly(tgt, ~no_data[1])
-    tuned = finetune_field(
+    tuned = finetune_adam(
         src, tgt, field, similarity_weight, smoothness_weight, options
     )
     log = logger.info if verbose else logger.debug
@@ -217,19 +143,6 @@ def normalize_jointly(features: Tensor, mask: Tensor) -> Tensor:
     degrees = (features.shape[1] * count - 1).clamp(min=1)
     variance = (centred**2).sum((1, 2, 3), keepdim=True) / degrees
     return centred / (variance + 1e-8).sqrt()
-
-
-def plain_batch(values: Tensor) -> Tensor:
-    """(H, W) to (B, C, H, W), any layout or subclass -> contiguous (B, C, H, W)."""
-    values = values.as_subclass(Tensor)
-    return values.reshape((1,) * (4 - values.ndim) + tuple(values.shape)).contiguous()
-
-
-def as_torchfields(field: Tensor) -> Any:
-    """A field as the torchfields `Field` that corgie and its like expect."""
-    import torchfields  # costs a second, and only this boundary needs it
-
-    return torchfields.Field(field)
 
 
 def _momentum(mode: str, params: dict[str, Any]) -> float | None:

@@ -12,10 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from metroem.field import downsample_field, upsample_field, warp
-from metroem.masks import PairWeight
+from metroem.geometry.field import downsample_field, upsample_field, warp
+from metroem.geometry.rigidity import rigidity_map
+from metroem.imaging.loss_weights import PairWeight
 from metroem.specs.losses import LossSpec
-from metroem.springs import rigidity_map
 
 BORDER_PX = 32
 # Weight of the field of a level against that of the next finer one.

@@ -11,7 +11,7 @@ import download_field
 import download_image
 import train
 from metroem import __main__ as metroem_main
-from tests.nets.specs import CORRELATION, write_spec
+from tests.models.specs import CORRELATION, write_spec
 
 ROOT = Path(__file__).parents[1]
 CORGIE = ".venv-corgie/bin/corgie"  # what make clients installs

@@ -3,12 +3,12 @@
 import numpy as np
 
 from metroem.data.dataset import find_pairs
-from metroem.grid import Grid
+from metroem.geometry.grid import Grid
 from metroem.io.h5 import (
     FieldSetMeta,
     ImageSetMeta,
     Pair,
-    PairFrame,
+    PairLocation,
     write_field_set,
     write_image_set,
 )
@@ -39,7 +39,8 @@ def write_images(
     if change:
         pairs = [change(i, pair) for i, pair in enumerate(pairs)]
     frames = [
-        PairFrame(Grid(mip, x, 0, *shape), (z + i, z + i - 1)) for i in range(num_pairs)
+        PairLocation(Grid(mip, x, 0, *shape), (z + i, z + i - 1))
+        for i in range(num_pairs)
     ]
     meta = ImageSetMeta(frames, "test", "", {}, normalization={"kind": "tissue"})
     write_image_set(folder / name, pairs, meta, defects=defects)

@@ -5,10 +5,10 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from metroem.field import warp
-from metroem.grid import Grid
-from metroem.io.h5 import ImageSetMeta, Pair, PairFrame, write_image_set
-from metroem.normalize import coarsen_image, normalize
+from metroem.geometry.field import warp
+from metroem.geometry.grid import Grid
+from metroem.imaging.normalize import coarsen_image, normalize
+from metroem.io.h5 import ImageSetMeta, Pair, PairLocation, write_image_set
 from metroem.specs.filenames import ImageSetName
 
 SHIFT_PX = 3.0
@@ -48,7 +48,7 @@ def write_pairs(
         rows, cols = pairs[0].src.shape
         meta = ImageSetMeta(
             frames=[
-                PairFrame(Grid(mip, *corner, rows, cols), (1 + i, i))
+                PairLocation(Grid(mip, *corner, rows, cols), (1 + i, i))
                 for i in range(num_pairs)
             ],
             source="made by a test",

@@ -8,7 +8,7 @@ from cloudvolume import CloudVolume, chunks
 from cloudvolume.datasource.precomputed.common import compressed_morton_code
 from cloudvolume.datasource.precomputed.sharding import ShardingSpecification
 
-from metroem.grid import Grid
+from metroem.geometry.grid import Grid
 
 SHAPE = (4, 1, 40, 56)  # Z, C, X, Y: 3 x 4 x 2 chunks
 WHOLE = Grid(0, 0, 0, *SHAPE[2:])

@@ -9,10 +9,10 @@ from torch import nn
 
 from metroem.aligner import Aligner
 from metroem.errors import CheckpointError, PyramidError
-from metroem.field import compose, invert, warp
-from metroem.nets.options import AlignerOptions
-from metroem.scaffold import init_pyramid
-from tests.nets.specs import scalenet, write_spec
+from metroem.geometry.field import compose, invert, warp
+from metroem.models.module_folders import init_pyramid
+from metroem.models.options import AlignerOptions
+from tests.models.specs import scalenet, write_spec
 
 OPERATORS = ("corrected", "stock")
 
@@ -312,7 +312,7 @@ class TestBoundary:
             seen.append(options.smoothness)
             return type("Tuned", (), {"field": field})
 
-        monkeypatch.setattr("metroem.finetuning.finetune_field", spy)
+        monkeypatch.setattr("metroem.models.finetuning.finetune_adam", spy)
         pair = texture(24, 40), texture(24, 40)
 
         aligner(*pair, finetune=True)
@@ -330,7 +330,7 @@ class TestBoundary:
             seen.append(options.smoothness)
             return type("Tuned", (), {"field": field})
 
-        monkeypatch.setattr("metroem.finetuning.refine_field", spy)
+        monkeypatch.setattr("metroem.models.finetuning.finetune_gauss_newton", spy)
         pair = texture(24, 40), texture(24, 40)
 
         aligner(*pair, finetune=True, finetune_knots=(16,))

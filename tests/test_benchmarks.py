@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from metroem.tissue import TissueRecipe, make_tissue
+from metroem.synthetic.tissue import TissueRecipe, make_tissue
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 SHARED = os.environ.get("METROEM_SHARED")

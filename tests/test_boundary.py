@@ -8,10 +8,10 @@ import torch
 import download_image
 from metroem import Pyramid
 from metroem.errors import FieldError, MetroEMError, UsageError
-from metroem.field import fill_not_finite
 from metroem.finetuner import optimize_pre_post_ups
+from metroem.geometry.field import fill_not_finite
 from metroem.io.h5 import ImageSet, find_image_sets
-from metroem.scaffold import init_pyramid
+from metroem.models.module_folders import init_pyramid
 from tests.image_sets import write_images
 from tests.pairs import shifted_pair
 from tests.test_aligner import make_aligner

@@ -10,10 +10,10 @@ import pytest
 import download_field
 import download_image
 import train
-from metroem import cli
 from metroem.__main__ import main
 from metroem.errors import UsageError
-from metroem.scaffold import init_pyramid
+from metroem.models.module_folders import init_pyramid
+from metroem.utils import cli
 from tests.pairs import write_pairs
 
 
@@ -58,7 +58,7 @@ def test_figures_are_kept_before_they_are_printed(tmp_path, monkeypatch):
     def full(_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("metroem.evaluate.print_evaluation", full)
+    monkeypatch.setattr("metroem.evaluation.evaluate.print_evaluation", full)
     write_pairs(tmp_path / "d", mips=(0,), num_pairs=1, shape=(96, 112))
     init_pyramid(tmp_path / "p", [0])
     argv = ["evaluate", "--pyramid_path", tmp_path / "p", "--dataset_path"]

@@ -10,7 +10,7 @@ import pytest
 from metroem import demo
 from metroem.demo import Run, make_sections, run_demo, run_steps
 from metroem.errors import MetroEMError, UsageError
-from metroem.requests import GAP, MARKER, DemoRequest
+from metroem.synthetic.requests import GAP, MARKER, DemoRequest
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -99,7 +99,7 @@ def test_the_demo_runs_twice_and_ends_with_its_figures(tmp_path):
     code = (
         "from pathlib import Path; from metroem import cli; "
         "from metroem.demo import run_demo; "
-        "from metroem.requests import DemoRequest; cli.run(lambda: "
+        "from metroem.synthetic.requests import DemoRequest; cli.run(lambda: "
         "run_demo(DemoRequest(Path('d'), 12, 160, 128, 1, "
         f"train_params_path=Path({str(schedule)!r}))))"
     )

@@ -15,16 +15,16 @@ import torch
 import metroem
 import train
 from metroem import __main__ as metroem_main
-from metroem import cli
 from metroem.aligner import Aligner
 from metroem.demo import make_sections
 from metroem.io.volume_write import write_volume
-from metroem.nets.loading import load_module
-from metroem.nets.options import AlignerOptions
-from metroem.requests import DemoRequest
+from metroem.models.load import load_module
+from metroem.models.options import AlignerOptions
 from metroem.specs.losses import PARAMS
 from metroem.specs.schedule import parse_mask_rules, parse_schedule
+from metroem.synthetic.requests import DemoRequest
 from metroem.training.step import StepMetrics
+from metroem.utils import cli
 from tests.commands import (
     CORGIE,
     PAGES,

@@ -4,16 +4,13 @@ import pytest
 import torch
 
 from metroem.errors import FieldError, UsageError
-from metroem.field import warp
-from metroem.field_loss import FieldLoss
-from metroem.field_search import Search, _coarser, _finer
-from metroem.finetuner import (
-    FinetuneOptions,
-    finetune_field,
-    optimize_pre_post_ups,
-)
-from metroem.loss import rigidity_map, similarity, weighted_mean
-from metroem.masks import PairWeight
+from metroem.finetune.adam import FieldAdam, _coarser, _finer, finetune_adam
+from metroem.finetune.analytic_loss import AdamOptions, AnalyticLoss
+from metroem.finetuner import optimize_pre_post_ups
+from metroem.geometry.field import warp
+from metroem.geometry.rigidity import rigidity_map
+from metroem.imaging.loss_weights import PairWeight
+from metroem.loss import similarity, weighted_mean
 
 ROWS, COLS = 40, 56
 
@@ -41,18 +38,18 @@ def inner(field):
     return field[..., 6:-6, 6:-6]
 
 
-OPTIONS = FinetuneOptions(smoothness=1.0, num_iter=60, l2=0.0)
+OPTIONS = AdamOptions(smoothness=1.0, num_iter=60, l2=0.0)
 
 
 @pytest.mark.parametrize("momentum", [None, 0.9])
 def test_a_small_shift_is_found(momentum):
     src, tgt = texture(), texture(shift=(1.5, -1.0))
     rate = 0.1 if momentum is None else 300.0
-    options = FinetuneOptions(
+    options = AdamOptions(
         smoothness=1.0, num_iter=150, l2=0.0, rate_px=rate, momentum=momentum
     )
 
-    tuned = finetune_field(src, tgt, nothing(), ones(), ones(), options)
+    tuned = finetune_adam(src, tgt, nothing(), ones(), ones(), options)
 
     # src(p + d) = tgt(p) = src(p + shift), so d is the shift.
     mean = inner(tuned.field).mean((0, 2, 3))
@@ -61,9 +58,9 @@ def test_a_small_shift_is_found(momentum):
 
 def test_a_coarser_field_finds_it_too():
     src, tgt = texture(), texture(shift=(1.5, -1.0))
-    options = FinetuneOptions(smoothness=1.0, num_iter=100, l2=0.0, coarseness=2)
+    options = AdamOptions(smoothness=1.0, num_iter=100, l2=0.0, coarseness=2)
 
-    field = finetune_field(src, tgt, nothing(), ones(), ones(), options).field
+    field = finetune_adam(src, tgt, nothing(), ones(), ones(), options).field
 
     assert field.shape == (1, 2, ROWS, COLS)
     mean = inner(field).mean((0, 2, 3))
@@ -73,10 +70,10 @@ def test_a_coarser_field_finds_it_too():
 def test_a_coarser_change_leaves_the_detail_of_the_field():
     torch.manual_seed(0)
     detail = 0.1 * torch.randn(1, 2, ROWS, COLS)
-    options = FinetuneOptions(smoothness=0.1, num_iter=30, coarseness=2)
+    options = AdamOptions(smoothness=0.1, num_iter=30, coarseness=2)
     src, tgt = texture(), texture(shift=(1.5, -1.0))
 
-    field = finetune_field(src, tgt, detail, ones(), ones(), options).field
+    field = finetune_adam(src, tgt, detail, ones(), ones(), options).field
 
     change = field - detail
     assert inner(change).abs().mean() > 0.3
@@ -88,17 +85,17 @@ def test_a_coarser_change_leaves_the_detail_of_the_field():
 @pytest.mark.parametrize("rate_px", [0.1, 5.0])
 def test_the_result_is_never_worse_by_its_own_loss(rate_px):
     start = 0.5 * torch.randn(1, 2, ROWS, COLS)
-    options = FinetuneOptions(num_iter=12, rate_px=rate_px)
+    options = AdamOptions(num_iter=12, rate_px=rate_px)
 
-    tuned = finetune_field(texture(), texture(), start, ones(), ones(), options)
+    tuned = finetune_adam(texture(), texture(), start, ones(), ones(), options)
 
     assert (tuned.loss_after <= tuned.loss_before).all()
     assert tuned.iterations == options.num_steps == 10
 
 
 def test_where_nothing_can_be_gained_the_start_is_returned():
-    tuned = finetune_field(
-        texture(), texture(), nothing(), ones(), ones(), FinetuneOptions(num_iter=5)
+    tuned = finetune_adam(
+        texture(), texture(), nothing(), ones(), ones(), AdamOptions(num_iter=5)
     )
 
     assert torch.equal(tuned.field, nothing())
@@ -107,9 +104,9 @@ def test_where_nothing_can_be_gained_the_start_is_returned():
 def test_the_loss_is_similarity_rigidity_and_magnitude():
     src, tgt = texture(), texture(shift=(1, 2))
     field = 0.3 * torch.randn(1, 2, ROWS, COLS)
-    options = FinetuneOptions(smoothness=7.0, num_iter=0, border=3, l2=0.5)
+    options = AdamOptions(smoothness=7.0, num_iter=0, border=3, l2=0.5)
 
-    tuned = finetune_field(src, tgt, field, ones(), ones(), options)
+    tuned = finetune_adam(src, tgt, field, ones(), ones(), options)
 
     expected = (
         similarity(warp(src, field), tgt, border=3)
@@ -124,10 +121,10 @@ def test_samples_of_a_batch_are_searched_each_for_itself():
     src = texture().expand(2, -1, -1, -1)
     tgt = torch.cat([texture(shift=(1, 0)), texture(shift=(0, -2))])
 
-    together = finetune_field(src, tgt, nothing(2), ones(2), ones(2), OPTIONS)
+    together = finetune_adam(src, tgt, nothing(2), ones(2), ones(2), OPTIONS)
 
     for i in range(2):
-        alone = finetune_field(
+        alone = finetune_adam(
             src[i : i + 1], tgt[i : i + 1], nothing(), ones(), ones(), OPTIONS
         )
         # float32 rounding, through 60 steps.
@@ -140,16 +137,16 @@ def test_what_weighs_nothing_is_not_aligned():
     weight = ones()
     weight.tgt[..., :20, :] = 0
 
-    tuned = finetune_field(src, tgt, nothing(), weight, ones(), OPTIONS)
+    tuned = finetune_adam(src, tgt, nothing(), weight, ones(), OPTIONS)
 
     # The weightless half follows the other by rigidity alone.
     assert inner(tuned.field)[:, 0].mean() > 0.5
 
 
 def test_the_search_ends_when_the_rate_has_been_halved_often_enough():
-    options = FinetuneOptions(num_iter=500, patience=2, max_halvings=2)
+    options = AdamOptions(num_iter=500, patience=2, max_halvings=2)
 
-    tuned = finetune_field(texture(), texture(), nothing(), ones(), ones(), options)
+    tuned = finetune_adam(texture(), texture(), nothing(), ones(), ones(), options)
 
     assert tuned.iterations < 100
 
@@ -158,7 +155,7 @@ def test_the_field_given_is_left_alone_and_no_gradient_comes_back():
     start = nothing().requires_grad_()
 
     with torch.no_grad():
-        field = finetune_field(
+        field = finetune_adam(
             texture(), texture(shift=(1, 0)), start, ones(), ones(), OPTIONS
         ).field
 
@@ -168,7 +165,7 @@ def test_the_field_given_is_left_alone_and_no_gradient_comes_back():
 
 def test_a_field_of_another_size_is_refused():
     with pytest.raises(FieldError, match="sizes must be equal"):
-        finetune_field(
+        finetune_adam(
             texture(), texture(), torch.zeros(1, 2, 40, 40), ones(), ones(), OPTIONS
         )
 
@@ -253,8 +250,8 @@ def test_the_gradient_written_out_is_that_of_the_loss(masked):
     if masked:
         similarity_weight.tgt[..., :15, :20] = 0
         smoothness_weight.tgt[..., 20:, 30:] = 0.1
-    options = FinetuneOptions(smoothness=7.0, border=3, l2=0.5)
-    loss = FieldLoss((src, tgt), (similarity_weight, smoothness_weight), options)
+    options = AdamOptions(smoothness=7.0, border=3, l2=0.5)
+    loss = AnalyticLoss((src, tgt), (similarity_weight, smoothness_weight), options)
 
     value, gradient = loss.with_gradient(field)
 
@@ -272,11 +269,11 @@ def test_the_gradient_written_out_is_that_of_the_loss(masked):
 
 
 def test_a_search_at_several_scales_makes_fewer_steps():
-    steps = {n: FinetuneOptions(num_iter=n).num_steps for n in (5, 12, 100, 300)}
+    steps = {n: AdamOptions(num_iter=n).num_steps for n in (5, 12, 100, 300)}
 
     assert steps == {5: 5, 12: 10, 100: 34, 300: 100}
-    assert FinetuneOptions(num_iter=300, momentum=0.9).num_steps == 300
-    assert FinetuneOptions(num_iter=300, coarseness=1).num_steps == 300
+    assert AdamOptions(num_iter=300, momentum=0.9).num_steps == 300
+    assert AdamOptions(num_iter=300, coarseness=1).num_steps == 300
 
 
 def test_what_is_coarser_gets_the_gradient_of_what_is_finer():
@@ -297,8 +294,8 @@ def test_the_gradient_knows_how_weights_that_move_change_the_means():
         tgt = torch.rand(2, 1, ROWS, COLS, dtype=torch.float64)
         weights.append(PairWeight(src, tgt))
     features = torch.randn(2, 2, 3, ROWS, COLS, dtype=torch.float64)
-    options = FinetuneOptions(smoothness=7.0, border=3, l2=0.5)
-    loss = FieldLoss((features[0], features[1]), (weights[0], weights[1]), options)
+    options = AdamOptions(smoothness=7.0, border=3, l2=0.5)
+    loss = AnalyticLoss((features[0], features[1]), (weights[0], weights[1]), options)
     field, way = torch.randn(2, 2, 2, ROWS, COLS, dtype=torch.float64)
 
     _, gradient = loss.with_gradient(field)
@@ -318,8 +315,8 @@ def test_a_search_that_leaves_nothing_to_compare_is_not_kept(monkeypatch):
     def runs_away(search, loss):
         search.best_loss = torch.zeros(1)
 
-    monkeypatch.setattr(Search, "judge", runs_away)
-    monkeypatch.setattr(Search, "best_field", property(lambda _: nothing() + 400.0))
+    monkeypatch.setattr(FieldAdam, "judge", runs_away)
+    monkeypatch.setattr(FieldAdam, "best_field", property(lambda _: nothing() + 400.0))
     src, tgt = texture(), texture(shift=(1.5, -1.0))
-    tuned = finetune_field(src, tgt, start, weight, ones(), OPTIONS)
+    tuned = finetune_adam(src, tgt, start, weight, ones(), OPTIONS)
     assert torch.equal(tuned.field, start) and tuned.loss_after == tuned.loss_before

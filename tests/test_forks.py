@@ -5,9 +5,9 @@ import multiprocessing
 import numpy as np
 import torch
 
-from metroem.align import Pyramid
-from metroem.scaffold import init_pyramid
-from tests.nets.specs import CORRELATION, write_spec
+from metroem.models.module_folders import init_pyramid
+from metroem.pyramid import Pyramid
+from tests.models.specs import CORRELATION, write_spec
 
 
 def aligned(pyramid, pair):

@@ -3,6 +3,8 @@ import math
 import pytest
 import torch
 
+from metroem.geometry.rigidity import rigidity_map
+from metroem.imaging.loss_weights import PairWeight
 from metroem.loss import (
     COARSER,
     LossTerms,
@@ -13,13 +15,11 @@ from metroem.loss import (
     normalize_features,
     plain_loss,
     rigidity,
-    rigidity_map,
     similarity,
     sum_losses,
     unaligned_similarity,
     weighted_mean,
 )
-from metroem.masks import PairWeight
 from metroem.specs.losses import LossSpec
 
 ROWS, COLS = 40, 56

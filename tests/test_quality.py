@@ -25,9 +25,9 @@ from quality_results import (
 )
 
 from metroem.errors import DatasetError
-from metroem.nets.loading import load_module
-from metroem.report.curves import Curve
-from metroem.scaffold import init_pyramid
+from metroem.evaluation.report.curves import Curve
+from metroem.models.load import load_module
+from metroem.models.module_folders import init_pyramid
 from tests.pairs import texture
 
 ROOT = Path(__file__).parents[1]

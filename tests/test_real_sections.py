@@ -9,10 +9,10 @@ import pytest
 import download_image
 import train
 from metroem.demo import MARGIN_PX, Run, distort_sections, score_sections
-from metroem.distort import Distortion
 from metroem.io.volume_write import write_volume
-from metroem.requests import SCHEDULE
-from metroem.scaffold import init_pyramid
+from metroem.models.module_folders import init_pyramid
+from metroem.synthetic.distortion import Distortion
+from metroem.synthetic.requests import SCHEDULE
 
 SHARED = os.environ.get("METROEM_SHARED")
 NUM_TRAIN, SIDE_PX = 12, 192

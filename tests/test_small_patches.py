@@ -5,12 +5,12 @@ import json
 import pytest
 
 import train
-from metroem.create.requests import InspectRequest
 from metroem.errors import DatasetError, UsageError
-from metroem.inspect import inspect_dataset
-from metroem.scaffold import init_pyramid
+from metroem.models.module_folders import init_pyramid
+from metroem.prepare.inspect import inspect_dataset
+from metroem.prepare.requests import InspectRequest
 from metroem.specs.schedule import load_schedule, parse_schedule
-from tests.nets.specs import CORRELATION, write_spec
+from tests.models.specs import CORRELATION, write_spec
 from tests.pairs import write_pairs
 
 WARP = {

@@ -13,26 +13,26 @@ import torch
 
 from metroem.__main__ import main
 from metroem.data.dataset import find_pairs, read_sample
-from metroem.data.epoch import read_skipping
+from metroem.data.sampling import read_skipping
 from metroem.errors import DatasetError
-from metroem.field import warp
-from metroem.grid import Grid
+from metroem.geometry.field import warp
+from metroem.geometry.grid import Grid
 from metroem.io.h5 import (
     FieldSet,
     FieldSetMeta,
     ImageSet,
     ImageSetMeta,
     Pair,
-    PairFrame,
+    PairLocation,
     verify,
     write_field_set,
     write_image_set,
 )
-from metroem.nets.options import AlignerOptions
-from metroem.prediction import Alignment
-from metroem.specs.pyramid import ModuleSpec
+from metroem.models.options import AlignerOptions
+from metroem.models.types import Alignment
+from metroem.specs.modules import ModuleSpec
 from metroem.training import write_fields as writing
-from metroem.training.stop_request import Stopped
+from metroem.utils.stop_request import Stopped
 
 MIPS = (3, 2, 1, 0)  # of stages 0, 1, 2 and 3
 X, Y, Z, NUM_PAIRS = 64, -32, 6, 2
@@ -85,7 +85,7 @@ def offset(z):
 
 def frames_at(mip):
     pairs = [(z, z - 1) for z in range(Z, Z + NUM_PAIRS)]
-    return [PairFrame(grid_at(mip), p, (offset(p[0]), offset(p[1]))) for p in pairs]
+    return [PairLocation(grid_at(mip), p, (offset(p[0]), offset(p[1]))) for p in pairs]
 
 
 def write_images(folder, mip, *, moved=True):
@@ -96,7 +96,7 @@ def write_images(folder, mip, *, moved=True):
 
     frames = frames_at(mip)
     if not moved:
-        frames = [PairFrame(frame.grid, frame.sections) for frame in frames]
+        frames = [PairLocation(frame.grid, frame.sections) for frame in frames]
     pairs = [Pair(read(a), read(b)) for a, b in (f.sections for f in frames)]
     meta = ImageSetMeta(frames, "test", "", {}, normalization={"kind": "tissue"})
     write_image_set(folder / f"x{X}_y{Y}_z{Z}_MIP{mip}.h5", pairs, meta)
@@ -213,7 +213,7 @@ def test_fields_of_src_alone_made_from_fields_of_both_are_refused_then_replaced(
     path = data / f"field_1_x{X}_y{Y}_z{Z}_MIP1_ck.h5"
     made = FieldSet(path)
     request = {key: made.request[key] for key in made.request if key != "num_sides"}
-    frames = [PairFrame(made.grid(i), made.sections(i)) for i in range(NUM_PAIRS)]
+    frames = [PairLocation(made.grid(i), made.sections(i)) for i in range(NUM_PAIRS)]
     meta = FieldSetMeta(frames, "1.0.0", "", request, stage=1, tag="ck")
     write_field_set(path, [made.read(i) for i in range(NUM_PAIRS)], meta)
     match = "has no fields of tgt.*write-fields --checkpoint_name ck --stages 1"

@@ -13,14 +13,20 @@ import pytest
 import torch
 
 import train
-from metroem.create.requests import InspectRequest
 from metroem.errors import MetroEMError
-from metroem.inspect import inspect_dataset
-from metroem.io.h5 import FieldSet, FieldSetMeta, ImageSet, PairFrame, write_field_set
-from metroem.scaffold import init_pyramid
+from metroem.io.h5 import (
+    FieldSet,
+    FieldSetMeta,
+    ImageSet,
+    PairLocation,
+    write_field_set,
+)
+from metroem.models.module_folders import init_pyramid
+from metroem.prepare.inspect import inspect_dataset
+from metroem.prepare.requests import InspectRequest
 from metroem.training import write_fields as writing
 from metroem.training.requests import TrainRequest
-from tests.nets.specs import scalenet, write_spec
+from tests.models.specs import scalenet, write_spec
 from tests.pairs import SHIFT_PX, write_pairs
 
 ROOT = Path(__file__).parents[1]
@@ -255,7 +261,7 @@ def test_a_downloaded_field_takes_the_place_of_stage_0(run):
     rows, cols = images.shape
     field = np.zeros((2, 2, rows, cols), np.float32)
     field[0, 0] = SHIFT_PX / 2  # px of mip 1: src is placed by it, tgt is in place
-    frames = [PairFrame(images.grid(i), images.sections(i)) for i in range(6)]
+    frames = [PairLocation(images.grid(i), images.sections(i)) for i in range(6)]
     meta = FieldSetMeta(frames, "test", "", {}, stage=0, tag="ck", num_sides=2)
     write_field_set(run / "data" / "field_0_x0_y0_z1_MIP1_ck.h5", [field] * 6, meta)
     one = ("--train_stages", "1", "--generate_field_stages", "1")

@@ -10,13 +10,13 @@ import pytest
 import torch
 
 import train
-from metroem.scaffold import init_pyramid
+from metroem.models.module_folders import init_pyramid
 from metroem.training import stage
 from tests.pairs import write_pairs
 from tests.test_train import arguments, digest, twin_of
 
 ROOT = Path(__file__).parents[1]
-SCRATCH = ROOT / "metroem" / "params" / "scratch.json"
+SCRATCH = ROOT / "metroem" / "specs" / "schedules" / "scratch.json"
 LEVEL = {"features": 4, "blocks": 0, "radius": [1], "hidden": 4, "dilations": [1]}
 NET = {"type": "correlation", "levels": [LEVEL, LEVEL]}
 SHORT = {"num_epochs": 1, "num_samples": 8, "crop_size": 64, "batch_size": 2}

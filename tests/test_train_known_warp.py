@@ -7,11 +7,11 @@ import torch
 
 import train
 from metroem.io.h5 import FieldSet
-from metroem.scaffold import init_pyramid
+from metroem.models.module_folders import init_pyramid
 from metroem.specs.schedule import load_schedule
 from metroem.training import stage
 from metroem.training.targets import EarlierStages
-from tests.nets.specs import CORRELATION, write_spec
+from tests.models.specs import CORRELATION, write_spec
 from tests.pairs import write_pairs
 from tests.test_train import arguments, digest, twin_of
 

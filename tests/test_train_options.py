@@ -8,8 +8,8 @@ import torch
 
 import train
 from metroem.errors import MetroEMError
-from metroem.scaffold import init_pyramid
-from tests.nets.specs import scalenet, write_spec
+from metroem.models.module_folders import init_pyramid
+from tests.models.specs import scalenet, write_spec
 from tests.pairs import write_pairs
 from tests.test_train import arguments, digest, twin_of
 

@@ -30,8 +30,12 @@ from types import SimpleNamespace
 ROOT = Path(__file__).parents[1]
 TOO_LONG_S = 400.0
 # What commands import when they need it; torch._dynamo comes with an optimizer.
-IMPORTED = ("metroem.training.run", "metroem.evaluate", "metroem.create.image")
-IMPORTED += ("metroem.create.field", "metroem.create.pairs")
+IMPORTED = (
+    "metroem.training.run",
+    "metroem.evaluation.evaluate",
+    "metroem.prepare.download_image",
+)
+IMPORTED += ("metroem.prepare.download_field", "metroem.prepare.make_dataset")
 IMPORTED += ("torch._dynamo", "modelhouse", "artificery")
 
 
@@ -128,7 +132,7 @@ def attempt(asked, mains, hooks):
 
 def become(asked, mains, hooks, output, errors):
     """Be the command, to the end of the process."""
-    from metroem import cli
+    from metroem.utils import cli
 
     if asked.get("environment") is not None:
         os.environ.clear()

@@ -8,13 +8,13 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor
 
-from metroem.data.damage import Damaged, crack, fold, stain, tear_off
-from metroem.data.draw import happens
 from metroem.data.known_warp import known_warp
-from metroem.data.photometric import defocus, image_anew
+from metroem.data.paint_defects import Damaged, crack, fold, remove_tissue, stain
+from metroem.data.photometric import augment_photometric, defocus
+from metroem.data.random_maps import bernoulli
 from metroem.data.sample import Sample
-from metroem.field import invert, warp
-from metroem.masks import warp_mask
+from metroem.geometry.field import invert, warp
+from metroem.imaging.masks import warp_mask
 from metroem.specs.augmentations import (
     Augmentation,
     Crack,
@@ -34,13 +34,13 @@ from metroem.specs.augmentations import (
 _FIELDS = ("prior_field", "truth", "truth_lost", "unwarped_prior")
 # What is drawn on one section: each side of a pair draws its own.
 _IMAGINGS: dict[type, Callable[[Tensor, Any, Generator], Tensor]] = {
-    Photometric: image_anew,
+    Photometric: augment_photometric,
     Defocus: defocus,
 }
 _DAMAGES: dict[type, Callable[[Tensor, Any, Generator], Damaged]] = {
     Fold: fold,
     Crack: crack,
-    Missing: tear_off,
+    Missing: remove_tissue,
     Stain: stain,
 }
 
@@ -62,21 +62,21 @@ def augment(
     for augmentation in augmentations:
         prob = augmentation.prob
         match augmentation:
-            case RandomTranspose() if happens(prob, generator):
+            case RandomTranspose() if bernoulli(prob, generator):
                 sample = transpose(sample)
             case RandomFlip():
                 for dim in (-2, -1):
-                    if happens(prob, generator):
+                    if bernoulli(prob, generator):
                         sample = flip(sample, dim)
-            case RandomSrcTgtSwap() if happens(prob, generator):
+            case RandomSrcTgtSwap() if bernoulli(prob, generator):
                 sample = swap_src_tgt(sample)
-            case RandomWarp() if happens(prob, generator):
+            case RandomWarp() if bernoulli(prob, generator):
                 sample = warp_tgt(sample, augmentation, generator)
             case KnownWarp():
                 sample = known_warp(sample, augmentation, generator)
             case Photometric() | Defocus() | Fold() | Crack() | Missing() | Stain():
                 for side in ("src", "tgt"):
-                    if happens(prob, generator):
+                    if bernoulli(prob, generator):
                         sample = change_section(sample, side, augmentation, generator)
     return sample
 

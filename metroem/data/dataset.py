@@ -12,13 +12,13 @@ from torch import Tensor
 
 from metroem.data.sample import Sample
 from metroem.errors import DatasetError
-from metroem.field import warp
-from metroem.grid import Grid
+from metroem.geometry.field import warp
+from metroem.geometry.grid import Grid
+from metroem.imaging.masks import warp_mask
+from metroem.imaging.normalize import looks_normalized, tissue_statistics
 from metroem.io.h5 import FieldSet, ImageSet, find_image_sets
 from metroem.io.moved import command_to_move, unlike_offsets
 from metroem.io.origins import how_to_make_again, why_stale
-from metroem.masks import warp_mask
-from metroem.normalize import looks_normalized, tissue_statistics
 from metroem.specs.filenames import FieldSetName
 
 logger = logging.getLogger(__name__)

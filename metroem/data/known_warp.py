@@ -14,12 +14,18 @@ from typing import NamedTuple
 import torch
 from torch import Generator, Tensor
 
-from metroem.data.damage import CurvedLine, Wedge, paint_band
-from metroem.data.draw import happens, pixel_grid, smooth_noise, uniform
+from metroem.data.paint_defects import CurvedLine, Wedge, paint_band
+from metroem.data.random_maps import bernoulli, pixel_grid, smooth_noise, uniform
 from metroem.data.sample import Sample
-from metroem.field import compose, downsample_field, invert, upsample_field, warp
-from metroem.masks import tissue_mask
-from metroem.metrics import jacobian_determinant
+from metroem.geometry.field import (
+    compose,
+    downsample_field,
+    invert,
+    jacobian_determinant,
+    upsample_field,
+    warp,
+)
+from metroem.imaging.masks import tissue_mask
 from metroem.specs.augmentations import KnownWarp
 
 # Fields are drawn and inverted at this level, since they are smooth; two steps at
@@ -85,12 +91,12 @@ def known_warp(sample: Sample, options: KnownWarp, generator: Generator) -> Samp
         itself is made anew, from the truth.
     """
     src, defects, prior = sample.src, sample.src_defects, sample.prior_field
-    is_same = happens(options.same, generator)
+    is_same = bernoulli(options.same, generator)
     if is_same:
         src, defects = sample.tgt, sample.tgt_defects
         prior = None if prior is None else torch.zeros_like(prior)
     warped = _unmoved(src)
-    if happens(options.prob, generator):
+    if bernoulli(options.prob, generator):
         warped = warp_section(src, options, generator)
     hidden = warped.hidden
     if defects is not None:
@@ -121,7 +127,7 @@ def warp_section(image: Tensor, options: KnownWarp, generator: Generator) -> War
     """
     shape = (image.shape[-2], image.shape[-1])
     smooth = _smooth_field(shape, options, generator)
-    if not happens(options.tear, generator):
+    if not bernoulli(options.tear, generator):
         pulled = _at_full_size(smooth, shape)
         field = _inverse(smooth, pulled)
         tissue = _tissue(image, pulled)
@@ -168,13 +174,13 @@ def _random_tear(
     width, jump = (
         options.tear_px * uniform(_SMALLEST_TEAR, 1, generator) for _ in range(2)
     )
-    if happens(_IS_FOLD, generator):
+    if bernoulli(_IS_FOLD, generator):
         # What the fold has swallowed is missing between its two sides.
         return _Tear(
             line,
             lambda position: torch.full_like(position, width / 2),
             (lambda position: torch.full_like(position, jump), torch.zeros_like),
-            happens(_IS_DARK_FOLD, generator),
+            bernoulli(_IS_DARK_FOLD, generator),
         )
     wedge = Wedge.random(shape, width, generator)
 
@@ -183,7 +189,7 @@ def _random_tear(
 
     # The sides of a crack have moved apart: each is pulled from closer to it.
     moves = (lambda position: -half(position), half)
-    return _Tear(line, half, moves, happens(_IS_DARK_CRACK, generator))
+    return _Tear(line, half, moves, bernoulli(_IS_DARK_CRACK, generator))
 
 
 def _smooth_field(
@@ -193,7 +199,7 @@ def _smooth_field(
     rows, cols = (-(-size // 2**_LEVEL) for size in shape)
     peak = options.peak_px * math.exp(uniform(math.log(_SMALLEST_PEAK), 0.0, generator))
     field = _wave((rows, cols), peak, options, generator)
-    if happens(_HAS_SECOND_WAVE, generator):
+    if bernoulli(_HAS_SECOND_WAVE, generator):
         second = peak * uniform(0, _SECOND_WAVE, generator)
         field = field + _wave((rows, cols), second, options, generator)
     # Scaled down until it is far from folding over.

@@ -1,7 +1,7 @@
 """How a section was imaged: contrast, shading, noise, blur and the like.
 
 Pure functions on one normalised image (1, 1, H, W), 0 = no data. Those that
-`image_anew` and `defocus` are made of leave "no data" to these two.
+`augment_photometric` and `defocus` are made of leave "no data" to these two.
 """
 
 import math
@@ -10,16 +10,18 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor
 
-from metroem.data.damage import CurvedLine
-from metroem.data.draw import pixel_grid, texture_noise, uniform
-from metroem.normalize import DARKEST, keep_no_data, normalize
+from metroem.data.paint_defects import CurvedLine
+from metroem.data.random_maps import pixel_grid, texture_noise, uniform
+from metroem.imaging.normalize import DARKEST, keep_no_data, normalize
 from metroem.specs.augmentations import Defocus, Photometric
 
 # A defocused band fades over this share of its width.
 _FADE = 0.15
 
 
-def image_anew(image: Tensor, options: Photometric, generator: Generator) -> Tensor:
+def augment_photometric(
+    image: Tensor, options: Photometric, generator: Generator
+) -> Tensor:
     """The same tissue as another microscope or day would show it.
 
     Blurred first, then through a grey curve, then shaded and with noise; greys
@@ -42,7 +44,7 @@ def image_anew(image: Tensor, options: Photometric, generator: Generator) -> Ten
     changed = blur(image, strength(options.blur))
     changed = change_contrast(changed, math.exp(strength(options.contrast, -1)))
     changed = changed + strength(options.brightness, -1)
-    changed = bend_greys(changed, math.exp(strength(options.gamma, -1)))
+    changed = adjust_gamma(changed, math.exp(strength(options.gamma, -1)))
     changed = add_shading(changed, strength(options.shading), generator)
     changed = add_noise(changed, strength(options.noise), generator)
     return normalize(keep_no_data(changed, image))
@@ -73,7 +75,7 @@ def change_contrast(image: Tensor, factor: float) -> Tensor:
     return (factor * image).clamp(DARKEST, -DARKEST)
 
 
-def bend_greys(image: Tensor, gamma: float) -> Tensor:
+def adjust_gamma(image: Tensor, gamma: float) -> Tensor:
     """Raise grey levels to a power, as a share of the range DARKEST...-DARKEST."""
     share = (image / -DARKEST + 1) / 2
     return (2 * share.clamp(0, 1) ** gamma - 1) * -DARKEST

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from metroem.masks import find_defects
+from metroem.imaging.defects import find_defects
 
 
 class Sample(NamedTuple):

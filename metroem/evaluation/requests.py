@@ -3,11 +3,11 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from metroem.cli import Request, flag
 from metroem.errors import UsageError
 from metroem.io.cloud_paths import check_dataset
 from metroem.specs.filenames import check_checkpoint_name
-from metroem.specs.pyramid import find_modules
+from metroem.specs.modules import find_modules
+from metroem.utils.cli import Request, flag
 
 
 @dataclass(frozen=True)

@@ -6,10 +6,10 @@ from typing import NamedTuple
 import numpy as np
 
 from metroem.errors import DatasetError
+from metroem.export.field_sets import ExportedSet
 from metroem.export.requests import ExportRequest
-from metroem.export.sections import ExportedSet
-from metroem.grid import Grid
-from metroem.io.volume import cut
+from metroem.geometry.grid import Grid
+from metroem.io.volume import crop_array
 
 # Field sets are rounded to 0.01 px: two of one field differ by no more.
 _EQUAL_PX = 0.02
@@ -107,7 +107,9 @@ class Overlaps:
             shared = _shared(here, there)
             if shared is not None:
                 painted = painted.copy()
-                cut(painted, here, shared)[:] = cut(values(other), there, shared)
+                crop_array(painted, here, shared)[:] = crop_array(
+                    values(other), there, shared
+                )
         return painted
 
     def _is_one_place(self, one: Part, other: Part) -> bool:
@@ -131,8 +133,8 @@ class Overlaps:
         if self._request.overlap is not None:
             return
         apart = np.abs(
-            cut(one.displacements(), one.grid, shared)
-            - cut(other.displacements(), other.grid, shared)
+            crop_array(one.displacements(), one.grid, shared)
+            - crop_array(other.displacements(), other.grid, shared)
         ).max()
         if apart > _EQUAL_PX:
             raise DatasetError(

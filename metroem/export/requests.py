@@ -4,10 +4,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from metroem.cli import Request, flag
 from metroem.errors import UsageError
 from metroem.io.cloud_paths import check_dataset, check_destination, check_exists
 from metroem.specs.filenames import check_checkpoint_name
+from metroem.utils.cli import Request, flag
 
 # What 1 of an int16 volume stands for, as corgie and download_field.py take it.
 QUARTER = 0.25

@@ -29,7 +29,7 @@ Files of the original have none of this. For them corner and mip come from the
 name, and pair i is src z + i on tgt z + i - 1.
 """
 
-from metroem.io.checksums import verify
+from metroem.io.h5_checks import verify
 from metroem.io.h5_read import (
     Box,
     FieldSet,
@@ -41,7 +41,7 @@ from metroem.io.h5_read import (
 from metroem.io.h5_write import (
     FieldSetMeta,
     ImageSetMeta,
-    PairFrame,
+    PairLocation,
     write_field_set,
     write_image_set,
 )
@@ -53,7 +53,7 @@ __all__ = [
     "ImageSet",
     "ImageSetMeta",
     "Pair",
-    "PairFrame",
+    "PairLocation",
     "find_field_sets",
     "find_image_sets",
     "verify",

@@ -11,25 +11,23 @@ from typing import Any, NamedTuple
 import h5py
 import numpy as np
 
-from metroem import versions
 from metroem.errors import DatasetError
-from metroem.grid import Grid, Resolution, in_nm, nm_of, same_resolution
-from metroem.io.checksums import (
-    DEFECTS_KEY,
-    check_pair,
-    checksums_of,
-    stored_checksums,
-)
+from metroem.geometry.grid import Grid, Resolution, in_nm, nm_of, same_resolution
+from metroem.imaging.normalize import DARKEST
 from metroem.io.cloud_paths import check_dataset
-from metroem.io.h5_open import (
+from metroem.io.h5_checks import (
+    DEFECTS_KEY,
     attributes_of,
+    check_pair,
     check_stored,
+    checksums_of,
     opened,
     own_dataset,
+    stored_checksums,
     whole_numbers,
 )
-from metroem.normalize import DARKEST
 from metroem.specs.filenames import FieldSetName, ImageSetName
+from metroem.utils import format_versions
 
 logger = logging.getLogger(__name__)
 
@@ -175,8 +173,10 @@ class _PairFile:
             raise IndexError(f"{self.path}: pair {index} of {self.num_pairs}")
 
     def _check(self) -> None:
-        version = self.attributes.get("format_version", versions.SETS)
-        versions.check_version(version, versions.SETS, str(self.path), DatasetError)
+        version = self.attributes.get("format_version", format_versions.SETS)
+        format_versions.check_version(
+            version, format_versions.SETS, str(self.path), DatasetError
+        )
         if self._stated("mip", self.mip) != self.mip:
             raise DatasetError(
                 f"{self.path}: named as mip {self.mip}, but it was written at mip "

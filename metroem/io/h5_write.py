@@ -4,10 +4,15 @@ A file is written pair by pair to a hidden name in its own folder, read back for
 the checksums, synced and renamed, so nobody ever finds half of one.
 """
 
+import ctypes
+import errno
 import itertools
 import json
+import math
+import os
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,23 +21,27 @@ import h5py
 import numpy as np
 from numpy.typing import DTypeLike
 
-from metroem import versions
 from metroem.errors import DatasetError, FieldError
-from metroem.grid import Grid
-from metroem.io.checksums import DEFECTS_KEY
-from metroem.io.h5_making import keep_room, replacing_h5
+from metroem.geometry.grid import Grid
+from metroem.io.files import atomic_write, make_folder, remove_partial_files
+from metroem.io.h5_checks import CHECKSUM_KEY, DEFECTS_KEY, main_dataset, pair_checksum
 from metroem.io.h5_read import Pair
-from metroem.io.parts import as_json
+from metroem.io.resume import as_json
+from metroem.utils import format_versions
 
 # Half of the original's: a crop of 512 px is then read in 24 instead of 39 ms, one of
 # 256 px in 13 instead of 19; files are as large, whole patches take as long (2026-11).
 _CHUNK_PX = 256
 _FIELD_DECIMALS = 2
 NOT_MOVED = ((0, 0), (0, 0))
+# What HDF5 writes beside the values: what describes a file, and its index of chunks.
+_BESIDE, _BESIDE_A_CHUNK = 2**20, 256
+_KEEP_SIZE = 1  # of Linux' fallocate: blocks are kept, the file is no longer for it
+_NO_SUCH_CALL = {errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL}
 
 
 @dataclass(frozen=True)
-class PairFrame:
+class PairLocation:
     """Where one pair lies.
 
     Attributes:
@@ -77,7 +86,7 @@ class SetMeta:
         DatasetError: no pair, or pairs of different mips or shapes.
     """
 
-    frames: Sequence[PairFrame]
+    frames: Sequence[PairLocation]
     source: str
     command: str
     request: Mapping
@@ -103,7 +112,7 @@ class SetMeta:
     def attributes(self) -> dict:
         """What becomes the attributes of the file."""
         return {
-            "format_version": versions.SETS,
+            "format_version": format_versions.SETS,
             "source_path": self.source,
             "mip": self.mip,
             "command": self.command,
@@ -337,3 +346,78 @@ def check_shape(path: Path, index: int, found: tuple, expected: tuple) -> None:
 
 def _chunk(shape: tuple[int, int]) -> tuple[int, int]:
     return min(_CHUNK_PX, shape[0]), min(_CHUNK_PX, shape[1])
+
+
+@contextmanager
+def replacing_h5(path: Path) -> Iterator[h5py.File]:
+    """An h5 file to fill, which takes its name when all went well.
+
+    Checksums are added unless they are in it already. Call `keep_room` before values
+    are written.
+
+    Raises:
+        StorageError: the disk is full, or may not be written to.
+    """
+    make_folder(path.parent)
+    with atomic_write(path) as partial:
+        with partial.open("wb") as raw:
+            _keep(raw.fileno(), _BESIDE)
+        with h5py.File(partial, "w") as file:
+            yield file
+        # After closing, since scaleoffset rounds when a chunk is written out.
+        with h5py.File(partial, "r+") as file:
+            if CHECKSUM_KEY not in file:
+                pairs = range(len(main_dataset(file)))
+                checksums = [pair_checksum(file, index) for index in pairs]
+                file[CHECKSUM_KEY] = np.array(checksums, np.uint32)
+        os.truncate(partial, partial.stat().st_size)  # gives back what was kept
+    remove_partial_files(path)
+
+
+def keep_room(file: h5py.File) -> None:
+    """Make sure that the disk has room for the next pair, and what comes beside it.
+
+    Args:
+        file: in the making.
+
+    Raises:
+        OSError: the disk is full; nothing was handed to HDF5.
+    """
+    room = _BESIDE
+    for dataset in file.values():
+        if not isinstance(dataset, h5py.Dataset) or dataset.chunks is None:
+            continue
+        chunk = math.prod(dataset.chunks) * dataset.dtype.itemsize
+        grid = zip(dataset.shape[1:], dataset.chunks[1:], strict=True)
+        of_pair = math.prod(-(-size // step) for size, step in grid)
+        of_all = dataset.shape[0] * of_pair
+        cache = dataset.id.get_access_plist().get_chunk_cache()[1]
+        # HDF5 holds chunks back; it packs them when it writes, none becomes larger.
+        waiting = min(max(cache, chunk), of_all * chunk)
+        room += waiting + of_pair * chunk + _BESIDE_A_CHUNK * of_all
+    descriptor = os.open(file.filename, os.O_RDWR)
+    try:
+        _keep(descriptor, room)
+    finally:
+        os.close(descriptor)
+
+
+def _keep(descriptor: int, num_bytes: int) -> None:
+    """Keep room for bytes beyond the end of an open file.
+
+    Raises:
+        OSError: there is not so much.
+    """
+    end = os.fstat(descriptor).st_size
+    allocate = getattr(ctypes.CDLL(None, use_errno=True), "fallocate", None)
+    if allocate is not None:
+        large = ctypes.c_int64
+        if not allocate(descriptor, _KEEP_SIZE, large(end), large(num_bytes)):
+            return
+        number = ctypes.get_errno()
+        if number not in _NO_SUCH_CALL:
+            raise OSError(number, os.strerror(number))
+    # Storage that cannot keep room says at least how much it has.
+    disk = os.fstatvfs(descriptor)
+    if disk.f_bavail * disk.f_frsize < num_bytes:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))

@@ -13,9 +13,9 @@ import numpy as np
 import torch
 from scipy import ndimage
 
-from metroem.grid import Grid
-from metroem.io.volume import Volume, covering, cut
-from metroem.normalize import coarsen_image
+from metroem.geometry.grid import Grid
+from metroem.imaging.normalize import coarsen_image
+from metroem.io.volume import Volume, bounding_grid, crop_array
 
 logger = logging.getLogger(__name__)
 
@@ -96,11 +96,11 @@ class ImageVolume(Volume):
         # What is around tells traces from tissue: as far as no other chunk is read.
         chunks, _ = self.chunks_around(inner, sections.start)
         around = grid.cover(grid.mip, margin_px=_BLOCK_PX).overlap(chunks)
-        wide = covering([grid, around or grid])
+        wide = bounding_grid([grid, around or grid])
         layers = np.array(super().read(wide, sections))
         for layer in layers:
             layer[0] = blank_traces(layer[0])
-        return cut(layers, wide, grid)
+        return crop_array(layers, wide, grid)
 
     def _is_lossy(self, mip: int) -> bool:
         scale = self.info["scales"][self.index_of(mip)]

@@ -7,7 +7,7 @@ import numpy as np
 from PIL import Image
 
 from metroem.errors import FieldError
-from metroem.io.replace import make_folder, replacing
+from metroem.io.files import atomic_write, make_folder
 
 GAP_PX = 8
 _WHEEL = np.array([colorsys.hsv_to_rgb(hue / 360, 1.0, 1.0) for hue in range(360)])
@@ -54,7 +54,7 @@ def save_pair_picture(
     gap = np.full((GAP_PX, panels[0].shape[1], 3), 255, np.uint8)
     upright = np.concatenate([panels[0], gap, panels[1], gap, panels[2]])
     make_folder(path.parent)
-    with replacing(path) as partial:
+    with atomic_write(path) as partial:
         kind = Image.registered_extensions()[path.suffix.lower()]
         Image.fromarray(upright.transpose(1, 0, 2).copy()).save(partial, kind)
 

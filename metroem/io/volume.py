@@ -18,7 +18,7 @@ from cloudvolume import Bbox, CloudVolume
 from cloudvolume.exceptions import InfoUnavailableError
 
 from metroem.errors import DatasetError
-from metroem.grid import Grid, Resolution, in_nm, nm_of, same_resolution
+from metroem.geometry.grid import Grid, Resolution, in_nm, nm_of, same_resolution
 from metroem.io.cloud_errors import InfoError, file_address, reading, storage_errors
 from metroem.io.cloud_paths import check_source, cloud_path, split_format
 from metroem.io.cloud_retry import prepare_storage
@@ -313,10 +313,10 @@ class Volume:
             DatasetError: the volume cannot be read.
         """
         wanted = {z: windows[z] for z in slab if z in windows}
-        hull = covering(list(wanted.values()))
+        hull = bounding_grid(list(wanted.values()))
         layers = self.read(hull, slab)
         for z, window in wanted.items():
-            yield z, cut(layers[z - slab.start], hull, window)
+            yield z, crop_array(layers[z - slab.start], hull, window)
 
     def slabs(self, mip: int, sections: list[int]) -> list[range]:
         """Group sections so that those of one layer of chunks come together.
@@ -460,7 +460,7 @@ def iter_sections(
         pool.shutdown(cancel_futures=True)
 
 
-def covering(grids: list[Grid]) -> Grid:
+def bounding_grid(grids: list[Grid]) -> Grid:
     """The smallest grid that covers some of one mip, whose pixels coincide."""
     mip = grids[0].mip
     x, y = min(grid.x for grid in grids), min(grid.y for grid in grids)
@@ -468,7 +468,7 @@ def covering(grids: list[Grid]) -> Grid:
     return Grid(mip, x, y, (x_end - x) >> mip, (y_end - y) >> mip)
 
 
-def cut(array: np.ndarray, grid: Grid, window: Grid) -> np.ndarray:
+def crop_array(array: np.ndarray, grid: Grid, window: Grid) -> np.ndarray:
     """The part of (..., H, W) on `grid` that `window`, of the same mip, wants."""
     row, col = (window.x - grid.x) >> grid.mip, (window.y - grid.y) >> grid.mip
     return array[..., row : row + window.rows, col : col + window.cols]

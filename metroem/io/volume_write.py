@@ -21,7 +21,8 @@ from cloudfiles import CloudFiles
 from cloudvolume import CloudVolume
 
 from metroem.errors import DatasetError
-from metroem.grid import Grid
+from metroem.geometry.grid import Grid
+from metroem.imaging.normalize import coarsen_image
 from metroem.io.cloud_errors import file_address, storage_errors
 from metroem.io.cloud_paths import (
     check_destination,
@@ -30,10 +31,9 @@ from metroem.io.cloud_paths import (
     split_format,
 )
 from metroem.io.cloud_retry import prepare_storage
-from metroem.io.parts import differences
-from metroem.io.volume import Volume, cut
+from metroem.io.resume import describe_differences
+from metroem.io.volume import Volume, crop_array
 from metroem.io.zarr_n5 import open_arrays
-from metroem.normalize import coarsen_image
 
 # Where in an info what MetroEM says about a volume is kept.
 NOTES_KEY = "metroem"
@@ -196,7 +196,7 @@ class SectionWriter:
         self._check_inside(grid, z)
         hull, layers = self._volume.chunks_around(grid, z)
         stored = self._volume.read(hull, layers)
-        there = cut(stored[z - layers.start], hull, grid)
+        there = crop_array(stored[z - layers.start], hull, grid)
         if np.array_equal(there, section):
             return False
         differs = (there != 0).any(0) & (there != section).any(0)
@@ -208,7 +208,7 @@ class SectionWriter:
                 "another path"
             )
         changed = stored.copy()
-        cut(changed[z - layers.start], hull, grid)[:] = section
+        crop_array(changed[z - layers.start], hull, grid)[:] = section
         with storage_errors(self.flag, self.path, doing="written"):
             self._write(changed, hull, layers)
         return True
@@ -247,7 +247,7 @@ class SectionWriter:
                 "give another path"
             )
         notes = volume.info.get(NOTES_KEY)
-        if notes and (unlike := differences(notes, wanted.notes)):
+        if notes and (unlike := describe_differences(notes, wanted.notes)):
             raise DatasetError(
                 f"{self.flag} {self.path}: is there already, with {unlike}; give the "
                 "same flags, or another path"
@@ -337,3 +337,40 @@ def _write_mip(cloud_path: str, mip: int, sections: np.ndarray) -> None:
             coarse = np.where(coarse > 0, np.clip(np.round(coarse), 1, 255), 0)
         here = slice(z + index, z + index + 1)
         volume[x:x_end, y:y_end, here] = coarse.astype(section.dtype)[..., None, None]
+
+
+class Notes:
+    """JSON objects by name in a folder at a cloud path.
+
+    Attributes:
+        path: the folder, with a scheme.
+    """
+
+    def __init__(self, path: str) -> None:
+        prepare_storage()
+        self.path = path
+        self._files = CloudFiles(path, progress=False)
+
+    def names(self) -> list[str]:
+        """All files below the folder, those of volumes too, sorted."""
+        return sorted(self._files.list())
+
+    def read(self, names: list[str]) -> dict[str, dict]:
+        """The objects by name, less those that were not written to their end."""
+        found = {}
+        files: Any = self._files.get(names)
+        for file in files:
+            try:
+                found[file["path"]] = json.loads(file["content"] or b"")
+            except ValueError:
+                continue
+        return found
+
+    def write(self, name: str, note: dict) -> None:
+        """Keep an object under a name."""
+        content = json.dumps(note, indent=1, sort_keys=True).encode()
+        self._files.put(name, content, content_type="application/json")
+
+    def delete(self, prefix: str) -> None:
+        """Delete the files whose names begin so."""
+        self._files.delete([name for name in self.names() if name.startswith(prefix)])

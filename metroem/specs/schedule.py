@@ -24,7 +24,12 @@ from msgspec import Meta
 from msgspec.structs import replace
 
 from metroem.errors import UsageError
-from metroem.mask_rules import SIMILARITY_RULES, SMOOTHNESS_RULES, MaskRule, MaskRules
+from metroem.imaging.mask_rules import (
+    SIMILARITY_RULES,
+    SMOOTHNESS_RULES,
+    MaskRule,
+    MaskRules,
+)
 from metroem.specs.augmentations import (
     KNOWN_WARP_LEAST_PX,
     Augmentation,
@@ -198,7 +203,7 @@ def load_schedule(mode: str, path: Path | None) -> Schedule:
         tree = read_json(path, f"--train_params_path {path}")
         return parse_schedule(tree, str(path))
     source = f"{mode}.json"
-    text = (resources.files("metroem") / "params" / source).read_text()
+    text = (resources.files("metroem") / "specs" / "schedules" / source).read_text()
     return parse_schedule(json.loads(text), source)
 
 

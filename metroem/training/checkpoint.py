@@ -24,9 +24,9 @@ from typing import Any
 
 import torch
 
-from metroem import versions
 from metroem.errors import CheckpointError
-from metroem.io.replace import make_folder, replace_file, writing
+from metroem.io.files import make_folder, replace_file, writing
+from metroem.utils import format_versions
 
 
 @dataclass(frozen=True)
@@ -128,7 +128,7 @@ class TrainingState:
 
 def save_state(path: Path, state: TrainingState) -> None:
     """Write a state; the file is there whole or not at all."""
-    tree = {"version": versions.STATE, **vars(state)}
+    tree = {"version": format_versions.STATE, **vars(state)}
     buffer = io.BytesIO()
     torch.save(tree, buffer)
     replace_file(path, buffer.getvalue())
@@ -158,7 +158,9 @@ def load_state(path: Path) -> TrainingState | None:
             "What it has trained can be used: leave its stage out (--train_stages)"
         )
     if version is not None:
-        versions.check_version(version, versions.STATE, str(path), CheckpointError)
+        format_versions.check_version(
+            version, format_versions.STATE, str(path), CheckpointError
+        )
     if version is None or set(tree) != {
         f.name for f in dataclasses.fields(TrainingState)
     }:

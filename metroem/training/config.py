@@ -9,11 +9,11 @@ from typing import Any
 import torch
 
 from metroem.data.dataset import Split
-from metroem.data.epoch import EpochKey, num_steps
+from metroem.data.sampling import EpochSeed, num_steps
 from metroem.errors import UsageError
 from metroem.io.origins import origin_digest
-from metroem.nets.checkpoint import checkpoint_path
-from metroem.specs.pyramid import ModuleSpec
+from metroem.models.weights import checkpoint_path
+from metroem.specs.modules import ModuleSpec
 from metroem.specs.schedule import Phase
 from metroem.training.checkpoint import RunFolder, TrainingState
 
@@ -87,9 +87,9 @@ class StageConfig:
         num_pairs = len(self.split.training)
         return num_steps(phase, num_pairs, self.pairs_of_update(phase))
 
-    def epoch_seed(self, state: TrainingState) -> EpochKey:
+    def epoch_seed(self, state: TrainingState) -> EpochSeed:
         """Seed of the samples of the epoch at which a state stands."""
-        return EpochKey(self.seed, self.stage, state.phase, state.epoch)
+        return EpochSeed(self.seed, self.stage, state.phase, state.epoch)
 
     def loss_seed(self, state: TrainingState) -> tuple[int, ...]:
         """Seed of the randomness inside the losses of a step."""

@@ -19,9 +19,9 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from metroem.errors import ResourceError, first_line
-from metroem.prediction import Prediction
-from metroem.recording import recording
+from metroem.models.types import Prediction
 from metroem.training.buffers import buffers_kept
+from metroem.utils.cuda_graphs import recording
 
 Predict = Callable[[Tensor, Tensor, Tensor | None, tuple[int, ...]], Prediction]
 
@@ -108,7 +108,7 @@ class _Passes:
         self.made = 0
 
     def recording(self, graph: torch.cuda.CUDAGraph) -> AbstractContextManager[None]:
-        """`metroem.recording.recording` of one of them."""
+        """`metroem.utils.cuda_graphs.recording` of one of them."""
         return recording(graph, self.stream, self.memory)
 
 

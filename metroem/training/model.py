@@ -10,11 +10,12 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
-from metroem.aligner import Aligner, Prediction
+from metroem.aligner import Aligner
 from metroem.data.sample import Sample
-from metroem.io.replace import replace_file
-from metroem.nets.checkpoint import checkpoint_path, load_weights
-from metroem.nets.loading import load_module
+from metroem.io.files import replace_file
+from metroem.models.load import load_module
+from metroem.models.types import Prediction
+from metroem.models.weights import checkpoint_path, load_weights
 from metroem.training.buffers import buffers_kept
 from metroem.training.compile import compile_network
 from metroem.training.config import StageConfig

@@ -5,11 +5,12 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from metroem.aligner import Prediction
 from metroem.data.augment import random_field
 from metroem.data.sample import Sample
-from metroem.field import warp
-from metroem.finetuning import finetune, pair_maps
+from metroem.geometry.field import warp
+from metroem.geometry.rigidity import rigidity_map
+from metroem.imaging.loss_weights import PairMasks, pair_weights
+from metroem.imaging.masks import tissue_mask
 from metroem.loss import (
     LossTerms,
     PairLoss,
@@ -20,13 +21,12 @@ from metroem.loss import (
     sum_losses,
     weighted_mean,
 )
-from metroem.masks import PairMaps, tissue_mask, weigh
-from metroem.nets.options import AlignerOptions
-from metroem.prediction import or_zeros
+from metroem.models.finetuning import find_pair_masks, finetune
+from metroem.models.options import AlignerOptions
+from metroem.models.types import Prediction, or_zeros
 from metroem.specs.augmentations import RandomWarp
 from metroem.specs.losses import LossSpec
 from metroem.specs.schedule import Phase
-from metroem.springs import rigidity_map
 
 # "Before alignment" of a metric loss with pure_emb, as in the original.
 _PURE_EMBEDDING_WARP = RandomWarp(difficulty=2, min_disp=-50, max_disp=50)
@@ -93,11 +93,11 @@ def _loss(
 ) -> LossTerms:
     if spec.type == "known_warp":
         return _endpoint(phase, prediction, _truth(sample, is_score), is_score)
-    maps = PairMaps(sample.src, sample.tgt, sample.src_defects, sample.tgt_defects)
+    maps = PairMasks(sample.src, sample.tgt, sample.src_defects, sample.tgt_defects)
     pair = PairLoss(
         prediction.field,
-        weigh(phase.similarity_rules, maps),
-        weigh(phase.smoothness_rules, maps),
+        pair_weights(phase.similarity_rules, maps),
+        pair_weights(phase.smoothness_rules, maps),
         phase.smoothness,
         _before(sample) if is_score else None,
     )
@@ -170,7 +170,7 @@ def _finetuned(
     field = prediction.field.detach()
     embedding = prediction.embeddings[options.finetune_level]
     with torch.no_grad():
-        maps = pair_maps(
+        maps = find_pair_masks(
             sample.src, sample.tgt, (sample.src_defects, sample.tgt_defects), options
         )
         trust = prediction.trust

@@ -4,12 +4,12 @@ import importlib.util
 from dataclasses import dataclass
 from pathlib import Path
 
-from metroem import ranks
-from metroem.cli import Request, flags_of_group
 from metroem.errors import UsageError
 from metroem.specs.filenames import check_checkpoint_name
-from metroem.specs.pyramid import find_modules, select_stages
+from metroem.specs.modules import find_modules, select_stages
 from metroem.specs.schedule import MODES, check_decay, load_schedule
+from metroem.utils import ranks
+from metroem.utils.cli import Request, flags_of_group
 
 _GROUPS = ("pyramid and data", "what is trained", "how it is run")
 _data, _trained, _run = map(flags_of_group, _GROUPS)

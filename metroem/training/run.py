@@ -12,7 +12,6 @@ from typing import NamedTuple
 import torch
 from msgspec.structs import replace
 
-from metroem import cli
 from metroem.aligner import Aligner
 from metroem.data.dataset import (
     Split,
@@ -22,25 +21,17 @@ from metroem.data.dataset import (
     split_pairs,
 )
 from metroem.errors import CheckpointError, DatasetError
+from metroem.io.files import lock, lock_path
 from metroem.io.h5 import FieldSet, find_image_sets
-from metroem.io.lock import holding, lock_path
-from metroem.nets.checkpoint import check_weights, checkpoint_path
-from metroem.nets.loading import load_module
-from metroem.specs.pyramid import ModuleSpec, find_modules, select_stages
-from metroem.specs.schedule import (
-    FINETUNING_MODES,
-    Phase,
-    Schedule,
-    load_schedule,
-)
-from metroem.training import distributed
+from metroem.models.load import load_module
+from metroem.models.weights import check_weights, checkpoint_path
+from metroem.specs.modules import ModuleSpec, find_modules, select_stages
+from metroem.specs.schedule import FINETUNING_MODES, Phase, Schedule, load_schedule
 from metroem.training.checkpoint import RunFolder
 from metroem.training.compile import check_compiler, check_compiles
 from metroem.training.config import StageConfig, batch_size_of
-from metroem.training.memory import keep_freed_memory
 from metroem.training.requests import TrainRequest
 from metroem.training.stage import discard_training, train_stage, try_folders
-from metroem.training.stop_request import TIME_UP, Stopped, StopRequest
 from metroem.training.tensorboard import TensorBoardWriter
 from metroem.training.write_fields import (
     WriteFieldsConfig,
@@ -48,6 +39,9 @@ from metroem.training.write_fields import (
     weights_of,
     write_fields,
 )
+from metroem.utils import cli, distributed
+from metroem.utils.memory import keep_freed_memory
+from metroem.utils.stop_request import TIME_UP, Stopped, StopRequest
 
 logger = logging.getLogger(__name__)
 
@@ -117,7 +111,7 @@ def _claimed(request: TrainRequest) -> Iterator[None]:
     with ExitStack() as locks:
         if distributed.rank() == 0:
             for path in paths:
-                locks.enter_context(holding(lock_path(path)))
+                locks.enter_context(lock(lock_path(path)))
         distributed.barrier()  # the other ranks write only what the first may
         yield
 

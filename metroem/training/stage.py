@@ -12,16 +12,19 @@ import torch
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
-from metroem.data.epoch import ValidationPairs
-from metroem.data.loading import PhaseSamples, read_ahead
+from metroem.data.loader import PhaseSamples, make_loader
 from metroem.data.sample import Sample
+from metroem.data.sampling import ValidationPairs
 from metroem.errors import CheckpointError, DatasetError
-from metroem.io.replace import drop_partials, make_folder, replace_file, try_writing
-from metroem.nets.checkpoint import checkpoint_path, save_weights
-from metroem.progress import progress
-from metroem.specs.pyramid import ModuleSpec
+from metroem.io.files import (
+    make_folder,
+    remove_partial_files,
+    replace_file,
+    try_writing,
+)
+from metroem.models.weights import checkpoint_path, save_weights
+from metroem.specs.modules import ModuleSpec
 from metroem.specs.schedule import Phase
-from metroem.training import distributed
 from metroem.training.checkpoint import (
     RunFolder,
     TrainingState,
@@ -38,7 +41,6 @@ from metroem.training.config import (
     StageConfig,
     describe_differences,
 )
-from metroem.training.memory import enough_memory
 from metroem.training.model import load_aligner, unwrap_model, wrap_model
 from metroem.training.optimizer import (
     averaged_weights,
@@ -47,10 +49,13 @@ from metroem.training.optimizer import (
     set_learning_rate,
 )
 from metroem.training.step import StepMetrics, train_step
-from metroem.training.stop_request import Stopped, StopRequest
 from metroem.training.targets import EarlierStages
 from metroem.training.tensorboard import TensorBoardWriter
 from metroem.training.validate import EpochReport, first_held_out, validate
+from metroem.utils import distributed
+from metroem.utils.memory import enough_memory
+from metroem.utils.progress import progress
+from metroem.utils.stop_request import Stopped, StopRequest
 
 logger = logging.getLogger(__name__)
 
@@ -226,7 +231,7 @@ def _read_samples(
         update_size=config.pairs_of_update(phase),
     )
     size, ranks = config.batch_of(phase), config.num_ranks
-    return read_ahead(
+    return make_loader(
         samples,
         samples.batches(state.step, size, rank=config.rank, ranks=ranks),
         num_workers=config.num_workers,
@@ -435,7 +440,7 @@ def _remove_partial_files(config: StageConfig) -> None:
     kept = [config.run.weights(config.stage, which) for which in ("last", "initial")]
     state, metrics = config.run.state(config.stage), config.run.metrics
     for path in (state, metrics, config.best_weights, *kept):
-        drop_partials(path)
+        remove_partial_files(path)
 
 
 def discard_training(module: ModuleSpec, run: RunFolder, checkpoint_name: str) -> None:

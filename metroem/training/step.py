@@ -9,15 +9,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from metroem.aligner import Prediction
 from metroem.data.sample import Sample, seeded_generator
 from metroem.loss import LossTerms
+from metroem.models.types import Prediction
 from metroem.specs.schedule import Phase
 from metroem.training.buffers import evaluating, keep_buffers, restore_buffers
-from metroem.training.distributed import all_reduce_max
 from metroem.training.model import unwrap_model
 from metroem.training.phase_loss import covered, levels_wanted, phase_loss
 from metroem.training.targets import EarlierStages, add_pseudo_label
+from metroem.utils.distributed import all_reduce_max
 
 # A loss above this is taken for a failure, as in the original.
 BAD_LOSS = 1e3

@@ -21,15 +21,15 @@ from torch import Tensor
 
 from metroem.aligner import Aligner
 from metroem.data.sample import Sample
-from metroem.field import compose, upsample_field, warp
-from metroem.masks import tissue_mask
-from metroem.nets.checkpoint import checkpoint_path
-from metroem.nets.loading import load_module
-from metroem.normalize import coarsen_image, normalize
-from metroem.prediction import Prediction
-from metroem.smoothing import smoothed
+from metroem.geometry.field import compose, upsample_field, warp
+from metroem.geometry.regularize import smooth_field
+from metroem.imaging.masks import tissue_mask
+from metroem.imaging.normalize import coarsen_image, normalize
+from metroem.models.load import load_module
+from metroem.models.types import Prediction
+from metroem.models.weights import checkpoint_path
 from metroem.specs.augmentations import KnownWarp
-from metroem.specs.pyramid import ModuleSpec
+from metroem.specs.modules import ModuleSpec
 
 Predict = Callable[[Sample, tuple[int, ...]], Prediction]
 
@@ -149,7 +149,7 @@ def add_pseudo_label(
         found = predict(before, ()).field
         shown = warp(tissue_mask(before.src).float(), found)
         shown = shown * tissue_mask(before.tgt)
-        natural[unknown] = smoothed(found, shown, options.knot_px)
+        natural[unknown] = smooth_field(found, shown, options.knot_px)
         off = (found - natural[unknown]).norm(dim=1, keepdim=True)
         torn[unknown] = off > _TORN * options.knot_px
         if prior is not None:

@@ -7,7 +7,7 @@ The step is the number of the stage's epochs that are done.
 from pathlib import Path
 from typing import Any
 
-from metroem.field import warp
+from metroem.geometry.field import warp
 from metroem.io.pictures import color_field, overlay
 from metroem.training.validate import EpochReport, HeldOut
 

@@ -5,15 +5,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from metroem.aligner import Prediction
-from metroem.data.epoch import ValidationPairs
 from metroem.data.sample import Sample, seeded_generator
+from metroem.data.sampling import ValidationPairs
+from metroem.models.types import Prediction
 from metroem.training.buffers import evaluating
-from metroem.training.distributed import all_reduce_sum
 from metroem.training.model import TrainingModel, unwrap_model
 from metroem.training.phase_loss import covered, levels_wanted, phase_loss
 from metroem.training.step import StepMetrics, batch_metrics
 from metroem.training.targets import EarlierStages, add_pseudo_label
+from metroem.utils.distributed import all_reduce_sum
 
 
 class HeldOut(NamedTuple):

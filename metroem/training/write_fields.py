@@ -17,41 +17,30 @@ from metroem.aligner import Aligner
 from metroem.data.dataset import PairRef, image_sets_at, open_prior, read_sample
 from metroem.data.sample import Sample
 from metroem.errors import CheckpointError, DatasetError
-from metroem.field import move_field
-from metroem.field_search import Finetuned, summary
-from metroem.io.field_parts import FieldParts
-from metroem.io.h5 import (
-    FieldSet,
-    FieldSetMeta,
-    ImageSet,
-    PairFrame,
-)
+from metroem.finetune.adam import FinetuneResult, summary
+from metroem.geometry.field import resample_field
+from metroem.io.field_set_writer import FieldSetWriter
+from metroem.io.files import try_writing
+from metroem.io.h5 import FieldSet, FieldSetMeta, ImageSet, PairLocation
 from metroem.io.moved import moved_apart
 from metroem.io.origins import origins, place_digest
-from metroem.io.parts import PartStore, as_json, differences, parts_folder
-from metroem.io.replace import try_writing
-from metroem.nets.checkpoint import checkpoint_path
-from metroem.nets.loading import load_module
-from metroem.progress import progress
+from metroem.io.resume import ResumeStore, as_json, describe_differences, parts_folder
+from metroem.models.finetuning import finetune_iterations
+from metroem.models.load import load_module
+from metroem.models.tiling import Tiling
+from metroem.models.weights import checkpoint_path
 from metroem.specs.filenames import FieldSetName
-from metroem.specs.pyramid import ModuleSpec
-from metroem.tiles import Tiling
-from metroem.training import distributed
-from metroem.training.memory import enough_memory
-from metroem.training.stop_request import Stopped, StopRequest
+from metroem.specs.modules import ModuleSpec
+from metroem.utils import distributed
+from metroem.utils.memory import enough_memory
+from metroem.utils.progress import progress
+from metroem.utils.stop_request import Stopped, StopRequest
 
 logger = logging.getLogger(__name__)
 
+
 # Keys of requests that version 1.0.0 did not have.
 _ADDED = ("data", "place")
-
-
-def finetune_iterations(stage: int) -> int:
-    """Steps of the finetuner between stages: 300, halved from stage to stage.
-
-    Source: the original's `train.py`.
-    """
-    return 300 // 2**stage
 
 
 @dataclass(frozen=True)
@@ -94,11 +83,11 @@ class _Sources(NamedTuple):
         """2 where tgt is warped when it is read: the next stage has to do so too."""
         return 1 if self.prior is None else self.prior.num_sides
 
-    def frame(self, index: int) -> PairFrame:
+    def frame(self, index: int) -> PairLocation:
         """Where the fields of a pair lie, and how far its images were moved."""
         moved = self.target if self.num_sides == 1 else self.prior
         assert moved is not None
-        return PairFrame(
+        return PairLocation(
             self.target.grid(index),
             self.target.sections(index),
             (moved.offset(index, 0), moved.offset(index, 1)),
@@ -143,7 +132,7 @@ def write_fields(config: WriteFieldsConfig, stop: StopRequest) -> None:
         if distributed.all_reduce_max(done).item():
             logger.info("%s: there already", path)
             if distributed.rank() == 0:
-                PartStore.discard(parts_folder(path))  # of a run killed at its end
+                ResumeStore.discard(parts_folder(path))  # of a run killed at its end
             continue
         if distributed.rank() == 0:
             try_writing(config.fields_path, "--fields_path")
@@ -253,7 +242,7 @@ def _is_done(path: Path, request: dict[str, Any]) -> bool:
         )
     made_by = {"data": request["data"], **existing.request}
     made_by["place"] = place_digest(existing)
-    if not differences(made_by, request):
+    if not describe_differences(made_by, request):
         return True
     logger.info("%s: made by other weights or from other data, written again", path)
     return False
@@ -317,18 +306,18 @@ def _write_set(
     logger.info("%s: written, %.2f s", path, time.monotonic() - started)
 
 
-def _open_parts(path: Path, request: dict[str, Any]) -> FieldParts:
+def _open_parts(path: Path, request: dict[str, Any]) -> FieldSetWriter:
     """The parts of a field set; those of other weights or data are thrown away."""
     folder = parts_folder(path)
     if distributed.rank() == 0:
         try:
-            FieldParts(folder, request)
+            FieldSetWriter(folder, request)
         except DatasetError:
             logger.info("%s: begun with other weights or data, begun again", folder)
-            PartStore.discard(folder)
-            FieldParts(folder, request)
+            ResumeStore.discard(folder)
+            FieldSetWriter(folder, request)
     distributed.barrier()
-    parts = FieldParts(folder, request)
+    parts = FieldSetWriter(folder, request)
     distributed.check_shared(folder)
     return parts
 
@@ -337,7 +326,7 @@ def _make_share(
     config: WriteFieldsConfig,
     aligner: Aligner,
     sources: _Sources,
-    parts: FieldParts,
+    parts: FieldSetWriter,
     stop: StopRequest,
 ) -> int:
     """Make the fields that are missing, with the other ranks; returns a stop code.
@@ -371,7 +360,7 @@ def _make_share(
 
 def _keep(
     pool: Executor,
-    parts: FieldParts,
+    parts: FieldSetWriter,
     made: tuple[int, np.ndarray] | None,
     kept: Future | None,
 ) -> Future | None:
@@ -389,7 +378,7 @@ def _read(config: WriteFieldsConfig, sources: _Sources, index: int) -> Sample:
 
 def _field_of(
     aligner: Aligner, sources: _Sources, sample: Sample, index: int
-) -> tuple[np.ndarray, Finetuned | None]:
+) -> tuple[np.ndarray, FinetuneResult | None]:
     """The field of one pair, (2, H, W) on the target's grid, and what it gained."""
     field, finetuned = aligner.align_pair(
         sample.src,
@@ -403,7 +392,9 @@ def _field_of(
         field = sample.prior_field
         if field is None:
             field = torch.zeros_like(sample.src).repeat(1, 2, 1, 1)
-    field = move_field(field, sources.images.grid(index), sources.target.grid(index))
+    field = resample_field(
+        field, sources.images.grid(index), sources.target.grid(index)
+    )
     return field[0].cpu().numpy(), finetuned
 
 
@@ -416,7 +407,9 @@ def _with_tgt_field(sources: _Sources, index: int, field: np.ndarray) -> np.ndar
     if sources.prior is None or sources.num_sides == 1:
         return field
     of_tgt = torch.from_numpy(sources.prior.read(index, 1))[None]
-    of_tgt = move_field(of_tgt, sources.images.grid(index), sources.target.grid(index))
+    of_tgt = resample_field(
+        of_tgt, sources.images.grid(index), sources.target.grid(index)
+    )
     return np.stack([field, of_tgt[0].numpy()])
 
 

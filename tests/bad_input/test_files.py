@@ -12,22 +12,22 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from metroem.create.requests import InspectRequest
 from metroem.errors import CheckpointError
-from metroem.grid import Grid
-from metroem.inspect import inspect_dataset
+from metroem.geometry.grid import Grid
 from metroem.io.h5 import (
     FieldSet,
     FieldSetMeta,
     ImageSet,
     ImageSetMeta,
     Pair,
-    PairFrame,
+    PairLocation,
     verify,
     write_field_set,
     write_image_set,
 )
-from metroem.nets.checkpoint import load_weights
+from metroem.models.weights import load_weights
+from metroem.prepare.inspect import inspect_dataset
+from metroem.prepare.requests import InspectRequest
 from metroem.training.checkpoint import TrainingState, load_state, save_state
 from tests.bad_input.inputs import NUMBERS, WORDS, ends_well, tried
 
@@ -47,7 +47,7 @@ def sound(tmp_path_factory):
     """A folder with a sound image set and field set."""
     folder = tmp_path_factory.mktemp("sound")
     random = np.random.default_rng(0)
-    frames = [PairFrame(Grid(0, 0, 0, *SHAPE), (1 + i, i)) for i in range(2)]
+    frames = [PairLocation(Grid(0, 0, 0, *SHAPE), (1 + i, i)) for i in range(2)]
     about = {"source": "gs://b/em", "command": "download", "request": {"mips": [0]}}
     write_image_set(
         folder / NAMES["img"],

@@ -14,9 +14,9 @@ from hypothesis import given
 
 import train as train_script
 from metroem.__main__ import main
-from metroem.nets.building import build_net
-from metroem.nets.checkpoint import save_weights
-from metroem.scaffold import init_pyramid
+from metroem.models.build import build_net
+from metroem.models.module_folders import init_pyramid
+from metroem.models.weights import save_weights
 from tests.bad_input.inputs import (
     MOST_SECONDS,
     broken_text,
@@ -41,7 +41,7 @@ PHASE = {"lr": 1e-3, "num_epochs": 1, "smoothness": 5, "crop_size": 48}
 PHASE["num_samples"] = 2
 # Whether a create.py has run: it leaves this beside the data set.
 MARK = "import os; open(os.environ['MARK'], 'w').close()\n"
-CREATE = MARK + (files("metroem") / "nets/templates/create.py").read_text()
+CREATE = MARK + (files("metroem") / "models/templates/create.py").read_text()
 CREATES = [
     "",
     "def create(",

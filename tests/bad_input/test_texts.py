@@ -8,19 +8,23 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from metroem.create.points import create_spec, read_points
-from metroem.create.requests import SpecRequest
-from metroem.create.spec import load_spec
 from metroem.errors import UsageError
+from metroem.prepare.create_spec import create_spec, read_points
+from metroem.prepare.dataset_spec import load_spec
+from metroem.prepare.requests import SpecRequest
 from metroem.specs.filenames import FieldSetName, ImageSetName
-from metroem.specs.pyramid import ModuleSpec, find_modules
+from metroem.specs.modules import ModuleSpec, find_modules
 from metroem.specs.schedule import load_schedule
 from tests.bad_input.inputs import broken_text, encoded, ends_well, nearly, tried
 
 pytestmark = pytest.mark.slow
 
 SCHEDULES = [
-    json.loads((resources.files("metroem") / "params" / f"{mode}.json").read_text())
+    json.loads(
+        (
+            resources.files("metroem") / "specs" / "schedules" / f"{mode}.json"
+        ).read_text()
+    )
     for mode in ("scratch", "classic")
 ]
 AREA = {"path": "gs://b/em", "src_mip": 1, "dst_mip": 1, "x_size": 256, "y_size": 192}

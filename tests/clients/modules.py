@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 
 import train
-from metroem.field import warp
-from metroem.scaffold import init_pyramid
-from tests.nets.specs import CORRELATION, write_spec
+from metroem.geometry.field import warp
+from metroem.models.module_folders import init_pyramid
+from tests.models.specs import CORRELATION, write_spec
 from tests.pairs import SHIFT_PX, texture, write_pairs
 
 _PHASE = {

@@ -18,7 +18,7 @@ import download_field
 import download_image
 from metroem.errors import DatasetError, PyramidError
 from metroem.io import cloud_retry, volume
-from metroem.scaffold import fetch, init_pyramid
+from metroem.models.module_folders import fetch, init_pyramid
 from tests.cloud import flaky
 from tests.cloud.flaky import (
     CUTS,

@@ -10,10 +10,10 @@ import torch
 
 from metroem.aligner import Aligner
 from metroem.finetuner import optimize_pre_post_ups
+from metroem.imaging.loss_weights import PairWeight
 from metroem.loss import PairLoss, metric_loss, weighted_mean
-from metroem.masks import PairWeight
 from metroem.specs.losses import LossSpec
-from tests.nets.specs import scalenet, write_spec
+from tests.models.specs import scalenet, write_spec
 
 ROWS, COLS = 24, 36
 

@@ -5,9 +5,9 @@ import json
 import pytest
 import torch
 
-from metroem.field_loss import FieldLoss, FinetuneOptions
+from metroem.finetune.analytic_loss import AdamOptions, AnalyticLoss
 from metroem.finetuner import normalize_jointly, optimize_pre_post_ups
-from metroem.masks import PairMaps, weigh
+from metroem.imaging.loss_weights import PairMasks, pair_weights
 from metroem.specs.schedule import parse_mask_rules
 from tests.compatibility.original import arrays, text
 
@@ -32,7 +32,7 @@ def loss(numbers, options, field):
         for name, value in numbers.items()
     }
     src, tgt = tensors["src"], tensors["tgt"]
-    maps = PairMaps(
+    maps = PairMasks(
         torch.where(tensors["src_zeros"], 0.0, 1.0),
         torch.where(tensors["tgt_zeros"], 0.0, 1.0),
         tensors["src_defects"][None] != 0,
@@ -41,19 +41,19 @@ def loss(numbers, options, field):
     similarity, smoothness = (
         type(weights)(*(side.double() for side in weights))
         for weights in (
-            weigh(parse_mask_rules(options.get(key, {}), key), maps)
+            pair_weights(parse_mask_rules(options.get(key, {}), key), maps)
             for key in ("mse_keys_to_apply", "sm_keys_to_apply")
         )
     )
     if options.get("normalize", True):
         src = normalize_jointly(src, ~tensors["src_zeros"])
         tgt = normalize_jointly(tgt, ~tensors["tgt_zeros"])
-    search = FinetuneOptions(
+    search = AdamOptions(
         smoothness=options["sm"],
         border=options.get("crop", 16),
         l2=options.get("l2", 1e-4),
     )
-    loss = FieldLoss((src, tgt), (similarity, smoothness), search)
+    loss = AnalyticLoss((src, tgt), (similarity, smoothness), search)
     return float(loss.with_gradient(field.double())[0])
 
 

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
+from metroem.imaging.loss_weights import PairMasks, pair_weights
 from metroem.loss import PairLoss, plain_loss, rigidity
-from metroem.masks import PairMaps, weigh
 from metroem.specs.schedule import parse_mask_rules
 from tests.compatibility.original import arrays
 
@@ -36,9 +36,10 @@ def test_the_loss_along_tissue_borders_is_that_of_the_original(numbers):
         "tgt": [{"name": "tgt_zeros", **eq}],
     }
     smoothness = {"src": [{"name": "src_zeros", "mask_value": 1e-5, **eq}]}
-    maps = PairMaps(src, tgt)
+    maps = PairMasks(src, tgt)
     weights = [
-        weigh(parse_mask_rules(rules, ""), maps) for rules in (similarity, smoothness)
+        pair_weights(parse_mask_rules(rules, ""), maps)
+        for rules in (similarity, smoothness)
     ]
     pair = PairLoss(field, *weights, smoothness=7.0)
 

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from metroem.nets.loading import load_module
+from metroem.models.load import load_module
 from tests.compatibility.original import arrays, text
-from tests.nets.test_loading import OLD_CREATE
+from tests.models.test_load import OLD_CREATE
 
 # What float32 leaves of sums in another order, px.
 SAME_PX = 1e-4

@@ -8,15 +8,15 @@ import torch
 
 from metroem.aligner import Aligner
 from metroem.errors import UsageError
-from metroem.field import warp
-from metroem.finetuning import pair_maps
-from metroem.masks import weigh
-from metroem.nets.loading import load_module
-from metroem.nets.options import AlignerOptions
-from metroem.scaffold import init_pyramid
-from metroem.springs import rigidity_map
-from tests.nets.specs import scalenet, write_spec
-from tests.nets.test_loading import OLD_CREATE, write_module
+from metroem.geometry.field import warp
+from metroem.geometry.rigidity import rigidity_map
+from metroem.imaging.loss_weights import pair_weights
+from metroem.models.finetuning import find_pair_masks
+from metroem.models.load import load_module
+from metroem.models.module_folders import init_pyramid
+from metroem.models.options import AlignerOptions
+from tests.models.specs import scalenet, write_spec
+from tests.models.test_load import OLD_CREATE, write_module
 
 ROWS, COLS = 24, 40
 
@@ -108,10 +108,10 @@ def test_mask_rules_say_where_the_finetuner_compares_and_is_stiff(name):
     tgt[..., 30:] = 0
     defects = torch.zeros(2, 1, 1, ROWS, COLS, dtype=torch.bool)
     defects[1, ..., 10:14] = True
-    maps = pair_maps(src, tgt, (defects[0], defects[1]), options)
+    maps = find_pair_masks(src, tgt, (defects[0], defects[1]), options)
 
-    similarity = weigh(options.similarity_rules, maps)
-    smoothness = weigh(options.smoothness_rules, maps)
+    similarity = pair_weights(options.similarity_rules, maps)
+    smoothness = pair_weights(options.smoothness_rules, maps)
 
     expected = torch.ones(COLS)
     expected[:5], expected[5:7] = 0, 0.25

@@ -14,11 +14,11 @@ import pytest
 import torch
 
 import train
-from metroem import versions
 from metroem.aligner import Aligner
 from metroem.errors import CheckpointError, DatasetError
+from metroem.evaluation.report.curves import read_curves
 from metroem.io.h5 import FieldSet, ImageSet, verify
-from metroem.report.curves import read_curves
+from metroem.utils import format_versions
 
 FIXTURE = Path(__file__).parent / "fixtures" / "version_1_0_0.zip"
 IMAGES = "x8_y-4_z5_MIP1_a.h5"
@@ -118,6 +118,6 @@ def test_a_half_done_training_is_refused_until_it_is_begun_again(folder):
 def test_newer_images_are_refused(folder):
     path = folder / "data" / IMAGES
     with h5py.File(path, "r+") as file:
-        file.attrs["format_version"] = versions.SETS + 1
+        file.attrs["format_version"] = format_versions.SETS + 1
     with pytest.raises(DatasetError, match="version 2, .* up to 1; .*upgrade metroem"):
         ImageSet(path)

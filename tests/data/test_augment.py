@@ -11,9 +11,9 @@ from metroem.data.augment import (
     transpose,
     warp_tgt,
 )
-from metroem.data.damage import fold
+from metroem.data.paint_defects import fold
 from metroem.data.sample import Sample, seeded_generator, stack_samples
-from metroem.field import warp
+from metroem.geometry.field import warp
 from metroem.specs.augmentations import (
     Crack,
     Defocus,

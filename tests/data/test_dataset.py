@@ -4,16 +4,9 @@ import torch
 
 from metroem.data.dataset import find_pairs, read_sample, split_pairs
 from metroem.errors import DatasetError
-from metroem.grid import Grid
-from metroem.io.h5 import Pair, PairFrame
-from tests.image_sets import (
-    COLS,
-    ROWS,
-    one_mask,
-    pairs_of,
-    write_fields,
-    write_images,
-)
+from metroem.geometry.grid import Grid
+from metroem.io.h5 import Pair, PairLocation
+from tests.image_sets import COLS, ROWS, one_mask, pairs_of, write_fields, write_images
 
 
 def test_the_split_shares_no_section_and_leaves_a_gap(tmp_path):
@@ -86,7 +79,7 @@ def test_prior_fields_must_be_there_and_fit(tmp_path):
     write_fields(tmp_path, name, frames[:-1])
     with pytest.raises(DatasetError, match="fields of 7 pairs, .* has 8"):
         pairs_of(tmp_path, stage=1)
-    moved = [PairFrame(Grid(1, 64, 0, ROWS, COLS), f.sections) for f in frames]
+    moved = [PairLocation(Grid(1, 64, 0, ROWS, COLS), f.sections) for f in frames]
     write_fields(tmp_path, name, moved)
     with pytest.raises(DatasetError, match="pair 0 lies on"):
         pairs_of(tmp_path, stage=1)
@@ -94,7 +87,7 @@ def test_prior_fields_must_be_there_and_fit(tmp_path):
 
 def test_a_translation_taken_out_must_be_that_of_the_images(tmp_path):
     frames = write_images(tmp_path, "x0_y0_z1_MIP1.h5")
-    moved = [PairFrame(f.grid, f.sections, ((8, 0), (0, 4))) for f in frames]
+    moved = [PairLocation(f.grid, f.sections, ((8, 0), (0, 4))) for f in frames]
     name = "field_0_x0_y0_z1_MIP1_ck.h5"
     write_fields(tmp_path, name, moved, num_sides=2)
     with pytest.raises(DatasetError, match=r"\(8, 0\) was taken out.*--field_dset"):

@@ -6,14 +6,14 @@ import torch.nn.functional as F
 
 from metroem.data.known_warp import known_warp, warp_section
 from metroem.data.sample import Sample, seeded_generator
-from metroem.field import (
+from metroem.geometry.field import (
     compose,
     downsample_field,
     pixel_positions,
     upsample_field,
     warp,
 )
-from metroem.masks import grow
+from metroem.imaging.masks import dilate
 from metroem.specs.augmentations import KnownWarp
 
 ROWS, COLS = 120, 168
@@ -49,7 +49,7 @@ def make_sample(**given):
 
 def shrink(mask, pixels):
     """(1, 1, H, W) bool, less what lies within some pixels of where it is False."""
-    return ~grow(~mask, pixels)
+    return ~dilate(~mask, pixels)
 
 
 def shown_places(warped):
@@ -90,7 +90,7 @@ def test_src_warped_by_the_truth_is_the_section_again(options, has_gaps, seed):
     warped = warp_section(image, options, seeded_generator(seed))
     error = (warp(warped.image, warped.field) - image).abs()
     # Within 4 px of a border or a defect, splines read beyond it.
-    touched = warp(grow(warped.hidden, 4).float(), warped.field) > 0
+    touched = warp(dilate(warped.hidden, 4).float(), warped.field) > 0
     inside = shrink(warped.valid, 4) & ~touched
     assert inside.float().mean() > 0.2
     bound = SAMPLING_ERROR + STEEPEST * USUAL_ERROR_PX
@@ -107,8 +107,8 @@ def test_the_truth_is_valid_where_src_shows_the_place_and_only_there(options, se
     warped = warp_section(image, options, seeded_generator(seed))
     shown = shown_places(warped)
     # Pixels of src lie up to 2 px apart in the section.
-    assert not (warped.valid & ~grow(shown, 2)).any()
-    assert warped.valid[shrink(grow(shown, 1), 4)].float().mean() > 0.97
+    assert not (warped.valid & ~dilate(shown, 2)).any()
+    assert warped.valid[shrink(dilate(shown, 1), 4)].float().mean() > 0.97
     assert not warped.valid[image == 0].any()
 
 
@@ -117,7 +117,7 @@ def test_a_fold_swallows_tissue_that_is_then_not_valid():
     swallowed = []
     for seed in range(12):
         warped = warp_section(section(), TORN, seeded_generator(seed))
-        lost = shrink(~grow(shown_places(warped), 1), 2)
+        lost = shrink(~dilate(shown_places(warped), 1), 2)
         reach = warped.field.norm(dim=1).max().ceil().int()
         middle = (..., slice(reach, ROWS - reach), slice(reach, COLS - reach))
         swallowed.append(int(lost[middle].sum()))

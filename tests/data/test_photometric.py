@@ -7,14 +7,14 @@ from msgspec.structs import replace
 from metroem.data.photometric import (
     add_noise,
     add_shading,
-    bend_greys,
+    adjust_gamma,
+    augment_photometric,
     blur,
     change_contrast,
     defocus,
-    image_anew,
 )
 from metroem.data.sample import seeded_generator
-from metroem.normalize import normalize
+from metroem.imaging.normalize import normalize
 from metroem.specs.augmentations import Defocus, Photometric
 
 ROWS, COLS = 120, 168
@@ -33,7 +33,7 @@ def image():
 
 
 @pytest.mark.parametrize(
-    ("change", "options"), [(image_anew, Photometric()), (defocus, Defocus())]
+    ("change", "options"), [(augment_photometric, Photometric()), (defocus, Defocus())]
 )
 @pytest.mark.parametrize("seed", range(3))
 def test_an_image_stays_normalised_and_its_no_data_too(image, change, options, seed):
@@ -52,7 +52,7 @@ def test_an_image_stays_normalised_and_its_no_data_too(image, change, options, s
 
 
 def test_strengths_of_0_leave_an_image_as_it_was(image):
-    changed = image_anew(image, NOTHING, seeded_generator(1))
+    changed = augment_photometric(image, NOTHING, seeded_generator(1))
     torch.testing.assert_close(changed, image, atol=1e-4, rtol=0)
 
 
@@ -62,7 +62,7 @@ def test_strengths_of_0_leave_an_image_as_it_was(image):
 )
 def test_each_strength_changes_an_image_on_its_own(image, key, value):
     options = replace(NOTHING, **{key: value})
-    changed = image_anew(image, options, seeded_generator(1))
+    changed = augment_photometric(image, options, seeded_generator(1))
     assert (changed - image).abs().max() > 0.1
 
 
@@ -72,7 +72,7 @@ def test_contrast_and_brightness_tell_before_the_curve_and_the_noise(image, key)
     others = replace(NOTHING, gamma=0.5, noise=0.5)
     both = replace(others, **{key: 0.5})
     without, changed = (
-        image_anew(image, o, seeded_generator(1)) for o in (others, both)
+        augment_photometric(image, o, seeded_generator(1)) for o in (others, both)
     )
     assert (changed - without).abs().max() > 0.05
 
@@ -87,9 +87,9 @@ def test_gamma_bends_greys_between_fixed_ends():
     greys = torch.tensor([-5.0, -4.0, 0.0, 4.0])
     # Half of the range to the power of 2 is a quarter of it: -4 + 8 / 4.
     expected = torch.tensor([-4.0, -4.0, -2.0, 4.0])
-    torch.testing.assert_close(bend_greys(greys, 2.0), expected)
+    torch.testing.assert_close(adjust_gamma(greys, 2.0), expected)
     within = torch.linspace(-4, 4, 9)
-    torch.testing.assert_close(bend_greys(within, 1.0), within)
+    torch.testing.assert_close(adjust_gamma(within, 1.0), within)
 
 
 def test_noise_has_the_deviation_asked_for():

@@ -3,13 +3,13 @@
 import numpy as np
 
 from metroem.__main__ import main
-from metroem.grid import Grid
+from metroem.geometry.grid import Grid
 from metroem.io.h5 import (
     FieldSet,
     FieldSetMeta,
     ImageSetMeta,
     Pair,
-    PairFrame,
+    PairLocation,
     write_field_set,
     write_image_set,
 )
@@ -54,7 +54,7 @@ def make_sets(
     grid = Grid(mip, x, y, ROWS, COLS)
     moved = offsets or dict.fromkeys(range(z - 1, z + num_pairs), (0, 0))
     pairs = [(at, at - 1) for at in range(z, z + num_pairs)]
-    frames = [PairFrame(grid, (a, b), (moved[a], moved[b])) for a, b in pairs]
+    frames = [PairLocation(grid, (a, b), (moved[a], moved[b])) for a, b in pairs]
     name = f"x{x}_y{y}_z{z}"
     write_image_set(
         folder / f"{name}_MIP{mip}.h5",
@@ -65,7 +65,7 @@ def make_sets(
         fields = [np.stack([vectors(a), vectors(b)]) for a, b in pairs]
     else:
         fields = [vectors(a) for a, _ in pairs]
-        frames = [PairFrame(grid, pair) for pair in pairs]
+        frames = [PairLocation(grid, pair) for pair in pairs]
     path = folder / f"field_0_{name}_MIP{mip}_{tag}.h5"
     sides = 2 if downloaded else 1
     # Fields that training writes do not say their resolution.

@@ -8,13 +8,13 @@ import torch
 from cloudvolume import CloudVolume
 
 from metroem.errors import DatasetError
-from metroem.field import warp
-from metroem.grid import Grid
+from metroem.geometry.field import warp
+from metroem.geometry.grid import Grid
 from metroem.io.h5 import (
     FieldSetMeta,
     ImageSetMeta,
     Pair,
-    PairFrame,
+    PairLocation,
     write_field_set,
     write_image_set,
 )
@@ -31,7 +31,7 @@ def write_set(folder, pairs, *, corners=None, x=0, num_sides=1, vector=None):
     """
     corners = corners or [(x, 0)] * len(pairs)
     frames = [
-        PairFrame(Grid(MIP, *corner, ROWS, COLS), pair)
+        PairLocation(Grid(MIP, *corner, ROWS, COLS), pair)
         for corner, pair in zip(corners, pairs, strict=True)
     ]
     name = f"x{x}_y0_z{pairs[0][0]}"

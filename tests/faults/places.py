@@ -12,10 +12,10 @@ import numpy as np
 import torch
 
 from metroem.io.h5 import verify
-from metroem.scaffold import init_pyramid
-from tests.make_dataset.conftest import OFFSET, PAIRS, SHAPE
-from tests.nets.specs import scalenet, write_spec
+from metroem.models.module_folders import init_pyramid
+from tests.models.specs import scalenet, write_spec
 from tests.pairs import write_pairs
+from tests.prepare.make_dataset.conftest import OFFSET, PAIRS, SHAPE
 from tests.volumes import make_volume
 
 # (fault, command) -> how often tried, how often survived.

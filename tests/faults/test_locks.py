@@ -11,15 +11,15 @@ from pathlib import Path
 import pytest
 
 from metroem.errors import StorageError
-from metroem.io.lock import holding, lock_path
+from metroem.io.files import lock, lock_path
 from tests.faults.places import contents, counted
 
 ROOT = Path(__file__).parents[2]
 HOLD = """
 import sys
 from pathlib import Path
-from metroem.io.lock import holding
-with holding(Path(sys.argv[1])):
+from metroem.io.files import lock
+with lock(Path(sys.argv[1])):
     print("held", flush=True)
     sys.stdin.read()
 """
@@ -69,14 +69,14 @@ def test_a_second_run_is_refused_until_the_first_is_dead(zygote, place, name):
 
 
 def test_a_lock_is_not_kept_by_children_of_a_dead_process(tmp_path):
-    lock = tmp_path / ".lock"
+    path = tmp_path / ".lock"
     script = HOLD.replace(
         '    print("held", flush=True)\n    sys.stdin.read()',
         "    import os, time\n    if os.fork():\n"
         '        print("held", flush=True)\n    time.sleep(60)',
     )
     with subprocess.Popen(
-        [sys.executable, "-c", script, str(lock)],
+        [sys.executable, "-c", script, str(path)],
         stdout=subprocess.PIPE,
         text=True,
         env={**os.environ, "PYTHONPATH": str(ROOT)},
@@ -84,19 +84,19 @@ def test_a_lock_is_not_kept_by_children_of_a_dead_process(tmp_path):
     ) as first:
         assert first.stdout is not None and first.stdout.readline() == "held\n"
         with pytest.raises(StorageError, match=f"process {first.pid} on"):
-            with holding(lock):
+            with lock(path):
                 pass
         first.kill()
         first.wait()
-        with holding(lock):
-            assert json.loads(lock.read_text())["pid"] == os.getpid()
-        assert not lock.exists()
+        with lock(path):
+            assert json.loads(path.read_text())["pid"] == os.getpid()
+        assert not path.exists()
         os.killpg(first.pid, 9)
 
 
 def test_a_lock_lies_hidden_beside_what_it_stands_for(tmp_path):
     path = tmp_path / "new" / "a.h5"
-    with holding(lock_path(path)):
+    with lock(lock_path(path)):
         assert [p.name for p in path.parent.iterdir()] == [".a.h5.lock"]
     assert list(path.parent.iterdir()) == []
 
@@ -108,7 +108,7 @@ def test_a_lock_file_that_may_not_be_used_is_named(tmp_path, monkeypatch):
 
     monkeypatch.setattr("filelock.FileLock.acquire", fail)
     with pytest.raises(StorageError, match="Permission denied"):
-        with holding(tmp_path / ".lock"):
+        with lock(tmp_path / ".lock"):
             pass
 
 
@@ -117,6 +117,6 @@ def test_storage_without_locks_is_named(tmp_path, monkeypatch, caplog):
         raise OSError(38, "Function not implemented")
 
     monkeypatch.setattr("fcntl.flock", fail)
-    with holding(tmp_path / ".lock"):
+    with lock(tmp_path / ".lock"):
         pass
     assert "this storage has no locks" in caplog.text

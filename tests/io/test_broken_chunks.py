@@ -6,7 +6,7 @@ from cloudfiles import compression
 from cloudvolume import chunks
 
 from metroem.errors import DatasetError
-from metroem.grid import Grid
+from metroem.geometry.grid import Grid
 from metroem.io.cloud_retry import prepare_storage
 from metroem.io.volume import Volume
 from tests.sharded import tissue

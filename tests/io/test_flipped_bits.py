@@ -7,22 +7,22 @@ import numpy as np
 import pytest
 
 import train
-from metroem import cli
 from metroem.__main__ import main
 from metroem.data.dataset import find_pairs, read_sample
 from metroem.errors import DatasetError, MetroEMError
-from metroem.grid import Grid
+from metroem.geometry.grid import Grid
 from metroem.io.h5 import (
     FieldSet,
     FieldSetMeta,
     ImageSet,
     ImageSetMeta,
     Pair,
-    PairFrame,
+    PairLocation,
     write_field_set,
     write_image_set,
 )
-from metroem.scaffold import init_pyramid
+from metroem.models.module_folders import init_pyramid
+from metroem.utils import cli
 from tests.image_sets import write_images
 from tests.pairs import write_pairs
 
@@ -42,7 +42,7 @@ def written(tmp_path_factory):
     """An image set with masks of defects, and a field set of its pairs."""
     folder = tmp_path_factory.mktemp("written")
     chance = np.random.default_rng(0)
-    frames = [PairFrame(Grid(0, 0, 0, *SHAPE), (i + 1, i)) for i in range(NUM_PAIRS)]
+    frames = [PairLocation(Grid(0, 0, 0, *SHAPE), (i + 1, i)) for i in range(NUM_PAIRS)]
     images = chance.standard_normal((NUM_PAIRS, 2, *SHAPE), np.float32)
     masks = chance.random(images.shape) < 0.2
     meta = ImageSetMeta(frames, "", "", {}, normalization={"kind": "tissue"})

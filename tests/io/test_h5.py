@@ -6,14 +6,14 @@ import numpy as np
 import pytest
 
 from metroem.errors import DatasetError, FieldError
-from metroem.grid import Grid
+from metroem.geometry.grid import Grid
 from metroem.io.h5 import (
     FieldSet,
     FieldSetMeta,
     ImageSet,
     ImageSetMeta,
     Pair,
-    PairFrame,
+    PairLocation,
     find_field_sets,
     find_image_sets,
     verify,
@@ -27,7 +27,7 @@ COMMON = {"source": "gs://somewhere", "command": "download", "request": {"mips":
 
 def frames(count, offsets=((0, 0), (0, 0))):
     grid = Grid(2, 100, -40, *SHAPE)
-    return [PairFrame(grid, (7 + i, 6 + i), offsets) for i in range(count)]
+    return [PairLocation(grid, (7 + i, 6 + i), offsets) for i in range(count)]
 
 
 def images(count):
@@ -220,7 +220,7 @@ def test_a_section_that_two_pairs_share_is_in_both(tmp_path):
     one = sections[2]
     pairs = [Pair(one, sections[1]), Pair(sections[3], one), Pair(one, one)]
     grid = Grid(1, 0, 0, rows, cols)
-    meta = ImageSetMeta([PairFrame(grid, (i + 1, i)) for i in range(3)], "", "", {})
+    meta = ImageSetMeta([PairLocation(grid, (i + 1, i)) for i in range(3)], "", "", {})
     path = tmp_path / "x0_y0_z1_MIP1.h5"
     write_image_set(path, pairs, meta)
 

@@ -8,7 +8,7 @@ from scipy import ndimage
 
 import download_image
 from metroem.__main__ import main
-from metroem.grid import Grid
+from metroem.geometry.grid import Grid
 from metroem.io import image_volume
 from metroem.io.h5 import ImageSet
 from metroem.io.image_volume import ImageVolume, blank_traces

@@ -15,12 +15,12 @@ from cloudvolume import CloudVolume
 import download_image
 from metroem.__main__ import build_parser, main
 from metroem.errors import DatasetError
-from metroem.grid import Grid
+from metroem.evaluation.report.page import neuroglancer_source
+from metroem.geometry.grid import Grid
 from metroem.io.cloud_paths import FORMATS, check_source, cloud_path
 from metroem.io.volume import Volume
 from metroem.io.volume_write import write_volume
-from metroem.report.page import neuroglancer_source
-from metroem.scaffold import fetch, init_pyramid
+from metroem.models.module_folders import fetch, init_pyramid
 from tests.export.sets import make_sets
 from tests.volumes import make_volume
 

@@ -9,7 +9,7 @@ import download_field
 import download_image
 from metroem.__main__ import main
 from metroem.errors import DatasetError
-from metroem.grid import Grid
+from metroem.geometry.grid import Grid
 from metroem.io.volume import Volume
 from tests.sharded import SHAPE, WHOLE, make_sharded, tissue
 from tests.volumes import make_volume

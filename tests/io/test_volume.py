@@ -8,8 +8,9 @@ import pytest
 from google.auth.exceptions import DefaultCredentialsError
 
 from metroem.errors import DatasetError
-from metroem.grid import Grid
-from metroem.io.volume import Volume, cloud_path, covering, cut, iter_sections
+from metroem.geometry.grid import Grid
+from metroem.io.cloud_paths import cloud_path
+from metroem.io.volume import Volume, bounding_grid, crop_array, iter_sections
 from tests.volumes import ReadCount, make_volume
 
 # (Z, C, X, Y): sections 10...15, x from 64 and y from -32 on.
@@ -206,11 +207,11 @@ def test_an_error_while_reading_is_not_lost(path, monkeypatch):
 
 def test_a_cut_of_a_covering_grid_is_the_part_asked_for():
     a, b = Grid(1, 10, 4, 3, 5), Grid(1, 14, 0, 4, 4)
-    hull = covering([a, b])
+    hull = bounding_grid([a, b])
     assert hull == Grid(1, 10, 0, 6, 7)
     array = np.arange(42).reshape(6, 7)
-    np.testing.assert_array_equal(cut(array, hull, a), array[:3, 2:7])
-    np.testing.assert_array_equal(cut(array, hull, b), array[2:, :4])
+    np.testing.assert_array_equal(crop_array(array, hull, a), array[:3, 2:7])
+    np.testing.assert_array_equal(crop_array(array, hull, b), array[2:, :4])
 
 
 def test_after_a_failure_no_other_layer_is_begun(path, monkeypatch):

@@ -12,7 +12,7 @@ import download_field
 import download_image
 from metroem.__main__ import main
 from metroem.errors import DatasetError
-from metroem.grid import Grid
+from metroem.geometry.grid import Grid
 from metroem.io.volume import Volume
 from metroem.io.volume_write import NewVolume, SectionWriter
 from tests.commands import ROOT, blocks

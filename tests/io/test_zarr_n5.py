@@ -8,7 +8,7 @@ import pytest
 from cloudfiles import interfaces
 
 from metroem.errors import DatasetError
-from metroem.grid import Grid
+from metroem.geometry.grid import Grid
 from metroem.io.volume import Volume, iter_sections
 from tests.zarrs import (
     chunks_of,

@@ -8,9 +8,9 @@ have none. Of a metric loss without `pre_align_weight` it took 0.7.
 import pytest
 import torch
 
-from metroem.aligner import Prediction
 from metroem.data.sample import Sample, seeded_generator
-from metroem.mask_rules import MaskRule, MaskRules
+from metroem.imaging.mask_rules import MaskRule, MaskRules
+from metroem.models.types import Prediction
 from metroem.specs.augmentations import RandomSrcTgtSwap, RandomTranspose, RandomWarp
 from metroem.specs.losses import LossSpec
 from metroem.specs.schedule import Phase, load_schedule

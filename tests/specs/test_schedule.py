@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from metroem.errors import UsageError
-from metroem.mask_rules import SIMILARITY_RULES, MaskRule
+from metroem.imaging.mask_rules import SIMILARITY_RULES, MaskRule
 from metroem.specs.augmentations import KnownWarp, RandomTranspose, RandomWarp
 from metroem.specs.losses import LossSpec
 from metroem.specs.schedule import MODES, Phase, load_schedule, parse_schedule
@@ -274,5 +274,5 @@ def test_json_of_a_phase_has_each_key_with_its_default():
 
 def test_a_schedule_is_read_without_torch():
     code = "import sys, metroem.specs.schedule as s; s.load_schedule('scratch', None)"
-    code += "; import metroem.create.spec; assert 'torch' not in sys.modules"
+    code += "; import metroem.prepare.dataset_spec; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -9,13 +9,13 @@ import torch
 
 import train
 from metroem.aligner import Aligner
-from metroem.scaffold import init_pyramid
+from metroem.models.module_folders import init_pyramid
 from metroem.training import cuda_graph_model, step
 from metroem.training.buffers import buffers_kept, evaluating, restore_buffers
 from metroem.training.compile import compile_network
 from metroem.training.cuda_graph_model import CudaGraphModel
 from metroem.training.model import TrainingModel, checkpoint_activations
-from tests.nets.specs import scalenet, write_spec
+from tests.models.specs import scalenet, write_spec
 from tests.pairs import write_pairs
 
 ROWS, COLS = 24, 40

@@ -4,7 +4,6 @@ import math
 import pytest
 import torch
 
-from metroem import versions
 from metroem.errors import CheckpointError
 from metroem.training.checkpoint import (
     RunFolder,
@@ -14,6 +13,7 @@ from metroem.training.checkpoint import (
     load_state,
     save_state,
 )
+from metroem.utils import format_versions
 
 FINGERPRINT = {"--seed": 3, "schedule": ["a"]}
 
@@ -83,7 +83,7 @@ def test_a_state_of_version_1_0_0_is_refused_and_says_what_to_do(tmp_path):
 
 def test_a_state_of_a_newer_version_is_refused(tmp_path):
     path = tmp_path / "s.pt"
-    torch.save({"version": versions.STATE + 1, "a key to come": 1}, path)
+    torch.save({"version": format_versions.STATE + 1, "a key to come": 1}, path)
     with pytest.raises(CheckpointError, match="version 3, .* up to 2; .*upgrade"):
         load_state(path)
 

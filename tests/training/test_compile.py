@@ -10,7 +10,7 @@ import torch
 import train
 from metroem.aligner import Aligner
 from metroem.errors import ResourceError, UsageError
-from metroem.scaffold import init_pyramid
+from metroem.models.module_folders import init_pyramid
 from metroem.training.compile import (
     check_compiler,
     check_compiles,
@@ -18,8 +18,8 @@ from metroem.training.compile import (
     compiler_failures_named,
 )
 from metroem.training.model import checkpoint_activations
-from tests.nets.specs import scalenet, write_spec
-from tests.nets.test_correlation import SMALL
+from tests.models.specs import scalenet, write_spec
+from tests.models.test_correlation_net import SMALL
 from tests.pairs import write_pairs
 from tests.test_train import ORIGINAL_CREATE, arguments
 

@@ -6,10 +6,10 @@ import torch
 from msgspec.structs import replace
 
 from metroem.data.dataset import Split
-from metroem.mask_rules import MaskRule, MaskRules
+from metroem.imaging.mask_rules import MaskRule, MaskRules
 from metroem.specs.augmentations import KnownWarp, Photometric, RandomFlip
 from metroem.specs.losses import LossSpec
-from metroem.specs.pyramid import ModuleSpec
+from metroem.specs.modules import ModuleSpec
 from metroem.specs.schedule import MODES, Phase, load_schedule, parse_schedule
 from metroem.training.checkpoint import RunFolder
 from metroem.training.config import StageConfig, describe_differences

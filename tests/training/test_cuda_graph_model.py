@@ -7,8 +7,8 @@ from torch.nn.parallel import DistributedDataParallel
 from metroem.aligner import Aligner
 from metroem.data.sample import Sample
 from metroem.errors import ResourceError
-from metroem.prediction import Prediction
-from metroem.scaffold import init_pyramid
+from metroem.models.module_folders import init_pyramid
+from metroem.models.types import Prediction
 from metroem.training import cuda_graph_model
 from metroem.training.compile import compile_network
 from metroem.training.cuda_graph_model import CudaGraphModel

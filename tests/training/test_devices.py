@@ -9,11 +9,11 @@ import torch
 
 import train
 from metroem.errors import UsageError
-from metroem.scaffold import init_pyramid
-from metroem.training import distributed
-from metroem.training.distributed import choose_device
+from metroem.models.module_folders import init_pyramid
 from metroem.training.requests import TrainRequest
-from tests.nets.specs import scalenet, write_spec
+from metroem.utils import distributed
+from metroem.utils.distributed import choose_device
+from tests.models.specs import scalenet, write_spec
 from tests.pairs import write_pairs
 
 RANK = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR")

@@ -7,15 +7,14 @@ import pytest
 import torch
 
 from metroem.data.sample import Sample
-from metroem.grid import Grid
+from metroem.geometry.grid import Grid
 from metroem.io.h5 import FieldSet, ImageSet
-from metroem.nets.loading import load_module
-from metroem.nets.options import AlignerOptions
-from metroem.prediction import Alignment
-from metroem.scaffold import init_pyramid
-from metroem.specs.pyramid import ModuleSpec
-from metroem.tiles import Tiling
-from metroem.training.stop_request import StopRequest
+from metroem.models.load import load_module
+from metroem.models.module_folders import init_pyramid
+from metroem.models.options import AlignerOptions
+from metroem.models.tiling import Tiling
+from metroem.models.types import Alignment
+from metroem.specs.modules import ModuleSpec
 from metroem.training.write_fields import (
     WriteFieldsConfig,
     _field_of,
@@ -23,7 +22,8 @@ from metroem.training.write_fields import (
     _Sources,
     write_fields,
 )
-from tests.nets.specs import without_features, write_spec
+from metroem.utils.stop_request import StopRequest
+from tests.models.specs import without_features, write_spec
 from tests.pairs import write_pairs
 
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 import train
-from metroem.scaffold import init_pyramid
-from tests.nets.specs import scalenet, write_spec
+from metroem.models.module_folders import init_pyramid
+from tests.models.specs import scalenet, write_spec
 from tests.pairs import write_pairs
 
 ROOT = Path(train.__file__).parent

@@ -7,12 +7,12 @@ import pytest
 import torch
 
 import train
-from metroem.aligner import Prediction
-from metroem.data.epoch import ValidationPairs
 from metroem.data.known_warp import known_warp
 from metroem.data.sample import Sample, seeded_generator
-from metroem.nets.options import AlignerOptions
-from metroem.scaffold import init_pyramid
+from metroem.data.sampling import ValidationPairs
+from metroem.models.module_folders import init_pyramid
+from metroem.models.options import AlignerOptions
+from metroem.models.types import Prediction
 from metroem.specs.augmentations import KnownWarp
 from metroem.specs.losses import LossSpec
 from metroem.specs.schedule import Phase
@@ -21,7 +21,7 @@ from metroem.training.step import StepMetrics
 from metroem.training.targets import EarlierStages, add_pseudo_label
 from metroem.training.validate import validate
 from tests.image_sets import pairs_of, write_images
-from tests.nets.specs import scalenet, write_spec
+from tests.models.specs import scalenet, write_spec
 from tests.pairs import write_pairs
 from tests.test_train import arguments
 

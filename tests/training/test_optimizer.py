@@ -23,9 +23,9 @@ from metroem.training.optimizer import (
 )
 from metroem.training.step import train_step
 from metroem.training.targets import EarlierStages
-from tests.nets.specs import write_spec
+from tests.models.specs import write_spec
 
-TEMPLATES = resources.files("metroem") / "nets" / "templates"
+TEMPLATES = resources.files("metroem") / "models" / "templates"
 PHASE = Phase(
     lr=1e-3,
     num_epochs=1,

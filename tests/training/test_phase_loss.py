@@ -5,11 +5,12 @@ import math
 import pytest
 import torch
 
-from metroem.aligner import Embedding, Prediction
 from metroem.data.sample import Sample, seeded_generator
-from metroem.loss import PairLoss, plain_loss, rigidity_map
-from metroem.masks import PairMaps, weigh
-from metroem.nets.options import AlignerOptions
+from metroem.geometry.rigidity import rigidity_map
+from metroem.imaging.loss_weights import PairMasks, pair_weights
+from metroem.loss import PairLoss, plain_loss
+from metroem.models.options import AlignerOptions
+from metroem.models.types import Embedding, Prediction
 from metroem.specs.losses import LossSpec
 from metroem.specs.schedule import Phase
 from metroem.training.phase_loss import levels_wanted, phase_loss
@@ -157,11 +158,11 @@ def test_gradients_of_a_mix_lead_to_the_truth(sample):
 
 def test_a_plain_loss_masks_as_the_rules_of_its_phase_say(sample):
     phase = phase_of(PLAIN, smoothness=3.0)
-    maps = PairMaps(sample.src, sample.tgt)
+    maps = PairMasks(sample.src, sample.tgt)
     pair = PairLoss(
         sample.truth,
-        weigh(phase.similarity_rules, maps),
-        weigh(phase.smoothness_rules, maps),
+        pair_weights(phase.similarity_rules, maps),
+        pair_weights(phase.smoothness_rules, maps),
         3.0,
     )
     found = loss_of(phase, sample, Prediction(sample.truth, {}))

@@ -5,13 +5,13 @@ import torch
 
 from metroem.data.sample import Sample, seeded_generator
 from metroem.errors import CheckpointError
-from metroem.field import upsample_field
-from metroem.nets.loading import load_module
-from metroem.normalize import coarsen_image, normalize
-from metroem.scaffold import init_pyramid
-from metroem.specs.pyramid import find_modules
+from metroem.geometry.field import upsample_field
+from metroem.imaging.normalize import coarsen_image, normalize
+from metroem.models.load import load_module
+from metroem.models.module_folders import init_pyramid
+from metroem.specs.modules import find_modules
 from metroem.training.targets import EarlierStages
-from tests.nets.specs import scalenet, write_spec
+from tests.models.specs import scalenet, write_spec
 
 ROWS, COLS = 50, 76
 CPU = torch.device("cpu")

@@ -6,11 +6,11 @@ import pytest
 import torch
 from torch import nn
 
-from metroem.aligner import Prediction
-from metroem.data.epoch import ValidationPairs
 from metroem.data.sample import Sample, seeded_generator
+from metroem.data.sampling import ValidationPairs
 from metroem.loss import LossTerms
-from metroem.nets.options import AlignerOptions
+from metroem.models.options import AlignerOptions
+from metroem.models.types import Prediction
 from metroem.specs.augmentations import KnownWarp
 from metroem.specs.losses import LossSpec
 from metroem.specs.schedule import Phase

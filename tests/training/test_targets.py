@@ -3,11 +3,11 @@
 import pytest
 import torch
 
-from metroem.aligner import Prediction
 from metroem.data.known_warp import known_warp
 from metroem.data.sample import Sample, seeded_generator, stack_samples
-from metroem.field import compose, pixel_positions, warp
-from metroem.masks import grow
+from metroem.geometry.field import compose, pixel_positions, warp
+from metroem.imaging.masks import dilate
+from metroem.models.types import Prediction
 from metroem.specs.augmentations import KnownWarp
 from metroem.training.targets import add_pseudo_label
 
@@ -60,7 +60,7 @@ def test_a_natural_field_completes_the_truth(seed):
     # h at the place in the natural src that belongs to a pixel of tgt.
     expected = natural[..., 3:, :-4] + known.truth[..., :-3, 4:]
     torch.testing.assert_close(done.truth[..., 3:, :-4], expected, atol=2e-3, rtol=0)
-    inside = ~grow(~done.truth_valid, 4)
+    inside = ~dilate(~done.truth_valid, 4)
     error = (warp(done.src, done.truth) - done.tgt).abs()
     # (1/7**2 + 1/9**2) / 8 and some hundredths of a pixel on a slope of 1/7 + 1/9.
     assert inside.float().mean() > 0.4 and error[inside].max() < 0.02
@@ -102,7 +102,7 @@ def test_a_tear_between_the_sections_is_nothing_to_learn():
     # Left of it, beyond three deviations of the Gaussian, all is as without it.
     left = (..., slice(None), slice(None, 70 - 3 * 16))
     torch.testing.assert_close(done.truth[left], calm.truth[left], atol=0.1, rtol=0)
-    surely = ~grow(~calm.truth_valid, 1)
+    surely = ~dilate(~calm.truth_valid, 1)
     assert done.truth_valid[left][surely[left]].all()
 
 

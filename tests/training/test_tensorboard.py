@@ -9,7 +9,7 @@ import torch
 import train
 from metroem.data.sample import Sample
 from metroem.errors import UsageError
-from metroem.scaffold import init_pyramid
+from metroem.models.module_folders import init_pyramid
 from metroem.training.requests import TrainRequest
 from metroem.training.step import StepMetrics
 from metroem.training.tensorboard import TensorBoardWriter

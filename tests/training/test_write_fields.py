@@ -15,7 +15,6 @@ import torch
 
 import train
 from metroem.__main__ import main
-from metroem.create.requests import InspectRequest
 from metroem.errors import (
     CheckpointError,
     DatasetError,
@@ -23,13 +22,20 @@ from metroem.errors import (
     StorageError,
     UsageError,
 )
-from metroem.field import move_field
-from metroem.grid import Grid
-from metroem.inspect import inspect_dataset
-from metroem.io import replace
-from metroem.io.h5 import FieldSet, FieldSetMeta, ImageSet, PairFrame, write_field_set
-from metroem.nets.loading import load_module
-from metroem.scaffold import init_pyramid
+from metroem.geometry.field import resample_field
+from metroem.geometry.grid import Grid
+from metroem.io import files
+from metroem.io.h5 import (
+    FieldSet,
+    FieldSetMeta,
+    ImageSet,
+    PairLocation,
+    write_field_set,
+)
+from metroem.models.load import load_module
+from metroem.models.module_folders import init_pyramid
+from metroem.prepare.inspect import inspect_dataset
+from metroem.prepare.requests import InspectRequest
 from metroem.training import write_fields as writing
 from tests.export.sets import export
 from tests.pairs import write_pairs
@@ -74,7 +80,7 @@ def place(true_place, monkeypatch):
         if sample.prior_field is not None:
             field = field + sample.prior_field
         grids = (one.grid(index) for one in (sources.images, sources.target))
-        return move_field(field, *grids)[0].numpy(), None
+        return resample_field(field, *grids)[0].numpy(), None
 
     monkeypatch.setattr(writing, "_field_of", field_of)
     return true_place
@@ -93,7 +99,7 @@ def run_train(place, *flags):
     train.main([str(word) for word in words])
 
 
-def files(folder):
+def written(folder):
     return {p: p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
 
 
@@ -121,10 +127,10 @@ def forget(path, *keys):
 
 
 def test_a_pyramid_writes_the_fields_of_data_that_it_was_not_trained_on(place):
-    before = files(place / "pyramid")
+    before = written(place / "pyramid")
     write_fields(place)
     # Its weights and its states are as they were, and nothing lies beside them.
-    assert files(place / "pyramid") == before
+    assert written(place / "pyramid") == before
     assert sorted(stamps(place / "data")) == [FIRST, LAST]
     for name, module in ((FIRST, "0_mip1in"), (LAST, "1_mip0in")):
         fields = FieldSet(place / "data" / name)
@@ -145,9 +151,9 @@ RESOLUTION = ("--resolution", 4, 4, 40)
 def test_train_py_without_a_stage_to_train_writes_the_same_fields(true_place):
     place = true_place
     write_fields(place, "--fields_path", place / "fields")
-    before = files(place / "pyramid")
+    before = written(place / "pyramid")
     run_train(place, "--train_stages", "--no_redirect_stdout")
-    assert files(place / "pyramid") == before
+    assert written(place / "pyramid") == before
     for name in (FIRST, LAST):
         one, other = (FieldSet(place / f / name) for f in ("data", "fields"))
         assert one.request == other.request
@@ -261,13 +267,15 @@ def test_images_of_the_original_are_known_by_what_they_hold(place):
 
 
 def test_parts_of_other_images_are_not_gone_on_with(place, monkeypatch):
-    joined = writing.FieldParts.join
+    joined = writing.FieldSetWriter.join
     monkeypatch.setattr(
-        writing.FieldParts, "join", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt)
+        writing.FieldSetWriter,
+        "join",
+        lambda *_: (_ for _ in ()).throw(KeyboardInterrupt),
     )
     with pytest.raises(KeyboardInterrupt):
         write_fields(place, "--stages", 0)
-    monkeypatch.setattr(writing.FieldParts, "join", joined)
+    monkeypatch.setattr(writing.FieldSetWriter, "join", joined)
     other = place / "other"
     shutil.copytree(place / "data", other)
     for folder in (place / "data", other):
@@ -304,7 +312,7 @@ def downloaded_field(place, value):
     """A field that takes the place of stage 0."""
     images = ImageSet(place / "data" / FINE)
     field = np.full((2, 2, *SHAPE), value, np.float32)
-    frames = [PairFrame(images.grid(i), images.sections(i)) for i in range(3)]
+    frames = [PairLocation(images.grid(i), images.sections(i)) for i in range(3)]
     meta = FieldSetMeta(frames, "test", "", {"cv_path": "a"}, tag="ck", num_sides=2)
     write_field_set(place / "data" / FIRST, [field] * 3, meta)
 
@@ -383,10 +391,10 @@ def test_a_training_that_writes_no_fields_needs_no_images_of_the_next_stage(plac
     ],
 )
 def test_flags_that_cannot_work_together_are_refused(place, flags, match):
-    before = files(place)
+    before = written(place)
     with pytest.raises(UsageError, match=match):
         run_train(place, *flags)
-    assert files(place) == before
+    assert written(place) == before
 
 
 @pytest.mark.parametrize(
@@ -399,10 +407,10 @@ def test_no_command_takes_a_checkpoint_name_that_is_another_folder(place, comman
 
 
 def test_a_data_set_that_is_read_only_is_trained_on(place, monkeypatch):
-    before = files(place / "data")
+    before = written(place / "data")
     refuse(monkeypatch, place / "data")
     run_train(place, "--fields_path", place / "fields")
-    assert files(place / "data") == before
+    assert written(place / "data") == before
     assert sorted(stamps(place / "fields")) == [FIRST, LAST]
     # Stage 1 started from the fields that stage 0 wrote there.
     first, last = (FieldSet(place / "fields" / name).request for name in (FIRST, LAST))
@@ -411,14 +419,14 @@ def test_a_data_set_that_is_read_only_is_trained_on(place, monkeypatch):
 
 def refuse(monkeypatch, folder):
     """Let a folder take no files, whoever asks."""
-    make = replace.tempfile.TemporaryFile
+    make = files.tempfile.TemporaryFile
 
     def made(*, dir):
         if dir == folder:
             raise OSError(30, "Read-only file system")
         return make(dir=dir)
 
-    monkeypatch.setattr(replace.tempfile, "TemporaryFile", made)
+    monkeypatch.setattr(files.tempfile, "TemporaryFile", made)
 
 
 @pytest.mark.parametrize("where", ["data", "pyramid/0_mip1in_correlation/model"])
@@ -433,10 +441,10 @@ def test_folders_that_take_no_files_are_named_before_the_training(
     # Where nothing is to be written to it, it is not tried.
     if where == "data":
         run_train(place, "--train_stages", "0", "--generate_field_stages")
-        before = files(place / "pyramid")
+        before = written(place / "pyramid")
         with pytest.raises(StorageError, match="Read-only"):
             run_train(place, "--train_stages", "0", "--restart", "--no_redirect_stdout")
-        after = files(place / "pyramid")
+        after = written(place / "pyramid")
         log = place / "pyramid" / "ck.log"  # of the run before, still open here
         assert after | {log: before[log]} == before
 
@@ -446,7 +454,9 @@ def test_figures_that_cannot_be_written_are_named_before_the_pairs_are_aligned(
 ):
     write_pairs(place / "large", mips=(1, 0), num_pairs=1, shape=(160, 192))
     refuse(monkeypatch, place / "out")
-    monkeypatch.setattr("metroem.evaluate.Pyramid.load", lambda *_: pytest.fail("late"))
+    monkeypatch.setattr(
+        "metroem.evaluation.evaluate.Pyramid.load", lambda *_: pytest.fail("late")
+    )
     with pytest.raises(StorageError, match="out: Read-only file system"):
         main(
             ["evaluate", "--pyramid_path", str(place / "pyramid"), "--dataset_path"]

@@ -1,0 +1,164 @@
+"""One HTML file that shows what `metroem evaluate` found, pair by pair.
+
+The page is whole in itself and asks no network for anything. What comes from a data set
+(names, paths, figures) stands in blocks of JSON, which the page shows as text and never
+runs: its policy allows the one script whose hash it names. Each pair's pictures are a
+block of their own, written as soon as the pair is aligned and decoded when it is looked
+at.
+"""
+
+import base64
+import hashlib
+import json
+import math
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, TextIO
+
+from torch import Tensor
+
+from metroem.data.sample import Sample
+from metroem.evaluation.report.pair_pictures import MASKS, draw_pair, draw_wheel
+from metroem.evaluation.scores import AlignedPair, SetResult
+from metroem.evaluation.tables import plain
+from metroem.io.files import atomic_write, make_folder
+from metroem.io.h5 import ImageSet
+
+_SCRIPTS = ("overview.js", "viewer.js", "page.js")
+_DATA = "<!-- data -->"
+# What neuroglancer can open from anywhere; a path on this machine is not.
+_SOURCE = re.compile(
+    r"(?:(?P<format>precomputed|n5|zarr|zarr2|zarr3)://)?"
+    r"(?P<url>(?:gs|s3|https?)://\S.*)"
+)
+
+
+class ReportPage:
+    """A page that is being written; `report_page` opens one.
+
+    Pairs are numbered in the order in which they are added.
+    """
+
+    def __init__(self, file: TextIO) -> None:
+        self._file = file
+        self._sets: dict[str, dict[str, Any]] = {}
+        self._rows: list[dict[str, Any]] = []
+        head, self._tail = _template().split(_DATA)
+        file.write(head)
+
+    def add(
+        self,
+        images: ImageSet,
+        pair: AlignedPair,
+        sample: Sample,
+        fields: list[Tensor],
+    ) -> None:
+        """Write the pictures of a pair, and keep its figures for the table.
+
+        Args:
+            images: the set of the finest mip.
+            pair: what was found on one of its pairs.
+            sample: the pair, of batch size 1, its defects known.
+            fields: one a stage, (1, 2, H, W) each, px of the sample's mip.
+        """
+        drawn = draw_pair(sample, fields)
+        self._write_json(f"pair-{len(self._rows)}", drawn.pictures)
+        self._sets.setdefault(images.path.name, _about_set(images))
+        x, y, *_ = images.box(pair.where.pair, 1)
+        has_value = not math.isnan(pair.score.made_worse)
+        stage_cpc = drawn.stage_cpc if has_value else [None] * len(fields)
+        more = {"corner": [x, y], "thumb": drawn.thumb, "stage_cpc": stage_cpc}
+        self._rows.append(plain(pair) | plain(more))
+
+    def finish(self, about: Mapping[str, Any], results: Sequence[SetResult]) -> None:
+        """Write all but the pictures of pairs, and the end of the page.
+
+        Args:
+            about: the request, the settings, "stages" and "curves".
+            results: one an image set.
+        """
+        sets = [
+            self._sets[result.file] | plain(result._replace(pairs=()))
+            for result in results
+        ]
+        masks = {
+            name: f"rgb({red} {green} {blue} / {alpha / 255:.2f})"
+            for name, (red, green, blue, alpha) in MASKS.items()
+        }
+        legend = {"masks": masks, "wheel": draw_wheel()}
+        self._write_json(
+            "summary", {"about": about, "sets": sets, "pairs": self._rows} | legend
+        )
+        self._file.write(self._tail)
+
+    def _write_json(self, name: str, value: Any) -> None:
+        text = _escaped(json.dumps(plain(value), separators=(",", ":")))
+        self._file.write(f'<script type="application/json" id="{name}">')
+        self._file.write(text)
+        self._file.write("</script>\n")
+
+
+@contextmanager
+def report_page(path: Path) -> Iterator[ReportPage]:
+    """Open a page to add pairs to; the file is there whole or not at all.
+
+    Args:
+        path: of the page; its folder is made.
+    """
+    make_folder(path.parent)
+    with atomic_write(path) as partial, partial.open("w", encoding="utf-8") as file:
+        yield ReportPage(file)
+
+
+def neuroglancer_source(source_path: str) -> str | None:
+    """What neuroglancer calls a volume; None if it cannot open it.
+
+    Args:
+        source_path: the volume as cloud-volume opens it, "gs://bucket/em".
+    """
+    match = _SOURCE.fullmatch(source_path)
+    if match is None:
+        return None
+    return f"{match['format'] or 'precomputed'}://{match['url']}"
+
+
+def _about_set(images: ImageSet) -> dict[str, Any]:
+    path = str(images.attributes.get("source_path", ""))
+    return {
+        "source": path,
+        "neuroglancer": neuroglancer_source(path),
+        "resolution": images.attributes.get("resolution"),
+    }
+
+
+def _escaped(text: str) -> str:
+    """JSON that HTML cannot take for the end of its block, nor for a comment."""
+    for character in "<>&":
+        text = text.replace(character, f"\\u{ord(character):04x}")
+    return text
+
+
+def _template() -> str:
+    """The page without its data."""
+    folder = files("metroem.report")
+    style = folder.joinpath("page.css").read_text(encoding="utf-8")
+    parts = (folder.joinpath(name).read_text(encoding="utf-8") for name in _SCRIPTS)
+    script = '"use strict";\n' + "\n".join(parts)
+    page = folder.joinpath("page.html").read_text(encoding="utf-8")
+    for mark, text in (
+        ("STYLE_HASH", _hash(style)),
+        ("SCRIPT_HASH", _hash(script)),
+        ("/* style */", style),
+        ("/* script */", script),
+    ):
+        page = page.replace(mark, text)
+    return page
+
+
+def _hash(text: str) -> str:
+    """As a content security policy names the one style or script it allows."""
+    digest = hashlib.sha256(text.encode()).digest()
+    return f"sha256-{base64.b64encode(digest).decode()}"

@@ -1,0 +1,256 @@
+"""Which section has which field, and what its whole displacement is."""
+
+import logging
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from metroem.errors import DatasetError
+from metroem.export.requests import ExportRequest
+from metroem.geometry.grid import Grid, Resolution, in_nm, nm_of, same_resolution
+from metroem.io.h5 import Box, FieldSet, ImageSet, find_field_sets
+from metroem.io.moved import command_to_move, unlike_offsets
+from metroem.io.origins import how_to_make_again, place_digest, why_stale
+from metroem.io.volume import Volume
+from metroem.specs.filenames import ImageSetName
+
+logger = logging.getLogger(__name__)
+
+
+class ExportedSet(NamedTuple):
+    """A field set and the images that it belongs to."""
+
+    fields: FieldSet
+    images: ImageSet | None  # of the fields' place and mip
+    tgt_offset: int | None = None  # whose pairs are exported; None: all
+
+    def sides(self) -> Iterator[tuple[int, int]]:
+        """Pair and side of each section, in rising order of pairs.
+
+        tgt of a pair is src of the pair before where pairs are consecutive. A section
+        comes once; as src of several pairs it comes once a pair where fields belong
+        to a pair, as those that training writes do.
+        """
+        pairs = [
+            (index, self.fields.grid(index), *self.fields.sections(index))
+            for index in range(len(self.fields))
+            if self.tgt_offset in (None, self.offset_to_tgt(index))
+        ]
+        as_src = {(z_src, grid) for _, grid, z_src, _ in pairs}
+        seen: set[tuple[int, Grid]] = set()
+        for index, grid, z_src, z_tgt in pairs:
+            if (z_tgt, grid) not in as_src and (z_tgt, grid) not in seen:
+                yield index, 1
+            if self.fields.num_sides == 1 or (z_src, grid) not in seen:
+                yield index, 0
+            seen |= {(z_tgt, grid), (z_src, grid)}
+
+    def offset_to_tgt(self, index: int) -> int:
+        """How many sections tgt of a pair lies above src; mostly -1."""
+        z_src, z_tgt = self.fields.sections(index)
+        return z_tgt - z_src
+
+    def offsets_to_tgt(self) -> list[int]:
+        """Those of all pairs, sorted; a field volume's fields have none ([])."""
+        if self.fields.num_sides == 2:
+            return []
+        return sorted({self.offset_to_tgt(i) for i in range(len(self.fields))})
+
+    def has_field(self, side: int) -> bool:
+        """Whether there is a field for src (0) or tgt (1)."""
+        return side < self.fields.num_sides
+
+    def moved(self, index: int, side: int) -> tuple[int, int]:
+        """(x, y), mip-0 pixels, that the displacements are longer than the vectors.
+
+        What was taken out of the field, that is how far from their frame its images
+        were read. Fields of src alone that version 1.0.0 wrote do not say it.
+        """
+        stated = self.fields.offset(index, side)
+        if self.fields.num_sides == 2 or any(stated) or self.images is None:
+            return stated
+        return self.images.offset(index, side)
+
+    def displacements(self, index: int, side: int) -> np.ndarray:
+        """(2, H, W) float32, pixels of the set's mip, along cols and along rows."""
+        x, y = self.moved(index, side)
+        moved = np.array([y, x], np.float32) / (1 << self.fields.mip)
+        return self.fields.read(index, side) + moved[:, None, None]
+
+    def resolution(self) -> Resolution | None:
+        """nm of a mip-0 voxel along x, y, z; None where the files do not say."""
+        if self.images is None:
+            return self.fields.resolution
+        return self.fields.resolution or self.images.resolution
+
+
+def find_exported(request: ExportRequest) -> list[ExportedSet]:
+    """The field sets that a request means, with their images.
+
+    Raises:
+        DatasetError: there are none, or of several mips, or some were made from other
+            images than those there now, or --warped needs images that are not there.
+    """
+    folder, name = request.fields_folder, request.checkpoint_name
+    there = find_field_sets(folder)
+    tagged = [one for one in there if (one.name.tag or "") == name]
+    if not tagged:
+        tags = sorted({one.name.tag or "no name" for one in there})
+        raise DatasetError(
+            f"{folder}: no field sets of --checkpoint_name {name!r}, those there are "
+            f"of {', '.join(tags) or 'none'}; write-fields and train.py write them, "
+            "and download_field.py with --suffix"
+        )
+    stages = sorted({one.name.stage for one in tagged})
+    stage = stages[-1] if request.stage is None else request.stage
+    chosen = [one for one in tagged if one.name.stage == stage]
+    mips = sorted({one.mip for one in chosen})
+    if request.mip is not None:
+        chosen = [one for one in chosen if one.mip == request.mip]
+    if not chosen or (request.mip is None and len(mips) > 1):
+        raise DatasetError(
+            f"{folder}: --checkpoint_name {name} has fields of stages {stages}, of "
+            f"stage {stage} at mips {mips}; choose one with --stage and --mip"
+        )
+    logger.info(
+        "fields of stage %d at mip %d: %d sets", stage, chosen[0].mip, len(chosen)
+    )
+    found = [_with_images(one, request) for one in chosen]
+    if not any(True for one in found for _ in one.sides()):
+        there = {one.offset_to_tgt(i) for one in found for i in range(len(one.fields))}
+        raise DatasetError(
+            f"--tgt_offset {request.tgt_offset}: {folder} has no such pairs, those "
+            f"there are have {', '.join(map(str, sorted(there)))}; give one of them"
+        )
+    return found
+
+
+def _with_images(fields: FieldSet, request: ExportRequest) -> ExportedSet:
+    if why := why_stale(fields, request.dataset_path):
+        raise DatasetError(f"{fields.path}: {why}")
+    place = fields.name.place
+    named = [
+        path
+        for path in sorted(request.dataset_path.glob("*.h5"))
+        if _is_of(path, place, fields.mip)
+    ]
+    images = ImageSet(named[0]) if named else None
+    if images is not None and (
+        images.num_pairs != fields.num_pairs
+        or (fields.is_of_pyramid and place_digest(images) != place_digest(fields))
+    ):
+        raise DatasetError(
+            f"{fields.path}: {fields.num_pairs} pairs, its images {images.path.name} "
+            f"have {images.num_pairs}, or lie elsewhere (metroem inspect says where); "
+            f"{how_to_make_again(fields, request.dataset_path)}"
+        )
+    if images is not None:
+        fields.check_resolution(images)
+    if images is not None and request.warped is not None:
+        for index in range(len(fields)):
+            for side, taken_out, moved in unlike_offsets(fields, images, index):
+                raise DatasetError(
+                    f"--warped {request.warped}: side {side} of pair {index} of "
+                    f"{images.path.name} was moved by {moved}, its field by "
+                    f"{taken_out}; download the images with it: "
+                    f"{command_to_move(images, fields.path)}"
+                )
+    if images is None and request.warped is not None:
+        raise DatasetError(
+            f"--warped {request.warped}: {fields.path.name} has no image set of its "
+            f"place at mip {fields.mip}; download it, or leave --warped out"
+        )
+    if images is None and fields.num_sides == 1:
+        logger.warning(
+            "%s: no image set of its place at mip %d, which would say whether its "
+            "images were moved; taken as not moved",
+            *(fields.path.name, fields.mip),
+        )
+    return ExportedSet(fields, images, request.tgt_offset)
+
+
+def _is_of(path: Path, place: str, mip: int) -> bool:
+    name = ImageSetName.parse(path.name)
+    return name is not None and (name.place, name.mip) == (place, mip)
+
+
+class VolumeBounds:
+    """Bounds and resolution of the volumes that a request makes.
+
+    Attributes:
+        resolution: nm of a mip-0 voxel along x, y, z.
+
+    Raises:
+        DatasetError: nothing says the resolution, or sets, --resolution and --like do
+            not say the same; or --like cannot be read.
+    """
+
+    def __init__(self, request: ExportRequest, sets: Sequence[ExportedSet]) -> None:
+        resolution = _resolution(request, sets)
+        self._like = None
+        if request.like is not None:
+            self._like = Volume(
+                request.like, flag="--like", resolution=resolution, is_read=False
+            )
+            resolution = self._like.resolution
+        if resolution is None:
+            raise DatasetError(
+                f"{request.dataset_path}: nm of a mip-0 voxel are needed, and the sets "
+                "do not say it; give --resolution X Y Z, or --like and the volume of "
+                "the images"
+            )
+        self.resolution = resolution
+
+    def bounds(self, boxes: Sequence[Box]) -> tuple[Grid, range]:
+        """The area, at mip 0, and the sections of a new volume that holds `boxes`."""
+        if self._like is not None:
+            return self._like.extent()
+        x, y, z = (min(box[axis] for box in boxes) for axis in range(3))
+        x_end, y_end, z_end = (max(box[axis] for box in boxes) for axis in range(3, 6))
+        return Grid(0, x, y, x_end - x, y_end - y), range(z, z_end)
+
+
+def _resolution(
+    request: ExportRequest, sets: Sequence[ExportedSet]
+) -> Resolution | None:
+    """What the sets and --resolution say of mip 0; None: nothing."""
+    found = [said for one in sets if (said := one.resolution()) is not None]
+    for said in found:
+        if not same_resolution(said, found[0]):
+            raise DatasetError(
+                f"{request.dataset_path}: for a mip-0 voxel its sets say "
+                f"{in_nm(found[0])} and {in_nm(said)}, and a volume has one; put the "
+                "sets into a folder for each, and export them one by one"
+            )
+    given = None if request.resolution is None else nm_of(request.resolution)
+    if given and found and not same_resolution(given, found[0]):
+        raise DatasetError(
+            f"--resolution {in_nm(given)}: the sets in {request.dataset_path} say that "
+            f"they have mip-0 voxels of {found[0]} nm; leave it out"
+        )
+    return given or (found[0] if found else None)
+
+
+def check_on_pixels(exported: ExportedSet) -> None:
+    """Refuse a set that lies between the pixels of its mip.
+
+    Raises:
+        DatasetError: as said.
+    """
+    mip = exported.fields.mip
+    boxes = [
+        one.box(index, side)
+        for one in (exported.fields, exported.images)
+        if one is not None
+        for index in range(len(one))
+        for side in (0, 1)
+    ]
+    for x, y, *_ in boxes:
+        if x % (1 << mip) or y % (1 << mip):
+            raise DatasetError(
+                f"{exported.fields.path}: lies between the pixels of mip {mip}, at x "
+                f"{x}, y {y}, which a volume cannot hold; expected multiples of "
+                f"{1 << mip} mip-0 pixels"
+            )

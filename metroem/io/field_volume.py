@@ -1,0 +1,155 @@
+"""A volume of displacements: what its values mean, and how images get them."""
+
+import logging
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from metroem.errors import DatasetError, UsageError
+from metroem.geometry.field import fill_not_finite, resample_field
+from metroem.geometry.grid import Grid
+from metroem.io.volume import Volume
+
+logger = logging.getLogger(__name__)
+
+CHANNEL_ORDERS = ("xy", "yx")
+FIELD_UNITS = ("mip0", "relative")
+# corgie and its kin keep quarter pixels in int16 volumes.
+_QUARTER = 0.25
+# Pixels around the patch that bilinear resampling reads.
+_MARGIN_PX = 1
+
+
+@dataclass(frozen=True)
+class FieldFormat:
+    """What the values of a volume of displacements are.
+
+    Attributes:
+        channel_order: what channel 0 and 1 are displacements along.
+        field_unit: "mip0": mip-0 pixels; "relative": pixels of the mip read.
+        int16_scale: what 1 of an int16 volume stands for, in that unit; None: a
+            quarter.
+
+    Raises:
+        UsageError: another value.
+    """
+
+    channel_order: str
+    field_unit: str
+    int16_scale: float | None = None
+
+    def __post_init__(self) -> None:
+        for name, value, known in (
+            ("channel_order", self.channel_order, CHANNEL_ORDERS),
+            ("field_unit", self.field_unit, FIELD_UNITS),
+        ):
+            if value not in known:
+                raise UsageError(f"{name} {value}: expected {' or '.join(known)}")
+        if self.int16_scale is not None and not self.int16_scale > 0:
+            raise UsageError(f"int16_scale {self.int16_scale}: must be > 0")
+
+
+class FieldVolume:
+    """The displacements of a volume at one mip.
+
+    Attributes:
+        volume: where they are.
+        mip: that is read.
+        scale: mip-0 pixels that a stored 1 stands for.
+
+    Raises:
+        DatasetError: the volume holds something else than fields.
+        UsageError: a scale for int16 where the volume is float.
+    """
+
+    def __init__(self, volume: Volume, mip: int, form: FieldFormat) -> None:
+        self.volume, self.mip, self._form = volume, mip, form
+        self.scale = self._stored_scale()
+
+    def window(self, patch: Grid) -> Grid:
+        """What is read for a patch: with the margin that resampling needs, as far
+        as the volume goes.
+        """
+        margin = 0 if self.mip == patch.mip else _MARGIN_PX
+        wide = patch.cover(self.mip, margin_px=margin)
+        return self.volume.clip(wide) or patch.cover(self.mip)
+
+    def displacements(self, stored: np.ndarray) -> np.ndarray:
+        """(2, H, W) float32, mip-0 pixels, channel 0 along cols.
+
+        Args:
+            stored: (2, H, W) as the volume has it; NaN may be among it.
+        """
+        vectors = stored.astype(np.float32) * np.float32(self.scale)
+        # cols run along the volume's y, so the displacement along y comes first.
+        return vectors if self._form.channel_order == "yx" else vectors[::-1]
+
+    def _stored_scale(self) -> float:
+        volume, int16_scale = self.volume, self._form.int16_scale
+        if volume.dtype.kind != "f" and volume.dtype != np.int16:
+            raise DatasetError(
+                f"{volume.flag} {volume.path}: is {volume.dtype}; fields are stored as "
+                "float32 or as int16"
+            )
+        if volume.dtype.kind == "f" and int16_scale is not None:
+            raise UsageError(
+                f"int16_scale {int16_scale}: {volume.path} is {volume.dtype}; leave it "
+                "out"
+            )
+        unit = 1 << self.mip if self._form.field_unit == "relative" else 1
+        if volume.dtype.kind == "f":
+            return unit
+        scale = int16_scale or _QUARTER
+        logger.info(
+            "%s: int16, 1 is taken for %g px of %s; int16_scale changes that",
+            volume.path,
+            scale,
+            "mip 0" if unit == 1 else f"mip {self.mip}",
+        )
+        return scale * unit
+
+
+def mean_translation(
+    displacements: np.ndarray, counts: np.ndarray, mip: int
+) -> tuple[int, int] | None:
+    """The mean displacement, rounded down to pixels of a mip.
+
+    Args:
+        displacements: (2, H, W), mip-0 pixels, channel 0 along cols.
+        counts: (H, W) bool, which of them may count; those that are not finite
+            never do.
+        mip: the translation is a multiple of 2**mip.
+
+    Returns:
+        x and y, mip-0 pixels; None where no vector counts.
+    """
+    counts = counts & np.isfinite(displacements).all(0)
+    if not counts.any():
+        return None
+    along_y, along_x = displacements[:, counts].mean(1, dtype=np.float64)
+    step = 1 << mip
+    return math.floor(along_x / step) * step, math.floor(along_y / step) * step
+
+
+def residual_field(
+    displacements: np.ndarray, source: Grid, patch: Grid, translation: tuple[int, int]
+) -> np.ndarray:
+    """What is left of a field on the patch after its translation is taken out.
+
+    Args:
+        displacements: (2, H, W) on `source`, mip-0 pixels, channel 0 along cols;
+            those that are not finite become the nearest that is.
+        source: their grid.
+        patch: grid wanted, of no coarser mip.
+        translation: x and y, mip-0 pixels.
+
+    Returns:
+        (2, H, W) float32 on the patch, pixels of its mip, channel 0 along cols.
+    """
+    x, y = translation
+    filled = fill_not_finite(torch.from_numpy(displacements.copy())[None])
+    left = filled - torch.tensor([y, x], dtype=filled.dtype)[:, None, None]
+    field = left / (1 << source.mip)
+    return resample_field(field, source, patch)[0].numpy()

@@ -1,0 +1,70 @@
+"""Say what the commands that make and copy pyramids are asked for."""
+
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+
+from metroem.errors import PyramidError, UsageError
+from metroem.utils.cli import Request, flag
+
+TEMPLATES = resources.files("metroem") / "models" / "templates"
+
+
+def templates() -> list[str]:
+    """Names of the networks that a module can be made with, sorted."""
+    names = (entry.name for entry in TEMPLATES.iterdir())
+    return sorted(name[: -len(".json")] for name in names if name.endswith(".json"))
+
+
+@dataclass(frozen=True)
+class InitRequest(Request):
+    """What `metroem init` is asked for.
+
+    Raises:
+        UsageError: no mips, a negative or rising one, or an unknown template.
+    """
+
+    pyramid: Path = flag("directory to make", is_positional=True)
+    mips: list[int] = flag("mip of each stage, coarse first", names=("--mip", "--mips"))
+    template: str = flag("network of the modules", "correlation")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        mips = list(self.mips)
+        if not mips or min(mips) < 0 or mips != sorted(mips, reverse=True):
+            raise UsageError(
+                f"--mip {' '.join(map(str, mips))}: expected one mip >= 0 for each "
+                "stage, coarsest (largest) first, for example --mip 5 3"
+            )
+        if self.template not in templates():
+            raise UsageError(
+                f"--template {self.template}: expected one of {templates()}"
+            )
+
+    def check_paths(self) -> None:
+        path = self.pyramid
+        if path.exists() and (not path.is_dir() or any(path.iterdir())):
+            raise PyramidError(
+                f"{path}: exists already; name a new directory, or delete this one"
+            )
+
+
+@dataclass(frozen=True)
+class FetchRequest(Request):
+    """What `metroem fetch` is asked for."""
+
+    source: str = flag("gs://, s3://, https:// or local path", is_positional=True)
+    pyramid: Path = flag("directory to copy into", is_positional=True)
+    trust: bool = flag(
+        "do not ask whether the code that was read from afar may be kept", False
+    )
+
+    @property
+    def is_local(self) -> bool:
+        """Whether the source is on this machine."""
+        return "://" not in self.source.removeprefix("file://")
+
+    def check_paths(self) -> None:
+        local = Path(self.source.removeprefix("file://")).expanduser()
+        if self.is_local and not local.is_dir():
+            raise PyramidError(f"{self.source}: no such directory")

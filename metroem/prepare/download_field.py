@@ -1,0 +1,111 @@
+"""Field sets from a CloudVolume: displacements that stage 1 starts from.
+
+Of each section's field the mean displacement is taken out and kept as the
+`offset` of the pair's side, since it is often larger than a patch; what is left
+is resampled to the mip of the images.
+"""
+
+import logging
+from pathlib import Path
+
+from metroem.geometry.grid import Resolution
+from metroem.io.field_volume import FieldFormat, FieldVolume
+from metroem.io.files import lock, lock_path
+from metroem.io.h5 import ImageSet
+from metroem.io.volume import Volume
+from metroem.prepare.pair_files import PairFiles, PairSet
+from metroem.prepare.patches import FieldSource, Key, PatchReader
+from metroem.prepare.requests import FieldRequest
+from metroem.prepare.sources import open_mask
+from metroem.specs.filenames import ImageSetName
+
+logger = logging.getLogger(__name__)
+
+
+def download_field(request: FieldRequest) -> Path:
+    """Download the field set of a request, unless it is there.
+
+    Each section is read once. What was read is kept beside the file in the
+    making, so a run that was killed goes on where it was.
+
+    Returns:
+        The file.
+
+    Raises:
+        DatasetError: the volume does not hold what is asked for, all of it is
+            blank, or a file is there that other arguments made.
+    """
+    volume = Volume(
+        request.cv_path,
+        resolution=_resolution_of_images(request),
+        only_mip=request.src_mip,
+    )
+    reader = _open(request, volume)
+    sections = [(z, z - 1) for z in range(request.z_start, request.z_end)]
+    pair_set = PairSet(
+        [(_key(request, src), _key(request, tgt)) for src, tgt in sections],
+        _wanted(request, reader),
+        field_path=request.path,
+        field_source=volume.path,
+        tag=request.suffix,
+    )
+    with lock(lock_path(request.path)):
+        files = PairFiles(reader, pair_set, overwrite=request.overwrite)
+        reader.make(files, request.path.name, parallel=request.parallel)
+    if request.suffix is None:
+        logger.info("train.py finds it by name only when it is made with --suffix NAME")
+    else:
+        logger.info("train.py finds it under --checkpoint_name %s", request.suffix)
+    return request.path
+
+
+def _open(request: FieldRequest, volume: Volume) -> PatchReader:
+    """Open the volumes, and refuse what they do not hold."""
+    volume.check_channels(2, "a field")
+    volume.check_mip("--src_mip", request.src_mip)
+    volume.check_sections(request.sections, request.src_mip)
+    form = FieldFormat(request.channel_order, request.field_unit, request.int16_scale)
+    stored = FieldVolume(volume, request.src_mip, form)
+    volume.check_covers(request.grid.cover(request.src_mip), "the patch")
+    masks = open_mask(request.cv_path_defects, request.mask_val, volume)
+    for mask in masks:
+        areas = dict.fromkeys(request.sections, stored.window(request.grid))
+        mask.check(volume, request.src_mip, areas)
+    patches = {_key(request, z): request.grid for z in request.sections}
+    source = FieldSource(stored, request.dst_mip, stored)
+    return PatchReader(patches, None, source, masks)
+
+
+def _key(request: FieldRequest, z: int) -> Key:
+    return request.x_offset, request.y_offset, z
+
+
+def _resolution_of_images(request: FieldRequest) -> Resolution | None:
+    """What the image sets that the fields are for say of mip 0; None: nothing."""
+    for path in sorted(request.dst_folder.glob("x*.h5")):
+        name = ImageSetName.parse(path.name)
+        if name is not None and name.place == request.place_name:
+            return ImageSet(path).resolution
+    return None
+
+
+def _wanted(request: FieldRequest, reader: PatchReader) -> dict:
+    """All that the content of the file depends on."""
+    assert reader.field_source is not None
+    stored, mask = reader.field_source.stored, next(iter(reader.masks), None)
+    volume = stored.volume
+    # What src_mip means, where it is not said by the order of the scales.
+    mip_0 = {"resolution": volume.resolution} if volume.mips[0] else {}
+    return mip_0 | {
+        "cv_path": volume.path,
+        "src_mip": request.src_mip,
+        "dst_mip": request.dst_mip,
+        "patch_size": request.patch_size,
+        "corner": [request.x_offset, request.y_offset],
+        "z_start": request.z_start,
+        "z_end": request.z_end,
+        "channel_order": request.channel_order,
+        "mip0_px_per_stored_unit": stored.scale,
+        "cv_path_defects": mask.volume.path if mask else None,
+        "mask_val": mask.threshold if mask else None,
+    }

@@ -1,0 +1,334 @@
+"""Say what the commands that make and inspect data sets are asked for."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from metroem.errors import DatasetError, UsageError
+from metroem.geometry.grid import Grid
+from metroem.io.cloud_paths import check_dataset, check_destination, check_exists
+from metroem.specs.filenames import (
+    FieldSetName,
+    ImageSetName,
+    check_checkpoint_name,
+    check_tag,
+)
+from metroem.specs.modules import find_modules
+from metroem.utils.cli import Request, flag, flags_of_group
+
+_CORNER = "of the patch's corner, mip-0 pixels, a multiple of 2^mip"
+_GROUPS = ("what", "grey levels", "what the volume's values are")
+_GROUPS += ("where", "files and reading", "defects")
+_what, _grey, _values, _where, _files, _defects = map(flags_of_group, _GROUPS)
+_VOLUME = "gs://, s3://, https://, file:// or a plain path"
+
+
+@dataclass(frozen=True, kw_only=True)
+class DownloadRequest(Request):
+    """The flags that both downloads have."""
+
+    GROUPS = _GROUPS
+
+    x_offset: int = _where(f"x {_CORNER}", 0)
+    y_offset: int = _where(f"y {_CORNER}", 0)
+    z_start: int = _where("first src section; its tgt is the one before")
+    z_end: int = _where("one past the last src section")
+    dst_folder: Path = _files("folder of the files", Path("dataset01"))
+    overwrite: bool = _files("replace what other flags made", False)
+    parallel: int = _files(
+        "layers of chunks read at a time; 4 to 16 for cloud paths", 1, least=1
+    )
+    cv_path_defects: str | None = _defects(
+        "CloudVolume of defects, which do not count; read at the mip of the rest, so "
+        "it must be written there",
+        None,
+    )
+    mask_val: float = _defects("values >= this are defects", 1)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.z_end <= self.z_start:
+            raise UsageError(
+                f"--z_end {self.z_end}: must be above --z_start {self.z_start}; it is "
+                f"one past the last src section, so --z_end {self.z_start + 1} makes "
+                "one pair"
+            )
+
+    def _check_corner(self, mip: int) -> None:
+        """Refuse a corner between the pixels of a mip (UsageError)."""
+        for name, value in (("x_offset", self.x_offset), ("y_offset", self.y_offset)):
+            if value % (1 << mip):
+                below = value - value % (1 << mip)
+                raise UsageError(
+                    f"--{name} {value}: must be a multiple of 2^{mip} = {1 << mip}, "
+                    f"since mip {mip} is asked for; use {below} or {below + (1 << mip)}"
+                )
+
+    @property
+    def sections(self) -> range:
+        """All sections needed: the src ones and the tgt of the first."""
+        return range(self.z_start - 1, self.z_end)
+
+
+@dataclass(frozen=True)
+class ImageRequest(DownloadRequest):
+    """What download_image.py is asked for."""
+
+    cv_path: str = _what(f"CloudVolume of the images: {_VOLUME}")
+    mips: list[int] = _what("one file each", names=("--mip", "--mips"))
+    patch_sizes: list[int] = _what(
+        "side of the square patch, one a mip, pixels of that mip",
+        names=("--patch_size", "--patch_sizes"),
+        least=1,
+    )
+    anchor: str = _what(
+        "what the patches of all mips share; with center, the offsets are those of the "
+        "largest",
+        "corner",
+        choices=("corner", "center"),
+    )
+    suffix: str | None = _what(
+        "text in the file names, for several sets of one place", None
+    )
+    field_dset: Path | None = _what(
+        "downloaded field set whose offsets move each patch", None
+    )
+    normalize: bool = _grey("mean 0, std 1 over tissue, by section; 0 stays 0", False)
+    reference_path: str | None = _grey(
+        "volume whose statistics normalise", unset="--cv_path"
+    )
+    reference_mip: int | None = _grey(
+        "mip of the reference area", unset="the patch's", least=0
+    )
+    reference_size: int | None = _grey(
+        "side of the reference area, centred on the patch, pixels of its mip",
+        unset="the patch's area",
+        least=1,
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.mips or min(self.mips) < 0 or len(set(self.mips)) < len(self.mips):
+            raise UsageError(
+                f"--mip {' '.join(map(str, self.mips))}: expected mips >= 0, each once"
+            )
+        if len(self.patch_sizes) != len(self.mips):
+            raise UsageError(
+                f"--patch_size: {len(self.patch_sizes)} given for {len(self.mips)} "
+                "mips; expected one a mip, in pixels of that mip, for example --mip 5 "
+                "3 --patch_size 256 1024 for one area"
+            )
+        self._check_corner(max(self.mips))
+        if self.suffix is not None:
+            check_tag("--suffix", self.suffix)
+        if self.has_reference and not self.normalize:
+            raise UsageError(
+                "--reference_path, --reference_mip and --reference_size say what to "
+                "normalise by; give --normalize too"
+            )
+
+    def check_paths(self) -> None:
+        check_exists("--cv_path", self.cv_path)
+        check_exists("--cv_path_defects", self.cv_path_defects)
+        check_exists("--reference_path", self.reference_path)
+        if self.field_dset is not None and not self.field_dset.is_file():
+            raise DatasetError(f"--field_dset {self.field_dset}: no such file")
+
+    @property
+    def has_reference(self) -> bool:
+        """Whether another area than the patch was asked for to normalise by."""
+        asked = (self.reference_path, self.reference_mip, self.reference_size)
+        return any(value is not None for value in asked)
+
+    def grids(self) -> list[Grid]:
+        """The patch of each mip, in the order of `mips`."""
+        extent = max(
+            size << mip for mip, size in zip(self.mips, self.patch_sizes, strict=True)
+        )
+        # On the grid of the coarsest mip, so that fields move between mips exactly.
+        step = 1 << max(self.mips)
+        grids = []
+        for mip, size in zip(self.mips, self.patch_sizes, strict=True):
+            inset = 0
+            if self.anchor == "center":
+                inset = (extent - (size << mip)) // 2 // step * step
+            x, y = self.x_offset + inset, self.y_offset + inset
+            grids.append(Grid(mip, x, y, size, size))
+        return grids
+
+    def path(self, mip: int) -> Path:
+        """The file of one mip."""
+        name = ImageSetName(
+            self.x_offset, self.y_offset, self.z_start, mip, self.suffix
+        )
+        return self.dst_folder / name.filename
+
+
+@dataclass(frozen=True)
+class FieldRequest(DownloadRequest):
+    """What download_field.py is asked for."""
+
+    cv_path: str = _what(f"CloudVolume of the fields, of two channels: {_VOLUME}")
+    src_mip: int = _what("mip that is read")
+    dst_mip: int = _what("mip of the images that the fields are for, <= src_mip")
+    patch_size: int = _what(
+        "side of the square patch, pixels of dst_mip",
+        names=("--patch_size", "--patch_sizes"),
+        least=1,
+    )
+    suffix: str | None = _what(
+        "checkpoint name under which train.py finds the fields", None
+    )
+    place: str | None = _what(
+        "location of the image sets that the fields are for, as in their names: "
+        "x<X>_y<Y>_z<Z>[_<suffix>]. It differs where those have a suffix, or share a "
+        "centre",
+        unset="the corner and z_start",
+    )
+    channel_order: str = _values(
+        "axes that channel 0 and 1 displace along", "xy", choices=("xy", "yx")
+    )
+    field_unit: str = _values(
+        "mip-0 pixels, or relative: pixels of src_mip",
+        "mip0",
+        choices=("mip0", "relative"),
+    )
+    int16_scale: float | None = _values(
+        "what 1 of an int16 volume stands for, in that unit", unset="0.25"
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 <= self.dst_mip <= self.src_mip:
+            raise UsageError(
+                f"--src_mip {self.src_mip} --dst_mip {self.dst_mip}: expected 0 <= "
+                "dst_mip <= src_mip, since a field is only resampled to finer mips"
+            )
+        self._check_corner(self.dst_mip)
+        if self.int16_scale is not None and not self.int16_scale > 0:
+            raise UsageError(f"--int16_scale {self.int16_scale}: must be > 0")
+        if self.suffix is not None:
+            check_tag("--suffix", self.suffix)
+        if self.place is not None:
+            name = ImageSetName.parse(f"{self.place}_MIP{self.dst_mip}.h5")
+            if name is None or name.z != self.z_start:
+                raise UsageError(
+                    f"--place {self.place}: expected x<X>_y<Y>_z{self.z_start}"
+                    "[_<suffix>], as in the name of the image sets"
+                )
+
+    def check_paths(self) -> None:
+        check_exists("--cv_path", self.cv_path)
+        check_exists("--cv_path_defects", self.cv_path_defects)
+
+    @property
+    def grid(self) -> Grid:
+        """The patch, at dst_mip."""
+        size = self.patch_size
+        return Grid(self.dst_mip, self.x_offset, self.y_offset, size, size)
+
+    @property
+    def place_name(self) -> str:
+        """What the image sets that the fields are for are called, less their mip."""
+        corner = self.x_offset, self.y_offset, self.z_start
+        return self.place or ImageSetName(*corner, self.dst_mip).place
+
+    @property
+    def path(self) -> Path:
+        """The file."""
+        name = FieldSetName(0, self.place_name, self.dst_mip, self.suffix)
+        return self.dst_folder / name.filename
+
+
+@dataclass(frozen=True)
+class SpecRequest(Request):
+    """What `metroem create-spec` is asked for."""
+
+    src_spec_path: Path = flag(
+        "template: a spec (JSON), with pairs, which are kept, or none"
+    )
+    points_path: Path = flag(
+        "CSV: neuroglancer's export of annotations, or columns x0, y0, z0"
+    )
+    dst_spec_path: Path = flag("spec to write")
+    offsets: list[int] = flag(
+        "a pair a point each: src at the point's z, tgt at z + offset", [-1]
+    )
+    overwrite: bool = flag("replace another file", False)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.offsets or 0 in self.offsets:
+            raise UsageError(
+                f"--offsets {' '.join(map(str, self.offsets))}: expected distances in "
+                "z other than 0, for example --offsets -1 -2: tgt is 1 and 2 sections "
+                "below src"
+            )
+
+    def check_paths(self) -> None:
+        _check_file("--src_spec_path", self.src_spec_path)
+        _check_file("--points_path", self.points_path)
+
+
+@dataclass(frozen=True)
+class DatasetRequest(Request):
+    """What `metroem make-dataset` is asked for."""
+
+    spec_path: Path = flag("spec (JSON), from create-spec")
+    dst_path: str = flag(
+        "folder for h5 files; with a scheme (gs://, file://) CloudVolumes"
+    )
+    checkpoint_name: str = flag(
+        "name of the training whose stage 1 starts from the fields", "precomputed"
+    )
+    parallel: int = flag(
+        "batches of patches made at a time; 4 to 16 for cloud paths", 1, least=1
+    )
+    overwrite: bool = flag("replace what another spec made", False)
+    verify: bool = flag(
+        "check each pair's checksum in the h5 files at the end, also of those that "
+        "were there: reads them once",
+        False,
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_checkpoint_name(self.checkpoint_name)
+        if not self.dst_path:
+            raise UsageError("--dst_path: expected a folder or a cloud path")
+        check_destination("--dst_path", self.dst_path)
+        if self.verify and "://" in self.dst_path:
+            raise UsageError(
+                f"--verify: {self.dst_path} gets CloudVolumes, which have no "
+                "checksums; leave --verify out, or give a folder for h5 files"
+            )
+
+    def check_paths(self) -> None:
+        _check_file("--spec_path", self.spec_path)
+
+
+@dataclass(frozen=True)
+class InspectRequest(Request):
+    """What `metroem inspect` is asked for."""
+
+    dataset: Path = flag("folder of image sets and field sets", is_positional=True)
+    pyramid_path: Path | None = flag(
+        "pyramid whose stages must find their images and prior fields", None
+    )
+    checkpoint_name: str = flag("tag of the prior fields", "checkpoint")
+    fields_path: Path | None = flag("another folder of field sets to check", None)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_checkpoint_name(self.checkpoint_name)
+
+    def check_paths(self) -> None:
+        check_dataset(self.dataset)
+        if self.fields_path is not None:
+            check_dataset(self.fields_path)
+        if self.pyramid_path is not None:
+            find_modules(self.pyramid_path)
+
+
+def _check_file(flag: str, path: Path) -> None:
+    if not path.is_file():
+        raise UsageError(f"{flag} {path}: no such file")

@@ -1,0 +1,261 @@
+"""Open the volumes that data sets are made of: references and defect masks.
+
+A reference is the area that a section is normalised by, if that is not the patch.
+Averaging takes noise out of coarser mips, so that the standard deviation of an area
+depends on the mip that it is read at. It is wanted for the pixels of the images:
+
+    finer than the images    the area is averaged to their mip
+    coarser                  var = var(area) + mean over samples of
+                                   (var(images) - var(area))
+
+The second is the law of total variance: what is missing is the variance inside the
+pixels of the area. It is measured in windows of the area that are read at both mips.
+"""
+
+import logging
+from collections.abc import Iterable, Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from metroem.errors import DatasetError
+from metroem.geometry.grid import Grid
+from metroem.imaging.normalize import GreyStatistics, coarsen_image
+from metroem.io.volume import Volume, crop_array
+
+logger = logging.getLogger(__name__)
+
+# Side of a sample, pixels of the images, and how many there are along x and y.
+_SAMPLE_PX, _NUM_SAMPLES = 128, 3
+_LEAST_PX = 4  # of the area
+_LEAST = 1e-12  # variance: samples may differ more than the area
+
+
+class Moments(NamedTuple):
+    """How many pixels of tissue there are, and what they are like."""
+
+    count: float
+    mean: float  # grey levels
+    variance: float  # grey levels squared
+
+
+class ReferenceArea(NamedTuple):
+    """An area of one size, around whatever patch is normalised or profiled by it."""
+
+    volume: Volume
+    mip: int
+    rows: int  # pixels of `mip`
+    cols: int  # pixels of `mip`
+
+    def around(self, window: Grid) -> Grid:
+        """The area around the centre of a patch, as far as the volume goes.
+
+        Raises:
+            DatasetError: the volume has nothing there.
+        """
+        x, y = (
+            int(center - (size << self.mip) / 2) >> self.mip << self.mip
+            for center, size in zip(window.center, (self.rows, self.cols), strict=True)
+        )
+        inner = self.volume.clip(Grid(self.mip, x, y, self.rows, self.cols))
+        if inner is None:
+            raise DatasetError(
+                f"{self.volume.flag} {self.volume.path}: holds nothing around x {x}, y "
+                f"{y} (mip-0 pixels)"
+            )
+        return inner
+
+
+def no_reference(
+    reference: ReferenceArea, sections: Iterable[int], flag: str
+) -> DatasetError:
+    """The error for sections that have tissue, and nothing to be normalised by."""
+    volume, named = reference.volume, ", ".join(map(str, sorted(set(sections))))
+    return DatasetError(
+        f"{volume.flag} {volume.path}: has no tissue at mip {reference.mip} around the "
+        f"patch in sections {named}, where the images have some; was it written there? "
+        f"Give a {flag} that was, another volume, or leave the reference out"
+    )
+
+
+def samples_of(area: Grid, mip: int) -> list[Grid]:
+    """Windows of an area to measure at the mip of the images, if that is finer.
+
+    They are spread evenly, on whole pixels of the area; a small area is one window.
+    """
+    if area.mip <= mip:
+        return []
+    side = max(_SAMPLE_PX >> (area.mip - mip), _LEAST_PX)
+    spans = []
+    for size in area.shape:
+        whole = size <= _NUM_SAMPLES * side
+        starts = [
+            (2 * number + 1) * size // (2 * _NUM_SAMPLES) - side // 2
+            for number in range(_NUM_SAMPLES)
+        ]
+        spans.append([(0, size)] if whole else [(start, side) for start in starts])
+    return [
+        area.crop(row, col, rows, cols).at_mip(mip)
+        for row, rows in spans[0]
+        for col, cols in spans[1]
+    ]
+
+
+def moments_of(image: np.ndarray, grid: Grid, window: Grid, mip: int) -> Moments:
+    """The moments of the tissue in a window, for pixels of a mip.
+
+    Args:
+        image: (H, W), finite, 0 = no data.
+        grid: of the image.
+        window: of any mip; what of it lies outside of the image is left out.
+        mip: where it is coarser than the image, pixels are averaged.
+    """
+    inside = window.cover(grid.mip).overlap(grid)
+    if inside is None:
+        return Moments(0, 0, 0)
+    part = torch.from_numpy(crop_array(image, grid, inside).astype(np.float32))
+    levels = max(mip - grid.mip, 0)
+    tissue = coarsen_image(part[None, None], levels).double().numpy()
+    tissue = tissue[tissue != 0]
+    if not tissue.size:
+        return Moments(0, 0, 0)
+    return Moments(tissue.size, float(tissue.mean()), float(tissue.var()))
+
+
+def has_contrast(image: np.ndarray) -> bool:
+    """Whether there is tissue, of more than one grey level."""
+    tissue = image[image != 0]
+    return bool(tissue.size and tissue.min() < tissue.max())
+
+
+def measure(image: np.ndarray, grid: Grid, patch: Grid) -> list[Moments]:
+    """The moments of an area where the patch is, and of each sample.
+
+    Args:
+        image: (H, W) on `grid`, the area or more.
+        grid: that the samples are spread over.
+        patch: at the mip of the images.
+    """
+    parts = [patch, *samples_of(grid, patch.mip)]
+    return [moments_of(image, grid, part, patch.mip) for part in parts]
+
+
+def statistics_for(
+    coarse: Sequence[Moments], fine: Sequence[Moments], image: np.ndarray
+) -> GreyStatistics | None:
+    """Mean and standard deviation for the pixels of the images.
+
+    Args:
+        coarse: at the mip of the area: of the whole, of where the patch is, and of each
+            sample.
+        fine: of each sample, at the mip of the images.
+        image: (H, W), the patch.
+
+    Returns:
+        None where there is nothing to normalise by: the area has no tissue or no
+        contrast, or none of it is where the patch has some.
+    """
+    area, patch, *samples = coarse
+    if not area.variance > 0 or (np.mean(image != 0) > 0.5 and not patch.count):
+        return None
+    if samples and not any(sample.count for sample in fine):
+        # The images may be written where the patch is alone.
+        grid = Grid(0, 0, 0, *image.shape)
+        samples, fine = [patch], [moments_of(image, grid, grid, 0)]
+    both = [(c, f) for c, f in zip(samples, fine, strict=True) if c.count and f.count]
+    inside = sum(f.count * (f.variance - c.variance) for c, f in both)
+    inside /= sum(f.count for _, f in both) or 1
+    return GreyStatistics(area.mean, max(area.variance + inside, _LEAST) ** 0.5)
+
+
+class DefectMask(NamedTuple):
+    """A volume that marks what is blanked: folds, cracks and dirt.
+
+    Attributes:
+        volume: whose values are compared.
+        threshold: values >= this are defects.
+        mip: that is read. None: that of what is masked, or else the next finer one
+            that there is, or else the next coarser one. A mip that is in its info but
+            was never written reads as "no defect".
+    """
+
+    volume: Volume
+    threshold: float
+    mip: int | None = None
+
+    def source_mip(self, mip: int) -> int:
+        """The mip that is read to mask pixels of another."""
+        if self.mip is not None:
+            return self.mip
+        finer = [m for m in self.volume.mips if m <= mip]
+        return finer[-1] if finer else self.volume.mips[0]
+
+    def check(self, of: Volume, mip: int, windows: Mapping[int, Grid]) -> None:
+        """Refuse a mask that does not reach over what is masked by it.
+
+        Args:
+            of: the volume that is masked.
+            mip: of what is masked.
+            windows: by z, what is read of it.
+
+        Raises:
+            DatasetError: so, or the mask lies elsewhere.
+        """
+        source = self.source_mip(mip)
+        self.volume.check_mip("mip", source)
+        self.volume.check_lies_on(of, source)
+        self.volume.check_sections(range(min(windows), max(windows) + 1), source)
+        for window in set(windows.values()):
+            if (inside := of.clip(window)) is not None:
+                self.volume.check_covers(inside, "what is masked", at=source)
+
+
+def open_mask(path: str | None, threshold: float, of: Volume) -> list[DefectMask]:
+    """Open the mask of a download; its scales and coordinates are those of `of`.
+
+    Raises:
+        DatasetError: it cannot be opened, or none of its scales is a mip of `of`.
+    """
+    if path is None:
+        return []
+    volume = Volume(path, flag="--cv_path_defects", resolution=of.resolution)
+    volume.check_channels(1, "a defect mask")
+    return [DefectMask(volume, threshold)]
+
+
+def resample_mask(window: Grid, marked: np.ndarray, source: Grid) -> np.ndarray:
+    """Bring a mask to the pixels of another mip.
+
+    Args:
+        window: area wanted.
+        marked: (H, W) bool on `source`.
+        source: covers `window` on whole pixels of its own mip.
+
+    Returns:
+        (window.rows, window.cols) bool: where any finer pixel is marked, or the
+        coarser one is.
+    """
+    levels = source.mip - window.mip
+    if levels <= 0:
+        rows, cols = window.shape
+        blocks = marked.reshape(rows, 1 << -levels, cols, 1 << -levels)
+        return np.asarray(blocks.any((1, 3)))
+    fine = marked.repeat(1 << levels, 0).repeat(1 << levels, 1)
+    grid = Grid(window.mip, source.x, source.y, fine.shape[0], fine.shape[1])
+    return crop_array(fine, grid, window)
+
+
+def warn_of_integers(volume: Volume, cure: str) -> None:
+    """Say before anything is read that images will not be normalised.
+
+    Args:
+        volume: of images that are kept as stored.
+        cure: what is to be given.
+    """
+    if volume.dtype.kind in "iu":
+        logger.warning(
+            "%s %s: is %s and is kept as stored, which train.py refuses; give %s, or "
+            "normalise the files yourself",
+            *(volume.flag, volume.path, volume.dtype, cure),
+        )

@@ -1,0 +1,277 @@
+"""A whole pyramid applied to one pair of images."""
+
+import operator
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import ArrayLike
+from torch import Tensor
+
+from metroem.aligner import Aligner, as_array
+from metroem.data.sample import Sample
+from metroem.errors import PyramidError, UsageError
+from metroem.geometry.field import resample_field
+from metroem.geometry.grid import Grid
+from metroem.imaging.normalize import coarsen_image, normalize, tissue_statistics
+from metroem.models.finetuning import finetune_iterations
+from metroem.models.load import load_module
+from metroem.models.options import AlignerOptions
+from metroem.models.tiling import Tiling
+from metroem.models.weights import check_weights
+from metroem.specs.modules import find_modules
+
+# The threads of a process do not live on in its forks, which would wait for them for
+# ever: multiprocessing.Pool around `align` is many processes of one thread each.
+os.register_at_fork(after_in_child=lambda: torch.set_num_threads(1))
+
+# What is done to a whole section is done to so many rows at a time.
+_BAND_ROWS = 512
+
+
+class StageInput(NamedTuple):
+    """A pair as one stage reads it."""
+
+    sample: Sample  # of batch size 1, at the stage's mip
+    grid: Grid  # where it lies
+
+
+@dataclass(frozen=True)
+class Pyramid:
+    """The modules of a pyramid, loaded.
+
+    Attributes:
+        mips: mip of each stage's images, coarse first.
+        aligners: the stages.
+        device: where they run.
+        tiling: how a network is shown images that are larger than a tile; None: all
+            at once.
+    """
+
+    mips: tuple[int, ...]
+    aligners: tuple[Aligner, ...]
+    device: torch.device
+    tiling: Tiling | None = Tiling()
+
+    @classmethod
+    def load(
+        cls,
+        path: str | Path,
+        checkpoint_name: str | None = "checkpoint",
+        device: str | torch.device = "cpu",
+    ) -> "Pyramid":
+        """Load every module of a pyramid.
+
+        Args:
+            path: directory of the pyramid.
+            checkpoint_name: of the weights; None: untrained networks, whose weights
+                are torch's next random numbers (`torch.manual_seed`).
+            device: where they run.
+
+        Raises:
+            PyramidError: a directory that is no pyramid, or a broken module.
+            CheckpointError: weights that some module does not have, or that do not
+                fit.
+        """
+        modules = find_modules(Path(path))
+        if checkpoint_name is not None:
+            check_weights(modules, checkpoint_name, str(path))
+        device = torch.device(device)
+        aligners = [
+            load_module(
+                module.path,
+                checkpoint_name=checkpoint_name,
+                finetune=True,
+                pass_field=True,
+                finetune_iter=finetune_iterations(module.stage),
+            ).aligner
+            for module in modules
+        ]
+        return cls(
+            tuple(module.in_mip for module in modules),
+            tuple(a.to(device).eval() for a in aligners),  # type: ignore[union-attr]
+            device,
+        )
+
+    def align(
+        self, src: ArrayLike, tgt: ArrayLike, mip: int = 0, finetune: bool = True
+    ) -> np.ndarray:
+        """The field that warps src onto tgt.
+
+        Args:
+            src: (H, W) raw grey levels at `mip`, 0 = no data, as are NaN, infinite and
+                masked pixels; an array, tensor, PIL image or list of any kind of
+                whole numbers or floats.
+            tgt: (H, W), likewise.
+            mip: of the images.
+            finetune: let each stage improve its field on the pair itself.
+
+        Returns:
+            (2, H, W) float32, pull, pixels of `mip`, channel 0 along cols.
+
+        Raises:
+            UsageError: images that are no grey levels, not 2-d, without pixels, or
+                that differ in shape; or a mip that is no whole number >= 0.
+            PyramidError: a stage that needs a finer mip than `mip`.
+        """
+        inputs, full = self._inputs(src, tgt, mip)
+        found = self.run(inputs, finetune)[-1]
+        return _moved(found, inputs[-1].grid, full)[0].cpu().numpy()
+
+    def fields(
+        self, src: ArrayLike, tgt: ArrayLike, mip: int = 0, finetune: bool = True
+    ) -> list[np.ndarray]:
+        """What each stage makes of a pair; arguments and errors as `align`.
+
+        Returns:
+            One (2, H, W) float32 field a stage, pixels of `mip`; the last is
+            the field of the pyramid.
+        """
+        inputs, full = self._inputs(src, tgt, mip)
+        return [
+            _moved(field, stage.grid, full)[0].cpu().numpy()
+            for field, stage in zip(self.run(inputs, finetune), inputs, strict=True)
+        ]
+
+    def run(self, inputs: Sequence[StageInput], finetune: bool = True) -> list[Tensor]:
+        """What each stage makes of a pair whose mips lie where they lie.
+
+        Args:
+            inputs: the pair as each stage reads it; prior fields are not read.
+            finetune: let each stage improve its field on the pair itself.
+
+        Returns:
+            One field a stage, (1, 2, H, W), on the grid and in the pixels of its
+            own input, on the pyramid's device.
+        """
+        found: list[Tensor] = []
+        for aligner, given, prior in self._stages(inputs, found):
+            sample = given.sample.to(self.device)
+            field = aligner.align(
+                sample.src,
+                sample.tgt,
+                prior,
+                options=self._options(aligner, finetune),
+                defects=(sample.src_defects, sample.tgt_defects),
+            )
+            found.append(field)
+        return found
+
+    def run_both_ways(
+        self, inputs: Sequence[StageInput], finetune: bool = True
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """What each stage makes of a pair, and of the pair swapped.
+
+        Modules that are finetuned both ways are searched once a direction, see
+        `Aligner.align_both_ways`.
+
+        Args:
+            inputs: as `run` takes them.
+            finetune: likewise.
+
+        Returns:
+            The fields of `run`, bit by bit, and those of tgt to src.
+        """
+        there: list[Tensor] = []
+        back: list[Tensor] = []
+        for one, other in zip(
+            self._stages(inputs, there), self._stages(inputs, back), strict=True
+        ):
+            aligner, given, priors = one[0], one[1], (one[2], other[2])
+            sample = given.sample.to(self.device)
+            fields = aligner.align_both_ways(
+                sample.src,
+                sample.tgt,
+                priors,
+                options=self._options(aligner, finetune),
+                defects=(sample.src_defects, sample.tgt_defects),
+            )
+            there.append(fields[0])
+            back.append(fields[1])
+        return there, back
+
+    def _options(self, aligner: Aligner, finetune: bool) -> AlignerOptions:
+        return replace(aligner.options, finetune=finetune, tiling=self.tiling)
+
+    def _stages(
+        self, inputs: Sequence[StageInput], found: Sequence[Tensor]
+    ) -> Iterator[tuple[Aligner, StageInput, Tensor | None]]:
+        """Each stage, and the prior that it has of what has been found so far."""
+        for stage, given in enumerate(inputs):
+            prior = None
+            if stage:
+                prior = _moved(found[-1], inputs[stage - 1].grid, given.grid)
+            yield self.aligners[stage], given, prior
+
+    def _inputs(
+        self, src: ArrayLike, tgt: ArrayLike, mip: int
+    ) -> tuple[list[StageInput], Grid]:
+        """What each stage reads of a raw pair, and the grid of the pair."""
+        try:
+            mip = operator.index(mip)
+        except TypeError:
+            raise UsageError(f"mip {mip!r}: expected a whole number") from None
+        images = [
+            torch.from_numpy(as_array(image, name))
+            for image, name in ((src, "src"), (tgt, "tgt"))
+        ]
+        self._check(images[0].shape, images[1].shape, mip)
+        images = [_raw(image) for image in images]
+        inputs = []
+        for stage_mip in self.mips:
+            at_mip = [_image_at(image, stage_mip - mip) for image in images]
+            grid = Grid(stage_mip, 0, 0, *at_mip[0].shape[-2:])
+            inputs.append(StageInput(Sample(at_mip[0], at_mip[1], None, ()), grid))
+        return inputs, Grid(mip, 0, 0, *images[0].shape)
+
+    def _check(self, src: Sequence[int], tgt: Sequence[int], mip: int) -> None:
+        if len(src) != 2 or src != tgt or 0 in src:
+            raise UsageError(
+                f"src {tuple(src)} and tgt {tuple(tgt)}: expected two images [rows, "
+                "cols] of the same shape, with pixels"
+            )
+        if mip < 0:
+            raise UsageError(f"mip {mip}: expected 0 (full resolution) or more")
+        if mip > self.mips[-1]:
+            raise PyramidError(
+                f"the images are at mip {mip}, but the stages read mips "
+                f"{list(self.mips)}: images at mip {self.mips[-1]} or finer are needed"
+            )
+
+
+def _raw(image: Tensor) -> Tensor:
+    """Grey levels as float32, or as float64 where float32 tells fewer apart.
+
+    What float32 cannot hold (NaN, infinite, 1e39) is no data.
+    """
+    is_long = image.dtype in (torch.int64, torch.float64)
+    image = image.double() if is_long else image.float()
+    return torch.where(torch.isfinite(image.float()), image, 0.0)
+
+
+def _image_at(image: Tensor, levels: int) -> Tensor:
+    """A raw image (H, W) as a stage reads it: coarsened, then normalised."""
+    rows = _BAND_ROWS << levels
+    bands = [coarsen_image(band[None, None], levels) for band in image.split(rows)]
+    coarse = torch.cat(bands, -2) if levels else image[None, None]
+    statistics = tissue_statistics(coarse)
+    if statistics is None:
+        return torch.zeros_like(coarse, dtype=torch.float32)
+    bands = [normalize(band, statistics) for band in coarse.split(_BAND_ROWS, -2)]
+    return torch.cat(bands, -2)
+
+
+def _moved(field: Tensor, source: Grid, target: Grid) -> Tensor:
+    """`resample_field`, bit by bit, some rows at a time."""
+    if source == target:
+        return field
+    moved = field.new_empty(*field.shape[:2], *target.shape)
+    for row in range(0, target.rows, _BAND_ROWS):
+        num_rows = min(_BAND_ROWS, target.rows - row)
+        band = target.crop(row, 0, num_rows, target.cols)
+        moved[..., row : row + num_rows, :] = resample_field(field, source, band)
+    return moved

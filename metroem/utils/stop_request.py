@@ -1,0 +1,65 @@
+"""When a run should end before its work is done: time is up, or a signal came."""
+
+import signal
+import time
+from types import FrameType, TracebackType
+
+from metroem.utils.cli import INTERRUPTED, TERMINATED
+
+TIME_UP = 1
+
+
+class Stopped(Exception):
+    """The run ended early; all its work so far is saved.
+
+    Attributes:
+        code: `TIME_UP`, `INTERRUPTED` or `TERMINATED`.
+    """
+
+    def __init__(self, code: int) -> None:
+        super().__init__(code)
+        self.code = code
+
+
+class StopRequest:
+    """Notes, inside a `with` block, that the run should end at the next step.
+
+    Ctrl-C and SIGTERM are noted instead of raised, so that the step in hand is
+    finished and saved; a second Ctrl-C is raised at once.
+
+    Args:
+        max_minutes: wall time of the run; None for no limit.
+    """
+
+    def __init__(self, max_minutes: float | None) -> None:
+        seconds = float("inf") if max_minutes is None else 60 * max_minutes
+        self._deadline = time.monotonic() + seconds
+        self._signalled = 0
+
+    def __enter__(self) -> "StopRequest":
+        self._previous = {
+            number: signal.signal(number, self._note)
+            for number in (signal.SIGINT, signal.SIGTERM)
+        }
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    @property
+    def code(self) -> int:
+        """0 to go on, else why to stop; see `Stopped`."""
+        if self._signalled:
+            return self._signalled
+        return TIME_UP if time.monotonic() >= self._deadline else 0
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGINT and self._signalled:
+            raise KeyboardInterrupt
+        self._signalled = INTERRUPTED if number == signal.SIGINT else TERMINATED
