@@ -38,5 +38,5 @@ autodoc_typehints_format = "short"
 nitpick_ignore_regex = [
     ("py:.*", r"(torch|np|numpy|pathlib|Path|collections)\b.*"),
     # Parts of the interface that pages need not explain.
-    ("py:class", r"metroem\.(align\.StageInput|tiles\.Window)"),
+    ("py:class", r"metroem\.(pyramid\.StageInput|models\.tiling\.Window)"),
 ]

@@ -18,7 +18,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from cloudvolume import CloudVolume
-from metroem.report.pictures import overlay
+from metroem.io.pictures import overlay
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 

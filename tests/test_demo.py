@@ -97,7 +97,7 @@ def test_the_demo_runs_twice_and_ends_with_its_figures(tmp_path):
     }
     schedule.write_text(json.dumps({"2": [phase], "0": [phase]}))
     code = (
-        "from pathlib import Path; from metroem import cli; "
+        "from pathlib import Path; from metroem.utils import cli; "
         "from metroem.demo import run_demo; "
         "from metroem.synthetic.requests import DemoRequest; cli.run(lambda: "
         "run_demo(DemoRequest(Path('d'), 12, 160, 128, 1, "

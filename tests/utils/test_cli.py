@@ -48,7 +48,7 @@ def test_a_process_that_is_ending_is_not_ended_again():
     program = (
         "import atexit, os, signal\n"
         "atexit.register(os.kill, os.getpid(), signal.SIGTERM)\n"
-        "from metroem import cli\n"
+        "from metroem.utils import cli\n"
         "cli.run(lambda: None)"
     )
     done = subprocess.run(

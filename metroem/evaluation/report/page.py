@@ -143,7 +143,7 @@ def _escaped(text: str) -> str:
 
 def _template() -> str:
     """The page without its data."""
-    folder = files("metroem.report")
+    folder = files("metroem.evaluation.report")
     style = folder.joinpath("page.css").read_text(encoding="utf-8")
     parts = (folder.joinpath(name).read_text(encoding="utf-8") for name in _SCRIPTS)
     script = '"use strict";\n' + "\n".join(parts)
