@@ -18,12 +18,12 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from cloudvolume import CloudVolume
-from metroem.report.pictures import overlay
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 import metroem
 from metroem.geometry.field import compose, upsample_field, warp
+from metroem.io.pictures import overlay
 
 FOLDER = Path(__file__).parent
 PICTURES = FOLDER / "pictures"

@@ -1,4 +1,4 @@
-"""Say what the evaluation of a pyramid is asked for."""
+"""Define and check the flags of `metroem evaluate`."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,11 +12,11 @@ from metroem.utils.cli import Request, flag
 
 @dataclass(frozen=True)
 class EvaluateRequest(Request):
-    """What `metroem evaluate` is asked for.
+    """The flags of `metroem evaluate`.
 
     Raises:
-        UsageError: a name that cannot be one, a folder for `json` or `report`, or
-            one file for both.
+        UsageError: a checkpoint name that cannot be a file name, a folder for `json`
+            or `report`, or the same file for both.
     """
 
     pyramid_path: Path = flag("the pyramid")
