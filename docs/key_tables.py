@@ -3,8 +3,8 @@
     ```{keys} metroem.specs.schedule.Phase
     ```
 
-has a row for each key of an object: its default, and the text beside its type. A
-dict of kinds of objects becomes a table for each.
+becomes a table with a row for each key of the object: its default, and the text beside
+its type. A dict of kinds of objects becomes one table per kind.
 """
 
 import inspect
@@ -19,7 +19,7 @@ from sphinx.util.docutils import SphinxDirective
 
 
 def table(kind: type[msgspec.Struct]) -> str:
-    """The Markdown table of a kind of object."""
+    """Write the Markdown table of a kind of object."""
     rows = "| key | default | what it is |\n|---|---|---|\n"
     for field in msgspec.structs.fields(kind):
         key = field.encode_name.replace(": ", ".")  # inside of another

@@ -3,9 +3,9 @@
     make demo
     python docs/make_pictures.py
 
-The grids of docs/fields.md are computed with `metroem.geometry.field`, not drawn by
-hand. The other pictures show sections 23 to 27 of the demo, which it did not train on.
-They need Chromium.
+The grids of docs/fields.md are computed with `metroem.geometry.field`. The other
+pictures show sections 23 to 27 of the demo, which were not trained on. They need
+Chromium.
 """
 
 import shlex
@@ -32,9 +32,9 @@ sys.path.insert(0, str(ROOT))
 from tests.browser import Browser  # noqa: E402  # Chromium without a driver
 
 DEMO = ROOT / "demo"
-SRC_Z = 26  # of the pair before and after
-VIEW = (slice(40, 440), slice(64, 424))  # rows and cols of a section that are shown
-# What the report is made of; `{folder}` is a temporary one.
+SRC_Z = 26  # src of the pair that is shown before and after
+VIEW = (slice(40, 440), slice(64, 424))  # rows and cols shown of a section
+# Commands that make the report; `{folder}` is a temporary folder.
 REPORT_COMMANDS = """\
 download_image.py --cv_path {demo}/sections --dst_folder {folder}/unseen --mip 2 0
     --patch_size 112 448 --x_offset 32 --y_offset 0 --z_start 23 --z_end 28 --normalize
