@@ -71,7 +71,7 @@ class _Location(NamedTuple):
 
 
 class _Run(NamedTuple):
-    """The pyramid, the request and the page, which all locations share."""
+    """The pyramid, the request and the page; they are the same for all locations."""
 
     pyramid: Pyramid
     request: EvaluateRequest
@@ -126,7 +126,7 @@ def evaluate_dataset(request: EvaluateRequest) -> None:
     if all(len(r.pairs) == r.without_value for r in results):
         raise DatasetError(
             f"{request.dataset_path}: no pair can be compared: none has "
-            f"{CHUNK_PX} px of tissue with contrast in both sections, at the same place"
+            f"{CHUNK_PX} px of tissue with contrast in both sections where they overlap"
         )
 
 
@@ -245,8 +245,8 @@ def _evaluate_pair(run: _Run, location: _Location, index: int) -> AlignedPair:
 def _evaluate_warped(run: _Run, images: ImageSet, index: int) -> WarpedSection:
     """Align a tgt section with itself: warped by a known field, and unchanged.
 
-    The warped section and the section get new noise and contrast. Coarser stages see
-    both averaged to their mips, not the image sets of those mips.
+    With the known field, both sides get new noise and contrast. Coarser stages see the
+    section averaged to their mips, not the image sets of those mips.
     """
     section = torch.from_numpy(images.read(index).tgt)[None, None]
     name, z = images.name, images.sections(index)[1]
