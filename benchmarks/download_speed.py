@@ -1,10 +1,14 @@
-r"""Time download_image.py beside cloud-volume alone, and measure its memory.
+r"""Compare the time of download_image.py with cloud-volume alone; measure its memory.
 
-A volume on this disk, three mips of blurred noise, is read three ways in turn: by
-cloud-volume alone, each chunk once; by it and h5py, which writes the same arrays as
-they are compressed in image sets, without anything else; and by download_image.py
-(`download_image`, in this process). Then fresh processes download few sections and
-many, of small patches, and say the most memory that they had.
+A volume on the local disk, three mips of blurred noise, is read in three ways in turn:
+
+- by cloud-volume alone, each chunk once;
+- by cloud-volume and h5py, which writes the same arrays with the compression of image
+  sets, and nothing else;
+- by download_image.py (`download_image`, in this process).
+
+Then fresh processes download small patches, of few sections and of many, and report
+their peak memory.
 
 Example:
     python benchmarks/download_speed.py --num_sections 20 --patch_px 2048
@@ -36,15 +40,20 @@ _CORNER = 64  # mip-0 pixels along x and y; not on the border of a chunk
 
 
 def main() -> None:
-    """Make volumes, download from them, print what it took."""
+    """Make volumes, download from them, and print times and memory."""
     parser = side_by_side.parser(__doc__)
     add = parser.add_argument
     add("--num_sections", type=int, default=20)
     add("--patch_px", type=int, default=2048, help="at mip 0")
     add("--chunk", type=int, nargs=2, default=(512, 1), help="side and sections")
     add("--parallel", type=int, default=1)
-    add("--small_patch_px", type=int, default=256, help="where memory is measured")
-    add("--many", type=int, default=200, help="sections there; few is a tenth")
+    add("--small_patch_px", type=int, default=256, help="for the measurement of memory")
+    add(
+        "--many",
+        type=int,
+        default=200,
+        help="sections; the short run has a tenth",
+    )
     add("--download", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
@@ -63,7 +72,7 @@ def main() -> None:
 
 
 def download_seconds(folder: Path, args: argparse.Namespace) -> dict[str, float]:
-    """Time each way to read the same chunks: median seconds."""
+    """Time each way of reading the same chunks: median seconds."""
     write_volume(folder, args.num_sections, args.patch_px, tuple(args.chunk))
     shape = args.num_sections, args.patch_px
     return side_by_side.median_seconds(
@@ -77,7 +86,7 @@ def download_seconds(folder: Path, args: argparse.Namespace) -> dict[str, float]
 
 
 def memory(folder: Path, args: argparse.Namespace) -> dict[str, object]:
-    """Measure the peak memory of downloading few sections, and many, MiB."""
+    """Measure the peak memory of a short and a long download, MiB."""
     chunk = (min(args.chunk[0], args.small_patch_px // 4), args.chunk[1])
     write_volume(folder, args.many, args.small_patch_px, chunk)
     peaks = {
@@ -105,7 +114,7 @@ def _peak_mib(folder: Path, num_sections: int, args: argparse.Namespace) -> floa
 def write_volume(
     folder: Path, num_sections: int, patch_px: int, chunk: tuple[int, int]
 ) -> None:
-    """Write uint8 sections at three mips, a patch wide and `_CORNER` more."""
+    """Write uint8 sections at three mips: a patch with a margin of `_CORNER`."""
     side = patch_px + 2 * _CORNER
     size = (chunk[0], chunk[0], chunk[1])
     info = CloudVolume.create_new_info(
@@ -129,9 +138,9 @@ def write_volume(
     for mip in _MIPS:
         level = CloudVolume(path, mip=mip, progress=False, compress=False)
         small = grey[:: 1 << mip, :: 1 << mip]
-        # Another piece of noise for each section.
-        moved = [np.roll(small, 37 * z, (0, 1)) for z in range(num_sections)]
-        level[:, :, :] = np.stack(moved, -1)[..., None]
+        # Each section has the noise shifted by another distance.
+        shifted = [np.roll(small, 37 * z, (0, 1)) for z in range(num_sections)]
+        level[:, :, :] = np.stack(shifted, -1)[..., None]
 
 
 def read_all(folder: Path, num_sections: int, patch_px: int) -> list[np.ndarray]:
@@ -148,7 +157,7 @@ def read_all(folder: Path, num_sections: int, patch_px: int) -> list[np.ndarray]
 
 
 def write_plainly(folder: Path, num_sections: int, patch_px: int) -> None:
-    """Read all patches, and write them as pairs: no parts, no checksums, no sync."""
+    """Read all patches and write them as pairs: no resuming, no checksums, no sync."""
     for mip, patches in zip(
         _MIPS, read_all(folder, num_sections, patch_px), strict=True
     ):
@@ -171,7 +180,7 @@ def _normalized(patches: np.ndarray, z: int) -> np.ndarray:
 
 
 def download(folder: Path, num_sections: int, patch_px: int, parallel: int) -> None:
-    """Make the image sets from nothing by download_image.py."""
+    """Make the image sets by download_image.py, in an empty folder."""
     shutil.rmtree(folder / "data", ignore_errors=True)
     download_image(
         ImageRequest(

@@ -1,12 +1,11 @@
-r"""Time training, finetuning, fields and loading beside the bare network, on a GPU.
+r"""Time training, finetuning, fields and loading on a GPU, relative to bare operations.
 
-Each part is timed for each batch size and precision, with and without torch.compile.
-Its median time is compared with a yardstick. For a step of training and for a field
-that is the bare network as torch runs it; for a step of the finetuner, the bare warp.
-Steps are made in two ways: as `train.py` makes them, with the network's passes
-recorded, and with torch starting one operation at a time. For steps of training and
-of the finetuner the lines that make the host wait for the GPU are listed (null on a
-CPU).
+Each part is timed for each batch size and precision, with and without torch.compile. A
+training step and a field are compared with the bare network, run by torch. A step of
+the finetuner is compared with the bare warp. Steps run in two ways: as in `train.py`,
+with the passes of the network recorded as CUDA graphs, and with torch starting one
+operation at a time. For steps of training and of the finetuner, the lines that make the
+host wait for the GPU are listed (null on a CPU).
 
 Example:
     python benchmarks/gpu.py --compiled 1 16 --profile profile.txt
@@ -27,7 +26,7 @@ from typing import Any, NamedTuple
 from unittest.mock import patch
 
 import torch
-from side_by_side import LEAST_ROUNDS, parser
+from side_by_side import MIN_ROUNDS, parser
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 from train_step import fresh_aligner, make_pairs, timed_phases, whole_step
@@ -50,7 +49,7 @@ from metroem.utils.cuda_graphs import RecordedStep
 Part = Callable[[], object]
 
 _NUM_FEATURES = 7
-_WARM_UP = 5  # calls of each part: passes are recorded in the fourth
+_WARM_UP = 5  # calls of each part that are not counted; the fourth records
 _COPY_BYTES = {"cuda": 2**30, "cpu": 2**26}
 
 
@@ -63,11 +62,11 @@ class Kind(NamedTuple):
 
 
 def build_parser() -> ArgumentParser:
-    """The flags."""
+    """Define the flags."""
     made = parser(__doc__)
     add = made.add_argument
     add("--device", default="cuda", help="cuda or cpu (cuda)")
-    add("--size", type=int, default=512, help="of a side, px (512)")
+    add("--size", type=int, default=512, help="side of an image, px (512)")
     add("--batches", type=int, nargs="+", default=[1, 2, 4, 8, 16])
     add("--precisions", nargs="+", default=["fp32", "bf16"], choices=["fp32", "bf16"])
     add(
@@ -76,7 +75,7 @@ def build_parser() -> ArgumentParser:
         nargs="*",
         default=[],
         metavar="BATCH",
-        help="of the batches, those to measure with torch.compile, too (none)",
+        help="batch sizes to measure with torch.compile, too (none)",
     )
     add("--profile", type=Path, help="file for tables of torch's profiler")
     return made
@@ -93,7 +92,7 @@ class Bench:
         Args:
             folder: new, for pyramids.
             device: for the network and the batches.
-            batch: pairs of a step.
+            batch: pairs per step.
             pairs: square, at least as many as a batch has.
         """
         self.folder, self.device = folder, device
@@ -108,22 +107,22 @@ class Bench:
             crop_size=self.size,
             losses=(LossSpec(type="plain"),),
         )
-        # The phase of pairs: it needs the network's own field, too.
+        # The second phase, on pairs, also needs the network's own field.
         self.default_phase = timed_phases(self.size)["known_warp"]
         self.sample: Sample = self._load(self.phase).to(device)
         self.default_sample: Sample = self._load(self.default_phase).to(device)
 
     def _load(self, phase: Phase) -> Sample:
-        key = EpochSeed(0, 0, 0, 0)
-        epoch = TrainingEpoch(self.pairs, phase, key, batch_size=self.batch)
+        seed = EpochSeed(0, 0, 0, 0)
+        epoch = TrainingEpoch(self.pairs, phase, seed, batch_size=self.batch)
         return stack_samples([epoch[i] for i in range(self.batch)])
 
     def load(self) -> Part:
-        """Read, cut and stack a batch, and bring it to the device."""
+        """Read, crop and stack a batch, and copy it to the device."""
         return lambda: self._load(self.phase).to(self.device)
 
     def load_default(self) -> Part:
-        """The same for the default schedule, augmented as it says."""
+        """The same as `load`, with the augmentations of the default schedule."""
         return lambda: self._load(self.default_phase).to(self.device)
 
     def bare_network(self, kind: Kind) -> Part:
@@ -137,11 +136,11 @@ class Bench:
         return run
 
     def train_step(self, kind: Kind) -> Part:
-        """A whole step of training by plain loss: network, loss, checks, optimizer."""
+        """A training step with the plain loss: network, loss, checks, optimizer."""
         return self._step(kind, self.phase, self.sample)
 
     def default_step(self, kind: Kind) -> Part:
-        """The same by the default schedule: with the network's own field, too."""
+        """The same by the default schedule: needs the network's own field, too."""
         return self._step(kind, self.default_phase, self.default_sample)
 
     def _step(self, kind: Kind, phase: Phase, sample: Sample) -> Part:
@@ -160,7 +159,7 @@ class Bench:
         return run
 
     def generate(self, *, finetune: bool) -> Part:
-        """Make a field as it is written between stages, in float32."""
+        """Compute a field as it is written between stages, in float32."""
         options = self.aligner.options.updated({"finetune": finetune})
         return lambda: self.aligner.align(
             self.sample.src, self.sample.tgt, options=options
@@ -174,7 +173,7 @@ class Bench:
         return lambda: step(self.device), loss, start
 
     def search_by_torch(self) -> Part:
-        """The same step, each operation of torch started by itself."""
+        """The same step, with torch starting each operation alone."""
         loss, start = field_loss(self.device, self.batch, self.size)
         search = FieldAdam(start, loss.options)
 
@@ -190,7 +189,7 @@ class Bench:
         return run
 
     def _model(self, kind: Kind) -> TrainingModel:
-        """The network as `train.py` wraps it; recorded only if the kind says so."""
+        """Wrap the network as `train.py` does; recorded only if the kind says so."""
         aligner = self.aligner
         if kind.is_compiled:
             if kind.precision not in self._compiled:
@@ -205,7 +204,7 @@ class Bench:
 def field_loss(
     device: torch.device, batch: int, size: int
 ) -> tuple[AnalyticLoss, Tensor]:
-    """A loss of random features with masks, and a smooth field of some pixels."""
+    """Make a loss on random features with masks, and a smooth field of some pixels."""
     generator = torch.Generator().manual_seed(0)
     features = torch.randn(2, batch, _NUM_FEATURES, size, size, generator=generator)
     start = 3 * torch.nn.functional.interpolate(
@@ -220,7 +219,7 @@ def field_loss(
 
 
 def bare_warp(loss: AnalyticLoss, start: Tensor) -> Part:
-    """`F.grid_sample` of as many features, and its backward pass to the field."""
+    """`F.grid_sample` of equally many features, with its backward pass to the field."""
     size = start.shape[-1]
     src = torch.randn(len(start), _NUM_FEATURES, size, size, device=start.device)
     theta = torch.eye(2, 3, device=start.device).expand(len(start), -1, -1)
@@ -239,20 +238,20 @@ def differences_from_cpu(bench: Bench) -> dict[str, float]:
     """Compare the device with a CPU, as fractions of the CPU's largest value.
 
     Returns:
-        Of the network's field, of the finetuner's loss, and of its gradient.
+        Fractions for the network's field, the finetuner's loss, and its gradient.
     """
     sample = bench.sample
     images = sample.src[:1], sample.tgt[:1]
-    there = bench.aligner.predict(*images).field.detach().cpu()
+    on_device = bench.aligner.predict(*images).field.detach().cpu()
     bench.aligner.to("cpu")
-    here = bench.aligner.predict(*(image.cpu() for image in images)).field.detach()
+    on_cpu = bench.aligner.predict(*(image.cpu() for image in images)).field.detach()
     bench.aligner.to(bench.device)
     loss, start = field_loss(bench.device, 1, bench.size)
     found = [value.cpu() for value in loss.with_gradient(start)]
     loss, start = field_loss(torch.device("cpu"), 1, bench.size)
-    pairs = zip((here, *loss.with_gradient(start)), (there, *found), strict=True)
-    shares = [float((a - b).abs().max() / a.abs().max()) for a, b in pairs]
-    return dict(zip(("field", "loss", "gradient"), shares, strict=True))
+    pairs = zip((on_cpu, *loss.with_gradient(start)), (on_device, *found), strict=True)
+    fractions = [float((a - b).abs().max() / a.abs().max()) for a, b in pairs]
+    return dict(zip(("field", "loss", "gradient"), fractions, strict=True))
 
 
 def host_syncs(part: Part, device: torch.device) -> list[str] | None:
@@ -275,7 +274,7 @@ def host_syncs(part: Part, device: torch.device) -> list[str] | None:
 
 
 def seconds_of(parts: dict[str, Part], rounds: int, device: torch.device) -> dict:
-    """Time the parts in turn: median seconds, after rounds that do not count."""
+    """Time the parts in turn: median seconds, after rounds that are not counted."""
     taken: dict[str, list[float]] = {name: [] for name in parts}
     for _ in range(rounds + _WARM_UP):
         for name, part in parts.items():
@@ -288,7 +287,7 @@ def seconds_of(parts: dict[str, Part], rounds: int, device: torch.device) -> dic
 
 
 def wait(device: torch.device) -> None:
-    """Wait until the device has done what it was given."""
+    """Wait until the device has finished its work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
@@ -302,17 +301,17 @@ def copy_bandwidth(device: torch.device, rounds: int) -> float:
 
 
 def time_network(bench: Bench, args: Namespace, precision: str, compiled: bool) -> dict:
-    """Time the passes and steps of the network; ratios to the bare network."""
-    as_torch_does = Kind(precision, compiled)
-    recorded = as_torch_does._replace(is_recorded=True)  # as train.py runs it
+    """Time the passes and steps of the network, with ratios to the bare network."""
+    unrecorded = Kind(precision, compiled)
+    recorded = unrecorded._replace(is_recorded=True)  # as train.py runs it
     parts = {
-        "bare_network": bench.bare_network(as_torch_does),
+        "bare_network": bench.bare_network(unrecorded),
         "bare_network_recorded": bench.bare_network(recorded),
-        "train_step_not_recorded": bench.train_step(as_torch_does),
+        "train_step_not_recorded": bench.train_step(unrecorded),
         "train_step": bench.train_step(recorded),
-        "default_step_not_recorded": bench.default_step(as_torch_does),
+        "default_step_not_recorded": bench.default_step(unrecorded),
         "default_step": bench.default_step(recorded),
-        "forward": bench.forward(as_torch_does),
+        "forward": bench.forward(unrecorded),
         "forward_recorded": bench.forward(recorded),
     }
     seconds = seconds_of(parts, args.rounds, bench.device)
@@ -359,7 +358,7 @@ def time_rest(bench: Bench, args: Namespace) -> dict:
 
 
 def write_profile(bench: Bench, path: Path) -> None:
-    """Write the tables of torch's profiler for steps of training and finetuner."""
+    """Write tables of torch's profiler for steps of training and of the finetuner."""
     kinds = [ProfilerActivity.CPU]
     key = "self_cpu_time_total"
     if bench.device.type == "cuda":
@@ -384,7 +383,7 @@ def write_profile(bench: Bench, path: Path) -> None:
 
 
 def describe(device: torch.device) -> str:
-    """The name of the device."""
+    """Name the device."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"CPU, {platform.machine()}, {torch.get_num_threads()} threads"
@@ -398,7 +397,7 @@ def show(name: str, found: dict) -> None:
 
 
 def measure(args: Namespace, folder: Path) -> dict[str, Any]:
-    """Measure every row, and print it as soon as it is there."""
+    """Measure every row, and print each at once."""
     device = torch.device(args.device)
     torch.set_num_threads(args.threads)
     bandwidth = copy_bandwidth(device, args.rounds)
@@ -428,8 +427,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = build_parser().parse_args(argv)
     if args.device != "cpu" and not torch.cuda.is_available():
         raise UsageError(f"--device {args.device}: no GPU here; try --device cpu")
-    if args.rounds < LEAST_ROUNDS:
-        raise UsageError(f"--rounds {args.rounds}: expected at least {LEAST_ROUNDS}")
+    if args.rounds < MIN_ROUNDS:
+        raise UsageError(f"--rounds {args.rounds}: expected at least {MIN_ROUNDS}")
     with tempfile.TemporaryDirectory() as folder:
         found = measure(args, Path(folder))
     print(json.dumps({"torch": torch.__version__, "size": args.size, **found}))

@@ -1,14 +1,14 @@
-r"""Measure memory and time of aligning a large section, whole and cut into tiles.
+r"""Measure memory and time of aligning a large section, whole and by tiles.
 
-Each run is a process of its own; its memory is the most that it held, less what it
-held with the pyramid loaded and the images read. "arrays" is what the images and
-the fields themselves take. Sections are one made section, mirrored side by side.
+Each run has its own process. Its memory is its peak, minus the memory that it had
+with the pyramid loaded and the images read. "arrays" is the memory of the images and
+the fields themselves. A section is one artificial section, mirrored side by side.
 
 Example:
     python benchmarks/large_section.py --pyramid work/pyramid --sizes 1024 2048 4096
 
-The last line printed is a JSON object: by size the memory in MiB and the time in
-seconds, tiled and whole, and how far the two fields are apart, px.
+The last line printed is a JSON object. For each size it has memory in MiB and time in
+seconds, tiled and whole, and the distance of the two fields, px.
 """
 
 import argparse
@@ -39,21 +39,26 @@ _WHOLE = 1 << 20  # a tile that no section exceeds
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The flags."""
+    """Define the flags."""
     parser = cli.parser(__doc__)
     add = parser.add_argument
-    add("--pyramid", type=Path, help="trained; an untrained one if left out")
+    add("--pyramid", type=Path, help="a trained pyramid (an untrained one)")
     add("--sizes", type=int, nargs="+", default=[1024, 2048, 4096], help="sides, px")
-    add("--whole_up_to", type=int, default=2048, help="largest side not cut, px")
-    add("--made_px", type=int, default=1024, help="side of the section made, px")
+    add(
+        "--whole_up_to",
+        type=int,
+        default=2048,
+        help="largest side run whole, px",
+    )
+    add("--made_px", type=int, default=1024, help="side of the artificial section, px")
     add("--tile", type=int, nargs=2, default=[1024, 256], help="tile and overlap, px")
     add("--finetune", action="store_true", help="finetune each stage too")
-    add("--one", type=Path, help="for the processes that this one starts")
+    add("--one", type=Path, help="internal: the request of one run")
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Measure all, or one run for the process that asks for it."""
+    """Measure all sizes, or do the one run of --one."""
     args = build_parser().parse_args(argv)
     if args.one is not None:
         _run_one(args.one)
@@ -73,7 +78,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _make_pair(side: int) -> np.ndarray:
-    """(2, side, side) uint8: src and tgt."""
+    """Make src and tgt: (2, side, side) uint8."""
     padded = side + 2 * _MARGIN_PX
     tissue = make_tissue(TissueRecipe(num_sections=2, rows=padded, cols=padded))
     distortion = Distortion(fold=0.0, corner=0.0)
@@ -82,7 +87,7 @@ def _make_pair(side: int) -> np.ndarray:
 
 
 def _mirrored(pair: np.ndarray, side: int) -> np.ndarray:
-    """(2, side, side), without an edge where one copy ends."""
+    """Mirror a pair to (2, side, side), without edges between the copies."""
     more = max(side - pair.shape[-1], 0)
     padded = np.pad(pair, ((0, 0), (0, more), (0, more)), mode="symmetric")
     return np.ascontiguousarray(padded[:, :side, :side])
@@ -103,12 +108,12 @@ def _measure(
         request["is_trained"] = args.pyramid is not None
         request |= {"pair": str(folder / "pair.npy"), "out": str(folder / name)}
         figures[name] = _in_process(folder / "request.json", request)
-        held = figures[name]["mib"] * 2**20
-        figures[name]["bytes_per_px"] = round(held / side**2)
-    # uint8 in, float32 within, and a float32 field.
+        memory = figures[name]["mib"] * 2**20
+        figures[name]["bytes_per_px"] = round(memory / side**2)
+    # Two images in uint8 and in float32, and a float32 field of two channels.
     figures["arrays_mib"] = round((2 + 8 + 8) * side**2 / 2**20)
     if "whole" in tilings:
-        figures |= _apart(*(np.load(folder / f"{name}.npy") for name in tilings))
+        figures |= _compare(*(np.load(folder / f"{name}.npy") for name in tilings))
         seconds = [figures[name]["seconds"] for name in ("tiled", "whole")]
         figures["time_ratio"] = round(seconds[0] / seconds[1], 3)
     print(f"{side} px: {figures}", flush=True)
@@ -125,10 +130,10 @@ def _in_process(path: Path, request: dict[str, Any]) -> dict[str, float]:
 
 
 def _run_one(path: Path) -> None:
-    """Align a pair, write its field, and print what that took."""
+    """Align a pair, write its field, and print time and memory."""
     request = json.loads(path.read_text())
     torch.set_num_threads(1)
-    torch.manual_seed(0)  # untrained pyramids get their weights as they are loaded
+    torch.manual_seed(0)  # untrained pyramids draw their weights when loaded
     name = "checkpoint" if request["is_trained"] else None
     pyramid = metroem.Pyramid.load(request["pyramid"], checkpoint_name=name)
     pyramid = replace(pyramid, tiling=Tiling(*request["tile"]))
@@ -145,8 +150,8 @@ def _peak_mib() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
-def _apart(tiled: np.ndarray, whole: np.ndarray) -> dict[str, float]:
-    """Compare two fields: their distance, and the largest step only one has, px."""
+def _compare(tiled: np.ndarray, whole: np.ndarray) -> dict[str, float]:
+    """Compare two fields, px: their distance, and the largest step of one alone."""
     lengths = np.sort(np.hypot(*(tiled - whole)).ravel())
     steps = [
         np.abs(np.diff(tiled, axis=axis) - np.diff(whole, axis=axis)).max()

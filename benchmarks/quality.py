@@ -1,12 +1,12 @@
 r"""Train a pyramid for half an hour on a CPU, and measure how well it aligns.
 
-The first sections of a stack are written as a CloudVolume; download_image.py,
-metroem init and train.py are run on them as a user would. The last sections are
-aligned in the cases of a bench that also runs classical methods (the peers), and a
-page of figures, loss curves and pictures is written. Neighbours of the stack must be
-aligned as imaged (FIB-SEM), so that the truth is exact.
+The first sections of a stack are written as a CloudVolume. download_image.py, metroem
+init and train.py are run on them as by a user. The last sections are aligned in the
+cases of a bench that also runs classical methods (the peers). Then a page of figures,
+loss curves and pictures is written. Sections of the stack must be aligned by the
+imaging itself (FIB-SEM), so that the truth is exact.
 
-The peers' results come from the bench, in an environment that has them:
+The bench computes the peers' results, in an environment that has the peers:
     python BENCH/run.py --stack STACK:50: --exact --cases A,B,C --magnitudes 12,30,60 \
         --limit 6 --out peers.json \
         --peers identity,dis,tvl1,blockmatch,sitk_demons,elastix,ants_syn
@@ -64,10 +64,10 @@ OTHER_PEERS = "identity,dis,tvl1,blockmatch,elastix,sitk_demons"
 
 @dataclass(frozen=True)
 class QualityRequest:
-    """A call of this script, one field a flag.
+    """The flags of this script.
 
     Raises:
-        UsageError: files that are not there, or parts that lack what they need.
+        UsageError: a file is missing, or a part lacks a flag that it needs.
     """
 
     stack: Path
@@ -103,7 +103,7 @@ class QualityRequest:
 
     @property
     def todo(self) -> list[str]:
-        """The parts to do, in order; all that is possible where none are named."""
+        """The parts to do, in order; all possible ones if none are named."""
         missing = {
             "train": self.pyramid_path is not None,
             "other": self.other_stack is None,
@@ -125,24 +125,28 @@ class QualityRequest:
 
     @property
     def held_out(self) -> str:
-        """The sections that are scored, as the bench takes them."""
+        """The sections that are scored, in the notation of the bench."""
         return f"{self.stack}:{self.score_from}:"
 
 
 def build_parser(description: str | None) -> argparse.ArgumentParser:
-    """The flags of `QualityRequest`."""
+    """Define the flags of `QualityRequest`."""
     parser = cli.parser(description)
     add = parser.add_argument
     add("--stack", type=Path, required=True, help=".npy, uint8 [section, rows, cols]")
     add("--bench", type=Path, required=True, help="folder of the bench")
     add("--peers_json", type=Path, required=True, help="the peers' results")
-    add("--out", type=Path, required=True, help="folder that keeps everything")
+    add("--out", type=Path, required=True, help="folder for all results")
     add("--other_stack", type=Path, help="sections of another tissue (.npy)")
     add("--other_peers_json", type=Path, help="the peers' results on them")
-    add("--peers_python", type=Path, help="python that has the peers: runs them there")
+    add(
+        "--peers_python",
+        type=Path,
+        help="python that has the peers, to run them",
+    )
     add("--pyramid_path", type=Path, help="a trained pyramid (trains one in --out)")
     add("--distilled_path", type=Path, help="a pyramid trained with `distil`")
-    parts = "what to do (all that is possible); earlier parts are read from --out"
+    parts = "parts to do (all possible); earlier ones are read from --out"
     add("--parts", nargs="+", choices=PARTS, help=parts)
     page = Path("benchmarks/quality.md")
     add("--page", type=Path, default=ROOT / page, help=f"page to write ({page})")
@@ -158,7 +162,7 @@ def build_parser(description: str | None) -> argparse.ArgumentParser:
 
 
 def main() -> None:
-    """Run the parts; the last line is one JSON object."""
+    """Run the parts; the last line printed is one JSON object."""
     request = QualityRequest(**vars(build_parser(__doc__).parse_args()))
     request.out.mkdir(parents=True, exist_ok=True)
     figures: dict[str, object] = {"parts": request.todo}
@@ -174,7 +178,7 @@ def main() -> None:
 
 
 def train(request: QualityRequest) -> dict[str, object]:
-    """Write the volume, run the scripts, and note how long they took."""
+    """Write the volume, run the scripts, and save their times."""
     images = np.load(request.stack, mmap_mode="r")[: request.num_train]
     side = min(images.shape[1:]) >> max(request.mips) << max(request.mips)
     run = Run(
@@ -188,10 +192,10 @@ def train(request: QualityRequest) -> dict[str, object]:
     )
     if run.pyramid.exists():
         raise UsageError(
-            f"--out {request.out}: holds a pyramid already; name a new folder, or "
-            f"leave the training out: --pyramid_path {run.pyramid}"
+            f"--out {request.out}: a pyramid already exists there; name a new folder, "
+            f"or leave the training out: --pyramid_path {run.pyramid}"
         )
-    # The stack is tissue everywhere, as the bench takes it.
+    # The bench takes the whole stack as tissue, so 0 becomes 1.
     write_volume(run.volume, np.maximum(images, 1), max(run.mips) + 1)
     download, init, _ = run.commands()
     training = train_command(request, run)
@@ -199,31 +203,31 @@ def train(request: QualityRequest) -> dict[str, object]:
     seconds = run_steps([download, init, training])
     words = ["train.py", *(Path(w).name if "/" in w else w for w in training[1:])]
     timing = dict(zip(names, seconds, strict=True))
-    kept = {
+    record = {
         "sections": len(images),
         "command": f"python {' '.join(words)}",
         "seconds": timing,
     }
-    write_json(request.out / "training.json", kept)
+    write_json(request.out / "training.json", record)
     return {f"seconds_{name}": value for name, value in timing.items()}
 
 
 def train_command(request: QualityRequest, run: Run) -> list[str]:
-    """The command line of train.py, as a user gives it."""
+    """Build the command line of train.py, as a user types it."""
     command = [script("train.py"), "--pyramid_path", str(run.pyramid)]
     command += ["--dataset_path", str(run.folder / "dataset")]
     command += ["--train_mode", request.train_mode]
     command += ["--seed", str(request.seed)]
     if request.train_params_path is not None:
         command += ["--train_params_path", str(request.train_params_path)]
-    if len(run.mips) > 1:  # the last stage's fields would be for a stage after it
+    if len(run.mips) > 1:  # nobody needs fields of the last stage
         before_last = [str(stage) for stage in range(len(run.mips) - 1)]
         command += ["--generate_field_stages", *before_last]
     return command
 
 
 def score(request: QualityRequest) -> dict[str, object]:
-    """Run the bench on the held-out sections, then what it does not measure."""
+    """Run the bench on the held-out sections, then measure the rest ourselves."""
     for module in find_modules(Path(request.pyramid)):
         weights = checkpoint_path(module.weights_folder, "checkpoint")
         if not weights.is_file():
@@ -280,8 +284,8 @@ def call(command: list[str], environment: dict[str, str]) -> None:
     result = subprocess.run(command, env=environment)
     if result.returncode:
         raise MetroEMError(
-            f"{' '.join(command)}\nended with exit code {result.returncode}; what it "
-            "said is above"
+            f"{' '.join(command)}\nended with exit code {result.returncode}; its "
+            "output is above"
         )
 
 
@@ -313,7 +317,7 @@ def make_page(request: QualityRequest) -> dict[str, object]:
 def other_bars(
     request: QualityRequest, other: Results | None, training: dict[str, Any]
 ) -> list[Bar]:
-    """The bars that need more than the stack's own cases."""
+    """Compute the bars that need more than the stack's own cases."""
     bars = [] if other is None else [bar_of_other_tissue(other)]
     bars.append(bar_of_training(training.get("seconds", {}).get("train")))
     distil = read_json(request.out / "distil.json")
@@ -327,7 +331,7 @@ def other_bars(
 
 
 def read_other(request: QualityRequest) -> Results | None:
-    """Read the results on the other tissue, ours and the peers', if both are there."""
+    """Read the results on the other tissue, ours and the peers', if both exist."""
     measured = request.out / "other_peers.json"
     peers = request.other_peers_json or measured
     if not (request.out / "other.json").is_file() or not peers.is_file():
@@ -338,7 +342,7 @@ def read_other(request: QualityRequest) -> Results | None:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Read the file of an earlier part; {} if that was not done."""
+    """Read the file of an earlier part; {} if the part was not done."""
     return json.loads(path.read_text()) if path.is_file() else {}
 
 
@@ -346,7 +350,7 @@ def draw_curves(request: QualityRequest) -> str | None:
     """Draw the loss curves; None for a pyramid that was not trained here."""
     metrics = Path(request.pyramid) / ".train" / "checkpoint" / "metrics.jsonl"
     if not metrics.is_file():
-        logger.warning("%s: not there, so there are no loss curves", metrics)
+        logger.warning("%s: no such file, so there are no loss curves", metrics)
         return None
     path = request.pictures / "curves.png"
     save_curves(path, main_curves(read_curves(metrics)))
@@ -368,7 +372,7 @@ def draw_pairs(request: QualityRequest, results: Results) -> dict[str, list[Pair
 
 
 def shown_command(request: QualityRequest) -> str:
-    """The command that makes the page, without the folders of its own files."""
+    """Write the command that makes the page, with short paths."""
     words = ["python benchmarks/quality.py"]
     for field in fields(request):
         value = getattr(request, field.name)
@@ -385,7 +389,7 @@ def shown_command(request: QualityRequest) -> str:
 
 
 def training_note(training: dict[str, Any]) -> str:
-    """Say how the pyramid was trained."""
+    """Describe how the pyramid was trained."""
     if not training:
         return "The pyramid was trained before."
     minutes = training["seconds"]["train"] / 60
@@ -396,7 +400,7 @@ def training_note(training: dict[str, Any]) -> str:
 
 
 def peers_note(request: QualityRequest, results: Results) -> str:
-    """Say how the peers were run."""
+    """Describe how the peers were run."""
     stack = f"{request.stack.name}:{request.score_from}:"
     cases = " ".join([*CASES, "--limit", str(request.limit)])
     return (

@@ -1,4 +1,4 @@
-"""Make the bench's cases again, and measure what its results do not have."""
+"""Make the cases of the bench again, and measure figures that its results lack."""
 
 import importlib
 import logging
@@ -16,7 +16,7 @@ from metroem.errors import UsageError
 
 logger = logging.getLogger("metroem.benchmarks.quality")
 
-# Steps of finetuning that each stage may make; the last is all that it makes.
+# Limits of the steps of finetuning per stage; the last one is no limit in practice.
 STEPS = (0, 1, 2, 3, 4, 5, 6, 8, 10, 15, 300)
 
 
@@ -40,18 +40,18 @@ class Cases:
 
         Args:
             bench: folder of the bench, named "bench".
-            stack: as the bench takes it, FILE.npy[:FIRST:LAST].
+            stack: in the notation of the bench, FILE.npy[:FIRST:LAST].
             seed: of the cases.
 
         Raises:
-            UsageError: no bench there.
+            UsageError: the folder has no bench.
         """
         self.cases, self.fields = load_bench(bench)
         self.stack, _ = self.cases.load_stack(stack)
         self.seed = seed
 
     def make(self, record: Record) -> Any:
-        """The case of a record, as the bench made it."""
+        """Make the case of a record, as the bench made it."""
         label = record["label"].removesuffix("px")
         return self.cases.make_case(
             self.stack,
@@ -62,7 +62,7 @@ class Cases:
         )
 
     def solve(self, record: Record, pyramid: str) -> Solved:
-        """Align the case of a record once more, finetuned."""
+        """Align the case of a record again, finetuned."""
         case = self.make(record)
         field = bench_adapter.align(case.src, case.tgt, pyramid)
         truth, valid, _ = case.truth()
@@ -70,17 +70,17 @@ class Cases:
         return Solved(record, case.src, case.tgt, warped, field, truth, valid)
 
     def folds_off_defects(self, record: Record, field: np.ndarray) -> float:
-        """Fraction of folded pixels, ppm, off defects and where the truth is known."""
+        """Compute the fraction of folds, ppm, off defects, where the truth is known."""
         _, valid, near = self.make(record).truth()
         determinant = self.fields.jacobian_det(field)[valid & ~near]
         return 1e6 * float((determinant <= 0).mean())
 
 
 def load_bench(folder: Path) -> tuple[Any, Any]:
-    """The bench's modules `cases` and `fields`.
+    """Import the bench's modules `cases` and `fields`.
 
     Raises:
-        UsageError: no bench in the folder.
+        UsageError: the folder has no bench.
     """
     if folder.resolve().name != "bench" or not (folder / "run.py").is_file():
         raise UsageError(
@@ -95,33 +95,33 @@ def load_bench(folder: Path) -> tuple[Any, Any]:
 
 
 def check(cases: Cases, results: Results, pyramid: str) -> Checks:
-    """Measure folds, and sections onto themselves, finetuned and by networks alone."""
+    """Measure folds, and sections with themselves, with and without finetuning."""
     sections = sorted({record["z"] for record in results.records})
     identity, folds = {}, {}
     for method in (FULL, NETWORKS):
         align = getattr(bench_adapter, METHODS[method][0])
-        lengths, shares = [], []
+        lengths, fractions = [], []
         for z in sections:
             section = cases.stack[z]
             field = align(section, section, pyramid)
             lengths.append(float(np.hypot(*field).mean()))
         for record in results.of(method, "ABC"):
-            share = 1e6 * record["fold_frac"]
-            if share and record["family"] == "C":
+            fraction = 1e6 * record["fold_frac"]
+            if fraction and record["family"] == "C":
                 case = cases.make(record)
                 field = align(case.src, case.tgt, pyramid)
-                share = cases.folds_off_defects(record, field)
-            shares.append(share)
-        identity[method], folds[method] = max(lengths), statistics.fmean(shares)
-        logger.info("%s: sections onto themselves, folds: done", method)
+                fraction = cases.folds_off_defects(record, field)
+            fractions.append(fraction)
+        identity[method], folds[method] = max(lengths), statistics.fmean(fractions)
+        logger.info("%s: sections with themselves, folds: done", method)
     return Checks(identity, folds)
 
 
 def picked(results: Results, family: str) -> dict[str, Record]:
-    """The best, the median and the worst pair of a family, finetuned."""
+    """Pick the best, the median and the worst pair of a family, finetuned."""
     records = sorted(results.of(FULL, family), key=lambda record: record["epe_mean"])
-    places = {"best": 0, "median": len(records) // 2, "worst": -1}
-    return {name: records[place] for name, place in places.items()}
+    positions = {"best": 0, "median": len(records) // 2, "worst": -1}
+    return {name: records[position] for name, position in positions.items()}
 
 
 def epe_by_steps(
@@ -130,12 +130,12 @@ def epe_by_steps(
     pyramid: str,
     steps: Sequence[int] = STEPS,
 ) -> dict[int, float]:
-    """Mean EPE by the steps of finetuning that each stage may make."""
-    errors: dict[int, list[float]] = {most: [] for most in steps}
+    """Measure the mean EPE for each limit of the steps of finetuning per stage."""
+    errors: dict[int, list[float]] = {limit: [] for limit in steps}
     for record in records:
         case = cases.make(record)
         truth, valid, _ = case.truth()
-        for most in steps:
-            field = bench_adapter.finetuned_for(case.src, case.tgt, pyramid, most)
-            errors[most].append(float(np.hypot(*(field - truth))[valid].mean()))
-    return {most: statistics.fmean(found) for most, found in errors.items()}
+        for limit in steps:
+            field = bench_adapter.finetuned_for(case.src, case.tgt, pyramid, limit)
+            errors[limit].append(float(np.hypot(*(field - truth))[valid].mean()))
+    return {limit: statistics.fmean(found) for limit, found in errors.items()}

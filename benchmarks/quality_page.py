@@ -22,7 +22,7 @@ _NAMES = {NONE: "no alignment", **{m: name for m, (_, name) in METHODS.items()}}
 PANEL_PX, GAP_PX, TITLE_PX = 236, 6, 18
 ERROR_PX = 8.0  # drawn white
 _UNSCORED = (70, 90, 110)
-_COLORS = 256  # of a picture; noise compresses badly
+_COLORS = 256  # per picture, since noise compresses badly
 _PLOT, _PLOT_MARGIN = (420, 260), (52, 34, 12, 22)  # left, bottom, right, top
 _LINES = {"training": (200, 90, 20), "validation": (20, 90, 180)}
 _TICKS = [digit * 10.0**power for power in range(-6, 4) for digit in (1, 2, 5)]
@@ -38,7 +38,7 @@ class Pair(NamedTuple):
 
 
 class Page(NamedTuple):
-    """What the page shows."""
+    """The content of the page."""
 
     command: str
     bars: Sequence[Bar]
@@ -50,7 +50,7 @@ class Page(NamedTuple):
 
 
 def write_page(path: Path, page: Page) -> None:
-    """Write the page; it replaces the one that is there."""
+    """Write the page; it replaces an existing one."""
     parts = [
         "# How well a trained pyramid aligns",
         _intro(page),
@@ -188,7 +188,7 @@ def _pictures(pairs: Mapping[str, Sequence[Pair]]) -> list[str]:
 
 
 def _ordered(results: Results) -> list[str]:
-    """The methods by their mean error, no alignment first."""
+    """Sort the methods by their mean error, no alignment first."""
     rest = [method for method in results.methods if method != NONE]
     return [NONE, *sorted(rest, key=lambda m: results.mean(m, "epe_mean"))]
 
@@ -219,26 +219,26 @@ def save_pair(path: Path, solved: Solved) -> None:
         f"field (full colour {full_px:.0f} px)": color_field(solved.field, full_px),
         f"error, 0 to {ERROR_PX:g} px": _heat(error, solved.valid),
     }
-    small = {title: _shrunk(panel) for title, panel in panels.items()}
+    small = {title: _shrink(panel) for title, panel in panels.items()}
     width, height = next(iter(small.values())).size
     size = (len(small) * (width + GAP_PX) - GAP_PX, height + TITLE_PX)
     sheet = Image.new("RGB", size, "white")
     draw = ImageDraw.Draw(sheet)
-    for place, (title, panel) in enumerate(small.items()):
-        left = place * (width + GAP_PX)
+    for index, (title, panel) in enumerate(small.items()):
+        left = index * (width + GAP_PX)
         draw.text((left, 1), title, "black", _font())
         sheet.paste(panel, (left, TITLE_PX))
     _save(path, sheet)
 
 
 def save_curves(path: Path, curves: Sequence[Curve]) -> None:
-    """Save the curves side by side, on axes of minutes and of logarithms."""
+    """Save the curves side by side; x is minutes, y is logarithmic."""
     width, height = _PLOT
     sheet = Image.new("RGB", (width * len(curves), height), "white")
-    for place, curve in enumerate(curves):
+    for index, curve in enumerate(curves):
         plot = Image.new("RGB", _PLOT, "white")
         _plot(ImageDraw.Draw(plot), curve)
-        sheet.paste(plot, (place * width, 0))
+        sheet.paste(plot, (index * width, 0))
     _save(path, sheet)
 
 
@@ -250,8 +250,8 @@ def _plot(draw: ImageDraw.ImageDraw, curve: Curve) -> None:
     span = max(curve.minutes[-1], 1e-9)
 
     def at(minutes: float, value: float) -> tuple[float, float]:
-        share = (math.log(max(value, math.exp(low))) - low) / (high - low)
-        return left + width * minutes / span, top + height * (1 - share)
+        fraction = (math.log(max(value, math.exp(low))) - low) / (high - low)
+        return left + width * minutes / span, top + height * (1 - fraction)
 
     draw.rectangle((left, top, left + width, top + height), outline="black")
     draw.text((left, 3), f"stage {curve.stage}: {curve.figure}", "black", _font())
@@ -260,30 +260,30 @@ def _plot(draw: ImageDraw.ImageDraw, curve: Curve) -> None:
             x, y = at(0, tick)
             draw.line((x, y, x + width, y), (225, 225, 225))
             draw.text((x - 6, y), f"{tick:g}", "black", _font(), anchor="rm")
-    for share in (0, 0.25, 0.5, 0.75, 1):
-        x, y = left + share * width, top + height
-        draw.text((x, y + 4), f"{share * span:.2g}", "black", _font(), anchor="mt")
+    for fraction in (0, 0.25, 0.5, 0.75, 1):
+        x, y = left + fraction * width, top + height
+        draw.text((x, y + 4), f"{fraction * span:.2g}", "black", _font(), anchor="mt")
     draw.text(
         (left + width / 2, _PLOT[1] - 2), "minutes", "black", _font(), anchor="mb"
     )
-    for place, (name, values) in enumerate(curve.values.items()):
+    for index, (name, values) in enumerate(curve.values.items()):
         points = [at(*point) for point in zip(curve.minutes, values, strict=True)]
         draw.line(points, _LINES[name], 2)
         draw.text(
-            (left + width - 8, top + 6 + 14 * place),
+            (left + width - 8, top + 6 + 14 * index),
             *(name, _LINES[name], _font()),
             anchor="rt",
         )
 
 
 def _heat(error: np.ndarray, valid: np.ndarray) -> np.ndarray:
-    """(H, W, 3) uint8: black over red and yellow to white at ERROR_PX."""
+    """Colour errors, (H, W, 3) uint8: black, red, yellow, white at ERROR_PX."""
     level = np.clip(error / ERROR_PX, 0, 1)[..., None]
     color = np.clip(3 * level - np.arange(3), 0, 1)
     return np.where(valid[..., None], 255 * color, _UNSCORED).astype(np.uint8)
 
 
-def _shrunk(panel: np.ndarray) -> Image.Image:
+def _shrink(panel: np.ndarray) -> Image.Image:
     image = Image.fromarray(panel)
     image.thumbnail((PANEL_PX, PANEL_PX), Image.Resampling.BOX)
     return image

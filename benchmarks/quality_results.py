@@ -1,4 +1,4 @@
-"""Read the results of the bench, ours and the peers', and set the bars for ours."""
+"""Read the results of the bench, ours and the peers', and compare ours with bars."""
 
 import json
 import statistics
@@ -9,21 +9,21 @@ from typing import Any, NamedTuple
 
 from metroem.errors import DatasetError
 
-# Our methods: the function of bench_adapter.py, and what it is.
+# Our methods: the function of bench_adapter.py, and the name on the page.
 METHODS = {
     "metroem": ("align", "MetroEM"),
     "metroem_networks": ("networks", "MetroEM, networks alone"),
     "metroem_stage0": ("first_stage", "MetroEM, stage 0 alone"),
-    # The finetuner by itself: training gives the rest.
+    # Shows the finetuner alone; the difference to "metroem" is due to training.
     "metroem_untrained": ("untrained", "MetroEM untrained, finetuned"),
 }
 FULL, NETWORKS, STAGE0, UNTRAINED = METHODS
 NONE = "identity"
-UNWARPED = "00px"  # B's pairs as they came: their true field is exactly 0
+UNWARPED = "00px"  # unwarped pairs of B: their true field is exactly 0
 Record = dict[str, Any]
 
 MINUTES = 30  # of training
-EQUAL_EPE = 1.03  # errors whose ratio is smaller count as equal
+EQUAL_EPE = 1.03  # errors with a smaller ratio count as equal
 
 
 @dataclass(frozen=True)
@@ -31,9 +31,9 @@ class Results:
     """The content of a results file.
 
     Attributes:
-        meta: of the run.
-        records: one a method and case.
-        failed: peers that are left out.
+        meta: facts about the run.
+        records: one per method and case.
+        failed: peers that failed, which are left out.
     """
 
     meta: dict[str, Any]
@@ -45,7 +45,7 @@ class Results:
         """Read a results file; a peer that failed in any case is left out.
 
         Raises:
-            DatasetError: no such file, or one of ours failed.
+            DatasetError: the file is missing, or a method of ours failed.
         """
         if not path.is_file():
             raise DatasetError(f"{path}: no such results; make them with the bench")
@@ -59,7 +59,7 @@ class Results:
         return cls(content["meta"], kept, tuple(failed))
 
     def with_peers(self, peers: "Results") -> "Results":
-        """These results and those of the peers on the same cases.
+        """Add the results of the peers on the same cases.
 
         Raises:
             DatasetError: the peers were run on other cases.
@@ -87,11 +87,11 @@ class Results:
 
     @property
     def peers(self) -> list[str]:
-        """The methods that are neither ours nor no alignment."""
+        """The methods of others, without "no alignment"."""
         return [m for m in self.methods if m != NONE and m not in METHODS]
 
     def of(self, method: str, families: str, label: str | None = None) -> list[Record]:
-        """The records of a method; those of B's unwarped pairs only by label."""
+        """Return the records of a method; unwarped pairs of B only by their label."""
         return [
             record
             for record in self.records
@@ -104,18 +104,18 @@ class Results:
     def mean(
         self, method: str, key: str, families: str = "ABC", label: str | None = None
     ) -> float:
-        """Mean of a figure over the cases that have it; NaN where none has."""
+        """Average a figure over the cases that have it; NaN if none has."""
         found = [r[key] for r in self.of(method, families, label) if key in r]
         return statistics.fmean(found) if found else float("nan")
 
     def best_peer(self, key: str, families: str) -> tuple[str, float]:
-        """The peer with the smallest mean, and that mean."""
+        """Return the peer with the smallest mean, and this mean."""
         means = {peer: self.mean(peer, key, families) for peer in self.peers}
         best = min(means, key=means.__getitem__)
         return best, means[best]
 
     def worse_than_none(self, method: str, families: str = "ABC") -> list[str]:
-        """Cases that a method leaves further off than no alignment does."""
+        """List the cases with a larger error than without alignment."""
         none = {r["case"]: r["epe_mean"] for r in self.of(NONE, families)}
         return [
             record["case"]
@@ -127,29 +127,29 @@ class Results:
 class Checks(NamedTuple):
     """Figures by method that the bench does not measure."""
 
-    identity_px: dict[str, float]  # largest mean length, a section onto itself
+    identity_px: dict[str, float]  # largest mean field of a section with itself
     folds_ppm: dict[str, float]  # of the pixels off defects; mean over all cases
 
 
 class Bar(NamedTuple):
-    """One demand: what is found may not be above `limit`."""
+    """One demand: the figure found may not be above `limit`."""
 
     what: str
-    bar: str  # how the limit comes about
+    bar: str  # how the limit is defined
     limit: float
     found: float | None  # None where it was not measured
-    networks: float | None = None  # of the networks alone, for comparison
-    best: float | None = None  # of the best peer
+    networks: float | None = None  # the networks alone, for comparison
+    best: float | None = None  # the best peer
     digits: int = 2
 
     @property
     def is_met(self) -> bool | None:
-        """Whether it is met; None where it was not measured."""
+        """Whether the demand is met; None if it was not measured."""
         return None if self.found is None else self.found <= self.limit
 
 
 def bars_of_cases(results: Results, checks: Checks) -> list[Bar]:
-    """The demands on the cases A, B and C of the stack, in the page's order."""
+    """Compute the demands on the cases A, B and C of the stack, in the page's order."""
     return [
         _beside_peers(results, "mean EPE in B, px", "epe_mean", "B", 0.6),
         _beside_peers(results, "mean EPE in C, px", "epe_mean", "C", 0.6),
@@ -167,13 +167,13 @@ def bars_of_cases(results: Results, checks: Checks) -> list[Bar]:
 
 
 def bar_of_other_tissue(other: Results) -> Bar:
-    """The demand on a stack that is nothing like the one trained on."""
+    """Compute the demand on a stack of a very different tissue."""
     what = "mean EPE on another tissue, px"
     return _beside_peers(other, what, "epe_mean", "A", 0.8)
 
 
 def bar_of_training(seconds: float | None) -> Bar:
-    """The demand on the time of train.py."""
+    """Compute the demand on the time of train.py."""
     minutes = None if seconds is None else seconds / 60
     return Bar("training, minutes of wall time", "", MINUTES, minutes, digits=1)
 
@@ -181,20 +181,20 @@ def bar_of_training(seconds: float | None) -> Bar:
 def bar_of_distilling(
     without: Mapping[int, float], distilled: Mapping[int, float]
 ) -> Bar:
-    """The demand on `distil`: at most a third of the finetuning.
+    """Compute the demand on `distil`: at most a third of the finetuning.
 
     Args:
-        without: mean EPE by the steps of finetuning that each stage may make, of
-            the pyramid that was not distilled.
-        distilled: the same, of the one that was.
+        without: mean EPE by the limit of finetuning steps per stage, for the pyramid
+            that was not distilled.
+        distilled: the same for the distilled pyramid.
     """
     wanted = EQUAL_EPE * without[max(without)]
     steps = [
-        min((most for most, epe in epes.items() if epe <= wanted), default=None)
+        min((limit for limit, epe in epes.items() if epe <= wanted), default=None)
         for epes in (without, distilled)
     ]
     found = None
-    if steps[0]:  # else the networks alone are as good: there is nothing to save
+    if steps[0]:  # else the networks alone are as good, and there is nothing to save
         found = float("inf") if steps[1] is None else steps[1] / steps[0]
     text = f"finetuning to {wanted:.2f} px, of {steps[0]} steps without `distil`"
     return Bar("distil: share of the finetuning", text, 1 / 3, found)
@@ -208,12 +208,12 @@ def _beside_peers(
     factor: float,
     scale: float = 1.0,
 ) -> Bar:
-    """A demand that is a factor of what the best peer leaves."""
+    """Compute a demand relative to the error of the best peer."""
     peer, best = results.best_peer(key, family)
-    share = f"{factor:g} of " if factor != 1 else ""
+    factor_text = f"{factor:g} of " if factor != 1 else ""
     found, networks = (scale * results.mean(m, key, family) for m in (FULL, NETWORKS))
     best *= scale
-    return Bar(what, f"{share}{peer}", factor * best, found, networks, best)
+    return Bar(what, f"{factor_text}{peer}", factor * best, found, networks, best)
 
 
 def _outliers(results: Results, family: str) -> Bar:

@@ -1,7 +1,7 @@
 """Time several ways of doing one thing in turn, within one run.
 
-What a machine does beside a benchmark then slows all of them alike, and their ratios
-stay. The last line that a benchmark prints is one JSON object.
+Other work on the machine then slows all of them equally, and their ratios stay. The
+last line that a benchmark prints is one JSON object.
 """
 
 import argparse
@@ -17,25 +17,25 @@ from metroem.utils import cli
 
 Contender = Callable[[], object]
 
-LEAST_ROUNDS = 7
+MIN_ROUNDS = 7
 
 
 def parser(description: str | None) -> argparse.ArgumentParser:
-    """A parser with the flags that all benchmarks have: --rounds, --threads."""
+    """Make a parser with the flags of all benchmarks: --rounds, --threads."""
     made = cli.parser(description)
     made.add_argument("--rounds", type=int, default=9, help="at least 7 (9)")
-    made.add_argument("--threads", type=int, default=1, help="of torch (1)")
+    made.add_argument("--threads", type=int, default=1, help="threads of torch (1)")
     return made
 
 
 def median_seconds(
     contenders: Mapping[str, Contender], rounds: int
 ) -> dict[str, float]:
-    """Time each contender once a round, after one round that does not count.
+    """Time each contender once per round, after one round that is not counted.
 
     Args:
-        contenders: by name; called without arguments.
-        rounds: how often.
+        contenders: functions without arguments, by name.
+        rounds: number of rounds.
 
     Returns:
         Median wall time of each, seconds.
@@ -43,8 +43,8 @@ def median_seconds(
     Raises:
         UsageError: fewer than 7 rounds.
     """
-    if rounds < LEAST_ROUNDS:
-        raise UsageError(f"--rounds {rounds}: expected at least {LEAST_ROUNDS}")
+    if rounds < MIN_ROUNDS:
+        raise UsageError(f"--rounds {rounds}: expected at least {MIN_ROUNDS}")
     taken: dict[str, list[float]] = {name: [] for name in contenders}
     for _ in range(rounds + 1):
         for name, contender in contenders.items():
@@ -55,11 +55,11 @@ def median_seconds(
 
 
 def report(seconds: Mapping[str, float], figures: Mapping[str, object]) -> None:
-    """Print a line a contender, then all as one line of JSON.
+    """Print one line per contender, then all figures as one line of JSON.
 
     Args:
         seconds: by contender.
-        figures: what the benchmark is for, by name: ratios, losses.
+        figures: results of the benchmark by name, such as ratios.
     """
     for name, value in seconds.items():
         print(f"{name:>40}: {1000 * value:10.2f} ms")

@@ -1,12 +1,12 @@
-r"""Time a whole training step beside the bare network.
+r"""Compare the time of a whole training step with the bare network.
 
-The bare step is forward, the mean square of the field, backward, on one pair. A
-whole step reads a pair from an h5 file, augments it, and adds loss, checks, scores
-and optimizer. Three kinds are timed: the two phases of the default schedule, and the
-plain loss of the schedule `classic`. The first phase shows one section twice. The
-second needs the network's own field of the pair, which is one more forward pass for
-three samples in five. Ratios are of means over the same rounds, since steps differ by
-chance; medians are printed, too.
+The bare step is a forward pass, the mean square of the field, and a backward pass, on
+one pair. A whole step also reads the pair from an h5 file, augments it, and has the
+loss, checks, scores and optimizer. Three kinds are timed: the two phases of the default
+schedule, and the plain loss of the schedule `classic`. The first phase shows the same
+section twice. The second needs the network's own field of the pair: one more forward
+pass for three samples in five. Ratios are of means over the same rounds, since steps
+differ randomly. Medians are printed, too.
 
 Example:
     python benchmarks/train_step.py --threads 2
@@ -55,9 +55,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = side_by_side.parser(__doc__)
     parser.set_defaults(rounds=15)
     add = parser.add_argument
-    add("--template", nargs="+", default=templates(), help="all")
+    add("--template", nargs="+", default=templates(), help="templates (all)")
     add("--size", type=int, default=512, help="px (512)")
-    add("--batch_size", type=int, default=1, help="pairs a step (1)")
+    add("--batch_size", type=int, default=1, help="pairs per step (1)")
     args = parser.parse_args(argv)
     torch.set_num_threads(args.threads)
     keep_freed_memory()  # as train.py does
@@ -72,7 +72,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def make_pairs(folder: Path, num_pairs: int, size: int) -> list[PairRef]:
-    """Write an image set of synthetic tissue, `size` px a side, and find its pairs."""
+    """Write an image set of synthetic tissue, `size` x `size` px; return its pairs."""
     tissue = make_tissue(TissueRecipe(num_pairs + 1, size, size))
     images = [normalize(torch.from_numpy(section)).numpy() for section in tissue]
     grid = Grid(MIP, 0, 0, size, size)
@@ -84,7 +84,7 @@ def make_pairs(folder: Path, num_pairs: int, size: int) -> list[PairRef]:
 
 
 def fresh_aligner(template: str, folder: Path) -> Aligner:
-    """The network of a template with fresh weights, always the same."""
+    """Make the network of a template, always with the same fresh weights."""
     (path,) = init_pyramid(folder, [MIP], template)
     torch.manual_seed(0)
     loaded = load_module(path, checkpoint_name=None, finetune=False)
@@ -94,7 +94,7 @@ def fresh_aligner(template: str, folder: Path) -> Aligner:
 def compare(
     aligner: Aligner, pairs: list[PairRef], rounds: int, batch_size: int
 ) -> dict[str, Any]:
-    """Time all steps in turn: means, medians, and their ratios to the bare one."""
+    """Time all steps in turn: medians, and ratios to the bare step."""
     steps = {"bare": bare_step(aligner, pairs, batch_size)}
     for name, phase in timed_phases(pairs[0].grid.rows).items():
         model = TrainingModel(aligner, "fp32").train()
@@ -105,9 +105,9 @@ def compare(
             start = time.perf_counter()
             step()
             taken[name].append(time.perf_counter() - start)
-    kept = {name: times[WARM_UP_ROUNDS:] for name, times in taken.items()}
-    means = {name: statistics.fmean(times) for name, times in kept.items()}
-    medians = {name: statistics.median(times) for name, times in kept.items()}
+    counted = {name: times[WARM_UP_ROUNDS:] for name, times in taken.items()}
+    means = {name: statistics.fmean(times) for name, times in counted.items()}
+    medians = {name: statistics.median(times) for name, times in counted.items()}
     return {
         "median_seconds": medians,
         "of_bare": {k: v / means["bare"] for k, v in means.items()},
@@ -116,7 +116,7 @@ def compare(
 
 
 def timed_phases(size: int) -> dict[str, Phase]:
-    """A phase of each kind that is timed, on crops of a size, px."""
+    """Choose one phase of each kind, with crops of the given size, px."""
     one_section, pairs = load_schedule("scratch", None).phases[MIP][:2]
     plain = load_schedule("classic", None).phases[MIP][0]
     found = {"known_warp_one_section": one_section, "known_warp": pairs, "plain": plain}
@@ -124,7 +124,7 @@ def timed_phases(size: int) -> dict[str, Phase]:
 
 
 def bare_step(aligner: Aligner, pairs: list[PairRef], batch_size: int) -> Step:
-    """Forward and backward pass of the network alone."""
+    """Make a step: forward and backward pass of the network alone."""
     sample = read_sample(pairs[0], pairs[0].grid)
     images = torch.cat((sample.src, sample.tgt), 1).repeat(batch_size, 1, 1, 1)
 
@@ -143,7 +143,7 @@ def whole_step(
     phase: Phase,
     batches: Iterator[tuple[Sample, torch.Generator]],
 ) -> Step:
-    """A training step as train.py makes it; each call takes the next batch."""
+    """Make a training step as in train.py; each call takes the next batch."""
     optimizer = torch.optim.Adam(model.parameters(), lr=phase.lr, fused=True)
     phase = replace(phase, accumulate=1)
     earlier = EarlierStages(0, (), "checkpoint", next(model.parameters()).device)
@@ -153,14 +153,14 @@ def whole_step(
 
 
 def read_batches(phase: Phase, pairs: list[PairRef], batch_size: int) -> Batches:
-    """Batches without end, each read when it is asked for."""
+    """Yield batches without end; each is read when it is needed."""
     epoch = 0
     while True:
-        key = EpochSeed(0, 0, 0, epoch)
-        samples = TrainingEpoch(pairs, phase, key, batch_size=batch_size)
+        seed = EpochSeed(0, 0, 0, epoch)
+        samples = TrainingEpoch(pairs, phase, seed, batch_size=batch_size)
         for first in range(0, len(samples), batch_size):
             batch = [samples[first + i] for i in range(batch_size)]
-            yield stack_samples(batch), key.generator(-1 - first)
+            yield stack_samples(batch), seed.generator(-1 - first)
         epoch += 1
 
 

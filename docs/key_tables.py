@@ -3,8 +3,8 @@
     ```{keys} metroem.specs.schedule.Phase
     ```
 
-has a row for each key of an object: its default, and the text beside its type. A
-dict of kinds of objects becomes a table for each.
+becomes a table with a row for each key of the object: its default, and the text beside
+its type. A dict of kinds of objects becomes one table per kind.
 """
 
 import inspect
@@ -19,7 +19,7 @@ from sphinx.util.docutils import SphinxDirective
 
 
 def table(kind: type[msgspec.Struct]) -> str:
-    """The Markdown table of a kind of object."""
+    """Write the Markdown table of a kind of object."""
     rows = "| key | default | what it is |\n|---|---|---|\n"
     for field in msgspec.structs.fields(kind):
         key = field.encode_name.replace(": ", ".")  # inside of another
@@ -29,7 +29,7 @@ def table(kind: type[msgspec.Struct]) -> str:
 
 
 def _default(field: msgspec.structs.FieldInfo) -> str:
-    """A default as JSON has it; "see text" for one that is an object."""
+    """Write a default as JSON; "see text" if it is an object."""
     if field.required:
         return "required"
     try:
@@ -39,18 +39,18 @@ def _default(field: msgspec.structs.FieldInfo) -> str:
 
 
 def named(path: str) -> Any:
-    """What lies at an import path."""
+    """Import the object at a dotted path."""
     module, _, name = path.rpartition(".")
     return getattr(import_module(module), name)
 
 
 class Keys(SphinxDirective):
-    """The table of one kind of object, or, of a dict by type, a section each."""
+    """Insert the table of one kind of object, or one section per entry of a dict."""
 
     required_arguments = 1
 
     def run(self) -> list[nodes.Node]:
-        """The nodes of the table."""
+        """Build the nodes of the table."""
         kinds = named(self.arguments[0])
         if not isinstance(kinds, dict):
             return self.parse_text_to_nodes(table(kinds))
@@ -62,6 +62,6 @@ class Keys(SphinxDirective):
 
 
 def setup(app: Sphinx) -> dict[str, bool]:
-    """Tell Sphinx of the directive."""
+    """Register the directive."""
     app.add_directive("keys", Keys)
     return {"parallel_read_safe": True}

@@ -3,9 +3,9 @@
     make demo
     python docs/make_pictures.py
 
-The grids of docs/fields.md are computed with `metroem.geometry.field`, not drawn by
-hand. The other pictures show sections 23 to 27 of the demo, which it did not train on.
-They need Chromium.
+The grids of docs/fields.md are computed with `metroem.geometry.field`. The other
+pictures show sections 23 to 27 of the demo, which were not trained on. They need
+Chromium.
 """
 
 import shlex
@@ -18,12 +18,12 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from cloudvolume import CloudVolume
-from metroem.io.pictures import overlay
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 import metroem
 from metroem.geometry.field import compose, upsample_field, warp
+from metroem.io.pictures import overlay
 
 FOLDER = Path(__file__).parent
 PICTURES = FOLDER / "pictures"
@@ -32,16 +32,16 @@ sys.path.insert(0, str(ROOT))
 from tests.browser import Browser  # noqa: E402  # Chromium without a driver
 
 DEMO = ROOT / "demo"
-SRC_Z = 26  # of the pair before and after
-VIEW = (slice(40, 440), slice(64, 424))  # rows and cols of a section that are shown
-# What the report is made of; `{folder}` is a temporary one.
+SRC_Z = 26  # src of the pair that is shown before and after
+VIEW = (slice(40, 440), slice(64, 424))  # rows and cols shown of a section
+# Commands that make the report; `{folder}` is a temporary folder.
 REPORT_COMMANDS = """\
 download_image.py --cv_path {demo}/sections --dst_folder {folder}/unseen --mip 2 0
     --patch_size 112 448 --x_offset 32 --y_offset 0 --z_start 23 --z_end 28 --normalize
 -m metroem evaluate --pyramid_path pyramid --dataset_path unseen --known_warps
     --report report.html
 """
-CELL = 44  # px of the picture, of a pixel of the finest grid
+CELL = 44  # px of the picture per pixel of the finest grid
 ROWS, COLS = 8, 10
 INK, GREY, LINE = "#1c2733", "#5f6f80", "#c9d2dc"
 BLUE, ORANGE, GREEN = "#1f6fb4", "#f0963c", "#2f8f5b"
@@ -59,20 +59,20 @@ class Panel(NamedTuple):
     cell: int = CELL
 
     def centre(self, row: float, col: float) -> tuple[float, float]:
-        """Where the centre of a pixel lies in the picture."""
+        """Find the centre of a pixel in the picture."""
         return (
             self.left + (col + 0.5) * self.cell,
             self.top + (row + 0.5) * self.cell,
         )
 
     def box(self, row: int, col: int) -> tuple[int, int, int, int]:
-        """The square of a pixel in the picture."""
+        """Find the square of a pixel in the picture."""
         x, y = self.left + col * self.cell, self.top + row * self.cell
         return x, y, x + self.cell, y + self.cell
 
 
 class Canvas:
-    """A picture in the making."""
+    """A picture to draw on."""
 
     def __init__(self, width: int, height: int) -> None:
         self.image = Image.new("RGB", (width, height), "white")
@@ -81,13 +81,13 @@ class Canvas:
     def text(
         self, x: float, y: float, words: str, colour: str = INK, size: int = 19
     ) -> float:
-        """Words from (x, y) on; gives the length of the last line."""
+        """Write words from (x, y) on; return the length of the last line."""
         font = ImageFont.load_default(size)
         self.draw.multiline_text((x, y), words, fill=colour, font=font, spacing=6)
         return font.getlength(words.splitlines()[-1])
 
     def grid(self, panel: Panel, title: str, axes: tuple[str, str]) -> None:
-        """An empty grid, its title, and the names of its axes: down and right."""
+        """Draw an empty grid, its title, and the names of its axes: down and right."""
         for row in range(panel.rows):
             for col in range(panel.cols):
                 self.draw.rectangle(panel.box(row, col), outline=LINE)
@@ -101,7 +101,7 @@ class Canvas:
         self.arrow(start, (start[0], start[1] + 40), GREY, width=2)
 
     def _text_down(self, x: int, y: int, words: str) -> float:
-        """Words that read downwards, in grey; gives their length."""
+        """Write words downwards, in grey; return their length."""
         length = round(ImageFont.load_default(19).getlength(words))
         label = Canvas(length, 26)
         label.text(0, 0, words, GREY)
@@ -124,7 +124,7 @@ class Canvas:
         colour: str = BLUE,
         width: int = 4,
     ) -> None:
-        """A line with a head at its end."""
+        """Draw a line with a head at its end."""
         self.draw.line((*start, *end), fill=colour, width=width)
         tip = torch.tensor(end, dtype=torch.float32)
         along = tip - torch.tensor(start, dtype=torch.float32)
@@ -139,12 +139,12 @@ class Canvas:
 
 
 def constant(d_cols: float, d_rows: float, rows: int, cols: int) -> Tensor:
-    """A field, (1, 2, rows, cols), of one vector everywhere."""
+    """Make a field, (1, 2, rows, cols), of one vector everywhere."""
     return torch.tensor([d_cols, d_rows]).view(1, 2, 1, 1).repeat(1, 1, rows, cols)
 
 
 def draw_field() -> None:
-    """What a field says of one pixel, as arrays and as neuroglancer have it."""
+    """Draw the vector of one pixel, in the order of arrays and of neuroglancer."""
     src = torch.zeros(1, 1, ROWS, COLS)
     target = P[0] + int(D_ROWS), P[1] + int(D_COLS)
     src[0, 0, target[0], target[1]] = 1.0
@@ -177,7 +177,7 @@ def draw_field() -> None:
 
 
 def _draw_legs(canvas: Canvas, panel: Panel, target: tuple[int, int]) -> None:
-    """The two channels of the vector, as the legs of a triangle."""
+    """Draw the two channels of the vector, as the legs of a triangle."""
     start, end = panel.centre(*P), panel.centre(*target)
     corner = end[0], start[1]
     canvas.draw.line((*start, *corner), fill=GREEN, width=2)
@@ -187,7 +187,7 @@ def _draw_legs(canvas: Canvas, panel: Panel, target: tuple[int, int]) -> None:
 
 
 def draw_algebra() -> None:
-    """Two fields composed, and one field at two mips."""
+    """Draw two fields composed, and one field at two mips."""
     f, g = constant(3.0, 1.0, ROWS, COLS), constant(2.0, 4.0, ROWS, COLS)
     step = COLS * CELL + 90
     canvas = Canvas(3 * step, 540)
@@ -214,18 +214,18 @@ def draw_algebra() -> None:
 
 
 def _draw_path(canvas: Canvas, panel: Panel, f: Tensor, g: Tensor) -> None:
-    """From p along f, then along g, and both at once."""
-    places = [P]
+    """Draw the arrows from p along f, then along g, and along both at once."""
+    positions = [P]
     for field in (f, g):
-        row, col = places[-1]
+        row, col = positions[-1]
         d_cols, d_rows = (int(v) for v in field[0, :, row, col])
-        places.append((row + d_rows, col + d_cols))
+        positions.append((row + d_rows, col + d_cols))
     whole = compose(f, g)[0, :, P[0], P[1]]
     end = P[0] + int(whole[1]), P[1] + int(whole[0])
     canvas.outline(panel, *P)
-    middle = panel.centre(*places[1])
+    middle = panel.centre(*positions[1])
     canvas.arrow(panel.centre(*P), middle, GREEN)
-    canvas.arrow(middle, panel.centre(*places[2]), ORANGE)
+    canvas.arrow(middle, panel.centre(*positions[2]), ORANGE)
     canvas.arrow(panel.centre(*P), panel.centre(*end))
     canvas.text(middle[0] - 60, middle[1] - 50, "f(p)", GREEN)
     canvas.text(middle[0] + 58, middle[1] + 60, "g(p + f(p))", "#b46a17")
@@ -233,7 +233,7 @@ def _draw_path(canvas: Canvas, panel: Panel, f: Tensor, g: Tensor) -> None:
 
 
 def draw_before_after() -> None:
-    """One pair of the demo before and after alignment, with captions."""
+    """Draw one pair of the demo before and after alignment, with captions."""
     src, tgt = read_section(SRC_Z), read_section(SRC_Z - 1)
     pyramid = metroem.Pyramid.load(DEMO / "pyramid")
     field = torch.from_numpy(pyramid.align(src, tgt, mip=0))[None]
@@ -255,18 +255,18 @@ def draw_before_after() -> None:
 
 
 def fewer_colours(image: Image.Image) -> Image.Image:
-    """64 colours: enough for red, cyan and grey, and a third of the bytes."""
+    """Reduce to 64 colours: enough for red, cyan and grey, a third of the bytes."""
     return image.quantize(64, dither=Image.Dither.NONE)
 
 
 def read_section(z: int) -> np.ndarray:
-    """A section of the demo's volume at mip 0, rows along x."""
+    """Read a section of the demo's volume at mip 0, rows along x."""
     volume = CloudVolume(f"file://{DEMO / 'sections'}", progress=False)
     return np.asarray(volume[:, :, z])[..., 0, 0]
 
 
 def draw_report() -> None:
-    """The page of `metroem evaluate` on the demo: its table, and one pair opened."""
+    """Take pictures of the report on the demo: its table, and one open pair."""
     with tempfile.TemporaryDirectory() as name, Browser(1100, 640) as browser:
         folder = Path(name)
         (folder / "pyramid").symlink_to(DEMO / "pyramid")
@@ -285,7 +285,7 @@ def draw_report() -> None:
 
 
 def save_screenshot(browser: Browser, name: str) -> None:
-    """Save what the browser shows."""
+    """Save a screenshot of the browser."""
     path = PICTURES / name
     browser.screenshot(path)
     with Image.open(path) as image:

@@ -100,11 +100,11 @@ def test_bands_of_rows_give_what_the_whole_gives():
     assert torch.equal(warp_rows(src, field, part), whole[..., part, :])
     valid = src > src.median()
     kept = valid & (warp((src != 0).float(), field) > 0.999)
-    alike = chunked_correlation(whole, tgt, kept, chunk_px=CHUNK_PX, min_share=0.0)
+    alike = chunked_correlation(whole, tgt, kept, chunk_px=CHUNK_PX, min_fraction=0.0)
     share, due = (F.avg_pool2d(m.double(), CHUNK_PX) for m in (kept, valid))
     # What the field has moved out of the tissue counts as unlike.
     expected = torch.minimum(alike, alike * share / due)
     expected = torch.where(due >= 0.2, expected, float("nan"))
-    found = correlation(Sample(src, tgt, None, ()), field, valid, min_share=0.2)
+    found = correlation(Sample(src, tgt, None, ()), field, valid, min_fraction=0.2)
     assert found.shape == (1, 1, 9, 2)
     torch.testing.assert_close(found, expected, equal_nan=True)

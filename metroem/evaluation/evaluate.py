@@ -1,4 +1,4 @@
-"""A pyramid over a data set: how well it aligns, and where worst."""
+"""Measure how well a pyramid aligns a data set, and where it is worst."""
 
 import logging
 import time
@@ -22,8 +22,8 @@ from metroem.evaluation.scores import (
     BORDER_PX,
     CHUNK_PX,
     NO_WARP_SCORE,
+    RING_FRACTION,
     RING_PX,
-    RING_SHARE,
     AlignedPair,
     Chunk,
     SetResult,
@@ -54,28 +54,28 @@ from metroem.utils.progress import progress
 
 logger = logging.getLogger(__name__)
 
-# What sections are warped by; both sides are imaged anew, each with its own noise.
+# The known warps, and the new noise and contrast that each side gets.
 _WARP, _IMAGING = KnownWarp(), Photometric()
 
 
-class _Place(NamedTuple):
-    """The image sets of one place and the pairs that have tissue."""
+class _Location(NamedTuple):
+    """The image sets of one location, and its pairs that have tissue."""
 
-    sets: tuple[ImageSet, ...]  # one a stage
+    sets: tuple[ImageSet, ...]  # one per stage
     indices: tuple[int, ...]
 
     @property
     def finest(self) -> ImageSet:
-        """The set of the last stage, whose pixels all figures are in."""
+        """The set of the last stage; all figures are in its pixels."""
         return self.sets[-1]
 
 
 class _Run(NamedTuple):
-    """What all places are evaluated with."""
+    """The pyramid, the request and the page; they are the same for all locations."""
 
     pyramid: Pyramid
     request: EvaluateRequest
-    page: ReportPage | None  # None where none was asked for
+    page: ReportPage | None  # None without --report
 
     @property
     def finetune(self) -> bool:
@@ -84,22 +84,22 @@ class _Run(NamedTuple):
 
 
 def evaluate_dataset(request: EvaluateRequest) -> None:
-    """Align every pair of a data set, print how well, and write all figures.
+    """Align every pair of a data set, then print and write the figures.
 
     Each stage reads the image sets of its own mip. Figures are in pixels of the
-    last stage's mip; the grey levels are those of the files.
+    last stage's mip. Grey levels are taken as they are in the files.
 
     Raises:
         PyramidError: the pyramid cannot be used.
-        CheckpointError: some modules have no such weights; a pyramid without any is
-            evaluated untrained, unless a name was asked for.
-        DatasetError: a stage's mip has no images, images too small to measure, or
-            no pair that can be compared.
-        StorageError: a file cannot be written where it is asked for.
+        CheckpointError: some modules lack these weights. A pyramid without any
+            weights is evaluated untrained, unless --checkpoint_name names some.
+        DatasetError: a stage's mip has no images, images are too small to measure, or
+            no pair can be compared.
+        StorageError: a result file cannot be written.
     """
     modules = find_modules(request.pyramid_path)
     name = _checkpoint_name(modules, request)
-    places = _find_places(request, modules)
+    locations = _find_locations(request, modules)
     if request.json is not None:
         try_writing(request.json.parent)
     settings = {"chunk_px": CHUNK_PX, "border_px": BORDER_PX, "ring_px": RING_PX}
@@ -112,10 +112,10 @@ def evaluate_dataset(request: EvaluateRequest) -> None:
     ):
         run = _Run(pyramid, request, page)
         with enough_memory("evaluation", "take smaller patches"):
-            results = [_evaluate_place(run, place) for place in places]
+            results = [_evaluate_location(run, location) for location in locations]
         if page is not None:
-            page.finish(about | _about_page(modules, curves), results)
-    # Before anything is printed, which may fail.
+            page.finish(about | _page_facts(modules, curves), results)
+    # Written first, since printing may fail.
     if request.json is not None:
         version = {"format_version": format_versions.FIGURES}
         write_json(request.json, version | about | {"sets": results})
@@ -126,20 +126,20 @@ def evaluate_dataset(request: EvaluateRequest) -> None:
     if all(len(r.pairs) == r.without_value for r in results):
         raise DatasetError(
             f"{request.dataset_path}: no pair can be compared: none has "
-            f"{CHUNK_PX} px of tissue with contrast in both sections, at the same place"
+            f"{CHUNK_PX} px of tissue with contrast in both sections where they overlap"
         )
 
 
 def _curves(request: EvaluateRequest) -> list[Curve]:
-    """How the training went; nothing where the pyramid was trained elsewhere."""
+    """Read the training curves; none if the pyramid was trained elsewhere."""
     metrics = RunFolder.of(request.pyramid_path, request.checkpoint_name).metrics
     if not metrics.is_file():
-        logger.warning("%s: not there, so the page has no curves", metrics)
+        logger.warning("%s: no such file, so the page has no curves", metrics)
         return []
     return read_curves(metrics)
 
 
-def _about_page(
+def _page_facts(
     modules: Sequence[ModuleSpec], curves: Sequence[Curve]
 ) -> dict[str, Any]:
     stages = [f"stage {m.stage} (mip {m.in_mip})" for m in modules]
@@ -150,7 +150,7 @@ def _about_page(
 def _checkpoint_name(
     modules: Sequence[ModuleSpec], request: EvaluateRequest
 ) -> str | None:
-    """Which weights; None for a pyramid that nobody has trained yet."""
+    """Choose the weights; None for a pyramid that is not trained yet."""
     name = request.checkpoint_name
     if name == EvaluateRequest.checkpoint_name and not weights_there(modules):
         logger.warning(
@@ -162,18 +162,18 @@ def _checkpoint_name(
     return name
 
 
-def _find_places(
+def _find_locations(
     request: EvaluateRequest, modules: Sequence[ModuleSpec]
-) -> list[_Place]:
-    """The places with images at every stage's mip, and their pairs with tissue."""
+) -> list[_Location]:
+    """Find locations with images at every stage's mip, and their pairs with tissue."""
     folder, mips = request.dataset_path, [module.in_mip for module in modules]
     there = sorted({images.mip for images in find_image_sets(folder)})
     for module in modules:
         if module.in_mip not in there:
             raise DatasetError(
                 f"{folder}: stage {module.stage} ({module.name}) reads mip "
-                f"{module.in_mip}, but there are image sets at mips {there} alone; "
-                "evaluation runs every stage, also where its fields were downloaded: "
+                f"{module.in_mip}, but image sets exist only at mips {there}; "
+                "evaluation runs every stage, also one whose fields were downloaded: "
                 f"get the images with download_image.py --mip {module.in_mip}"
             )
     pairs: dict[Path, list[PairRef]] = {}
@@ -192,18 +192,18 @@ def _find_places(
             )
     by_stage = [target_sets(folder, finest, mip) for mip in mips]
     return [
-        _Place(sets, tuple(ref.index for ref in pairs[sets[-1].path]))
+        _Location(sets, tuple(ref.index for ref in pairs[sets[-1].path]))
         for sets in zip(*by_stage, strict=True)
     ]
 
 
-def _evaluate_place(run: _Run, place: _Place) -> SetResult:
-    """All pairs of one place."""
-    images = place.finest
+def _evaluate_location(run: _Run, location: _Location) -> SetResult:
+    """Evaluate all pairs of one location."""
+    images = location.finest
     what = f"{images.path.name}, pairs aligned"
     pairs = tuple(
-        _evaluate_pair(run, place, index)
-        for index in progress(place.indices, what, total=len(place.indices))
+        _evaluate_pair(run, location, index)
+        for index in progress(location.indices, what, total=len(location.indices))
     )
     mean = mean_score([pair.score for pair in pairs])
     result = SetResult(images.path.name, images.mip, *images.shape, mean, pairs)
@@ -213,7 +213,7 @@ def _evaluate_place(run: _Run, place: _Place) -> SetResult:
     what = f"{images.path.name}, sections warped"
     known = tuple(
         _evaluate_warped(run, images, index)
-        for index in progress(place.indices, what, total=len(place.indices))
+        for index in progress(location.indices, what, total=len(location.indices))
     )
     mean_known = mean_score([section.score for section in known])
     return result._replace(
@@ -221,31 +221,32 @@ def _evaluate_place(run: _Run, place: _Place) -> SetResult:
     )
 
 
-def _evaluate_pair(run: _Run, place: _Place, index: int) -> AlignedPair:
-    """A pair aligned both ways, and drawn if there is a page."""
+def _evaluate_pair(run: _Run, location: _Location, index: int) -> AlignedPair:
+    """Align a pair both ways, score it, and draw it if there is a page."""
     inputs = []
-    for images in place.sets:
+    for images in location.sets:
         grid = images.grid(index)
         sample = read_sample(PairRef(images, None, index), grid)
         inputs.append(StageInput(sample, grid))
     forward, backward = run.pyramid.run_both_ways(inputs, run.finetune)
     sample = with_defects(inputs[-1].sample)
     score, worst = score_aligned(sample, forward[-1].cpu(), backward[-1].cpu())
-    where = _where(place.finest, index, place.finest.sections(index), worst)
+    where = _where(location.finest, index, location.finest.sections(index), worst)
     pair = AlignedPair(where, score)
     if run.page is not None:
         fields = [
             resample_field(field.cpu(), stage.grid, inputs[-1].grid)
             for field, stage in zip(forward, inputs, strict=True)
         ]
-        run.page.add(place.finest, pair, sample, fields)
+        run.page.add(location.finest, pair, sample, fields)
     return pair
 
 
 def _evaluate_warped(run: _Run, images: ImageSet, index: int) -> WarpedSection:
-    """The tgt section of a pair on itself: warped and imaged anew, and as it is.
+    """Align a tgt section with itself: warped by a known field, and unchanged.
 
-    The coarser stages see it coarsened, not as the image sets of their mips have it.
+    With the known field, both sides get new noise and contrast. Coarser stages see the
+    section averaged to their mips, not the image sets of those mips.
     """
     section = torch.from_numpy(images.read(index).tgt)[None, None]
     name, z = images.name, images.sections(index)[1]
@@ -264,7 +265,7 @@ def _evaluate_warped(run: _Run, images: ImageSet, index: int) -> WarpedSection:
     truth = GroundTruth(warped.field, warped.valid)
     score, worst = NO_WARP_SCORE, None
     on_itself = Sample(section, section, None, ())
-    if can_be_compared(on_itself, min_share=RING_SHARE):  # errors are of pixels
+    if can_be_compared(on_itself, min_fraction=RING_FRACTION):  # EPE is per pixel
         score, worst = score_known(field, truth, warped.near, identity)
     return WarpedSection(_where(images, index, (z, z), worst), score)
 
@@ -272,7 +273,7 @@ def _evaluate_warped(run: _Run, images: ImageSet, index: int) -> WarpedSection:
 def _where(
     images: ImageSet, index: int, sections: tuple[int, int], worst: Chunk | None
 ) -> Where:
-    """The pair by name, and its worst chunk in the volume, where tgt was read."""
+    """Name the pair, and place its worst chunk in the volume, where tgt was read."""
     spot = None
     if worst is not None:
         x, y, *_ = images.box(index, 1)

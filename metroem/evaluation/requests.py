@@ -1,4 +1,4 @@
-"""Say what the evaluation of a pyramid is asked for."""
+"""Define and check the flags of `metroem evaluate`."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,22 +12,22 @@ from metroem.utils.cli import Request, flag
 
 @dataclass(frozen=True)
 class EvaluateRequest(Request):
-    """What `metroem evaluate` is asked for.
+    """The flags of `metroem evaluate`.
 
     Raises:
-        UsageError: a name that cannot be one, a folder for `json` or `report`, or
-            one file for both.
+        UsageError: a checkpoint name that cannot be a file name, a folder for `json`
+            or `report`, or the same file for both.
     """
 
     pyramid_path: Path = flag("the pyramid")
     dataset_path: Path = flag("folder of image sets, of every mip of the pyramid")
-    checkpoint_name: str = flag("which weights", "checkpoint")
+    checkpoint_name: str = flag("name of the weights", "checkpoint")
     json: Path | None = flag("file for all figures, also those of each pair", None)
-    report: Path | None = flag("HTML file to look at all pairs in", None)
-    known_warps: bool = flag("warp sections by known fields too", False)
-    no_finetune: bool = flag("the networks alone", False)
+    report: Path | None = flag("HTML file that shows all pairs", None)
+    known_warps: bool = flag("also align sections warped by known fields", False)
+    no_finetune: bool = flag("evaluate the networks alone", False)
     verify: bool = flag(
-        "check each pair's checksum before it is read: reads it once more, whole", False
+        "check the checksum of each pair before it is used: reads it twice", False
     )
 
     def __post_init__(self) -> None:

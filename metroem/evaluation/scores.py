@@ -1,8 +1,8 @@
-"""What a field is worth on one pair, and means of that over pairs.
+"""Compute the figures of a field on one pair, and their means over pairs.
 
-Every figure of a field is taken over pixels that the field does not choose: those that
-the pair shows as it came, or whose truth is known. What a field moves out of the
-tissue counts for the correlation as if it had nothing in common.
+A field does not choose the pixels that it is measured on. They are the pixels where the
+unaligned images overlap, or where the truth is known. A pixel that the field moves out
+of the tissue counts as uncorrelated.
 """
 
 import math
@@ -22,7 +22,7 @@ from metroem.evaluation.metrics import (
     chunked_mean,
     cycle_error,
     endpoint_error,
-    fold_share,
+    fold_fraction,
     jacobian,
     ring,
     swap_error,
@@ -33,11 +33,11 @@ from metroem.imaging.masks import tissue_mask, warp_mask
 from metroem.synthetic.distortion import GroundTruth
 
 CHUNK_PX = 64
-BAND_PX = 8 * CHUNK_PX  # rows that are compared at a time
+BAND_PX = 8 * CHUNK_PX  # rows that are compared at once
 BORDER_PX = 16  # left out of every figure but those of the Jacobian
 RING_PX = 32  # around defects
-RING_SHARE = 1 / 8  # of a chunk's pixels: a ring fills few chunks by half
-# A field that moves nothing to speak of changes CPC by its interpolation alone.
+RING_FRACTION = 1 / 8  # of a chunk's pixels: a ring fills few chunks by half
+# A field of nearly no length still changes CPC, by interpolation.
 CPC_NOISE = 1e-3
 
 NAN = float("nan")
@@ -48,20 +48,20 @@ class Score(NamedTuple):
     """Figures of a pair, or their means over pairs; NaN where there is no truth."""
 
     epe_none: float  # px, mean endpoint error without alignment
-    epe: tuple[float, ...]  # px, one a stage
+    epe: tuple[float, ...]  # px, one per stage
     cpc_none: float  # mean correlation of chunks of CHUNK_PX, without alignment
-    cpc: tuple[float, ...]  # one a stage
+    cpc: tuple[float, ...]  # one per stage
     cpc_true: float  # with the true field
-    folds: float  # share of pixels that the last stage's field folds over
+    folds: float  # fraction of pixels that the last stage's field folds over
 
 
 class PairScore(NamedTuple):
     """Figures of a pair without a truth, or their means over pairs.
 
-    CPC is the mean correlation of chunks of CHUNK_PX over what the pair shows as it
-    came, "before" that without alignment; see `correlation` for what a field loses.
-    What is not known is NaN: all of it for a pair that cannot be compared, see
-    `can_be_compared`, so that no mean takes it in.
+    CPC is the mean correlation of chunks of CHUNK_PX over the overlap of the unaligned
+    images; `cpc_before` is without alignment. `correlation` says how pixels count that
+    a field moves out of the tissue. Unknown figures are NaN, and means leave them out.
+    All are NaN for a pair that cannot be compared (`can_be_compared`).
     """
 
     cpc_before: float
@@ -70,14 +70,14 @@ class PairScore(NamedTuple):
     ring_cpc: float
     length_px: float  # mean length of the field
     folds_ppm: float  # of the pixels of tissue off defects
-    det_p01: float  # percentiles of the Jacobian determinant over the same
+    det_p01: float  # percentiles of the Jacobian determinant, same pixels
     det_p50: float
     det_p99: float
     cycle_mean_px: float  # see `metroem.evaluation.metrics.cycle_error`
     cycle_p95_px: float
     swap_mean_px: float  # see `metroem.evaluation.metrics.swap_error`
     swap_p95_px: float
-    counted: float  # share of the pixels that the field leaves to compare
+    counted: float  # fraction of pixels that can be compared under the field
     made_worse: float  # 1 if CPC fell, else 0
 
 
@@ -98,7 +98,7 @@ NO_WARP_SCORE = WarpScore(_NO_ERROR, _NO_ERROR, NAN, NAN, NAN, NAN)
 
 
 class Chunk(NamedTuple):
-    """One chunk of a pair: its figure, and where its middle is in the image."""
+    """One chunk of a pair: its figure, and its middle in the image."""
 
     figure: float  # CPC, or mean endpoint error in px
     row: int
@@ -109,7 +109,7 @@ class Spot(NamedTuple):
     """The middle of a pair's worst chunk."""
 
     figure: float  # its CPC, or its mean endpoint error in px
-    x: int  # mip-0 pixels, as a viewer of the volume has them
+    x: int  # mip-0 pixels, as in a viewer of the volume
     y: int
 
 
@@ -124,21 +124,21 @@ class Where(NamedTuple):
 
 
 class AlignedPair(NamedTuple):
-    """What was found on one pair."""
+    """The figures of one pair."""
 
     where: Where
     score: PairScore
 
 
 class WarpedSection(NamedTuple):
-    """What was found on one section warped by a known field."""
+    """The figures of one section warped by a known field."""
 
     where: Where
     score: WarpScore
 
 
 class SetResult(NamedTuple):
-    """What was found on one image set, of the finest mip of a pyramid."""
+    """The figures of one image set, of the finest mip of a pyramid."""
 
     file: str
     mip: int
@@ -146,10 +146,10 @@ class SetResult(NamedTuple):
     cols: int
     mean: PairScore
     pairs: tuple[AlignedPair, ...]
-    mean_known: WarpScore | None = None  # None where none were asked for
+    mean_known: WarpScore | None = None  # None without --known_warps
     known: tuple[WarpedSection, ...] = ()
-    without_value: int = 0  # pairs that cannot be compared, and are in no mean
-    known_without_value: int = 0  # sections, likewise
+    without_value: int = 0  # pairs that cannot be compared; means leave them out
+    known_without_value: int = 0  # the same for sections
 
 
 def score_pair(
@@ -158,60 +158,64 @@ def score_pair(
     fields: Sequence[np.ndarray],
     truth: GroundTruth | None = None,
 ) -> Score:
-    """Score the fields that each stage gives for one pair.
+    """Score the fields of all stages for one pair.
 
     Args:
         src: (H, W), any real type, raw grey levels, 0 = no data.
-        tgt: (H, W), likewise.
-        fields: one a stage, (2, H, W) float32, px.
-        truth: the field that truly aligns them.
+        tgt: (H, W), the same.
+        fields: one per stage, (2, H, W) float32, px.
+        truth: the true field.
 
     Returns:
-        The figures; errors and the true correlation NaN without a truth.
+        The figures. Without a truth, errors and the true correlation are NaN.
     """
     sample = Sample(_batch(src), _batch(tgt), None, ())
     stages = [torch.from_numpy(np.asarray(field))[None] for field in fields]
     stages.insert(0, torch.zeros_like(stages[0]))
-    due = valid_overlap(sample, stages[:1])
+    overlap = valid_overlap(sample, stages[:1])
     epe, cpc_true = [NAN] * len(stages), NAN
     if truth is not None:
-        due = due & truth.valid
+        overlap = overlap & truth.valid
         epe = [endpoint_error(f, truth.field, truth.valid).mean for f in stages]
-        cpc_true = mean_correlation(sample, truth.field, due)
-    cpc = [mean_correlation(sample, field, due) for field in stages]
-    folds = fold_share(stages[-1])
+        cpc_true = mean_correlation(sample, truth.field, overlap)
+    cpc = [mean_correlation(sample, field, overlap) for field in stages]
+    folds = fold_fraction(stages[-1])
     return Score(epe[0], tuple(epe[1:]), cpc[0], tuple(cpc[1:]), cpc_true, folds)
 
 
 def score_aligned(
     sample: Sample, forward: Tensor, backward: Tensor
 ) -> tuple[PairScore, Chunk | None]:
-    """Score what an aligner makes of a pair, and of the pair swapped.
+    """Score the fields of an aligner for a pair and for the swapped pair.
 
     Args:
-        sample: of batch size 1; its defects are looked for if it has none.
+        sample: of batch size 1; defects are detected if it has no masks.
         forward: (1, 2, H, W), px, aligns src to tgt.
         backward: (1, 2, H, W), px, aligns tgt to src.
 
     Returns:
-        The figures, and the chunk of the lowest correlation; None where none counts.
+        The figures, and the chunk of the lowest correlation; None if no chunk counts.
     """
     if not can_be_compared(sample):
         return NO_SCORE, None
     sample = with_defects(sample)
-    none = torch.zeros_like(forward)
-    due = valid_overlap(sample, [none])
-    around = due & ring(defects_on_tgt(sample, none), RING_PX)
-    before, after = (mean_correlation(sample, f, due) for f in (none, forward))
+    zero_field = torch.zeros_like(forward)
+    overlap = valid_overlap(sample, [zero_field])
+    around = overlap & ring(defects_on_tgt(sample, zero_field), RING_PX)
+    before, after = (
+        mean_correlation(sample, f, overlap) for f in (zero_field, forward)
+    )
     determinant = jacobian(forward, _clear(sample.tgt, sample.tgt_defects))
-    cycle = cycle_error(forward, backward, due)
-    swap = swap_error(forward, backward, valid_overlap(swap_src_tgt(sample), [none]))
+    cycle = cycle_error(forward, backward, overlap)
+    swap = swap_error(
+        forward, backward, valid_overlap(swap_src_tgt(sample), [zero_field])
+    )
     score = PairScore(
         before,
         after,
-        mean_correlation(sample, none, around, min_share=RING_SHARE),
-        mean_correlation(sample, forward, around, min_share=RING_SHARE),
-        _mean_length(forward, due),
+        mean_correlation(sample, zero_field, around, min_fraction=RING_FRACTION),
+        mean_correlation(sample, forward, around, min_fraction=RING_FRACTION),
+        _mean_length(forward, overlap),
         1e6 * determinant.folds,
         determinant.p01,
         determinant.p50,
@@ -220,10 +224,10 @@ def score_aligned(
         cycle.p95,
         swap.mean,
         swap.p95,
-        counted=float(valid_overlap(sample, [none, forward]).double().mean()),
+        counted=float(valid_overlap(sample, [zero_field, forward]).double().mean()),
         made_worse=float(not after >= before - CPC_NOISE),
     )
-    lowest = _largest(-correlation(sample, forward, due))
+    lowest = _largest(-correlation(sample, forward, overlap))
     return score, lowest and lowest._replace(figure=-lowest.figure)
 
 
@@ -234,12 +238,12 @@ def score_known(
 
     Args:
         field: (1, 2, H, W), px.
-        truth: what it should be.
+        truth: the true field.
         near: (1, 1, H, W) bool, near defects.
         identity: (1, 2, H, W), px, from the section to itself unchanged.
 
     Returns:
-        The figures, and the chunk of the largest mean error; None where none counts.
+        The figures, and the chunk of the largest mean error; None if no chunk counts.
     """
     valid = truth.valid & _inside_border(truth.valid)
     if not valid.any():
@@ -259,67 +263,69 @@ def score_known(
 
 
 def mean_score(scores: Sequence[ScoreT]) -> ScoreT:
-    """The mean of each figure over the pairs that have it."""
+    """Average each figure over the pairs that have it."""
     return _mean(scores)
 
 
 def without_value(scored: Sequence[AlignedPair] | Sequence[WarpedSection]) -> int:
-    """How many pairs, or sections, have no figures."""
+    """Count the pairs, or sections, without figures."""
     return sum(math.isnan(one.score.made_worse) for one in scored)
 
 
-def can_be_compared(sample: Sample, *, min_share: float = 0.5) -> bool:
-    """Whether the images of a pair say anything about a field.
+def can_be_compared(sample: Sample, *, min_fraction: float = 0.5) -> bool:
+    """Whether a field can be measured on a pair.
 
-    They do where, as they lie, a chunk has tissue of both, with contrast. Defects that
-    the sample does not know of are not looked for.
+    It can if, without alignment, some chunk has tissue with contrast in both images.
+    Defects are not detected: only the sample's own masks count.
 
     Args:
         sample: of batch size 1.
-        min_share: share of the chunk's pixels that must be tissue of both.
+        min_fraction: fraction of the chunk's pixels that must be tissue in both.
     """
-    none = torch.zeros_like(sample.src).expand(-1, 2, -1, -1)
-    valid = valid_overlap(sample, [none])
-    found = correlation(sample, none, valid, min_share=min_share)
+    zero_field = torch.zeros_like(sample.src).expand(-1, 2, -1, -1)
+    valid = valid_overlap(sample, [zero_field])
+    found = correlation(sample, zero_field, valid, min_fraction=min_fraction)
     return bool((found.nan_to_num() != 0).any())
 
 
 def correlation(
-    sample: Sample, field: Tensor, due: Tensor, *, min_share: float = 0.5
+    sample: Sample, field: Tensor, overlap: Tensor, *, min_fraction: float = 0.5
 ) -> Tensor:
-    """CPC of src warped and tgt, a value a chunk; see `chunked_correlation`.
+    """Correlate warped src with tgt, chunk by chunk; see `chunked_correlation`.
 
-    Some rows of chunks at a time, since it is found in float64.
+    It goes through bands of BAND_PX rows, since float64 takes much memory.
 
     Args:
         sample: of batch size 1.
         field: (1, 2, H, W), px.
-        due: (1, 1, H, W) bool, pixels that should count: not for the field to choose.
-            Those that it reads no clear tissue for correlate by 0.
-        min_share: share of a chunk's pixels that must be due for it to count.
+        overlap: (1, 1, H, W) bool, pixels that count, whatever the field is. Where the
+            field reads no clear tissue, a pixel counts as uncorrelated.
+        min_fraction: fraction of a chunk's pixels that must overlap for it to count.
     """
     found = []
     src_clear = _clear(sample.src, sample.src_defects).float()
     for start in range(0, field.shape[-2] // CHUNK_PX * CHUNK_PX, BAND_PX):
         rows = slice(start, start + BAND_PX)
-        due_here = due[..., rows, :]
-        kept = due_here & (warp_rows(src_clear, field, rows) > 0.999)
-        alike = chunked_correlation(
+        overlap_here = overlap[..., rows, :]
+        compared = overlap_here & (warp_rows(src_clear, field, rows) > 0.999)
+        cpc = chunked_correlation(
             warp_rows(sample.src, field, rows),
             sample.tgt[..., rows, :],
-            kept,
+            compared,
             chunk_px=CHUNK_PX,
-            min_share=0.0,
+            min_fraction=0.0,
         )
-        shares = [F.avg_pool2d(m.double(), CHUNK_PX) for m in (kept, due_here)]
-        # Nothing is gained by losing what is less than unlike.
-        alike = torch.minimum(alike, alike * shares[0] / shares[1])
-        found.append(torch.where(shares[1] >= min_share, alike, NAN))
+        compared_fraction, overlap_fraction = (
+            F.avg_pool2d(mask.double(), CHUNK_PX) for mask in (compared, overlap_here)
+        )
+        # A negative correlation is not improved by losing its pixels.
+        cpc = torch.minimum(cpc, cpc * compared_fraction / overlap_fraction)
+        found.append(torch.where(overlap_fraction >= min_fraction, cpc, NAN))
     return torch.cat(found, -2)
 
 
 def warp_rows(image: Tensor, field: Tensor, rows: slice) -> Tensor:
-    """Some rows of `metroem.geometry.field.warp`, bit by bit."""
+    """Warp some rows; equal to the bit to those of `metroem.geometry.field.warp`."""
     part = field[..., rows, :]
     positions = pixel_positions(part)
     positions[:, 1] += rows.start
@@ -327,22 +333,24 @@ def warp_rows(image: Tensor, field: Tensor, rows: slice) -> Tensor:
 
 
 def mean_correlation(
-    sample: Sample, field: Tensor, due: Tensor, *, min_share: float = 0.5
+    sample: Sample, field: Tensor, overlap: Tensor, *, min_fraction: float = 0.5
 ) -> float:
-    """The mean of `correlation` over chunks; NaN where none counts."""
-    return float(correlation(sample, field, due, min_share=min_share).nanmean())
+    """Average `correlation` over chunks; NaN if none counts."""
+    return float(
+        correlation(sample, field, overlap, min_fraction=min_fraction).nanmean()
+    )
 
 
 def valid_overlap(sample: Sample, fields: Sequence[Tensor]) -> Tensor:
-    """Where tgt and src can be compared, whichever of the fields warps src.
+    """Find the pixels where tgt and src can be compared under every given field.
 
     Args:
         sample: of batch size 1.
         fields: (1, 2, H, W) each, px.
 
     Returns:
-        (1, 1, H, W) bool: tissue on both sides, no defect that the sample knows
-        of, off the border.
+        (1, 1, H, W) bool: tissue in both images, off the border, and outside of the
+        sample's defect masks.
     """
     src = _clear(sample.src, sample.src_defects).float()
     valid = _clear(sample.tgt, sample.tgt_defects)
@@ -353,10 +361,10 @@ def valid_overlap(sample: Sample, fields: Sequence[Tensor]) -> Tensor:
 
 
 def defects_on_tgt(sample: Sample, field: Tensor) -> Tensor:
-    """Where tgt, or src warped by a field, has a defect.
+    """Mark defects of tgt, and of src warped by a field.
 
     Args:
-        sample: of batch size 1, its defects known.
+        sample: of batch size 1, with defect masks.
         field: (1, 2, H, W), px.
 
     Returns:
@@ -367,7 +375,7 @@ def defects_on_tgt(sample: Sample, field: Tensor) -> Tensor:
 
 
 def _batch(image: np.ndarray) -> Tensor:
-    """(H, W) of any real type -> (1, 1, H, W) float32."""
+    """Convert (H, W) of any real type to (1, 1, H, W) float32."""
     return torch.from_numpy(np.asarray(image, np.float32))[None, None]
 
 
@@ -387,7 +395,7 @@ def _inside_border(like: Tensor) -> Tensor:
 
 
 def _largest(figures: Tensor) -> Chunk | None:
-    """The chunk of the largest of the figures (1, 1, rows, cols) that is known."""
+    """Find the chunk of the largest known figure of (1, 1, rows, cols)."""
     if figures.isnan().all():
         return None
     at = int(figures.nan_to_num(-torch.inf).argmax())
@@ -397,9 +405,9 @@ def _largest(figures: Tensor) -> Chunk | None:
 
 
 def _mean(values: Sequence[Any]) -> Any:
-    """Mean of numbers that are known, or of tuples place by place."""
+    """Average known numbers, or tuples element by element."""
     if isinstance(values[0], tuple):
-        means = [_mean(place) for place in zip(*values, strict=True)]
+        means = [_mean(elements) for elements in zip(*values, strict=True)]
         return getattr(values[0], "_make", tuple)(means)
     known = [value for value in values if value == value]
     return sum(known) / len(known) if known else NAN

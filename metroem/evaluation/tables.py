@@ -1,4 +1,4 @@
-"""Scores of a pyramid as tables for people and JSON for programs."""
+"""Print the scores of a pyramid as tables, and write them as JSON."""
 
 import json
 import math
@@ -19,20 +19,20 @@ from metroem.evaluation.scores import (
 )
 from metroem.io.files import make_folder, replace_file
 
-WORST_SHOWN = 3
+NUM_WORST = 3
 _SIGNIFICANT = 6  # digits
 
 
 def print_scores(
     score: Score, mips: Sequence[int], *, title: str, untrained: Score | None = None
 ) -> None:
-    """Print one row a stage, from no alignment to the truth.
+    """Print one row per stage, from no alignment to the true field.
 
     Args:
         score: means over the pairs.
         mips: mip of each stage.
-        title: what was scored.
-        untrained: of the same pyramid before its training, finetuned.
+        title: first line, for example the data set.
+        untrained: scores of the same pyramid before its training, finetuned.
     """
     header = f"CPC, {CHUNK_PX} px"
     print(f"\n{title}")
@@ -53,48 +53,48 @@ def print_scores(
 
 
 def print_evaluation(results: Sequence[SetResult]) -> None:
-    """Print a table an image set, then the worst pairs of all sets.
+    """Print a table per image set, then the worst pairs of all sets.
 
     Args:
-        results: one an image set.
+        results: one per image set.
     """
     for result in results:
         size = f"{result.rows}x{result.cols} px at mip {result.mip}"
         count = len(result.pairs) - result.without_value
         print(f"\n{result.file}: means over {count} pairs of {size}")
-        _print_left_out("pairs", result.without_value)
+        _print_num_left_out("pairs", result.without_value)
         if count:
             _print_pairs(result.mean)
-            _print_made_worse("pairs", result.pairs, count)
+            _print_num_made_worse("pairs", result.pairs, count)
         if result.mean_known is not None:
             count = len(result.known) - result.known_without_value
             print(f"{count} sections, each warped by a known field")
-            _print_left_out("sections", result.known_without_value)
+            _print_num_left_out("sections", result.known_without_value)
             if count:
                 _print_known(result.mean_known)
-                _print_made_worse("sections", result.known, count)
+                _print_num_made_worse("sections", result.known, count)
     _print_worst(results)
 
 
 def print_json(figures: Mapping[str, Any]) -> None:
-    """Print figures as one line of JSON; what is not finite becomes null."""
+    """Print figures as one line of JSON; infinite numbers and NaN become null."""
     print(json.dumps(plain(figures)))
 
 
 def write_json(path: Path, figures: Mapping[str, Any]) -> None:
-    """Write figures as JSON; the file is there whole or not at all.
+    """Write figures as JSON; the file appears complete or not at all.
 
     Args:
-        path: of the file; its folder is made.
-        figures: mappings, named tuples, sequences, numbers, text, paths; what is
-            not finite becomes null.
+        path: of the file; its folder is created.
+        figures: mappings, named tuples, sequences, numbers, text, paths. Infinite
+            numbers and NaN become null.
     """
     make_folder(path.parent)
     replace_file(path, (json.dumps(plain(figures), indent=1) + "\n").encode())
 
 
 def plain(value: Any) -> Any:
-    """What JSON can hold of figures: as `write_json` writes them."""
+    """Convert figures to types of JSON, as `write_json` writes them."""
     if hasattr(value, "_asdict"):
         value = value._asdict()
     if isinstance(value, Mapping):
@@ -132,20 +132,20 @@ def _print_known(mean: WarpScore) -> None:
     _print_row("EPE, px", "mean", "median", "p95", "p99", "> 1 px", "> 8 px")
     for name, error in (("  before", mean.before), ("  after", mean.after)):
         lengths = (f"{figure:.2f}" for figure in error[:4])
-        shares = (f"{100 * s:.2f} %" for s in (error.above_one, error.above_eight))
-        _print_row(name, *lengths, *shares)
+        above = (f"{100 * s:.2f} %" for s in (error.above_one, error.above_eight))
+        _print_row(name, *lengths, *above)
     if not math.isnan(mean.near_px):
         _print_row("  after, near defects", f"{mean.near_px:.2f}")
     _print_row("folds, ppm", f"{mean.folds_ppm:.1f}")
     _print_row("section on itself, px", f"{mean.identity_px:.3f}")
 
 
-def _print_left_out(what: str, count: int) -> None:
+def _print_num_left_out(what: str, count: int) -> None:
     if count:
         print(f"{what} left out, no overlap or no contrast: {count}")
 
 
-def _print_made_worse(
+def _print_num_made_worse(
     what: str, scored: Sequence[AlignedPair] | Sequence[WarpedSection], count: int
 ) -> None:
     worse = sum(one.score.made_worse == 1 for one in scored)
@@ -157,19 +157,19 @@ def _print_row(name: str, *cells: str) -> None:
 
 
 def _print_worst(results: Sequence[SetResult]) -> None:
-    """The pairs of the lowest CPC, then the sections of the largest EPE."""
+    """Print the pairs of lowest CPC, then the sections of largest EPE."""
     pairs = [
         pair
         for result in results
         for pair in result.pairs
         if not math.isnan(pair.score.made_worse)
     ]
-    # What has no figure (NaN) first: nothing was left to compare.
+    # NaN comes first: the field left nothing to compare.
     pairs.sort(key=lambda pair: (pair.score.cpc == pair.score.cpc, pair.score.cpc))
     print("\nworst pairs (x, y: middle of the worst chunk, mip-0 pixels)")
-    for where, score in pairs[:WORST_SHOWN]:
+    for where, score in pairs[:NUM_WORST]:
         cpc = f"CPC {score.cpc:.3f}, before {score.cpc_before:.3f}"
-        print(f"  {_in_words(where)}: {cpc}{_spot(where, '.3f')}")
+        print(f"  {_describe_pair(where)}: {cpc}{_describe_spot(where, '.3f')}")
     known = [
         section
         for result in results
@@ -179,16 +179,16 @@ def _print_worst(results: Sequence[SetResult]) -> None:
     if known:
         known.sort(key=lambda section: -section.score.after.mean)
         print("worst sections warped by a known field")
-    for where, score in known[:WORST_SHOWN]:
+    for where, score in known[:NUM_WORST]:
         epe = f"EPE {score.after.mean:.2f} px, before {score.before.mean:.2f}"
-        print(f"  {_in_words(where)}: {epe}{_spot(where, '.2f')}")
+        print(f"  {_describe_pair(where)}: {epe}{_describe_spot(where, '.2f')}")
 
 
-def _in_words(where: Where) -> str:
+def _describe_pair(where: Where) -> str:
     return f"{where.file} pair {where.pair} (z {where.z_src} on {where.z_tgt})"
 
 
-def _spot(where: Where, digits: str) -> str:
+def _describe_spot(where: Where, digits: str) -> str:
     spot = where.worst
     if spot is None:
         return "; no chunk counts"

@@ -93,7 +93,7 @@ def test_a_report_of_a_pyramid_trained_elsewhere_has_no_curves(run, caplog):
     page = run / "report.html"
     evaluate_dataset(request(run, report=page, no_finetune=True))
     assert blocks(page)["summary"]["about"]["curves"] == []
-    assert "metrics.jsonl: not there, so the page has no curves" in caplog.text
+    assert "metrics.jsonl: no such file, so the page has no curves" in caplog.text
     assert not (run / "pyramid" / ".train").exists()
 
 

@@ -7,7 +7,7 @@ from metroem.evaluation.metrics import (
     chunked_mean,
     cycle_error,
     endpoint_error,
-    fold_share,
+    fold_fraction,
     jacobian,
     ring,
     swap_error,
@@ -74,7 +74,7 @@ def test_a_ring_of_correlation_needs_less_of_a_chunk():
     valid = torch.zeros(1, 1, 4, 8, dtype=torch.bool)
     valid[..., :2, :2], valid[..., 0, 4:7] = True, True  # 4 and 3 of 16 pixels
     whole = chunked_correlation(a, a, valid, chunk_px=4)
-    some = chunked_correlation(a, a, valid, chunk_px=4, min_share=0.25)[0, 0, 0]
+    some = chunked_correlation(a, a, valid, chunk_px=4, min_fraction=0.25)[0, 0, 0]
     assert whole.isnan().all()
     assert math.isclose(float(some[0]), 1) and math.isnan(some[1])
 
@@ -132,7 +132,9 @@ def test_determinant_of_a_linear_field_by_hand():
 def test_a_field_that_turns_back_is_a_fold():
     cols = torch.arange(10.0).expand(6, 10)
     field = torch.stack([-1.5 * cols, torch.zeros(6, 10)])[None]
-    assert fold_share(field) == 1.0 and fold_share(torch.zeros(1, 2, 6, 10)) == 0.0
+    assert (
+        fold_fraction(field) == 1.0 and fold_fraction(torch.zeros(1, 2, 6, 10)) == 0.0
+    )
 
 
 def test_percentiles_of_the_determinant_by_hand():

@@ -15,7 +15,7 @@ from metroem.evaluation.scores import (
     Where,
 )
 from metroem.evaluation.tables import (
-    WORST_SHOWN,
+    NUM_WORST,
     print_evaluation,
     print_json,
     print_scores,
@@ -90,7 +90,7 @@ def test_known_warps_are_printed_with_the_worst_section(capsys):
 def test_the_worst_pairs_come_first_those_without_a_figure_before_all(capsys):
     pairs = [aligned(i, cpc=c) for i, c in enumerate((0.5, 0.9, NAN, 0.2))]
     rows = printed(capsys, one_set(*pairs[:2]), one_set(*pairs[2:]))
-    worst = rows[-WORST_SHOWN:]
+    worst = rows[-NUM_WORST:]
     assert [row[2] for row in worst] == ["2", "3", "0"]
     assert worst[0][-3:] == ["no", "chunk", "counts"]
     assert worst[1][:7] == "a.h5 pair 3 (z 13 on 12):".split()

@@ -1,6 +1,6 @@
 import torch
 
-from metroem.evaluation.metrics import fold_share
+from metroem.evaluation.metrics import fold_fraction
 from metroem.geometry.regularize import remove_folds
 
 ROWS, COLS = 60, 84
@@ -23,9 +23,9 @@ def test_a_fold_is_smoothed_away_and_the_rest_kept():
     # Displacements that fall by 12 px over 6 px: the image runs backwards there.
     step = -2 * (cols - COLS / 2).clamp(-3, 3)
     field = torch.stack((step, torch.zeros_like(step)))[None]
-    assert fold_share(field) > 0.05
+    assert fold_fraction(field) > 0.05
     unfolded = remove_folds(field)
-    assert fold_share(unfolded) == 0
+    assert fold_fraction(unfolded) == 0
     # The window that smooths a drop of 12 px has to be some 12 px wide: 8 px to each
     # side in the last round, on top of those before.
     far = (cols - COLS / 2).abs() > 34

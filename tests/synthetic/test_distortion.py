@@ -3,7 +3,7 @@ import pytest
 import torch
 
 from metroem.errors import UsageError
-from metroem.evaluation.metrics import fold_share
+from metroem.evaluation.metrics import fold_fraction
 from metroem.geometry.field import warp
 from metroem.synthetic.distortion import (
     BORDER_PX,
@@ -79,7 +79,7 @@ def test_a_fold_is_dark_bends_the_field_and_is_left_out_of_the_truth(tissue):
     valid = true_pair(smooth[1], folded[0]).valid[0, 0].numpy()
     assert not (valid & folded[0].spoiled).any()
     assert np.percentile(folded[1].image[folded[1].spoiled], 5) < 40
-    assert fold_share(folded[1].field) == 0
+    assert fold_fraction(folded[1].field) == 0
 
 
 def test_a_missing_corner_is_zero_and_left_out_of_the_truth(tissue):
@@ -98,7 +98,7 @@ def test_a_random_field_keeps_to_its_limits():
     assert field.shape == (1, 2, 200, 160)
     # The smooth part peaks at 5 px and the shift is at most 2 px each way.
     assert 2 < field.norm(dim=1).max() < 5 + 2 * 2**0.5
-    assert fold_share(field) == 0
+    assert fold_fraction(field) == 0
 
 
 def test_tissue_smaller_than_its_margin_is_refused():

@@ -1,4 +1,4 @@
-"""How the figures of a training went, from its metrics.jsonl."""
+"""Read the curves of a training from its metrics.jsonl."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -13,12 +13,12 @@ FIGURES = {"loss": "loss", "epe_px": "EPE, px", "similarity": "similarity"}
 
 
 class Curve(NamedTuple):
-    """How one figure went over the training of one stage."""
+    """One figure over the training of one stage."""
 
     stage: int
     figure: str  # one of the values of `FIGURES`
-    minutes: tuple[float, ...]  # since the stage began, a value a point
-    phases: tuple[int, ...]  # that each point lies in
+    minutes: tuple[float, ...]  # since the stage started, one per point
+    phases: tuple[int, ...]  # the phase of each point
     values: dict[str, tuple[float, ...]]  # by set; NaN where it was not logged
 
 
@@ -27,8 +27,8 @@ class _Line(NamedTuple):
 
     stage: int
     phase: int
-    epoch: int  # the last of those that the line is of
-    seconds: float  # that one epoch took
+    epoch: int  # the last epoch that the line covers
+    seconds: float  # duration of one epoch
     scores: dict[tuple[str, str], float]  # by set and key of `FIGURES`
 
     @classmethod
@@ -43,13 +43,13 @@ class _Line(NamedTuple):
 
 
 def read_curves(metrics: Path) -> list[Curve]:
-    """The curves of all stages, those of the loss first in each.
+    """Read the curves of all stages; each stage begins with its loss.
 
     Args:
         metrics: written by train.py, one JSON object every few epochs.
 
     Raises:
-        DatasetError: no such file, or a line of another form in it.
+        DatasetError: the file is missing, or a line of it has another form.
     """
     if not metrics.is_file():
         raise DatasetError(f"{metrics}: no such file; train.py writes it")
@@ -59,7 +59,7 @@ def read_curves(metrics: Path) -> list[Curve]:
             line = _Line.parse(json.loads(text))
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise DatasetError(
-                f"{metrics}: line {number} is not what train.py writes ({error!r}); "
+                f"{metrics}: line {number} is not a line of train.py ({error!r}); "
                 "remove the line, or move the file away"
             ) from error
         by_stage.setdefault(line.stage, []).append(line)
@@ -72,7 +72,7 @@ def read_curves(metrics: Path) -> list[Curve]:
 
 
 def main_curves(curves: Sequence[Curve]) -> list[Curve]:
-    """One curve a stage: of the field's error where it was always logged."""
+    """Choose one curve per stage: the field's error if all its points have one."""
     main: dict[int, Curve] = {}
     for curve in curves:
         values = [value for line in curve.values.values() for value in line]
@@ -85,7 +85,7 @@ def main_curves(curves: Sequence[Curve]) -> list[Curve]:
 def _curve(stage: int, lines: Sequence[_Line], key: str) -> Curve:
     minutes, before = [0.0], -1
     for line in lines:
-        # A line is of the last epoch since the line before it.
+        # A line covers all epochs since the line before, and describes the last one.
         epochs = line.epoch - before if line.epoch > before else line.epoch + 1
         minutes.append(minutes[-1] + epochs * line.seconds / 60)
         before = line.epoch

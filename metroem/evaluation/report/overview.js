@@ -1,7 +1,7 @@
-// The overview: figures, curves and tables of all pairs.
-// Text from the data is only ever set as textContent.
+// Fill the overview: figures, curves and tables of all pairs.
+// Text from the data is set only as textContent, never as HTML.
 
-/** An element with attributes and children; strings become text. */
+/** Make an element with attributes and children; strings become text. */
 function make(tag, attributes = {}, ...children) {
   const element = document.createElement(tag);
   for (const [name, value] of Object.entries(attributes)) element.setAttribute(name, value);
@@ -13,7 +13,7 @@ function byId(id) {
   return document.getElementById(id);
 }
 
-/** A figure with so many digits; a dash where it is not known. */
+/** Write a figure with this number of digits, or a dash if it is unknown. */
 function shown(value, digits) {
   return typeof value === "number" ? value.toFixed(digits) : "\u2013";
 }
@@ -51,7 +51,7 @@ function hasValue(pair) {
   return pair.score.made_worse !== null;
 }
 
-/** Ids of the pairs, the worst by one column first; what is not known is worst, but last without a value. */
+/** Sort the ids of pairs, worst first by one column. An unknown figure is worst; pairs left out come last. */
 function worstFirst(pairs, column, reversed) {
   const rank = (pair) => {
     if (!hasValue(pair)) return Infinity;
@@ -115,7 +115,7 @@ function fillStages(data) {
   }
 }
 
-/** A table whose columns are {label, of, digits?}; digits mark numbers. */
+/** Fill a table with columns {label, of, digits?}; columns with digits are numbers. */
 function fillTable(table, columns, rows) {
   const body = make("tbody");
   for (const row of rows) {
@@ -178,11 +178,11 @@ function svg(tag, attributes, text = "") {
 }
 
 function fillCurves(curves) {
-  if (!curves.length) byId("curves-note").textContent = "No metrics.jsonl of this checkpoint lies in the pyramid.";
+  if (!curves.length) byId("curves-note").textContent = "The pyramid has no metrics.jsonl of this checkpoint.";
   for (const curve of curves) byId("curves").append(drawCurve(curve));
 }
 
-/** One figure over the minutes of a stage; logarithmic where all of it is above 0. */
+/** Draw one figure over the minutes of a stage; logarithmic if all values are above 0. */
 function drawCurve(curve) {
   const [left, right, top, bottom] = [48, 330, 24, 164];
   const known = Object.values(curve.values).flat().filter((value) => value !== null);
@@ -196,13 +196,13 @@ function drawCurve(curve) {
   const y = (value) => bottom - ((bottom - top) * (scale(value) - low)) / (high - low);
   const plot = svg("svg", { viewBox: "0 0 340 190", role: "img" });
   plot.append(svg("text", { x: left, y: 14, class: "title" }, `stage ${curve.stage}: ${curve.figure}`));
-  for (const share of [0, 0.5, 1]) {
-    const level = low + share * (high - low);
-    const height = bottom - share * (bottom - top);
+  for (const fraction of [0, 0.5, 1]) {
+    const level = low + fraction * (high - low);
+    const height = bottom - fraction * (bottom - top);
     plot.append(svg("line", { x1: left, x2: right, y1: height, y2: height, class: "grid" }));
     const tick = (isLog ? Math.exp(level) : level).toPrecision(3);
     plot.append(svg("text", { x: left - 5, y: height + 4, "text-anchor": "end" }, String(Number(tick))));
-    plot.append(svg("text", { x: x(share * end), y: bottom + 14, "text-anchor": "middle" }, String(Number((share * end).toPrecision(2)))));
+    plot.append(svg("text", { x: x(fraction * end), y: bottom + 14, "text-anchor": "middle" }, String(Number((fraction * end).toPrecision(2)))));
   }
   plot.append(svg("text", { x: (left + right) / 2, y: bottom + 25, "text-anchor": "middle" }, "minutes"));
   curve.phases.forEach((phase, point) => {
@@ -211,22 +211,22 @@ function drawCurve(curve) {
       plot.append(svg("line", { x1: at, x2: at, y1: top, y2: bottom, class: "phase" }));
     }
   });
-  Object.entries(curve.values).forEach(([name, values], place) => {
+  Object.entries(curve.values).forEach(([name, values], index) => {
     const points = values.map((value, point) => (value === null ? "" : `${x(curve.minutes[point])},${y(value)}`));
     plot.append(svg("polyline", { class: name, points: points.join(" ") }));
-    plot.append(svg("text", { class: name, x: right - 4, y: top + 13 + 14 * place, "text-anchor": "end" }, name));
+    plot.append(svg("text", { class: name, x: right - 4, y: top + 13 + 14 * index, "text-anchor": "end" }, name));
   });
   return plot;
 }
 
-/** The table of pairs, sorted; `onSort` gets a column's place, `onOpen` an id. */
+/** Fill the sorted table of pairs; `onSort` gets the index of a column, `onOpen` an id. */
 function fillPairs(data, order, sorting, onSort, onOpen) {
   const heads = [make("th"), make("th", {}, "pair"), make("th", {}, "z")];
-  COLUMNS.forEach((column, place) => {
+  COLUMNS.forEach((column, index) => {
     const button = make("button", {}, column.label);
-    button.addEventListener("click", () => onSort(place));
+    button.addEventListener("click", () => onSort(index));
     const head = make("th", { class: "number" }, button);
-    if (place === sorting.column) {
+    if (index === sorting.column) {
       const ascends = (column.worst === "low") !== sorting.reversed;
       head.setAttribute("aria-sort", ascends ? "ascending" : "descending");
     }

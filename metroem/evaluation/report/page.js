@@ -1,4 +1,4 @@
-// What is looked at and how: controls, keys, and where in the volume.
+// Show one pair: controls, keys, and positions in the volume.
 
 const data = JSON.parse(byId("summary").textContent);
 const viewer = new Viewer(byId("canvas"));
@@ -6,7 +6,7 @@ const MODES = { flicker: ["Flicker", "f"], slider: ["Slider", "s"], blend: ["Ble
 const SIDES = { before: ["Before", "1"], after: ["After", "2"] };
 const LAYERS = { arrows: ["Arrows", "a"], correlation: ["Correlation", "c"], masks: ["Folds, masks", "m"] };
 const NEUROGLANCER = "https://neuroglancer-demo.appspot.com/#!";
-const WORST_SCALE = 3; // screen pixels a pixel when the worst chunk is shown
+const WORST_SCALE = 3; // screen pixels per pixel of the pair when the worst chunk is shown
 
 const sorting = { column: 1, reversed: false };
 let order = worstFirst(data.pairs, COLUMNS[1], false);
@@ -18,7 +18,7 @@ const KEYS = [
   [["\u2192", "n"], "next pair", () => step(1), ["ArrowRight", "n"]],
   [["\u2190", "p"], "previous pair", () => step(-1), ["ArrowLeft", "p"]],
   [["Space"], "flicker once: src, tgt", () => flip(), [" "]],
-  [["f"], "flicker by itself, on or off", () => toggleFlicker(), ["f"]],
+  [["f"], "automatic flicker, on or off", () => toggleFlicker(), ["f"]],
   [["s"], "slider: src left, tgt right", () => choose("mode", "slider"), ["s"]],
   [["b"], "blend", () => choose("mode", "blend"), ["b"]],
   [["o"], "src red, tgt cyan", () => choose("mode", "overlay"), ["o"]],
@@ -36,7 +36,7 @@ function setOf(pair) {
   return data.sets.find((set) => set.file === pair.where.file);
 }
 
-/** The place in the volume of a pixel of the pictures, mip-0 pixels. */
+/** Convert a pixel of the pictures to a position in the volume, mip-0 pixels. */
 function inVolume(pair, pixel) {
   const span = 2 ** setOf(pair).mip;
   return { x: pair.corner[0] + pixel.x * span, y: pair.corner[1] + pixel.y * span };
@@ -63,15 +63,15 @@ function fillChoices() {
     state.share = Number(event.target.value);
     refresh();
   });
-  for (const [names, what] of KEYS) {
+  for (const [names, label] of KEYS) {
     const keys = names.flatMap((name) => [make("kbd", {}, name), " "]);
-    byId("keys").append(make("dt", {}, ...keys), make("dd", {}, what));
+    byId("keys").append(make("dt", {}, ...keys), make("dd", {}, label));
   }
 }
 
-function choose(what, value) {
+function choose(control, value) {
   stopFlicker();
-  state[what] = value;
+  state[control] = value;
   state.showsTgt = false;
   refresh();
 }
@@ -98,7 +98,7 @@ function stopFlicker() {
   timer = null;
 }
 
-/** Bring controls, legend and canvas in line with the state. */
+/** Update controls, legend and canvas from the state. */
 function refresh() {
   for (const input of document.querySelectorAll("#modes input")) input.checked = input.value === state.mode;
   for (const input of document.querySelectorAll("#sides input")) input.checked = input.value === state.side;
@@ -122,7 +122,7 @@ function fillLegend() {
   const full = viewer.pair ? shown(viewer.pair.fullPx, 1) : "";
   if (state.mode === "field") {
     const wheel = make("img", { src: data.wheel, alt: "colours of directions" });
-    lines.push(make("div", {}, wheel, make("span", {}, `direction in which src is read; full colour ${full} px`)));
+    lines.push(make("div", {}, wheel, make("span", {}, `direction from tgt to where src is read; full colour: ${full} px`)));
   }
   if (state.layers.has("arrows") && viewer.pair) {
     lines.push(make("div", {}, `arrows: from tgt to where src is read, ${shown(viewer.arrowScale(), 1)} times their length`));
@@ -130,9 +130,9 @@ function fillLegend() {
   if (state.layers.has("correlation")) {
     const scale = make("canvas", { width: 130, height: 1 });
     const context = scale.getContext("2d");
-    for (let place = 0; place < 130; place++) {
-      context.fillStyle = heatColor(LOW_CPC + (place / 129) * (HIGH_CPC - LOW_CPC));
-      context.fillRect(place, 0, 1, 1);
+    for (let column = 0; column < 130; column++) {
+      context.fillStyle = heatColor(LOW_CPC + (column / 129) * (HIGH_CPC - LOW_CPC));
+      context.fillRect(column, 0, 1, 1);
     }
     lines.push(make("div", {}, `CPC ${state.side} `, String(LOW_CPC), scale, String(HIGH_CPC)));
   }
@@ -156,19 +156,19 @@ async function openPair(id) {
   byId("overview").hidden = true;
   byId("pair").hidden = false;
   byId("pair").style.setProperty("--top", `${document.querySelector("header").offsetHeight}px`);
-  const place = order.indexOf(id);
-  byId("place").textContent = `${place + 1} of ${order.length}`;
+  const position = order.indexOf(id);
+  byId("place").textContent = `${position + 1} of ${order.length}`;
   byId("name").textContent = `${nameOf(pair.where)}: z ${pair.where.z_src} on ${pair.where.z_tgt}`;
   document.title = `${nameOf(pair.where)} - MetroEM report`;
   fillFigures(pair);
   const pictures = await load(id);
-  if (current !== id) return; // another was asked for meanwhile
+  if (current !== id) return; // another pair was opened meanwhile
   const set = setOf(pair);
   viewer.show(pictures, { width: set.rows, height: set.cols }, data.about.chunk_px);
   mark(worstPixel(pair), data.about.chunk_px / 2);
   refresh();
   byId("canvas").dataset.shows = id;
-  for (const beside of [place + 1, place - 1]) {
+  for (const beside of [position + 1, position - 1]) {
     if (order[beside] !== undefined) load(order[beside]);
   }
 }
@@ -208,7 +208,7 @@ function fillFigures(pair) {
   byId("figures").replaceChildren(...lines);
 }
 
-/** The middle of the worst chunk as a pixel of the pictures; null where there is none. */
+/** Find the middle of the worst chunk, a pixel of the pictures; null if no chunk counts. */
 function worstPixel(pair) {
   const { worst } = pair.where;
   if (!worst) return null;
@@ -229,7 +229,7 @@ function refit() {
   redraw();
 }
 
-/** Mark a pixel, and say where it is in the volume. */
+/** Mark a pixel, and show its position in the volume. */
 function mark(pixel, half) {
   state.marker = pixel && { ...pixel, half };
   const pair = data.pairs[current];
@@ -271,7 +271,7 @@ function linkTo(set, [x, y, z]) {
 
 function followPointer() {
   const canvas = byId("canvas");
-  let held = null; // where the button went down, and whether the pointer moved since
+  let held = null; // position where the button went down, and whether the pointer moved since
   canvas.addEventListener("pointerdown", (event) => {
     if (current === null || !viewer.pair) return;
     const line = viewer.view.x + viewer.view.scale * state.share * viewer.size.width;
@@ -282,7 +282,7 @@ function followPointer() {
   canvas.addEventListener("pointermove", (event) => {
     if (current === null || !viewer.pair) return;
     if (held) drag(held, event);
-    else sayPlace(viewer.pixelAt(event.offsetX, event.offsetY));
+    else showPosition(viewer.pixelAt(event.offsetX, event.offsetY));
   });
   canvas.addEventListener("pointerup", (event) => {
     const pixel = held && !held.moved && viewer.pixelAt(event.offsetX, event.offsetY);
@@ -290,7 +290,7 @@ function followPointer() {
     held = null;
     redraw();
   });
-  canvas.addEventListener("pointerleave", () => sayPlace(null));
+  canvas.addEventListener("pointerleave", () => showPosition(null));
   canvas.addEventListener("wheel", (event) => {
     event.preventDefault();
     viewer.zoom(Math.exp(-event.deltaY / 400), event.offsetX, event.offsetY);
@@ -314,7 +314,7 @@ function drag(held, event) {
   redraw();
 }
 
-function sayPlace(pixel) {
+function showPosition(pixel) {
   if (!pixel) {
     byId("pointer").textContent = "";
     return;

@@ -1,10 +1,10 @@
-"""One HTML file that shows what `metroem evaluate` found, pair by pair.
+"""Write one HTML file that shows the results of `metroem evaluate`, pair by pair.
 
-The page is whole in itself and asks no network for anything. What comes from a data set
-(names, paths, figures) stands in blocks of JSON, which the page shows as text and never
-runs: its policy allows the one script whose hash it names. Each pair's pictures are a
-block of their own, written as soon as the pair is aligned and decoded when it is looked
-at.
+The page is complete: it loads nothing from a network. Names, paths and figures of a
+data set are stored in blocks of JSON. The page shows them as text and never runs them:
+its policy allows only the one script whose hash it names. The pictures of each pair are
+a separate block. The block is written as soon as the pair is aligned, and decoded when
+the pair is opened.
 """
 
 import base64
@@ -29,7 +29,7 @@ from metroem.io.h5 import ImageSet
 
 _SCRIPTS = ("overview.js", "viewer.js", "page.js")
 _DATA = "<!-- data -->"
-# What neuroglancer can open from anywhere; a path on this machine is not.
+# Sources that neuroglancer can open from anywhere; a local path is none of them.
 _SOURCE = re.compile(
     r"(?:(?P<format>precomputed|n5|zarr|zarr2|zarr3)://)?"
     r"(?P<url>(?:gs|s3|https?)://\S.*)"
@@ -37,7 +37,7 @@ _SOURCE = re.compile(
 
 
 class ReportPage:
-    """A page that is being written; `report_page` opens one.
+    """Write a page piece by piece; `report_page` opens one.
 
     Pairs are numbered in the order in which they are added.
     """
@@ -60,9 +60,9 @@ class ReportPage:
 
         Args:
             images: the set of the finest mip.
-            pair: what was found on one of its pairs.
+            pair: the figures of one of its pairs.
             sample: the pair, of batch size 1, its defects known.
-            fields: one a stage, (1, 2, H, W) each, px of the sample's mip.
+            fields: one per stage, (1, 2, H, W) each, px of the sample's mip.
         """
         drawn = draw_pair(sample, fields)
         self._write_json(f"pair-{len(self._rows)}", drawn.pictures)
@@ -74,11 +74,11 @@ class ReportPage:
         self._rows.append(plain(pair) | plain(more))
 
     def finish(self, about: Mapping[str, Any], results: Sequence[SetResult]) -> None:
-        """Write all but the pictures of pairs, and the end of the page.
+        """Write the summary of all pairs, and the end of the page.
 
         Args:
             about: the request, the settings, "stages" and "curves".
-            results: one an image set.
+            results: one per image set.
         """
         sets = [
             self._sets[result.file] | plain(result._replace(pairs=()))
@@ -103,10 +103,10 @@ class ReportPage:
 
 @contextmanager
 def report_page(path: Path) -> Iterator[ReportPage]:
-    """Open a page to add pairs to; the file is there whole or not at all.
+    """Open a page to add pairs to; the file appears complete or not at all.
 
     Args:
-        path: of the page; its folder is made.
+        path: of the page; its folder is created.
     """
     make_folder(path.parent)
     with atomic_write(path) as partial, partial.open("w", encoding="utf-8") as file:
@@ -114,7 +114,7 @@ def report_page(path: Path) -> Iterator[ReportPage]:
 
 
 def neuroglancer_source(source_path: str) -> str | None:
-    """What neuroglancer calls a volume; None if it cannot open it.
+    """Return the URL by which neuroglancer opens a volume; None if it cannot.
 
     Args:
         source_path: the volume as cloud-volume opens it, "gs://bucket/em".
@@ -135,14 +135,14 @@ def _about_set(images: ImageSet) -> dict[str, Any]:
 
 
 def _escaped(text: str) -> str:
-    """JSON that HTML cannot take for the end of its block, nor for a comment."""
+    """Escape JSON, so that HTML sees no end of the block and no comment in it."""
     for character in "<>&":
         text = text.replace(character, f"\\u{ord(character):04x}")
     return text
 
 
 def _template() -> str:
-    """The page without its data."""
+    """Return the page without its data."""
     folder = files("metroem.evaluation.report")
     style = folder.joinpath("page.css").read_text(encoding="utf-8")
     parts = (folder.joinpath(name).read_text(encoding="utf-8") for name in _SCRIPTS)
@@ -159,6 +159,6 @@ def _template() -> str:
 
 
 def _hash(text: str) -> str:
-    """As a content security policy names the one style or script it allows."""
+    """Return the hash by which a content security policy allows a style or script."""
     digest = hashlib.sha256(text.encode()).digest()
     return f"sha256-{base64.b64encode(digest).decode()}"

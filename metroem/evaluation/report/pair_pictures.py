@@ -1,7 +1,7 @@
-"""What the page shows of one pair, small enough to be part of the page.
+"""Draw the pictures of one pair, small enough to be part of the page.
 
-Everything is upright: transposed (rows of an array run along x), so that it looks as
-in neuroglancer.
+Pictures are transposed, since rows of an array run along x. So they look as in
+neuroglancer.
 """
 
 import base64
@@ -25,23 +25,24 @@ FIELD_PX = 256
 THUMB_PX = 96
 ARROWS = 24  # along the longest side
 WHEEL_PX = 48
-# Of sections, which are noise to a codec: at 50 a picture of 1024 px takes 0.2 MB and
-# is off by 7 of 255 grey levels (FIB-SEM, 2026-11), and method 2 is twice as fast as 4.
+# WebP of sections, which compress like noise: at quality 50 a picture of 1024 px takes
+# 0.2 MB and is off by 7 of 255 grey levels (FIB-SEM, 2026-11). Method 2 is twice as
+# fast as 4.
 _QUALITY, _METHOD, _COLOR_QUALITY = 50, 2, 80
-# What the masks hold, in the order of their codes from 1 on; a later one hides an
-# earlier one. Red, green, blue, alpha.
+# Names and colours of the masks, in the order of their codes from 1. A later mask hides
+# an earlier one. Red, green, blue, alpha.
 MASKS = {
     "not compared": (110, 125, 150, 110),
     "defect": (255, 165, 0, 130),
     "fold": (255, 0, 80, 255),
 }
-_FOLD_GROWN_PX = 1  # else one of a pixel is not seen
+_FOLD_DILATION_PX = 1  # a fold of one pixel would be hard to see
 
 
 class Drawn(NamedTuple):
-    """One pair for the page."""
+    """The pictures of one pair."""
 
-    pictures: dict[str, Any]  # to be decoded when the pair is looked at
+    pictures: dict[str, Any]  # decoded when the pair is opened
     thumb: str  # data URI
     stage_cpc: tuple[float, ...]  # mean CPC after each stage
 
@@ -51,15 +52,17 @@ def draw_pair(sample: Sample, fields: list[Tensor]) -> Drawn:
 
     Args:
         sample: of batch size 1, its defects known.
-        fields: one a stage, (1, 2, H, W) each, px of the sample's mip.
+        fields: one per stage, (1, 2, H, W) each, px of the sample's mip.
 
     Returns:
-        Pictures as data URIs; `correlation` before and after as nested lists, NaN in
-        chunks that do not count; arrows as means of the field over squares.
+        Pictures as data URIs. Nested lists of `correlation` before and after, NaN in
+        chunks that do not count. Arrows: means of the field over squares.
     """
     field = fields[-1]
-    none = torch.zeros_like(field)
-    due, valid = (valid_overlap(sample, fs) for fs in ([none], [none, field]))
+    zero_field = torch.zeros_like(field)
+    overlap, valid = (
+        valid_overlap(sample, fs) for fs in ([zero_field], [zero_field, field])
+    )
     src, tgt, warped = (
         image[0, 0].numpy()
         for image in (sample.src, sample.tgt, warp(sample.src, field))
@@ -71,61 +74,61 @@ def draw_pair(sample: Sample, fields: list[Tensor]) -> Drawn:
         "tgt": stretched(tgt),
     }
     pictures: dict[str, Any] = {
-        name: _uri(_reduced(grey, factor), _QUALITY) for name, grey in greys.items()
+        name: _uri(_shrink(grey, factor), _QUALITY) for name, grey in greys.items()
     }
     pictures["factor"] = factor
     pictures["masks"] = _draw_masks(sample, field, valid, factor)
     pictures["correlation"] = {
-        name: _upright(correlation(sample, f, due)[0, 0].numpy()).tolist()
-        for name, f in (("before", none), ("after", field))
+        name: _transpose(correlation(sample, f, overlap)[0, 0].numpy()).tolist()
+        for name, f in (("before", zero_field), ("after", field))
     }
-    thumb = _reduced(overlay(warped, tgt), -(-max(src.shape) // THUMB_PX))
-    of_stages = (correlation(sample, f, due) for f in fields)
+    thumb = _shrink(overlay(warped, tgt), -(-max(src.shape) // THUMB_PX))
+    by_stage = (correlation(sample, f, overlap) for f in fields)
     return Drawn(
         pictures | _draw_field(field),
         _uri(thumb, _COLOR_QUALITY),
-        tuple(float(values.nanmean()) for values in of_stages),
+        tuple(float(values.nanmean()) for values in by_stage),
     )
 
 
 def draw_wheel() -> str:
-    """The colours of all directions, a data URI: the middle is no displacement."""
+    """Draw the colours of all directions, as a data URI; the middle is 0 px."""
     along = np.linspace(-1, 1, WHEEL_PX, dtype=np.float32)
     field = np.stack(np.meshgrid(along, along))
     colors = color_field(field, 1.0)
     colors[np.hypot(*field) > 1] = 255
     alpha = np.where(np.hypot(*field) > 1, 0, 255).astype(np.uint8)
-    return _uri(Image.fromarray(_upright(np.dstack([colors, alpha]))), None)
+    return _uri(Image.fromarray(_transpose(np.dstack([colors, alpha]))), None)
 
 
 def _draw_field(field: Tensor) -> dict[str, Any]:
-    """The field as colours, and as one arrow a square."""
+    """Draw the field as colours, and as one arrow per square."""
     full_px = max(float(np.percentile(field[0].norm(dim=0).numpy(), 99)), 1e-6)
     step = -(-max(field.shape[-2:]) // FIELD_PX)
-    colors = color_field(_pooled(field, step), full_px)
+    colors = color_field(_block_average(field, step), full_px)
     square = -(-max(field.shape[-2:]) // ARROWS)
-    arrows = _pooled(field, square)
+    arrows = _block_average(field, square)
     return {
-        "field": _uri(Image.fromarray(_upright(colors)), _COLOR_QUALITY),
+        "field": _uri(Image.fromarray(_transpose(colors)), _COLOR_QUALITY),
         "fieldFactor": step,
         "fullPx": full_px,
         # Channel 0 is along cols, which run along the volume's y.
         "arrows": {
             "square": square,
-            "x": _upright(arrows[1]).tolist(),
-            "y": _upright(arrows[0]).tolist(),
+            "x": _transpose(arrows[1]).tolist(),
+            "y": _transpose(arrows[0]).tolist(),
         },
     }
 
 
 def _draw_masks(sample: Sample, field: Tensor, valid: Tensor, factor: int) -> str:
     folds = F.pad(jacobian_determinant(field) <= 0, (1, 1, 1, 1))
-    layers = (~valid, defects_on_tgt(sample, field), dilate(folds, _FOLD_GROWN_PX))
+    layers = (~valid, defects_on_tgt(sample, field), dilate(folds, _FOLD_DILATION_PX))
     codes = torch.zeros(valid.shape)
     for code, layer in enumerate(layers, start=1):
         codes[layer] = code
     codes = F.max_pool2d(codes, factor, ceil_mode=True)[0, 0].numpy().astype(np.uint8)
-    image = Image.fromarray(_upright(codes))
+    image = Image.fromarray(_transpose(codes))
     image.putpalette(
         [0, 0, 0, *(part for color in MASKS.values() for part in color[:3])]
     )
@@ -133,22 +136,22 @@ def _draw_masks(sample: Sample, field: Tensor, valid: Tensor, factor: int) -> st
     return _uri(image, None, transparency=alpha)
 
 
-def _pooled(field: Tensor, step: int) -> np.ndarray:
-    """(2, ceil(H / step), ceil(W / step)), means over squares."""
+def _block_average(field: Tensor, step: int) -> np.ndarray:
+    """Average over squares -> (2, ceil(H / step), ceil(W / step))."""
     return F.avg_pool2d(field, step, ceil_mode=True)[0].numpy()
 
 
-def _reduced(picture: np.ndarray, factor: int) -> Image.Image:
-    return Image.fromarray(_upright(picture)).reduce(factor)
+def _shrink(picture: np.ndarray, factor: int) -> Image.Image:
+    return Image.fromarray(_transpose(picture)).reduce(factor)
 
 
-def _upright(array: np.ndarray) -> np.ndarray:
-    """(H, W, ...) -> (W, H, ...), contiguous as Pillow wants it."""
+def _transpose(array: np.ndarray) -> np.ndarray:
+    """Transpose (H, W, ...) -> (W, H, ...), contiguous, as Pillow needs it."""
     return np.ascontiguousarray(array.swapaxes(0, 1))
 
 
 def _uri(image: Image.Image, quality: int | None, **png: Any) -> str:
-    """A data URI: WebP at a quality, PNG without one."""
+    """Encode as a data URI: WebP if a quality is given, else PNG."""
     buffer = io.BytesIO()
     if quality is None:
         image.save(buffer, "PNG", optimize=True, **png)

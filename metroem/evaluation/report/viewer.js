@@ -1,18 +1,18 @@
-// The pictures of one pair on a canvas: how they are compared, and what lies over them.
+// Draw the pictures of one pair on a canvas, with arrows, masks or correlation over them.
 
-const KEPT_PAIRS = 4; // decoded; 1024 px take 4 MB a picture
+const KEPT_PAIRS = 4; // pairs kept decoded; a picture of 1024 px takes 4 MB
 const LOW_CPC = 0, HIGH_CPC = 1; // ends of the colours of the correlation
-// A scale that is read without red and green (viridis, 6 points).
+// A scale that does not need red and green to be told apart (viridis, 6 points).
 const HEAT = [[68, 1, 84], [65, 68, 135], [42, 120, 142], [34, 168, 132], [122, 209, 81], [253, 231, 37]];
 const FLICKER_MS = 400;
 
-const decoded = new Map(); // id -> promise of what `decode` makes
+const decoded = new Map(); // id -> promise of `decode`
 
-/** Decode the pictures of a pair, or take those that are kept. */
+/** Decode the pictures of a pair, unless they are kept decoded. */
 function load(id) {
   if (!decoded.has(id)) decoded.set(id, decode(id));
   const pair = decoded.get(id);
-  decoded.delete(id); // the last one looked at goes to the end
+  decoded.delete(id); // the pair opened last goes to the end
   decoded.set(id, pair);
   for (const old of [...decoded.keys()].slice(0, -KEPT_PAIRS)) decoded.delete(old);
   return pair;
@@ -22,12 +22,12 @@ async function decode(id) {
   const pair = JSON.parse(byId(`pair-${id}`).textContent);
   const names = ["before", "after", "tgt", "field", "masks"];
   const images = await Promise.all(names.map((name) => decodeImage(pair[name])));
-  names.forEach((name, place) => (pair[name] = images[place]));
+  names.forEach((name, index) => (pair[name] = images[index]));
   pair.tints = {};
   return pair;
 }
 
-/** A bitmap of a data URI; unlike an image it holds no copy of its text. */
+/** Decode a data URI to a bitmap; unlike an image it keeps no copy of the text. */
 function decodeImage(uri) {
   const [head, text] = uri.split(",");
   const type = head.slice("data:".length, -";base64".length);
@@ -35,7 +35,7 @@ function decodeImage(uri) {
   return createImageBitmap(new Blob([bytes], { type }));
 }
 
-/** A picture times a colour, kept with its pair. */
+/** Multiply a picture by a colour; the result is kept with its pair. */
 function tinted(pair, name, color) {
   if (!pair.tints[name]) {
     const canvas = make("canvas", { width: pair[name].width, height: pair[name].height });
@@ -52,12 +52,12 @@ function tinted(pair, name, color) {
 function heatColor(cpc) {
   const level = (HEAT.length - 1) * Math.min(1, Math.max(0, (cpc - LOW_CPC) / (HIGH_CPC - LOW_CPC)));
   const below = Math.min(HEAT.length - 2, Math.floor(level));
-  const part = level - below;
-  const mix = HEAT[below].map((value, place) => Math.round(value + part * (HEAT[below + 1][place] - value)));
+  const fraction = level - below;
+  const mix = HEAT[below].map((value, index) => Math.round(value + fraction * (HEAT[below + 1][index] - value)));
   return `rgb(${mix.join(" ")})`;
 }
 
-/** A canvas that shows one pair; its units are pixels of the pair's mip. */
+/** Show one pair on a canvas; units are pixels of the pair's mip. */
 class Viewer {
   constructor(canvas) {
     this.canvas = canvas;
@@ -89,7 +89,7 @@ class Viewer {
     this.view = { scale, x: x - change * (x - this.view.x), y: y - change * (y - this.view.y) };
   }
 
-  /** Put a pixel into the middle, enlarged. */
+  /** Move a pixel into the middle, enlarged. */
   centre(point, scale) {
     this.view = {
       scale,
@@ -98,7 +98,7 @@ class Viewer {
     };
   }
 
-  /** The pixel at a place of the canvas; null outside of the pictures. */
+  /** Find the pixel at a position of the canvas; null outside of the pictures. */
   pixelAt(x, y) {
     const { view, size } = this;
     const pixel = { x: Math.floor((x - view.x) / view.scale), y: Math.floor((y - view.y) / view.scale) };
@@ -106,7 +106,7 @@ class Viewer {
     return isInside ? pixel : null;
   }
 
-  /** Correlation of the chunk of a pixel, before or after; null where it does not count. */
+  /** Look up the correlation of a pixel's chunk, before or after; null if it does not count. */
   correlationAt(pixel, side) {
     const row = this.pair.correlation[side][Math.floor(pixel.y / this.chunk)];
     const value = row && row[Math.floor(pixel.x / this.chunk)];
@@ -125,7 +125,7 @@ class Viewer {
     context.setTransform(ratio * view.scale, 0, 0, ratio * view.scale, ratio * view.x, ratio * view.y);
     context.imageSmoothingEnabled = view.scale * ratio < 2;
     context.save();
-    context.beginPath(); // what was averaged over squares reaches beyond the pictures
+    context.beginPath(); // squares of averages reach beyond the pictures
     context.rect(0, 0, this.size.width, this.size.height);
     context.clip();
     this.drawPictures(state);
@@ -196,7 +196,7 @@ class Viewer {
     });
   }
 
-  /** How many times its length an arrow is drawn: the long ones fill a square. */
+  /** Factor by which arrows are enlarged: the long ones fill a square. */
   arrowScale() {
     return Math.max(1, this.pair.arrows.square / this.pair.fullPx);
   }
@@ -216,9 +216,9 @@ class Viewer {
         context.moveTo(fromX, fromY);
         context.lineTo(toX, toY);
         if (factor * Math.hypot(dx, dy) < head) return;
-        for (const turn of [2.6, -2.6]) {
+        for (const rotation of [2.6, -2.6]) {
           context.moveTo(toX, toY);
-          context.lineTo(toX + head * Math.cos(angle + turn), toY + head * Math.sin(angle + turn));
+          context.lineTo(toX + head * Math.cos(angle + rotation), toY + head * Math.sin(angle + rotation));
         }
       });
     });

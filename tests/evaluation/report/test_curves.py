@@ -50,7 +50,9 @@ def test_what_was_not_logged_in_a_phase_is_not_known_there(tmp_path):
 def test_a_line_that_train_does_not_write_is_named(tmp_path, text):
     path = write(tmp_path / "metrics.jsonl", line(0, 0, 0, 1, loss=1.0))
     path.write_text(path.read_text() + text + "\n")
-    with pytest.raises(DatasetError, match="metrics.jsonl: line 2 is not what"):
+    with pytest.raises(
+        DatasetError, match="metrics.jsonl: line 2 is not a line of train.py"
+    ):
         read_curves(path)
 
 
