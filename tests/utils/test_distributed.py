@@ -25,7 +25,7 @@ import json, os, sys, time
 from pathlib import Path
 import torch
 from metroem.errors import UsageError
-from metroem.training import distributed
+from metroem.utils import distributed
 
 folder, rank = Path(sys.argv[1]), distributed.rank()
 found = {}
