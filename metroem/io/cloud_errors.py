@@ -63,7 +63,7 @@ class BrokenFileError(Exception):
 
 
 class InfoError(Exception):
-    """A volume whose info shows that it cannot be read; the message follows its path."""
+    """A volume that cannot be read, by its info; the message follows its path."""
 
 
 def failed_file(error: BaseException) -> str | None:

@@ -79,10 +79,13 @@ class FieldVolume:
         return self.volume.clip(wide) or patch.cover(self.mip)
 
     def displacements(self, stored: np.ndarray) -> np.ndarray:
-        """Convert stored values to (2, H, W) float32, mip-0 pixels, channel 0 along cols.
+        """Convert stored values to displacements.
 
         Args:
             stored: (2, H, W) as in the volume; may contain NaN.
+
+        Returns:
+            (2, H, W) float32, mip-0 pixels, channel 0 along cols.
         """
         vectors = stored.astype(np.float32) * np.float32(self.scale)
         # cols run along the volume's y, so the displacement along y comes first.

@@ -87,9 +87,9 @@ def _remedy(one: ImageSet, other: ImageSet, index: int) -> str:
             offsets = [fields.offset(index, side) for side in (0, 1)]
             if any(value % (1 << unmoved.mip) for side in offsets for value in side):
                 return (
-                    f"mip {unmoved.mip} cannot be moved by {fields.path.name}: download "
-                    f"it with --dst_mip {unmoved.mip} or coarser, and then the images "
-                    "of all mips with --field_dset"
+                    f"mip {unmoved.mip} cannot be moved by {fields.path.name}: "
+                    f"download it with --dst_mip {unmoved.mip} or coarser, and then "
+                    "the images of all mips with --field_dset"
                 )
             command = command_to_move(unmoved, fields.path)
             return f"move mip {unmoved.mip} too: {command}"

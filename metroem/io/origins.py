@@ -21,7 +21,7 @@ def data_digest(pairs: ImageSet | FieldSet) -> str:
 
 
 def place_digest(pairs: ImageSet | FieldSet) -> str:
-    """Hash the locations of all pairs of a set (frames and sections), not their content."""
+    """Hash the locations of all pairs of a set: frames and sections, not content."""
     locations = []
     for index in range(len(pairs)):
         grid = pairs.grid(index)

@@ -59,7 +59,7 @@ def save_pair_picture(
 
 
 def overlay(src: np.ndarray, tgt: np.ndarray) -> np.ndarray:
-    """Overlay src in red and tgt in cyan, each stretched to its range: (H, W, 3) uint8."""
+    """Overlay src in red and tgt in cyan, each stretched: (H, W, 3) uint8."""
     red, cyan = stretched(src), stretched(tgt)
     return np.stack([red, cyan, cyan], axis=-1)
 
