@@ -82,7 +82,7 @@ def disk_error(error: OSError, path: Path | None = None) -> StorageError | None:
         )
     if error.errno in _BROKEN:
         return StorageError(
-            f"{where}: the storage fails ({error.strerror}); when it is well again, "
+            f"{where}: the storage fails ({error.strerror}); when it works again, "
             "give the same command again"
         )
     return None

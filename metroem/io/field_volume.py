@@ -71,8 +71,8 @@ class FieldVolume:
     def window(self, patch: Grid) -> Grid:
         """Grid to read for a patch: with the margin for resampling, inside the volume.
 
-        It is the patch itself, at the mip that is read, where the volume holds none
-        of it.
+        If the volume does not overlap the patch, it is the patch at the mip that is
+        read.
         """
         margin = 0 if self.mip == patch.mip else _MARGIN_PX
         wide = patch.cover(self.mip, margin_px=margin)

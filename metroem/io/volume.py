@@ -1,4 +1,4 @@
-"""Read sections of volumes; only here and in `volume_write` axes are x, y, z, channel.
+"""Read sections of volumes: convert (x, y, z, channel) to (section, channel, row, col).
 
 cloud-volume returns zeros where nothing is stored: for missing chunks, and for scales
 that were never written. For mip -1 it takes the last. So mips, bounds and z are checked

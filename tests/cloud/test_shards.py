@@ -1,4 +1,4 @@
-"""Shards, and compressed chunks, behind web servers and S3: right, or named."""
+"""Test shards and compressed chunks on web servers and S3: read right, or named."""
 
 import socket
 
@@ -15,7 +15,7 @@ from tests.volumes import make_volume
 
 @pytest.fixture(params=["http", "s3"])
 def opened(request, tmp_path, monkeypatch):
-    """Opens a volume of tmp_path/bucket behind a server."""
+    """Return a function that opens a volume of tmp_path/bucket behind a server."""
     servers = []
 
     def volume(name, **how):
