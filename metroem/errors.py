@@ -1,4 +1,4 @@
-"""The errors that MetroEM raises for people.
+"""Define the errors that MetroEM raises for its users.
 
     MetroEMError (ValueError)
       UsageError        flags or arguments that cannot work
@@ -7,7 +7,7 @@
       FieldError        a displacement field of the wrong form
       CheckpointError   weights or a training state that cannot be used
       StorageError      a disk that is full or may not be written, a run in the way
-      ResourceError     memory that does not suffice, a process that was killed
+      ResourceError     too little memory, a process that was killed
 
 A message names the path or flag, says what was found and what was expected,
 and what to do. `metroem.utils.cli.run` prints it and exits with 1; any other
@@ -23,7 +23,7 @@ _BROKEN = {errno.EIO, errno.ESTALE}
 
 
 class MetroEMError(ValueError):
-    """Something that the user can put right."""
+    """An error that the user can fix."""
 
 
 class UsageError(MetroEMError):
@@ -51,20 +51,23 @@ class StorageError(MetroEMError):
 
 
 class ResourceError(MetroEMError):
-    """Too little memory, a process that was killed, or what a device cannot do."""
+    """Too little memory, a killed process, or a device that lacks a feature."""
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of what an error says; the name of its class if it is mute."""
+    """Return the first line of an error's message, or its class name if it is empty."""
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
-def disk_trouble(error: OSError, path: Path | None = None) -> StorageError | None:
-    """What an error of the operating system says of the disk; None if nothing.
+def disk_error(error: OSError, path: Path | None = None) -> StorageError | None:
+    """Turn an error of the operating system into one about the disk.
 
     Args:
-        error: raised by what reads or writes a file.
-        path: of that file, where the error does not name it.
+        error: raised while a file was read or written.
+        path: the file, if the error does not name it.
+
+    Returns:
+        The error for users; None if the disk is not the cause.
     """
     where = str(path or error.filename or "a file")
     if error.errno in _FULL:
@@ -79,7 +82,7 @@ def disk_trouble(error: OSError, path: Path | None = None) -> StorageError | Non
         )
     if error.errno in _BROKEN:
         return StorageError(
-            f"{where}: the storage fails ({error.strerror}); when it is well again, "
+            f"{where}: the storage fails ({error.strerror}); when it works again, "
             "give the same command again"
         )
     return None

@@ -1,4 +1,4 @@
-"""Chunks that cloud-volume's decoders take, though they are not what they should be."""
+"""Refuse broken chunks that cloud-volume's decoders accept."""
 
 import functools
 import math
@@ -11,7 +11,7 @@ from cloudvolume import chunks
 
 @functools.cache
 def check_chunks() -> None:
-    """Let cloud-volume refuse such chunks, from now on."""
+    """Make cloud-volume refuse such chunks from now on."""
     chunks.decode = _checking(chunks.decode)
 
 
@@ -29,7 +29,7 @@ def _checking(decode: Callable[..., Any]) -> Callable[..., Any]:
         if encoding == "compressed_segmentation" and block_size is not None:
             check_segmentation(content, shape, np.dtype(dtype), block_size)
         array = decode(content, encoding, shape, dtype, block_size, *more, **named)
-        # What states its own shape would be cropped or repeated to the one wanted.
+        # Formats that state their own shape would be cropped or repeated to fit.
         if (*array.shape, 1, 1)[:4] != tuple(shape):
             raise ValueError(f"holds {array.shape} voxels, expected {tuple(shape)}")
         return array
@@ -42,16 +42,16 @@ def check_segmentation(
 ) -> None:
     """Refuse a chunk of compressed_segmentation that is cut short.
 
-    Its decoder reads beyond the end: other labels, or a crash.
+    Its decoder would read beyond the end, and return wrong labels or crash.
 
     Args:
-        content: the chunk.
-        shape: its voxels along x, y, z and its channels.
+        content: the encoded chunk.
+        shape: number of voxels along x, y, z, and of channels.
         dtype: uint32 or uint64.
         block_size: voxels of a block along x, y, z.
 
     Raises:
-        ValueError: as said.
+        ValueError: the chunk is cut short.
 
     Source: neuroglancer, src/sliceview/compressed_segmentation/README.md
     """
@@ -59,7 +59,7 @@ def check_segmentation(
     num_blocks = math.prod(
         -(-size // step) for size, step in zip(shape[:3], block_size, strict=True)
     )
-    needed = [shape[3]]  # words, by all that is read
+    needed = [shape[3]]  # words that each read requires
     for start in words[: shape[3]]:
         needed.append(start + 2 * num_blocks)
         if max(needed) > len(words):
@@ -72,7 +72,7 @@ def check_segmentation(
             break
         for bits in np.unique(num_bits):
             here = num_bits == bits
-            last = np.zeros(here.sum(), np.int64)  # entry of its table that is read
+            last = np.zeros(here.sum(), np.int64)  # last table entry that is read
             if bits:
                 span = np.arange(num_words[here][0])
                 packed = words[start + values[here, None] + span]

@@ -1,7 +1,8 @@
-"""Say which file of a storage failed, and what to do about it.
+"""Say which file in storage failed, and what to do about it.
 
-cloud-files, boto3 and the decoders seldom name the file. Their errors keep their type
-and get its address; what cannot be decoded becomes a `BrokenFileError`.
+Errors of cloud-files, boto3 and the decoders seldom name the file. Here errors of
+storage keep their type and get the file's address. Errors of decoding become a
+`BrokenFileError`.
 """
 
 import email.utils
@@ -29,7 +30,7 @@ from google.auth.exceptions import DefaultCredentialsError
 from metroem.errors import DatasetError
 from metroem.io.cloud_paths import HOW_TO_WRITE, local_folder
 
-# What `name_failed_files` changes are private parts of these; setup.py bounds them.
+# `name_failed_files` changes private parts of these; setup.py bounds their versions.
 TESTED_WITH = ("cloud-files==6.4.3", "cloud-volume==12.15.2")
 NO_CREDENTIALS = (
     NoCredentialsError,
@@ -37,8 +38,8 @@ NO_CREDENTIALS = (
     DefaultCredentialsError,
 )
 TRY_AGAIN = (
-    "what came is cut short or broken; the same command tries again, and goes on where "
-    "it was"
+    "the data received are cut short or broken; the same command tries again, and "
+    "resumes where it stopped"
 )
 _FILE = "_metroem_file"
 _NETWORK = {"google", "botocore", "requests", "urllib3", "cloudvolume"}
@@ -47,10 +48,10 @@ _COLOURS = re.compile(r"\x1b\[[0-9;]*m")
 
 
 class BrokenFileError(Exception):
-    """A file that was read, but is not what it should be.
+    """A file that was read, but whose content is broken or not as expected.
 
     Attributes:
-        advice: what to do.
+        advice: what the user can do.
     """
 
     def __init__(
@@ -62,11 +63,11 @@ class BrokenFileError(Exception):
 
 
 class InfoError(Exception):
-    """A volume that cannot be read, by its own info; the message follows its path."""
+    """A volume that cannot be read, by its info; the message follows its path."""
 
 
 def failed_file(error: BaseException) -> str | None:
-    """Give the address of the file that an error is about, None if it is not known."""
+    """Return the address of the file that an error is about; None if not known."""
     return getattr(error, _FILE, None)
 
 
@@ -82,14 +83,14 @@ def file_address(cloudpath: str, name: str) -> str:
 
 @contextmanager
 def reading(file: str) -> Iterator[None]:
-    """Name the file in errors of storage, decompression and decoding.
+    """Add the file's address to errors of storage, decompression and decoding.
 
     Args:
-        file: what is read, for messages. An error that has a file already keeps it.
+        file: address of the file that is read. An error that already has one keeps it.
 
     Raises:
         BrokenFileError: the file cannot be decoded.
-        Exception: what storage raised, with the file.
+        Exception: the error of the storage, with the file's address.
     """
     try:
         yield
@@ -109,8 +110,8 @@ def storage_errors(flag: str, path: str, *, doing: str = "read") -> Iterator[Non
     """Turn errors of storage into one line that says what to do.
 
     Args:
-        flag: where the path came from.
-        path: of the volume.
+        flag: the flag that gave the path.
+        path: path of the volume.
         doing: "read" or "written".
 
     Raises:
@@ -139,7 +140,7 @@ def storage_errors(flag: str, path: str, *, doing: str = "read") -> Iterator[Non
 
 
 def _nothing_at(path: str) -> str:
-    """Say what is found where no volume is, and what to do."""
+    """Say what lies at a path that holds no volume, and what to do."""
     folder = local_folder(path)
     if folder is not None and not folder.exists():
         return "no such folder; check the path"
@@ -172,20 +173,20 @@ def _advice(error: Exception) -> str:
         )
     if status in (401, 403):
         return (
-            "check that your credentials are right and allow it. (Stores answer so, "
-            "too, where nothing is, to those who may not list them)"
+            "check that your credentials are right and allow it. (Stores also answer "
+            "like this if nothing is stored there and you may not list the bucket)"
         )
     if status == 404:
         return "there is no such bucket; check the path"
     if status in (429, 503):
         pause = asked_pause(error)
         when = "later" if pause is None else f"in {pause:.0f} s, as it asks"
-        return f"the storage is busy: give the same command again {when}; it goes on"
+        return f"the storage is busy: give the same command again {when}; it resumes"
     return "check the path, the network and your credentials"
 
 
 def range_ignored(file: str | None = None) -> BrokenFileError:
-    """Make the error of a server that sends whole files where a part is asked for."""
+    """Make the error for a server that sends whole files when asked for a part."""
     return BrokenFileError(
         "the server ignores Range: it sends the whole file where a part was asked for",
         "sharded volumes are read in parts, which nginx, Apache and S3 send "
@@ -196,17 +197,17 @@ def range_ignored(file: str | None = None) -> BrokenFileError:
 
 
 def status_of(error: BaseException) -> int | None:
-    """Give the HTTP status that an error reports, None if it is of another kind."""
+    """Return the HTTP status of an error; None if it has none."""
     if isinstance(error, ClientError):
         return error.response.get("ResponseMetadata", {}).get("HTTPStatusCode")
-    # requests has it on the response, Google's errors on themselves.
+    # Errors of requests have it on the response, Google's as an attribute.
     status = getattr(getattr(error, "response", None), "status_code", None)
     found = status or getattr(error, "code", None)
     return found if isinstance(found, int) else None
 
 
 def asked_pause(error: BaseException | None) -> float | None:
-    """Give the seconds of Retry-After, None if an error does not say."""
+    """Return the seconds that Retry-After asks for; None without that header."""
     if isinstance(error, ClientError):
         headers = error.response.get("ResponseMetadata", {}).get("HTTPHeaders", {})
     else:
@@ -231,7 +232,7 @@ def _is_storage_error(error: BaseException) -> bool:
 
 @functools.cache
 def name_failed_files() -> None:
-    """Let cloud-files and cloud-volume say which file failed, from now on."""
+    """Make errors of cloud-files and cloud-volume name the file from now on."""
     for interface in (
         interfaces.S3Interface,
         interfaces.HttpInterface,
@@ -251,7 +252,7 @@ def _naming_file(call: Callable[..., Any]) -> Callable[..., Any]:
             return call(self, file_path, *args, **kwargs)
         except Exception as error:
             key, path = self.get_path_to_file(file_path), self._path
-            is_address = "://" in key  # as those of web servers are
+            is_address = "://" in key  # true for web servers
             _name_file(
                 error, key if is_address else f"{path.protocol}://{path.bucket}/{key}"
             )
@@ -263,8 +264,8 @@ def _naming_file(call: Callable[..., Any]) -> Callable[..., Any]:
 def _naming_chunk(download_chunk: Callable[..., Any]) -> Callable[..., Any]:
     """Wrap cloud-volume's download of one chunk: its errors name the file.
 
-    An empty file is an error, too. With fill_missing cloud-volume takes it for a chunk
-    that does not exist, which is black.
+    An empty file is an error as well. With fill_missing, cloud-volume would take it
+    for a chunk that does not exist, and return zeros.
     """
     signature = inspect.signature(download_chunk)
 
@@ -288,23 +289,23 @@ def _naming_chunk(download_chunk: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def refuse_packed(cloudpath: str, name: str) -> None:
-    """Refuse a file that does not exist under its name, but does so compressed.
+    """Refuse a file that exists only under its name with a compression suffix.
 
-    On local disk, cloud-volume keeps chunks as name.gz and finds them. Other storage
-    does not find them under the plain name; what is not found is black.
+    On local disk, cloud-volume stores chunks as name.gz and finds them. Other storage
+    does not find them under the plain name, and missing chunks become black.
 
     Raises:
-        BrokenFileError: as said.
+        BrokenFileError: only the compressed file exists.
     """
-    # Without threads: those of cloud-files cost 0.1 s each time.
+    # No threads: starting those of cloud-files costs 0.1 s each time.
     files = CloudFiles(cloudpath, progress=False, num_threads=0)
     if files.protocol in ("file", "mem"):
         return
     for ending in interfaces.COMPRESSION_EXTENSIONS:
         if files.exists(name + ending):
             raise BrokenFileError(
-                f"is not there, but lies there compressed, with {ending} at its end",
-                "only local disk finds it so: decompress all such files there, copy "
+                f"is stored only compressed, with {ending} at the end of its name",
+                "only on local disk is it found: decompress all such files there, copy "
                 "the volume with `cloudfiles cp -r`, or let the web server answer the "
                 "plain name with it and `Content-Encoding` (nginx: gzip_static always)",
                 file=file_address(cloudpath, name),

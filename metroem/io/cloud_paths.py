@@ -1,4 +1,4 @@
-"""Read and check paths of volumes, without cloud-volume, which is slow to import."""
+"""Parse and check paths of volumes without importing cloud-volume, which is slow."""
 
 import re
 import shlex
@@ -7,12 +7,12 @@ from pathlib import Path
 from metroem.errors import DatasetError, UsageError
 
 _ENDPOINT = re.compile(r"(?:\w+://)?s3://(https?://[^/]+)/?(.*)")
-# As neuroglancer has it: gs://bucket/em/|zarr2:
+# Neuroglancer's notation: gs://bucket/em/|zarr2:
 _FORMAT_LAST = re.compile(r"(.+?)/*\|([\w-]+):")
-# What cloud-volume takes for the first folder of a path, less the rest of its name.
+# The part of a path's first folder that cloud-volume reads as its name.
 _FIRST_FOLDER = re.compile(r"[\w~.-]*\w")
 _READ = ("precomputed", "zarr", "zarr2", "zarr3", "n5")
-# The formats of cloud-files, for which tests/io/test_paths.py compares the two.
+# The formats of cloud-files; tests/io/test_paths.py compares the two lists.
 FORMATS = (*_READ, "graphene", "boss", "brainmaps", "deepzoom", "nggraph", "render")
 FORMATS += ("vtk", "nifti", "dvid")
 _SCHEMES = ("file", "gs", "s3", "http", "https", "mem")
@@ -23,26 +23,26 @@ HOW_TO_WRITE = (
 
 
 def split_format(path: str) -> tuple[str, str]:
-    """The format that a path names, "" if it names none, and the path without it."""
+    """Split a path into its format ("" if it names none) and the rest."""
     if match := _FORMAT_LAST.fullmatch(path):
         path = f"{match[2].removeprefix('neuroglancer-')}://{match[1]}"
-    form, separator, place = path.partition("://")
+    form, separator, location = path.partition("://")
     known = separator and form in FORMATS
-    return (form, place) if known else ("", path)
+    return (form, location) if known else ("", path)
 
 
 def local_folder(path: str) -> Path | None:
-    """The folder on this machine that a path means; None for other storage."""
-    place = split_format(path)[1].removeprefix("file://")
-    return None if "://" in place else Path(place).expanduser().absolute()
+    """Return the folder on this machine that a path names; None for other storage."""
+    location = split_format(path)[1].removeprefix("file://")
+    return None if "://" in location else Path(location).expanduser().absolute()
 
 
 def cloud_path(path: str) -> str:
-    """A path as cloud-volume opens it: without a scheme it is a local one.
+    """Convert a path to the form that cloud-volume opens; no scheme means local.
 
     Raises:
-        DatasetError: s3:// followed by the server's address, or a local folder that
-            cloud-volume takes for another.
+        DatasetError: the path is s3:// followed by the server's address, or a local
+            folder that cloud-volume would take for another one.
     """
     path = path.rstrip("/")
     if match := _ENDPOINT.fullmatch(path):
@@ -50,10 +50,10 @@ def cloud_path(path: str) -> str:
             f"{path}: cloud-volume does not take the server's address in the path; "
             f"set AWS_ENDPOINT_URL_S3={match[1]} and give s3://{match[2]}"
         )
-    form, place = split_format(path)
-    if "://" not in place and form != "precomputed":
-        place = f"file://{Path(place).expanduser().resolve()}"
-    if (folder := local_folder(place)) is not None:
+    form, location = split_format(path)
+    if "://" not in location and form != "precomputed":
+        location = f"file://{Path(location).expanduser().resolve()}"
+    if (folder := local_folder(location)) is not None:
         first, *others = folder.parts[1:] or ("",)
         if not others or not _FIRST_FOLDER.fullmatch(first):
             raise DatasetError(
@@ -63,20 +63,20 @@ def cloud_path(path: str) -> str:
                 f"otherwise (ln -s {shlex.quote(str(folder))} PATH), and give file://"
                 "PATH, all of it"
             )
-    return f"{form}://{place}" if form else place
+    return f"{form}://{location}" if form else location
 
 
 def check_source(flag: str, path: str) -> None:
-    """Refuse a path that cannot be that of a volume that is read.
+    """Refuse a path that cannot lead to a readable volume.
 
     Args:
-        flag: where the path came from.
-        path: from `cloud_path`.
+        flag: the flag that gave the path.
+        path: as returned by `cloud_path`.
 
     Raises:
-        DatasetError: another format, an unknown scheme, or a file.
+        DatasetError: the format or the scheme is not read, or the path is a file.
     """
-    form, place = split_format(path)
+    form, _ = split_format(path)
     if form not in ("", *_READ):
         kind = "a segmentation for proofreading" if form == "graphene" else "not read"
         raise DatasetError(
@@ -93,10 +93,11 @@ def check_source(flag: str, path: str) -> None:
 
 
 def check_exists(flag: str, path: str | None) -> None:
-    """Refuse a path, if one is given, that no volume can be read from.
+    """Refuse a path that no volume can be read from; None passes.
 
     Raises:
-        DatasetError: see `cloud_path` and `check_source`; or no such local folder.
+        DatasetError: see `cloud_path` and `check_source`; or the local folder does
+            not exist.
     """
     if path is None:
         return
@@ -108,7 +109,7 @@ def check_exists(flag: str, path: str | None) -> None:
 
 
 def check_dataset(folder: Path) -> None:
-    """Refuse a data set that is not there (DatasetError)."""
+    """Raise DatasetError if the folder of a data set does not exist."""
     if not folder.is_dir():
         raise DatasetError(
             f"{folder}: no such folder; download_image.py makes one with image sets"
@@ -116,19 +117,19 @@ def check_dataset(folder: Path) -> None:
 
 
 def check_destination(flag: str, path: str) -> None:
-    """Refuse to write anything but a precomputed volume, or where nobody can.
+    """Refuse a path at which no precomputed volume can be written.
 
     Raises:
-        DatasetError: see `cloud_path`; or an unknown scheme.
-        UsageError: another format, or a web server.
+        DatasetError: see `cloud_path`; or the scheme is not known.
+        UsageError: the path names another format, or a web server.
     """
-    form, place = split_format(path)
+    form, location = split_format(path)
     if form not in ("", "precomputed"):
         raise UsageError(
             f"{flag} {path}: {form} is not written, only read; expected a path of a "
             "precomputed volume: gs://, s3:// or a local folder"
         )
-    if place.startswith(("http://", "https://")):
+    if location.startswith(("http://", "https://")):
         raise UsageError(
             f"{flag} {path}: web servers take no files; give a local path, gs:// or "
             "s3://"
@@ -142,7 +143,7 @@ def _check_scheme(flag: str, path: str) -> None:
     scheme, separator, _ = split_format(path)[1].partition("://")
     if not separator or scheme in _SCHEMES:
         return
-    import cloudfiles.paths  # slow; it knows the user's own aliases too
+    import cloudfiles.paths  # slow to import; it also knows the user's own aliases
 
     cloudfiles.paths.update_aliases_from_file()
     known = cloudfiles.paths.ALLOWED_PROTOCOLS

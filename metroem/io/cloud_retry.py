@@ -1,8 +1,9 @@
-"""Limit how long storage is waited for, and choose which requests are tried again.
+"""Set time limits for storage, and choose which failed requests are retried.
 
-cloud-files tries everything seven times, up to a minute apart, even what can only fail
-again. boto3 tries five times within each of those, and nothing limits web servers.
-Here permanent errors are raised at once; others are retried for `TIMEOUT_S` seconds.
+By default cloud-files tries each request seven times, up to a minute apart, even after
+permanent errors. Each of these tries is up to five of boto3, and web servers have no
+time limit. Here permanent errors are raised at once; others are retried for
+`TIMEOUT_S` seconds.
 """
 
 import functools
@@ -29,24 +30,24 @@ from metroem.io.cloud_errors import (
 )
 from metroem.io.volume_info import check_infos
 
-# What `set_timeouts` changes are private parts of this version; setup.py bounds it.
+# `set_timeouts` changes private parts of this version; setup.py bounds it.
 TESTED_WITH = "cloud-files==6.4.3"
-# Seconds until storage that does not answer, or hangs up, is given up. Threads of
-# cloud-files may begin another chunk before they learn of it: twice that at most.
+# Seconds until we give up on storage that does not answer, or breaks connections.
+# Threads of cloud-files may start another chunk before they notice: at most twice that.
 TIMEOUT_S = 12.0
 _CONNECT_S = 4.0
-# Statuses of 400 and above that say "later", not "no".
-_LATER = {408, 429}
+# HTTP statuses from 400 to 499 after which a retry may succeed.
+_RETRYABLE_STATUSES = {408, 429}
 
 
 def prepare_storage() -> None:
     """Change how cloud-files and cloud-volume fail; call before a volume is opened.
 
-    Waiting is limited, errors name their file, a 403 is an error, chunks that do not
-    fit are refused, and plain AWS keys will do.
+    Waiting is limited, errors name their file, a 403 is an error, and broken chunks
+    are refused. AWS keys work without a session token.
     """
     if "AWS_ACCESS_KEY_ID" in os.environ:
-        # cloud-files looks it up, though long-lived keys come without one.
+        # cloud-files requires a session token, which long-lived keys do not have.
         os.environ.setdefault("AWS_SESSION_TOKEN", "")
     set_timeouts()
     name_failed_files()
@@ -55,7 +56,7 @@ def prepare_storage() -> None:
 
 
 def set_boto_timeouts() -> None:
-    """Let boto3 wait no longer than `TIMEOUT_S`, and leave retries to cloud-files."""
+    """Limit boto3's waits to `TIMEOUT_S`, and leave retries to cloud-files."""
     session = botocore.session.get_session()
     session.set_default_client_config(
         Config(
@@ -69,10 +70,10 @@ def set_boto_timeouts() -> None:
 
 @functools.cache
 def set_timeouts() -> None:
-    """Make cloud-files fail at once where it is final, else after `TIMEOUT_S`."""
+    """Make cloud-files raise permanent errors at once, others after `TIMEOUT_S`."""
     set_boto_timeouts()
     interfaces.HttpInterface.adaptor = _HttpAdapter()
-    # The one request to S3 that cloud-files does not try again.
+    # The only request to S3 that cloud-files does not retry.
     s3: Any = interfaces.S3Interface
     s3.exists = interfaces.retry(s3.exists)
     for owner in (
@@ -91,30 +92,30 @@ def set_timeouts() -> None:
 
 
 def is_retryable(error: BaseException) -> bool:
-    """Whether the same request may succeed a little later."""
+    """Whether the same request may succeed a moment later."""
     if isinstance(error, (*NO_CREDENTIALS, KeyError, BrokenFileError)):
         return False
     status = status_of(error)
-    return status is None or status >= 500 or status in _LATER
+    return status is None or status >= 500 or status in _RETRYABLE_STATUSES
 
 
 class _HttpAdapter(HTTPAdapter):
-    """Gives every request a time limit, which cloud-files does not.
+    """HTTP adapter that gives every request a time limit, and refuses wrong answers.
 
-    A 403 is an error: cloud-files answers it as if nothing were stored there. So is
-    the whole file, which may be huge, where a range of it was asked for.
+    A 403 is an error; cloud-files would take it for a missing file. A whole file is an
+    error if only a range was asked for, since it may be huge.
     """
 
     def send(self, request: PreparedRequest, *args: Any, **kwargs: Any) -> Response:
         kwargs["timeout"] = kwargs.get("timeout") or (_CONNECT_S, TIMEOUT_S)
-        if "Range" in request.headers:  # servers that compress send whole files
+        if "Range" in request.headers:  # servers that compress ignore Range
             request.headers["Accept-Encoding"] = "identity"
         response = super().send(request, *args, **kwargs)
         if response.status_code == 403:
             response.close()
             response.raise_for_status()
         if response.status_code == 404:
-            _ = response.content  # read, so that the connection is used again
+            _ = response.content  # read it, so that the connection can be reused
         is_empty = response.headers.get("Content-Length") == "0"
         if response.status_code == 200 and "Range" in request.headers and not is_empty:
             response.close()
@@ -123,7 +124,7 @@ class _HttpAdapter(HTTPAdapter):
 
 
 def _pause(state: RetryCallState) -> float:
-    """Seconds until the next try, which the storage may have asked for."""
+    """Seconds until the next try: random, but at least what the storage asked for."""
     own = wait_random_exponential(TIMEOUT_S / 24, 5 * TIMEOUT_S)(state)
     error = state.outcome.exception() if state.outcome else None
     return max(own, asked_pause(error) or 0)

@@ -1,8 +1,8 @@
-"""Finished fields of a set in the making, joined without being packed again.
+"""Write the fields of one set from many processes, and join them into one file.
 
-Packing a field (scaleoffset, lzf, the checksum) takes 40 times as long as copying
-what came of it (2048 px, 2026-11). So each process packs the fields that it makes,
-and the one that joins them copies packed chunks.
+Compressing a field (scaleoffset, lzf, the checksum) takes 40 times as long as copying
+the compressed chunks (2048 px, 2026-11). So each process compresses its own fields,
+and the process that joins them copies compressed chunks.
 """
 
 import time
@@ -16,12 +16,12 @@ from metroem.errors import DatasetError, FieldError
 from metroem.io.h5_checks import main_dataset
 from metroem.io.h5_write import (
     FieldSetMeta,
+    atomic_h5,
     check_shape,
     describe,
     field_chunks,
     field_dataset,
-    keep_room,
-    replacing_h5,
+    reserve_space,
 )
 from metroem.io.resume import ResumeStore
 
@@ -30,17 +30,17 @@ _SEEN_WITHIN_S = 90.0
 
 
 class FieldSetWriter:
-    """Fields by index in a folder, for one request.
+    """Finished fields of one request, stored by index in a folder.
 
-    Processes may put different fields at the same time, on several machines if the
-    folder is on storage that they share.
+    Processes may put different fields at the same time. They may run on several
+    machines if these share the folder.
 
     Args:
         folder: made if missing; see `parts_folder`.
-        request: what the fields are made from, JSON-able.
+        request: all that the fields depend on; JSON-able.
 
     Raises:
-        DatasetError: the folder holds parts of another request.
+        DatasetError: the folder contains results of another request.
     """
 
     def __init__(self, folder: Path, request: Mapping) -> None:
@@ -48,9 +48,10 @@ class FieldSetWriter:
         self._store = ResumeStore(folder, request)
 
     def has(self, index: int) -> bool:
-        """Whether a whole field is there; one that cannot be read is dropped.
+        """Whether a field is stored; a file that cannot be read is deleted.
 
-        One of other chunks, as a run of an earlier version left it, cannot be joined.
+        A field with other chunk sizes, from an earlier version, counts as missing: its
+        chunks cannot be copied.
         """
         path = self._path(index)
         if not path.is_file():
@@ -68,45 +69,46 @@ class FieldSetWriter:
             return False
 
     def put(self, index: int, field: np.ndarray) -> None:
-        """Keep a field, ([2 sides,] 2, H, W) float32, pixels, rounded to 0.01 px.
+        """Store a field, ([2 sides,] 2, H, W) float32, pixels, rounded to 0.01 px.
 
         Raises:
             FieldError: a vector is NaN or infinite.
         """
         if not np.isfinite(field).all():
-            share = 1 - np.isfinite(field).mean()
+            fraction = 1 - np.isfinite(field).mean()
             raise FieldError(
-                f"{self._path(index)}: {share:.1%} of the field is NaN or infinite"
+                f"{self._path(index)}: {fraction:.1%} of the field is NaN or infinite"
             )
-        with replacing_h5(self._path(index)) as file:
+        with atomic_h5(self._path(index)) as file:
             vectors = field_dataset(file, 1, field.shape)
-            keep_room(file)
+            reserve_space(file)
             vectors[0] = field
 
     def join(self, path: Path, meta: FieldSetMeta) -> Iterator[int]:
-        """Write the set, step by step; it has its name when the last step is done.
+        """Write the whole set, field by field; the file gets its name at the end.
 
-        The file has what `write_field_set` would write of the same fields.
+        The file is the same as `write_field_set` would write from these fields.
 
         Args:
-            path: where; a file of this name is replaced when the new one is whole.
-            meta: what the file says about itself; a part for each of its frames.
+            path: file to write; an existing file is replaced when the new one is
+                complete.
+            meta: the metadata of the file. There must be a field for each frame.
 
         Yields:
-            How many fields are joined, after each.
+            Number of fields joined so far.
 
         Raises:
-            DatasetError: a part is missing, or of another shape.
+            DatasetError: a field is missing, or has another shape.
         """
         shape = (*(2,) * meta.num_sides, *meta.shape)
-        with replacing_h5(path) as file:
+        with atomic_h5(path) as file:
             vectors = field_dataset(file, len(meta.frames), shape)
             checksums = []
             for index in range(len(meta.frames)):
                 self._wait_for(index)
                 with h5py.File(self._path(index), "r") as part:
                     check_shape(path, index, main_dataset(part).shape[1:], shape)
-                    keep_room(file)
+                    reserve_space(file)
                     _copy_chunks(part, vectors, index)
                     checksums.append(part["checksum"][0])  # type: ignore[index]
                 yield index + 1
@@ -114,7 +116,7 @@ class FieldSetWriter:
             describe(file, meta, moved=False)
 
     def remove(self) -> None:
-        """Delete the folder with all its parts."""
+        """Delete the folder with all its fields."""
         self._store.remove()
 
     def _wait_for(self, index: int) -> None:
@@ -133,9 +135,9 @@ class FieldSetWriter:
 
 
 def _copy_chunks(part: h5py.File, vectors: h5py.Dataset, index: int) -> None:
-    """Copy the chunks of a part of one field, as they are, to a place of a set."""
+    """Copy the compressed chunks of one field's file to pair `index` of a set."""
     source = main_dataset(part).id
     for number in range(source.get_num_chunks()):
-        place = source.get_chunk_info(number).chunk_offset
-        filters, packed = source.read_direct_chunk(place)
-        vectors.id.write_direct_chunk((index, *place[1:]), packed, filters)
+        offset = source.get_chunk_info(number).chunk_offset
+        filters, packed = source.read_direct_chunk(offset)
+        vectors.id.write_direct_chunk((index, *offset[1:]), packed, filters)

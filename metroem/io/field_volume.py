@@ -1,4 +1,4 @@
-"""A volume of displacements: what its values mean, and how images get them."""
+"""Read volumes of displacements in any unit and channel order."""
 
 import logging
 import math
@@ -16,24 +16,24 @@ logger = logging.getLogger(__name__)
 
 CHANNEL_ORDERS = ("xy", "yx")
 FIELD_UNITS = ("mip0", "relative")
-# corgie and its kin keep quarter pixels in int16 volumes.
+# corgie and related programs store quarter pixels in int16 volumes.
 _QUARTER = 0.25
-# Pixels around the patch that bilinear resampling reads.
+# Pixels around the patch that bilinear resampling needs.
 _MARGIN_PX = 1
 
 
 @dataclass(frozen=True)
 class FieldFormat:
-    """What the values of a volume of displacements are.
+    """What the values of a volume of displacements mean.
 
     Attributes:
-        channel_order: what channel 0 and 1 are displacements along.
-        field_unit: "mip0": mip-0 pixels; "relative": pixels of the mip read.
-        int16_scale: what 1 of an int16 volume stands for, in that unit; None: a
-            quarter.
+        channel_order: axes of channels 0 and 1, "xy" or "yx".
+        field_unit: "mip0": mip-0 pixels; "relative": pixels of the mip that is read.
+        int16_scale: length of a stored 1 in an int16 volume, in `field_unit`; None
+            means 0.25.
 
     Raises:
-        UsageError: another value.
+        UsageError: a value is not allowed.
     """
 
     channel_order: str
@@ -55,13 +55,13 @@ class FieldVolume:
     """The displacements of a volume at one mip.
 
     Attributes:
-        volume: where they are.
-        mip: that is read.
-        scale: mip-0 pixels that a stored 1 stands for.
+        volume: the volume that stores them.
+        mip: the mip that is read.
+        scale: length of a stored 1, mip-0 pixels.
 
     Raises:
-        DatasetError: the volume holds something else than fields.
-        UsageError: a scale for int16 where the volume is float.
+        DatasetError: the volume is neither float nor int16.
+        UsageError: `int16_scale` is given, but the volume is float.
     """
 
     def __init__(self, volume: Volume, mip: int, form: FieldFormat) -> None:
@@ -69,18 +69,23 @@ class FieldVolume:
         self.scale = self._stored_scale()
 
     def window(self, patch: Grid) -> Grid:
-        """What is read for a patch: with the margin that resampling needs, as far
-        as the volume goes.
+        """Grid to read for a patch: with the margin for resampling, inside the volume.
+
+        If the volume does not overlap the patch, it is the patch at the mip that is
+        read.
         """
         margin = 0 if self.mip == patch.mip else _MARGIN_PX
         wide = patch.cover(self.mip, margin_px=margin)
         return self.volume.clip(wide) or patch.cover(self.mip)
 
     def displacements(self, stored: np.ndarray) -> np.ndarray:
-        """(2, H, W) float32, mip-0 pixels, channel 0 along cols.
+        """Convert stored values to displacements.
 
         Args:
-            stored: (2, H, W) as the volume has it; NaN may be among it.
+            stored: (2, H, W) as in the volume; may contain NaN.
+
+        Returns:
+            (2, H, W) float32, mip-0 pixels, channel 0 along cols.
         """
         vectors = stored.astype(np.float32) * np.float32(self.scale)
         # cols run along the volume's y, so the displacement along y comes first.
@@ -114,16 +119,16 @@ class FieldVolume:
 def mean_translation(
     displacements: np.ndarray, counts: np.ndarray, mip: int
 ) -> tuple[int, int] | None:
-    """The mean displacement, rounded down to pixels of a mip.
+    """Compute the mean displacement, rounded down to whole pixels of a mip.
 
     Args:
         displacements: (2, H, W), mip-0 pixels, channel 0 along cols.
-        counts: (H, W) bool, which of them may count; those that are not finite
-            never do.
-        mip: the translation is a multiple of 2**mip.
+        counts: (H, W) bool, True where a vector counts. Vectors that are not finite
+            never count.
+        mip: the result is a multiple of 2**mip.
 
     Returns:
-        x and y, mip-0 pixels; None where no vector counts.
+        x and y, mip-0 pixels; None if no vector counts.
     """
     counts = counts & np.isfinite(displacements).all(0)
     if not counts.any():
@@ -136,13 +141,13 @@ def mean_translation(
 def residual_field(
     displacements: np.ndarray, source: Grid, patch: Grid, translation: tuple[int, int]
 ) -> np.ndarray:
-    """What is left of a field on the patch after its translation is taken out.
+    """Subtract the translation from a field, and resample the rest to the patch.
 
     Args:
-        displacements: (2, H, W) on `source`, mip-0 pixels, channel 0 along cols;
-            those that are not finite become the nearest that is.
-        source: their grid.
-        patch: grid wanted, of no coarser mip.
+        displacements: (2, H, W) on `source`, mip-0 pixels, channel 0 along cols.
+            Vectors that are not finite are replaced by the nearest finite one.
+        source: grid of the displacements.
+        patch: grid of the result; its mip must not be coarser.
         translation: x and y, mip-0 pixels.
 
     Returns:
@@ -150,6 +155,6 @@ def residual_field(
     """
     x, y = translation
     filled = fill_not_finite(torch.from_numpy(displacements.copy())[None])
-    left = filled - torch.tensor([y, x], dtype=filled.dtype)[:, None, None]
-    field = left / (1 << source.mip)
+    residual = filled - torch.tensor([y, x], dtype=filled.dtype)[:, None, None]
+    field = residual / (1 << source.mip)
     return resample_field(field, source, patch)[0].numpy()

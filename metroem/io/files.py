@@ -1,4 +1,4 @@
-"""Write files whole or not at all, and let one run at a time write them."""
+"""Write files atomically, and lock them so that one run at a time writes them."""
 
 import errno
 import glob
@@ -15,12 +15,12 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from metroem.errors import StorageError, disk_trouble
+from metroem.errors import StorageError, disk_error
 from metroem.utils import cli
 
 logger = logging.getLogger(__name__)
 
-# Seconds. Long enough for a run that ends now to have removed its lock.
+# Seconds to wait for a lock: a run that is just ending removes its lock in this time.
 _TIMEOUT_S = 0.1
 _READ_ONLY = {errno.EROFS, errno.EACCES, errno.EPERM}
 _NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL}
@@ -28,24 +28,24 @@ _NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL}
 
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Say for people why a file cannot be written.
+    """Explain why a file cannot be written, if the disk is the cause.
 
     Args:
-        path: of the file (or folder) that is written within.
+        path: file or folder that the `with` block writes.
 
     Raises:
-        StorageError: the operating system refused.
+        StorageError: the disk is full or fails, or may not be written to.
     """
     try:
         yield
     except OSError as error:
-        if trouble := disk_trouble(error, path):
-            raise trouble from error
+        if for_user := disk_error(error, path):
+            raise for_user from error
         raise
 
 
 def make_folder(path: Path) -> None:
-    """Make a folder, and those that it lies in, unless it is there.
+    """Make a folder and its parents, unless they exist.
 
     Raises:
         StorageError: it cannot be made.
@@ -53,25 +53,25 @@ def make_folder(path: Path) -> None:
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise folder_trouble(error, path) from error
+        raise folder_error(error, path) from error
 
 
-def folder_trouble(error: OSError, path: Path) -> StorageError:
-    """Why a folder cannot be made, for people."""
-    return disk_trouble(error, path) or StorageError(
+def folder_error(error: OSError, path: Path) -> StorageError:
+    """Make the error that says why a folder cannot be made."""
+    return disk_error(error, path) or StorageError(
         f"{path}: this folder cannot be made ({error.strerror}); name another"
     )
 
 
 def try_writing(folder: Path, flag: str | None = None) -> None:
-    """Make sure, before hours of work, that a folder takes files.
+    """Check before hours of work that files can be written to a folder.
 
     Args:
         folder: made if it is missing.
-        flag: that names another one.
+        flag: the flag that chooses another folder, for the message.
 
     Raises:
-        StorageError: it takes none.
+        StorageError: no file can be written there.
     """
     try:
         make_folder(folder)
@@ -85,13 +85,14 @@ def try_writing(folder: Path, flag: str | None = None) -> None:
 
 @contextmanager
 def atomic_write(path: Path) -> Iterator[Path]:
-    """A temporary name beside a file, which takes its place when all went well.
+    """Write a file under a temporary name, and rename it at the end if all went well.
 
     Args:
-        path: of the file; its folder is there.
+        path: final path of the file; its folder must exist.
 
     Yields:
-        Where to write it; without an error it is synced and renamed after.
+        Temporary path to write to. After the block it is synced and renamed; after an
+        error it is deleted.
 
     Raises:
         StorageError: the disk is full, or may not be written to.
@@ -109,45 +110,45 @@ def atomic_write(path: Path) -> Iterator[Path]:
 
 
 def remove_partial_files(path: Path) -> None:
-    """Delete what runs that were killed while they wrote a file left behind.
+    """Delete the temporary files that killed runs of `atomic_write` left behind.
 
-    Only for whoever keeps others from writing it.
+    Call it only where no other run can be writing the same file.
     """
     for left in path.parent.glob(f".{glob.escape(path.name)}.tmp-*"):
         left.unlink(missing_ok=True)
 
 
 def replace_file(path: Path, content: bytes | memoryview) -> None:
-    """Write a file whole, in the place of what was there; raises as `atomic_write`."""
+    """Write a file, or replace it, atomically; see `atomic_write` for its errors."""
     with atomic_write(path) as partial:
         partial.write_bytes(content)
 
 
 def lock_path(path: Path) -> Path:
-    """Where the lock of a file or folder lies while a run writes it."""
+    """Path of the lock of a file or folder while a run writes it."""
     return path.with_name(f".{path.name}.lock")
 
 
 @contextmanager
 def lock(path: Path) -> Iterator[None]:
-    """Keep other runs away while this one writes.
+    """Hold a lock, so that no other run writes at the same time.
 
-    Where nothing can be written there is nothing to keep them from.
+    A folder that nobody can write to needs no lock, and gets none.
 
     Args:
-        path: its file; made if it does not exist, and removed at the end.
+        path: the lock file; made if missing, and removed at the end.
 
     Raises:
-        StorageError: another run holds it, or the disk is full.
+        StorageError: another run holds the lock, or the disk is full.
     """
     held = FileLock(path, timeout=_TIMEOUT_S, mode=0o666, fallback_to_soft=False)
     try:
         held.acquire()
     except Timeout:
-        raise StorageError(_refusal(path)) from None
+        raise StorageError(_lock_message(path)) from None
     except OSError as error:
-        if not _is_lockless(error, path.parent):
-            raise folder_trouble(error, path.parent) from error
+        if not _can_run_without_lock(error, path.parent):
+            raise folder_error(error, path.parent) from error
         yield
         return
     try:
@@ -155,13 +156,13 @@ def lock(path: Path) -> Iterator[None]:
             path.write_text(json.dumps(_about_this_run()) + "\n")
         yield
     finally:
-        # While it is held, so that no other run holds a file that has no name.
+        # Delete it before release: else another run could lock a file being deleted.
         path.unlink(missing_ok=True)
         held.release()
 
 
-def _is_lockless(error: OSError, folder: Path) -> bool:
-    """Whether a run may go on without a lock; warns where others may write, too."""
+def _can_run_without_lock(error: OSError, folder: Path) -> bool:
+    """Whether a run may continue without a lock; warns if other runs may write, too."""
     if error.errno in _NO_LOCKS:
         logger.warning(
             "%s: this storage has no locks (%s); see to it that no other run "
@@ -169,7 +170,7 @@ def _is_lockless(error: OSError, folder: Path) -> bool:
             *(folder, error.strerror),
         )
         return True
-    # filelock also refuses a file that another account left in a folder like /tmp.
+    # filelock also fails on a file that another account left in a folder like /tmp.
     return error.errno in _READ_ONLY and not os.access(folder, os.W_OK)
 
 
@@ -182,7 +183,8 @@ def _about_this_run() -> dict[str, str | int]:
     }
 
 
-def _refusal(path: Path) -> str:
+def _lock_message(path: Path) -> str:
+    """Say which run holds a lock."""
     try:
         about = json.loads(path.read_bytes())
         who = (
@@ -190,7 +192,7 @@ def _refusal(path: Path) -> str:
             f"({about['command']})"
         )
     except (OSError, ValueError, KeyError, TypeError):
-        who = "another run that has just begun"
+        who = "another run that has just started"
     return (
         f"{path}: in use by {who}; wait until it ends, or stop it. A run that died "
         "holds no lock, so there is nothing to delete"

@@ -1,32 +1,32 @@
-"""Image sets and field sets: h5 files that say what is in them.
+"""Define the h5 files of image sets and field sets, which describe their own content.
 
     image set   img   (num_pairs, 2 sides, H, W) float32, side 0 src, side 1 tgt
     field set   main  (num_pairs, 2, H, W) float32: written between stages
                 field (num_pairs, 2 sides, 2, H, W) float32: downloaded, or written
-                      by stages after a download; the prior field of src, and what
-                      warps tgt when it is loaded
+                      by stages after a download. Side 0 is the prior field of src;
+                      side 1 warps tgt when it is loaded
 
-Fields are pull, pixels of the file's mip, channel 0 along cols, channel 1 along
-rows, kept to 0.01 px (HDF5's scaleoffset; what is closer to 0 becomes 0).
+Fields are pull, in pixels of the file's mip, channel 0 along cols, channel 1 along
+rows. They are rounded to 0.01 px (HDF5's scaleoffset); smaller values become 0.
 
-Beside them lies, for each pair,
+The files have these datasets for each pair:
 
     box         (num_pairs, 2 sides, 6) int64: x0, y0, z0, x1, y1, z1, mip-0 pixels
-    offset      (num_pairs, 2 sides, 2) int64: x and y, mip-0 pixels, by which
-                that side was read elsewhere (images) or what was taken out of its
-                vectors (fields), which is the same
-    checksum    (num_pairs,) uint32: CRC-32 of the pair's bytes, defects and all
-    blank       (num_pairs, 2 sides) float32: share of pixels without data (images)
+    offset      (num_pairs, 2 sides, 2) int64: x and y, mip-0 pixels. In image sets, by
+                how much the side was read away from the frame. In field sets, the
+                translation taken out of the vectors. The two are equal
+    checksum    (num_pairs,) uint32: CRC-32 of the pair's bytes, including defects
+    blank       (num_pairs, 2 sides) float32: fraction of pixels without data (images)
     defects     (num_pairs, 2 sides, H, W) uint8, lzf: 1 on folds, cracks and dirt
-                (images, where a volume of defects was given)
+                (images, if a volume of defects was given)
 
-as datasets, because HDF5 attributes end at 64 KiB. The rest is in attributes:
-format_version, kind, source_path, mip, resolution (nm), command, request; of
-images anchor and normalization; of fields unit, direction, channel_order, stage
+They are datasets since HDF5 attributes are limited to 64 KiB. Attributes of both kinds
+are format_version, kind, source_path, mip, resolution (nm), command and request. Image
+sets add anchor and normalization. Field sets add unit, direction, channel_order, stage
 and checkpoint.
 
-Files of the original have none of this. For them corner and mip come from the
-name, and pair i is src z + i on tgt z + i - 1.
+Files of the original have none of this. Their corner and mip come from the file name,
+and pair i is src z + i on tgt z + i - 1.
 """
 
 from metroem.io.h5_checks import verify

@@ -1,4 +1,4 @@
-"""Open h5 files safely, and verify what they hold."""
+"""Open h5 files safely, and verify their content."""
 
 import json
 import logging
@@ -19,16 +19,16 @@ logger = logging.getLogger(__name__)
 
 CHECKSUM_KEY = "checksum"
 DEFECTS_KEY = "defects"
-# What h5py raises where a filter cannot undo what is stored.
+# Errors that h5py raises if a filter cannot decode a chunk.
 _BROKEN = (OSError, RuntimeError)
-# What h5py raises for files that are damaged.
+# Errors that h5py raises for damaged files.
 _UNREADABLE = (OSError, RuntimeError, KeyError, TypeError, ValueError, MemoryError)
-# What has more bytes than this may have so many times those that are stored.
-_LARGE, _MOST_PACKED = 2**27, 10_000
+# A dataset of more bytes than _LARGE may be at most _MAX_RATIO times its stored bytes.
+_LARGE, _MAX_RATIO = 2**27, 10_000
 
 
 def main_dataset(file: h5py.File) -> h5py.Dataset:
-    """The images or the fields of a set, (num_pairs, ...)."""
+    """Return the dataset of a set's images or fields, (num_pairs, ...)."""
     return next(
         main
         for key in ("img", "main", "field")
@@ -37,20 +37,20 @@ def main_dataset(file: h5py.File) -> h5py.Dataset:
 
 
 def pair_checksum(file: h5py.File, index: int) -> int:
-    """CRC-32 of the bytes of a pair, of its images or field and then its defects."""
+    """Compute the CRC-32 of a pair's bytes: its images or field, then its defects."""
     main, masks = main_dataset(file), own_dataset(file, DEFECTS_KEY)
     checksum = zlib.crc32(np.ascontiguousarray(main[index]).tobytes())
-    # Another shape is no mask of these images, and may be of any size.
+    # A mask of another shape does not belong to these images, and may be huge.
     if masks is not None and masks.shape == main.shape:
         checksum = zlib.crc32(np.ascontiguousarray(masks[index]).tobytes(), checksum)
     return checksum
 
 
 def stored_checksums(file: h5py.File) -> np.ndarray | None:
-    """(num_pairs,) what a set says of its pairs; None for files of the original.
+    """Read the checksums that a set states, (num_pairs,); None for the original's.
 
     Raises:
-        DatasetError: another number of them, or no whole numbers.
+        DatasetError: their number is wrong, or they are not whole numbers.
     """
     found = own_dataset(file, CHECKSUM_KEY)
     if found is None:
@@ -59,13 +59,13 @@ def stored_checksums(file: h5py.File) -> np.ndarray | None:
     if found.shape != (num_pairs,) or found.dtype.kind not in "iu":
         raise DatasetError(
             f"{file.filename}: {found.dtype} {found.shape} checksums for {num_pairs} "
-            "pairs, expected one whole number a pair"
+            "pairs, expected one whole number per pair"
         )
     return np.asarray(found)
 
 
 def checksums_of(path: Path) -> np.ndarray:
-    """(num_pairs,) what a set says of its pairs; files of the original are read for it.
+    """Return the checksums of a set, (num_pairs,); computed for files of the original.
 
     Raises:
         DatasetError: the file cannot be read.
@@ -80,15 +80,15 @@ def checksums_of(path: Path) -> np.ndarray:
 
 @lru_cache
 def _computed(path: Path, *_state: int) -> np.ndarray:
-    """The checksums of a file without any, once for each state of the file."""
-    logger.info("%s: has no checksums, it is read as a whole to know its data", path)
+    """Compute the checksums of a file that has none, once per state of the file."""
+    logger.info("%s: has no checksums; the whole file is read to compute them", path)
     with opened(path) as file:
         pairs = range(len(main_dataset(file)))
         return np.array([pair_checksum(file, index) for index in pairs], np.uint32)
 
 
 def difference(file: h5py.File, index: int, expected: int) -> str | None:
-    """How a pair is not what was written, in words; None if it is."""
+    """Say how a pair differs from what was written; None if it does not."""
     try:
         found = pair_checksum(file, index)
     except _BROKEN as error:
@@ -102,10 +102,10 @@ def difference(file: h5py.File, index: int, expected: int) -> str | None:
 
 
 def check_pair(file: h5py.File, index: int) -> None:
-    """Refuse a pair that is not what was written; one without a checksum passes.
+    """Refuse a pair whose checksum is wrong; a pair without a checksum passes.
 
     Raises:
-        DatasetError: so.
+        DatasetError: the pair is not what was written.
     """
     checksums = stored_checksums(file)
     if checksums is None:
@@ -119,9 +119,10 @@ def check_pair(file: h5py.File, index: int) -> None:
 
 
 def verify(path: Path) -> list[str]:
-    """What is wrong with the bytes of a set, one line a pair; [] if nothing.
+    """Check all pairs of a set against their checksums.
 
-    Files of the original have no checksums: [] for them.
+    Returns:
+        One line per damaged pair. Files of the original have no checksums: [].
     """
     with opened(path) as file:
         try:
@@ -136,10 +137,10 @@ def verify(path: Path) -> list[str]:
 
 @contextmanager
 def opened(path: Path) -> Iterator[h5py.File]:
-    """An h5 file to read from.
+    """Open an h5 file for reading.
 
     Raises:
-        DatasetError: there is none, or what is read of it cannot be.
+        DatasetError: there is no such file, or the `with` block cannot read it.
     """
     if not path.is_file():
         raise DatasetError(f"{path}: no such file")
@@ -153,11 +154,11 @@ def opened(path: Path) -> Iterator[h5py.File]:
 
 
 def own_dataset(file: h5py.File, key: str) -> h5py.Dataset | None:
-    """A dataset of a file; None if it has none of that name.
+    """Return a dataset of a file; None if there is none of that name.
 
     Raises:
-        DatasetError: its values lie in another file. Whoever made a data set could
-            otherwise name any file of the machine that reads it.
+        DatasetError: its values lie in another file. Otherwise a data set from a
+            stranger could read any file of this machine.
     """
     found = file.get(key)
     if not isinstance(found, h5py.Dataset):
@@ -176,13 +177,13 @@ def own_dataset(file: h5py.File, key: str) -> h5py.Dataset | None:
 
 
 def check_stored(main: h5py.Dataset) -> None:
-    """Refuse what holds no numbers, or cannot be as large as it says.
+    """Refuse a dataset that does not hold numbers, or claims an impossible size.
 
     Args:
         main: all pairs of a set, (num_pairs, ...).
 
     Raises:
-        DatasetError: so.
+        DatasetError: the dataset is refused.
     """
     where, shape = f"{main.file.filename}: {main.name}", main.shape
     if len(shape) < 4 or main.dtype.kind not in "fiu":
@@ -191,7 +192,7 @@ def check_stored(main: h5py.Dataset) -> None:
         )
     size = math.prod(shape) * main.dtype.itemsize
     stored = main.id.get_storage_size()
-    if size > _LARGE and size > _MOST_PACKED * stored:
+    if size > _LARGE and size > _MAX_RATIO * stored:
         raise DatasetError(
             f"{where} says that it has {size / 2**30:.3g} GiB, but {stored} bytes are "
             "stored: it is damaged"
@@ -201,10 +202,10 @@ def check_stored(main: h5py.Dataset) -> None:
 def whole_numbers(
     numbers: h5py.Dataset | None, shape: tuple[int, ...]
 ) -> np.ndarray | None:
-    """What a file says of each pair, int64; None if it does not say it.
+    """Read a dataset of whole numbers as int64; None for None.
 
     Raises:
-        DatasetError: it is of another shape, or no whole numbers.
+        DatasetError: it has another shape, or does not hold whole numbers.
     """
     if numbers is None:
         return None
@@ -217,7 +218,7 @@ def whole_numbers(
 
 
 def attributes_of(file: h5py.File) -> dict[str, Any]:
-    """The attributes of a file as python has them; JSON is read where it is some."""
+    """Return the attributes of a file as Python objects, with JSON text parsed."""
     return {key: _plain(value) for key, value in file.attrs.items()}
 
 

@@ -1,4 +1,4 @@
-"""Reading image sets and field sets; `metroem.io.h5` says what is in them."""
+"""Read image sets and field sets; `metroem.io.h5` describes their format."""
 
 import logging
 import zlib
@@ -38,7 +38,7 @@ Box = tuple[int, int, int, int, int, int]
 class Pair(NamedTuple):
     """Two sections over one area, or their masks.
 
-    An image is float32 and exactly 0 where there is no data; a mask is bool.
+    An image is float32, exactly 0 where there is no data. A mask is bool.
     """
 
     src: np.ndarray  # (H, W)
@@ -46,19 +46,19 @@ class Pair(NamedTuple):
 
 
 class _Layout(NamedTuple):
-    """What a file says about where its pairs lie."""
+    """Shape, locations and attributes that a file states."""
 
     shape: tuple[int, ...]  # of the main dataset
-    boxes: np.ndarray | None  # (num_pairs, 2, 6) int64; None: of the original
+    boxes: np.ndarray | None  # (num_pairs, 2, 6) int64; None: file of the original
     offsets: np.ndarray | None  # (num_pairs, 2, 2) int64, x and y, mip-0 pixels
     attributes: dict[str, Any]
 
 
 class _PairFile:
-    """What image sets and field sets share: names, boxes, reads by pair.
+    """Base class of image sets and field sets: names, boxes, reading by pair.
 
-    The file is opened for each read: 0.1 ms beside 50 ms to decompress a crop of
-    1024 px, and no handle is left that loader workers would share.
+    The file is opened for each read, so that data-loading processes share no handle.
+    It costs 0.1 ms; decompressing a crop of 1024 px takes 50 ms.
     """
 
     KEYS: tuple[str, ...] = ()
@@ -86,19 +86,19 @@ class _PairFile:
         return f"{type(self).__name__}({str(self.path)!r})"
 
     def grid(self, index: int) -> Grid:
-        """The frame that all stages' fields of a pair live on, at this mip.
+        """Return the frame of a pair at this mip: the grid of its fields in all stages.
 
-        It is the box of the src side less what moved that side.
+        It is the box of src, less the offset by which src was moved.
         """
         self._check_index(index)
         x, y, _ = self._corner
         if self._boxes is not None:
-            moved = self._frame_offset(index)
-            x, y = (int(self._boxes[index, 0, axis]) - moved[axis] for axis in (0, 1))
+            offset = self._frame_offset(index)
+            x, y = (int(self._boxes[index, 0, axis]) - offset[axis] for axis in (0, 1))
         return Grid(self.mip, x, y, *self.shape)
 
     def box(self, index: int, side: int) -> Box:
-        """(x0, y0, z0, x1, y1, z1), mip-0 pixels, that one side was read from."""
+        """Box that one side was read from: x0, y0, z0, x1, y1, z1, mip-0 pixels."""
         self._check_index(index)
         if self._boxes is not None:
             box = [int(value) for value in self._boxes[index, side]]
@@ -107,12 +107,14 @@ class _PairFile:
         return grid.x, grid.y, z, *grid.end, z + 1
 
     def sections(self, index: int) -> tuple[int, int]:
-        """z of src and of tgt."""
+        """Return z of src and z of tgt."""
         return self.box(index, 0)[2], self.box(index, 1)[2]
 
     def offset(self, index: int, side: int) -> tuple[int, int]:
-        """(x, y), mip-0 pixels, of one side: where images were read relative to
-        the frame, or what was taken out of a field's vectors.
+        """Offset of one side: (x, y), mip-0 pixels.
+
+        For images, where they were read relative to the frame. For fields, the
+        translation taken out of the vectors.
         """
         self._check_index(index)
         if self._offsets is None:
@@ -120,7 +122,7 @@ class _PairFile:
         return int(self._offsets[index, side, 0]), int(self._offsets[index, side, 1])
 
     def _resolution(self) -> Resolution | None:
-        """nm of a mip-0 voxel along x, y, z; None where the file does not say."""
+        """nm of a mip-0 voxel along x, y, z; None if the file does not say."""
         found = self.attributes.get("resolution")
         if found is None:
             return None
@@ -132,10 +134,12 @@ class _PairFile:
             ) from None
 
     def check_resolution(self, other: "ImageSet | FieldSet") -> None:
-        """Refuse a set of one place whose mip-0 pixels are of another size.
+        """Refuse a set of the same location whose mip-0 pixels have another size.
+
+        A set that does not state its resolution passes.
 
         Raises:
-            DatasetError: so; one that does not say its resolution is taken.
+            DatasetError: the sizes differ.
         """
         if not same_resolution(self.resolution, other.resolution):
             raise DatasetError(
@@ -146,14 +150,14 @@ class _PairFile:
             )
 
     def identity(self, index: int) -> str:
-        """What tells a pair from another one of the same name.
+        """Return a hash of a pair's content and location, in hex.
 
-        It is the pair's CRC-32, continued over its boxes and offsets, in hex.
+        It is the pair's CRC-32, continued over its boxes and offsets.
         """
-        places = [*self.box(index, 0), *self.box(index, 1)]
-        places += [*self.offset(index, 0), *self.offset(index, 1)]
+        location = [*self.box(index, 0), *self.box(index, 1)]
+        location += [*self.offset(index, 0), *self.offset(index, 1)]
         checksum = int(self._checksums[index]) & 0xFFFFFFFF
-        return f"{zlib.crc32(repr(places).encode(), checksum):08x}"
+        return f"{zlib.crc32(repr(location).encode(), checksum):08x}"
 
     @cached_property
     def _checksums(self) -> np.ndarray:
@@ -161,11 +165,11 @@ class _PairFile:
 
     @property
     def is_original(self) -> bool:
-        """Whether the file says nothing about itself, as the original's."""
+        """Whether the file is of the original, without any metadata."""
         return self._boxes is None
 
     def _frame_offset(self, index: int) -> tuple[int, int]:
-        """What moved the src side's box off the frame; fields are not moved."""
+        """Offset of the src box from the frame, (x, y); (0, 0) for fields."""
         return 0, 0
 
     def _check_index(self, index: int) -> None:
@@ -188,21 +192,23 @@ class _PairFile:
 
     @property
     def request(self) -> dict[str, Any]:
-        """What the file was asked for; {} where it does not say."""
+        """The request that the file was made for; {} if it does not say."""
         return self._object("request") or {}
 
     def _object(self, key: str) -> dict[str, Any] | None:
-        """An object among the attributes; None if there is none."""
+        """Return an attribute that must be an object; None if it is missing."""
         value = self.attributes.get(key)
         if value is not None and not isinstance(value, dict):
             raise DatasetError(f"{self.path}: {key} is {value!r}: expected an object")
         return value
 
     def _stated(self, key: str, default: int) -> int:
-        """A whole number among the attributes."""
+        """Return an attribute that must be a whole number."""
         value = self.attributes.get(key, default)
         if isinstance(value, bool) or not isinstance(value, int):
-            raise DatasetError(f"{self.path}: {key} is {value!r}: no whole number")
+            raise DatasetError(
+                f"{self.path}: {key} is {value!r}: expected a whole number"
+            )
         return value
 
     def _layout(self) -> _Layout:
@@ -222,7 +228,7 @@ class _PairFile:
 
     @contextmanager
     def _pair(self, index: int) -> Iterator[h5py.Dataset]:
-        """All pairs, to read one of them, checked before its first read if asked."""
+        """Open the main dataset to read a pair; `verifies` checks its first read."""
         self._check_index(index)
         with self._main() as main:
             if self.verifies and index not in self._verified:
@@ -244,23 +250,23 @@ class _PairFile:
 
 
 class ImageSet(_PairFile):
-    """The image pairs of one place at one mip.
+    """The image pairs of one location at one mip.
 
     Attributes:
         path: the h5 file.
-        name: what its name states.
-        num_pairs: how many pairs it holds.
+        name: location, mip and suffix, parsed from the file name.
+        num_pairs: number of pairs.
         shape: (H, W) of every image, pixels of `mip`.
-        mip: of the images.
-        attributes: all that the file says about itself; {} for the original's.
-        resolution: nm of a mip-0 voxel along x, y, z; None where it does not say.
+        mip: mip of the images.
+        attributes: all attributes of the file; {} for files of the original.
+        resolution: nm of a mip-0 voxel along x, y, z; None if the file does not say.
         verifies: whether the checksum of a pair is checked before its first read.
         normalization: {"kind": "raw"}, {"kind": "tissue", "reference": ...}, or
-            None where the file does not say.
+            None if the file does not say.
 
     Raises:
-        DatasetError: no such file, no images in it, or of another shape, or a
-            name that states no place and mip.
+        DatasetError: the file does not exist, has no images, or images of another
+            shape; or its name does not state location and mip.
     """
 
     KEYS = ("img", "main")
@@ -279,9 +285,9 @@ class ImageSet(_PairFile):
 
     @property
     def has_reference(self) -> bool:
-        """Whether the file says that an area around the patch normalised it.
+        """Whether the images were normalised by an area around the patch.
 
-        A pale or a dark place is then far from mean 0 and std 1.
+        A pale or dark patch is then far from mean 0 and std 1.
         """
         said = self.normalization or {}
         reference = said.get("reference")
@@ -289,7 +295,7 @@ class ImageSet(_PairFile):
         return said.get("kind") == "tissue" and area == "around the patch"
 
     def read(self, index: int, rows: slice = ALL, cols: slice = ALL) -> Pair:
-        """A pair, or a window of it; 0 where darker than `DARKEST` or not finite."""
+        """Read a pair, or a window of it; 0 where below `DARKEST` or not finite."""
         pair = self.read_stored(index, rows, cols)
         pair[~((pair >= DARKEST) & (pair < np.inf))] = 0
         return Pair(pair[0], pair[1])
@@ -297,14 +303,14 @@ class ImageSet(_PairFile):
     def read_stored(
         self, index: int, rows: slice = ALL, cols: slice = ALL
     ) -> np.ndarray:
-        """(2, h, w) float32: a pair, or a window of it, as the file has it."""
+        """Read a pair, or a window of it, unchanged: (2, h, w) float32."""
         with self._pair(index) as main:
             return np.asarray(main[index, :, rows, cols], dtype=np.float32)
 
     def read_defects(
         self, index: int, rows: slice = ALL, cols: slice = ALL
     ) -> Pair | None:
-        """The defect masks of a pair, bool, or of a window; None if not known."""
+        """Read the defect masks of a pair, or of a window, bool; None if not known."""
         with self._pair(index) as main:
             masks = own_dataset(main.file, DEFECTS_KEY)
             if masks is None:
@@ -313,9 +319,9 @@ class ImageSet(_PairFile):
         return Pair(pair[0], pair[1])
 
     def has_tissue(self, index: int) -> bool:
-        """Whether neither side of a pair is all blank.
+        """Whether both sides of a pair have tissue.
 
-        The file says so; those of the original are read for it.
+        The file states it. For files of the original, the images are read.
         """
         self._check_index(index)
         with self._main() as main:
@@ -347,43 +353,46 @@ class FieldSet(_PairFile):
 
     Attributes:
         path: the h5 file.
-        name: what its name states.
-        num_pairs: how many pairs it holds.
+        name: stage, location, mip and checkpoint, parsed from the file name.
+        num_pairs: number of pairs.
         shape: (H, W) of every field, pixels of `mip`.
-        mip: of the fields.
-        num_sides: 2 when there is a field for tgt as well, else 1.
-        attributes: all that the file says about itself; {} for the original's.
-        resolution: nm of a mip-0 voxel along x, y, z; None where it does not say.
+        mip: mip of the fields.
+        num_sides: 2 if there is a field for tgt as well, else 1.
+        attributes: all attributes of the file; {} for files of the original.
+        resolution: nm of a mip-0 voxel along x, y, z; None if the file does not say.
         verifies: whether the checksum of a pair is checked before its first read.
 
     Raises:
-        DatasetError: no such file, no fields in it, or of another shape, or a
-            name that states no stage, place and mip.
+        DatasetError: the file does not exist, has no fields, or fields of another
+            shape; or its name does not state stage, location and mip.
     """
 
     KEYS = ("main", "field")
 
     def __init__(self, path: Path, *, verifies: bool = False) -> None:
         name = FieldSetName.parse(Path(path).name)
-        # The place is an image set's name less its mip.
-        place = name and ImageSetName.parse(f"{name.place}_MIP{name.mip}.h5")
-        if name is None or place is None:
+        # The location is the name of an image set without its mip.
+        images = name and ImageSetName.parse(f"{name.place}_MIP{name.mip}.h5")
+        if name is None or images is None:
             raise DatasetError(
                 f"{path}: expected the name of a field set, "
                 "field_<STAGE>_x<X>_y<Y>_z<Z>[_<suffix>]_MIP<m>[_<checkpoint>].h5, "
                 "for example field_0_x0_y0_z10_MIP2_checkpoint.h5"
             )
         self.name = name
-        corner = place.x, place.y, place.z
+        corner = images.x, images.y, images.z
         super().__init__(Path(path), corner, name.mip, verifies=verifies)
 
     def read(
         self, index: int, side: int = 0, rows: slice = ALL, cols: slice = ALL
     ) -> np.ndarray:
-        """(2, h, w) float32, pixels of the set's mip, channel 0 along cols.
+        """Read a field, or a window of it.
+
+        Returns:
+            (2, h, w) float32, pixels of the set's mip, channel 0 along cols.
 
         Raises:
-            DatasetError: `side` is 1 and the set has fields of src alone.
+            DatasetError: `side` is 1 and the set has only fields of src.
         """
         if side >= self.num_sides:
             raise DatasetError(f"{self.path}: has no field for the tgt side")
@@ -404,18 +413,21 @@ class FieldSet(_PairFile):
 
     @property
     def is_of_pyramid(self) -> bool:
-        """Whether a trained pyramid wrote them; else they were downloaded."""
+        """Whether a trained pyramid wrote the fields; else they were downloaded."""
         return "weights_sha256" in self.request
 
 
 def find_image_sets(folder: Path, *, verifies: bool = False) -> list[ImageSet]:
-    """The image sets of a folder, sorted by name.
+    """Open the image sets of a folder, sorted by name.
 
-    With `verifies` they check each pair before its first read. h5 files whose names
-    state neither images nor fields are named in the log.
+    A warning names h5 files that are neither image sets nor field sets by their name.
+
+    Args:
+        folder: folder of the image sets.
+        verifies: whether the sets check each pair before its first read.
 
     Raises:
-        DatasetError: no such folder, or a file in it that cannot be used.
+        DatasetError: the folder does not exist, or an image set cannot be used.
     """
     return [
         ImageSet(path, verifies=verifies)
@@ -425,10 +437,10 @@ def find_image_sets(folder: Path, *, verifies: bool = False) -> list[ImageSet]:
 
 
 def find_field_sets(folder: Path) -> list[FieldSet]:
-    """The field sets of a folder, sorted by name.
+    """Open the field sets of a folder, sorted by name.
 
     Raises:
-        DatasetError: no such folder, or a file in it that cannot be used.
+        DatasetError: the folder does not exist, or a field set cannot be used.
     """
     return [
         FieldSet(path)
@@ -445,6 +457,6 @@ def _visible_h5_files(folder: Path) -> list[Path]:
 def _is_stray(path: Path) -> bool:
     if FieldSetName.parse(path.name) is None:
         logger.warning(
-            "%s: left out, its name is neither an image set's nor a field set's", path
+            "%s: left out: its name is neither of an image set nor of a field set", path
         )
     return False

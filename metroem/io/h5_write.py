@@ -1,7 +1,7 @@
-"""Writing image sets and field sets, whole or not at all.
+"""Write image sets and field sets atomically.
 
-A file is written pair by pair to a hidden name in its own folder, read back for
-the checksums, synced and renamed, so nobody ever finds half of one.
+A file is written pair by pair under a hidden name in its final folder. Then it is read
+back for the checksums, synced and renamed. So no one ever sees an incomplete file.
 """
 
 import ctypes
@@ -29,26 +29,26 @@ from metroem.io.h5_read import Pair
 from metroem.io.resume import as_json
 from metroem.utils import format_versions
 
-# Half of the original's: a crop of 512 px is then read in 24 instead of 39 ms, one of
-# 256 px in 13 instead of 19; files are as large, whole patches take as long (2026-11).
+# Half of the original's. A crop of 512 px is then read in 24 ms instead of 39, a crop
+# of 256 px in 13 ms instead of 19. File size and whole patches are as before (2026-11).
 _CHUNK_PX = 256
 _FIELD_DECIMALS = 2
 NOT_MOVED = ((0, 0), (0, 0))
-# What HDF5 writes beside the values: what describes a file, and its index of chunks.
-_BESIDE, _BESIDE_A_CHUNK = 2**20, 256
-_KEEP_SIZE = 1  # of Linux' fallocate: blocks are kept, the file is no longer for it
+# Bytes that HDF5 writes beside the values: per file, and per chunk for its index.
+_OVERHEAD, _OVERHEAD_PER_CHUNK = 2**20, 256
+_KEEP_SIZE = 1  # flag of Linux' fallocate: reserve blocks, do not change the file size
 _NO_SUCH_CALL = {errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL}
 
 
 @dataclass(frozen=True)
 class PairLocation:
-    """Where one pair lies.
+    """Where one pair lies in its volume.
 
     Attributes:
         grid: the common frame of the pair at the file's mip.
-        sections: z of src and of tgt.
-        offsets: (x, y) of src and of tgt, mip-0 pixels: images were read that
-            far from the frame; from fields that much was taken out.
+        sections: z of src and z of tgt.
+        offsets: (x, y) of src and of tgt, mip-0 pixels. For images, where they were
+            read relative to the frame. For fields, the translation taken out of them.
     """
 
     grid: Grid
@@ -56,10 +56,10 @@ class PairLocation:
     offsets: tuple[tuple[int, int], tuple[int, int]] = NOT_MOVED
 
     def boxes(self, *, moved: bool) -> list[list[int]]:
-        """Mip-0 box of src and of tgt: x0, y0, z0, x1, y1, z1.
+        """Return the boxes of src and of tgt: x0, y0, z0, x1, y1, z1, mip-0 pixels.
 
         Args:
-            moved: whether the offsets say where the side was read.
+            moved: whether to add the offsets, as for images.
         """
         end = self.grid.end
         return [
@@ -72,18 +72,18 @@ class PairLocation:
 
 @dataclass(frozen=True)
 class SetMeta:
-    """What image sets and field sets say about themselves alike.
+    """Metadata that image sets and field sets have in common.
 
     Attributes:
-        frames: one a pair, all of one mip and shape.
-        source: the volume, or the checkpoint (with its sha256) that made it.
+        frames: location of each pair; all have the same mip and shape.
+        source: the volume, or the checkpoint (with its sha256) that made the file.
         command: the command line.
-        request: all that the content depends on; another file of the same name
-            is the same if this is equal.
+        request: all that the content depends on. Files of the same name with equal
+            requests have equal content.
         resolution: nm of a mip-0 voxel along x, y, z; None if not known.
 
     Raises:
-        DatasetError: no pair, or pairs of different mips or shapes.
+        DatasetError: there is no pair, or pairs differ in mip or shape.
     """
 
     frames: Sequence[PairLocation]
@@ -110,7 +110,7 @@ class SetMeta:
         return self.frames[0].grid.shape
 
     def attributes(self) -> dict:
-        """What becomes the attributes of the file."""
+        """Return the attributes of the file."""
         return {
             "format_version": format_versions.SETS,
             "source_path": self.source,
@@ -122,10 +122,10 @@ class SetMeta:
 
 @dataclass(frozen=True)
 class ImageSetMeta(SetMeta):
-    """What an image set says about itself.
+    """Metadata of an image set.
 
     Attributes:
-        anchor: what the mips of the place share: "corner" or "center".
+        anchor: point that all mips of the location share: "corner" or "center".
         normalization: {"kind": "raw"} or {"kind": "tissue", "reference": {...}}.
     """
 
@@ -133,7 +133,7 @@ class ImageSetMeta(SetMeta):
     normalization: Mapping | None = None
 
     def attributes(self) -> dict:
-        """What becomes the attributes of the file."""
+        """Return the attributes of the file."""
         return super().attributes() | {
             "kind": "images",
             "anchor": self.anchor,
@@ -143,13 +143,13 @@ class ImageSetMeta(SetMeta):
 
 @dataclass(frozen=True)
 class FieldSetMeta(SetMeta):
-    """What a field set says about itself.
+    """Metadata of a field set.
 
     Attributes:
-        stage: whose output the fields are.
-        tag: the checkpoint or the suffix, as in the name.
-        num_sides: 2 if there is a field for tgt as well (of a download, and of stages
-            after it), else 1.
+        stage: the stage that made the fields.
+        tag: the checkpoint or the suffix, as in the file name.
+        num_sides: 2 if there is a field for tgt as well, else 1. Downloads have 2, and
+            so have all stages after a download.
     """
 
     stage: int = 0
@@ -157,7 +157,7 @@ class FieldSetMeta(SetMeta):
     num_sides: int = 1
 
     def attributes(self) -> dict:
-        """What becomes the attributes of the file."""
+        """Return the attributes of the file."""
         return super().attributes() | {
             "kind": "fields",
             "unit": "px",
@@ -178,17 +178,17 @@ def write_image_set(
     """Write an image set, pair by pair.
 
     Args:
-        path: where; a file of this name is replaced when the new one is whole.
-        pairs: as many as `meta.frames`, each image (H, W) float32. One that the pair
-            before had too, the same array, is compressed once: leave it unchanged.
-        meta: what the file says about itself.
-        defects: masks of the pairs, as many, each (H, W) bool, True on
-            defects; None: not known.
+        path: file to write; an existing file is replaced when the new one is complete.
+        pairs: one per frame of `meta`, each image (H, W) float32. An array that the
+            previous pair had as well is compressed only once: do not change it.
+        meta: the metadata of the file.
+        defects: masks of the pairs, one per frame, each (H, W) bool, True on defects;
+            None if not known.
 
     Raises:
-        DatasetError: another number of pairs, or of another shape.
+        DatasetError: the number of pairs or a shape differs from `meta`.
     """
-    with replacing_h5(path) as file:
+    with atomic_h5(path) as file:
         images = file.create_dataset(
             "img",
             (len(meta.frames), 2, *meta.shape),
@@ -198,12 +198,12 @@ def write_image_set(
         )
         blank = file.create_dataset("blank", (len(meta.frames), 2), np.float32)
         checksums = np.zeros(len(meta.frames), np.uint32)
-        before: tuple[np.ndarray, ...] = ()
+        previous: tuple[np.ndarray, ...] = ()
         for index, pair in _counted(path, pairs, len(meta.frames)):
-            keep_room(file)
+            reserve_space(file)
             for side, image in enumerate(pair):
                 check_shape(path, index, image.shape, meta.shape)
-                written = [i for i, other in enumerate(before) if other is image]
+                written = [i for i, other in enumerate(previous) if other is image]
                 if written:
                     _copy_chunks(images, (index - 1, written[0]), (index, side))
                     blank[index, side] = blank[index - 1, written[0]]
@@ -212,7 +212,7 @@ def write_image_set(
                     zeros = image.size - np.count_nonzero(image)
                     blank[index, side] = zeros / image.size
                 checksums[index] = _crc(image, np.float32, checksums[index])
-            before = pair
+            previous = pair
         if defects is not None:
             _write_masks(file, path, defects, meta, checksums)
         file["checksum"] = checksums
@@ -222,20 +222,20 @@ def write_image_set(
 def _copy_chunks(
     images: h5py.Dataset, source: tuple[int, int], target: tuple[int, int]
 ) -> None:
-    """Copy one side of a pair to another place, compressed as it is."""
+    """Copy the compressed chunks of one side of a pair to another (pair, side)."""
     steps = _chunk(images.shape[-2:])
     rows, cols = (
         range(0, size, step)
         for size, step in zip(images.shape[-2:], steps, strict=True)
     )
-    for place in itertools.product(rows, cols):
-        mask, stored = images.id.read_direct_chunk((*source, *place))
-        images.id.write_direct_chunk((*target, *place), stored, mask)
+    for corner in itertools.product(rows, cols):
+        mask, stored = images.id.read_direct_chunk((*source, *corner))
+        images.id.write_direct_chunk((*target, *corner), stored, mask)
 
 
-def _crc(array: np.ndarray, dtype: DTypeLike, before: int) -> int:
-    """CRC-32 of an array as it is stored, after what came before."""
-    return zlib.crc32(np.ascontiguousarray(array, dtype).data, int(before))
+def _crc(array: np.ndarray, dtype: DTypeLike, start: int) -> int:
+    """Continue the CRC-32 `start` over the bytes of an array as it is stored."""
+    return zlib.crc32(np.ascontiguousarray(array, dtype).data, int(start))
 
 
 def _write_masks(
@@ -245,7 +245,7 @@ def _write_masks(
     meta: ImageSetMeta,
     checksums: np.ndarray,
 ) -> None:
-    """Write the masks, and go on with the checksums of the pairs."""
+    """Write the masks, and continue the checksums of the pairs over them."""
     masks = file.create_dataset(
         DEFECTS_KEY,
         (len(meta.frames), 2, *meta.shape),
@@ -254,7 +254,7 @@ def _write_masks(
         compression="lzf",
     )
     for index, pair in _counted(path, defects, len(meta.frames)):
-        keep_room(file)
+        reserve_space(file)
         for side, mask in enumerate(pair):
             check_shape(path, index, mask.shape, meta.shape)
             masks[index, side] = mask
@@ -267,28 +267,28 @@ def write_field_set(
     """Write a field set, pair by pair; vectors are rounded to 0.01 px.
 
     Args:
-        path: where; a file of this name is replaced when the new one is whole.
-        fields: as many as `meta.frames`; each (2, H, W) float32, or (2 sides, 2,
-            H, W) if `meta.num_sides` is 2: pixels of the set's mip, channel 0
-            along cols, channel 1 along rows.
-        meta: what the file says about itself.
+        path: file to write; an existing file is replaced when the new one is complete.
+        fields: one per frame of `meta`; each (2, H, W) float32, or (2 sides, 2, H, W)
+            if `meta.num_sides` is 2. Pixels of the set's mip, channel 0 along cols,
+            channel 1 along rows.
+        meta: the metadata of the file.
 
     Raises:
-        DatasetError: another number of fields, or of another shape.
+        DatasetError: the number of fields or a shape differs from `meta`.
         FieldError: a vector is NaN or infinite.
     """
     sides = () if meta.num_sides == 1 else (meta.num_sides,)
-    with replacing_h5(path) as file:
+    with atomic_h5(path) as file:
         vectors = field_dataset(file, len(meta.frames), (*sides, 2, *meta.shape))
         for index, field in _counted(path, fields, len(meta.frames)):
             check_shape(path, index, field.shape, (*sides, 2, *meta.shape))
             if not np.isfinite(field).all():
-                share = 1 - np.isfinite(field).mean()
+                fraction = 1 - np.isfinite(field).mean()
                 raise FieldError(
-                    f"{path.name}: {share:.1%} of the field of pair {index} "
+                    f"{path.name}: {fraction:.1%} of the field of pair {index} "
                     f"(src {meta.frames[index].sections[0]}) is NaN or infinite"
                 )
-            keep_room(file)
+            reserve_space(file)
             vectors[index] = field
         describe(file, meta, moved=False)
 
@@ -296,12 +296,12 @@ def write_field_set(
 def field_dataset(
     file: h5py.File, num_pairs: int, shape: tuple[int, ...]
 ) -> h5py.Dataset:
-    """The empty dataset of a field set, "main", or "field" if there are two sides.
+    """Create the empty dataset of a field set: "main", or "field" for two sides.
 
     Args:
-        file: to make it in.
-        num_pairs: how many fields there will be.
-        shape: of one: (2, H, W) or (2 sides, 2, H, W).
+        file: file to create it in.
+        num_pairs: number of pairs.
+        shape: shape of one field, (2, H, W) or (2 sides, 2, H, W).
     """
     return file.create_dataset(
         "field" if len(shape) == 4 else "main",
@@ -314,12 +314,12 @@ def field_dataset(
 
 
 def field_chunks(shape: tuple[int, ...]) -> tuple[int, ...]:
-    """Of a field set of a shape, (N, ..., H, W)."""
+    """Return the shape of the chunks of a field set, whose shape is (N, ..., H, W)."""
     return (1,) * (len(shape) - 2) + _chunk((shape[-2], shape[-1]))
 
 
 def describe(file: h5py.File, meta: SetMeta, *, moved: bool) -> None:
-    """Write where each pair lies and what the file says about itself."""
+    """Write the location of each pair and the attributes of the file."""
     boxes = [frame.boxes(moved=moved) for frame in meta.frames]
     file["box"] = np.array(boxes, np.int64)
     file["offset"] = np.array([frame.offsets for frame in meta.frames], np.int64)
@@ -328,6 +328,7 @@ def describe(file: h5py.File, meta: SetMeta, *, moved: bool) -> None:
 
 
 def _counted(path: Path, items: Iterable, expected: int) -> Iterator[tuple[int, Any]]:
+    """Enumerate items; DatasetError unless there are exactly as many as expected."""
     count = 0
     for index, item in enumerate(items):
         if index >= expected:
@@ -339,21 +340,22 @@ def _counted(path: Path, items: Iterable, expected: int) -> Iterator[tuple[int, 
 
 
 def check_shape(path: Path, index: int, found: tuple, expected: tuple) -> None:
-    """Raise DatasetError where a pair has another shape than its set."""
+    """Raise DatasetError if a pair has another shape than its set."""
     if found != expected:
         raise DatasetError(f"{path}: pair {index} is {found}, expected {expected}")
 
 
 def _chunk(shape: tuple[int, int]) -> tuple[int, int]:
+    """Return rows and cols of a chunk for images of a shape."""
     return min(_CHUNK_PX, shape[0]), min(_CHUNK_PX, shape[1])
 
 
 @contextmanager
-def replacing_h5(path: Path) -> Iterator[h5py.File]:
-    """An h5 file to fill, which takes its name when all went well.
+def atomic_h5(path: Path) -> Iterator[h5py.File]:
+    """Write an h5 file under a temporary name, and rename it if all went well.
 
-    Checksums are added unless they are in it already. Call `keep_room` before values
-    are written.
+    Checksums are added unless the file already has them. Call `reserve_space` before
+    values are written.
 
     Raises:
         StorageError: the disk is full, or may not be written to.
@@ -361,52 +363,52 @@ def replacing_h5(path: Path) -> Iterator[h5py.File]:
     make_folder(path.parent)
     with atomic_write(path) as partial:
         with partial.open("wb") as raw:
-            _keep(raw.fileno(), _BESIDE)
+            _reserve(raw.fileno(), _OVERHEAD)
         with h5py.File(partial, "w") as file:
             yield file
-        # After closing, since scaleoffset rounds when a chunk is written out.
+        # Only after closing, since scaleoffset rounds values when it writes a chunk.
         with h5py.File(partial, "r+") as file:
             if CHECKSUM_KEY not in file:
                 pairs = range(len(main_dataset(file)))
                 checksums = [pair_checksum(file, index) for index in pairs]
                 file[CHECKSUM_KEY] = np.array(checksums, np.uint32)
-        os.truncate(partial, partial.stat().st_size)  # gives back what was kept
+        os.truncate(partial, partial.stat().st_size)  # frees the reserved space
     remove_partial_files(path)
 
 
-def keep_room(file: h5py.File) -> None:
-    """Make sure that the disk has room for the next pair, and what comes beside it.
+def reserve_space(file: h5py.File) -> None:
+    """Reserve disk space for the next pair, and for HDF5's own data beside it.
 
     Args:
-        file: in the making.
+        file: the open file that is written.
 
     Raises:
-        OSError: the disk is full; nothing was handed to HDF5.
+        OSError: the disk is full; HDF5 has not been given any values yet.
     """
-    room = _BESIDE
+    num_bytes = _OVERHEAD
     for dataset in file.values():
         if not isinstance(dataset, h5py.Dataset) or dataset.chunks is None:
             continue
         chunk = math.prod(dataset.chunks) * dataset.dtype.itemsize
         grid = zip(dataset.shape[1:], dataset.chunks[1:], strict=True)
-        of_pair = math.prod(-(-size // step) for size, step in grid)
-        of_all = dataset.shape[0] * of_pair
+        chunks_of_pair = math.prod(-(-size // step) for size, step in grid)
+        num_chunks = dataset.shape[0] * chunks_of_pair
         cache = dataset.id.get_access_plist().get_chunk_cache()[1]
-        # HDF5 holds chunks back; it packs them when it writes, none becomes larger.
-        waiting = min(max(cache, chunk), of_all * chunk)
-        room += waiting + of_pair * chunk + _BESIDE_A_CHUNK * of_all
+        # HDF5 caches chunks, and compresses them when it writes; none becomes larger.
+        cached = min(max(cache, chunk), num_chunks * chunk)
+        num_bytes += cached + chunks_of_pair * chunk + _OVERHEAD_PER_CHUNK * num_chunks
     descriptor = os.open(file.filename, os.O_RDWR)
     try:
-        _keep(descriptor, room)
+        _reserve(descriptor, num_bytes)
     finally:
         os.close(descriptor)
 
 
-def _keep(descriptor: int, num_bytes: int) -> None:
-    """Keep room for bytes beyond the end of an open file.
+def _reserve(descriptor: int, num_bytes: int) -> None:
+    """Reserve disk space beyond the end of an open file.
 
     Raises:
-        OSError: there is not so much.
+        OSError: the disk has too little space.
     """
     end = os.fstat(descriptor).st_size
     allocate = getattr(ctypes.CDLL(None, use_errno=True), "fallocate", None)
@@ -417,7 +419,7 @@ def _keep(descriptor: int, num_bytes: int) -> None:
         number = ctypes.get_errno()
         if number not in _NO_SUCH_CALL:
             raise OSError(number, os.strerror(number))
-    # Storage that cannot keep room says at least how much it has.
+    # Storage that cannot reserve space at least says how much is free.
     disk = os.fstatvfs(descriptor)
     if disk.f_bavail * disk.f_frsize < num_bytes:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))

@@ -1,9 +1,9 @@
-"""CloudVolumes of grey levels: "no data" is exactly 0, and coarser mips are made.
+"""Read volumes of grey levels; make "no data" exactly 0, and make missing coarse mips.
 
-What is stored comes as it is, but for two things. Lossy encodings (jpeg) leave traces
-of tissue where there is none: `blank_traces` takes them out. And a mip that the volume
-does not have is made of the next finer one that it has, as `coarsen_image` does:
-volumes of FIB-SEM halve z, too, so that their own coarser scales hold other sections.
+Stored values are unchanged except for two things. Lossy encodings (jpeg) leave traces
+of tissue where there is no data; `blank_traces` removes them. A mip that the volume
+lacks is made from its next finer mip by `coarsen_image`. FIB-SEM volumes need this:
+their coarser scales also halve z, and so hold other sections.
 """
 
 import logging
@@ -19,31 +19,34 @@ from metroem.io.volume import Volume, bounding_grid, crop_array
 
 logger = logging.getLogger(__name__)
 
-# What is read at a time of sections that are made coarser.
+# Bytes that are read at a time when a coarser mip is made.
 _STRIP_BYTES = 2**26
-# jpeg transforms blocks of this side, in which its errors stay.
+# Side of the blocks that jpeg transforms; its errors stay inside a block.
 _BLOCK_PX = 8
-# What traces are. Measured 2026-11 on made edges and cracks, with jpeg of quality 50 to
-# 95: half of what was 0 beside tissue is 0 still, 99 % of the rest at most 2 px from
-# a 0; it is at most 23 of 255 at quality 85, 99 % below 53 at quality 50.
-_DARK, _AROUND_PX, _FEWEST_ZEROS = 32, 5, 5
-# "No data" holds a square of 0 of this side, or is so large and half of it 0, as cracks
-# of 3 to 8 px are. Around dark tissue there are single 0, and fewer of them.
-_SOLID_PX, _LARGE_PX, _SHARE = 3, 100, 0.5
+# A trace is darker than _DARK, and of the _AROUND_PX square around it at least
+# _MIN_ZEROS pixels are 0. Measured 2026-11 on artificial edges and cracks, jpeg quality
+# 50 to 95. Half of the pixels that were 0 beside tissue are still 0; 99 % of the rest
+# are at most 2 px from a 0. Their value is at most 23 of 255 at quality 85. At quality
+# 50, 99 % are below 53.
+_DARK, _AROUND_PX, _MIN_ZEROS = 32, 5, 5
+# "No data" has a square of 0 with side _SOLID_PX; or it has at least _LARGE_PX pixels,
+# half of them 0 (_MIN_FRACTION), as cracks of 3 to 8 px do. Dark tissue has only single
+# pixels of 0, and fewer of them.
+_SOLID_PX, _LARGE_PX, _MIN_FRACTION = 3, 100, 0.5
 
 
 class ImageVolume(Volume):
-    """A volume of grey levels; see the module and `Volume`."""
+    """A volume of grey levels; see `Volume` and the module's docstring."""
 
     def source_mip(self, mip: int) -> int:
-        """The stored mip that another is read from, or made of."""
+        """Return the stored mip that a mip is read or made from."""
         return max((m for m in self.mips if m <= mip), default=mip)
 
     def check_mip(self, flag: str, mip: int) -> None:
-        """Refuse a mip that is neither there nor can be made; say what is made.
+        """Refuse a mip that neither exists nor can be made; log a mip that is made.
 
         Raises:
-            DatasetError: as said.
+            DatasetError: the mip is refused; see `Volume.check_mip`.
         """
         source = self.source_mip(mip)
         super().check_mip(flag, source)
@@ -57,8 +60,8 @@ class ImageVolume(Volume):
         """Read one area of consecutive sections; see `Volume.read`.
 
         Returns:
-            (num_sections, C, H, W), the dtype of the volume, float32 where the mip is
-            made.
+            (num_sections, C, H, W), the dtype of the volume; float32 if the mip is
+            made from a finer one.
         """
         source = self.source_mip(grid.mip)
         if source == grid.mip:
@@ -76,7 +79,7 @@ class ImageVolume(Volume):
         return np.concatenate(made, axis=2)
 
     def _strips(self, grid: Grid, num_sections: int) -> Iterator[Grid]:
-        """Parts of a grid, along x, that do not share chunks; a few chunks each."""
+        """Split a grid along x into strips of a few chunks that share no chunks."""
         (start, _), *_ = self._bounds(grid.mip)
         chunk = int(self._at(0).mip_chunk_size(self.index_of(grid.mip))[0])
         row_bytes = grid.cols * num_sections * self.num_channels * self.dtype.itemsize
@@ -89,11 +92,11 @@ class ImageVolume(Volume):
             row = end
 
     def _read_clean(self, grid: Grid, sections: range) -> np.ndarray:
-        """Read a stored mip; what a lossy encoding left where nothing is becomes 0."""
+        """Read a stored mip, with the traces of lossy encodings set to 0."""
         inner = self.clip(grid)
         if inner is None or not self._is_lossy(grid.mip):
             return super().read(grid, sections)
-        # What is around tells traces from tissue: as far as no other chunk is read.
+        # Surroundings help to tell traces from tissue. Take those in the same chunks.
         chunks, _ = self.chunks_around(inner, sections.start)
         around = grid.cover(grid.mip, margin_px=_BLOCK_PX).overlap(chunks)
         wide = bounding_grid([grid, around or grid])
@@ -111,28 +114,28 @@ class ImageVolume(Volume):
 
 
 def blank_traces(image: np.ndarray) -> np.ndarray:
-    """Blank what a lossy encoding made of "no data" beside tissue.
+    """Set near-black pixels to 0 that a lossy encoding left in areas without data.
 
-    Errors of a block that holds both leave near-black pixels among the 0. They are
-    taken together with the 0 that they lie among, where these are "no data" and not
-    the darkest pixels of tissue.
+    A block that holds both tissue and "no data" gets near-black pixels among the 0.
+    Dark pixels and the 0 around them form one component. It is blanked if it is
+    "no data", and kept if it is the darkest part of tissue.
 
     Args:
         image: (H, W) uint8, 0 = no data.
 
     Returns:
-        (H, W) uint8; `image` itself where there is nothing to blank.
+        (H, W) uint8; `image` itself if it has no 0.
     """
     is_zero = image == 0
     if not is_zero.any():
         return image
-    share = ndimage.uniform_filter(is_zero.astype(np.float32), _AROUND_PX)
-    among = share > (_FEWEST_ZEROS - 0.5) / _AROUND_PX**2
+    fraction = ndimage.uniform_filter(is_zero.astype(np.float32), _AROUND_PX)
+    near_zeros = fraction > (_MIN_ZEROS - 0.5) / _AROUND_PX**2
     labels = np.zeros(image.shape, np.int32)
-    ndimage.label(is_zero | (among & (image < _DARK)), np.ones((3, 3)), labels)
+    ndimage.label(is_zero | (near_zeros & (image < _DARK)), np.ones((3, 3)), labels)
     area = np.bincount(labels.ravel())
     num_zeros = np.bincount(labels[is_zero], minlength=len(area))
-    is_blank = (area >= _LARGE_PX) & (num_zeros >= _SHARE * area)
+    is_blank = (area >= _LARGE_PX) & (num_zeros >= _MIN_FRACTION * area)
     square = np.ones((_SOLID_PX, _SOLID_PX))
     solid = is_zero & ndimage.binary_erosion(is_zero, square, border_value=1)
     is_blank[labels[solid]] = True
@@ -141,7 +144,7 @@ def blank_traces(image: np.ndarray) -> np.ndarray:
 
 
 def _coarsened(layers: np.ndarray, levels: int) -> np.ndarray:
-    """(num_sections, C, H, W) so many mips coarser, float32, section by section."""
+    """Make sections (num_sections, C, H, W) `levels` mips coarser, float32."""
     made = []
     for layer in layers:
         image = layer.astype(np.float32)

@@ -1,8 +1,8 @@
-"""Images that a downloaded field moved: what belongs together, and what to do if not.
+"""Check that images of all mips, and their fields, were moved by the same translation.
 
-`download_image.py --field_dset` reads each side of a pair where the translation of a
-field points to. All mips of a place, and the fields that are used with them, have to
-be moved alike. Files of the original do not say how they were moved.
+`download_image.py --field_dset` reads each side of a pair at the location that the
+translation of a field points to. All mips of a location, and the fields used with
+them, need the same translation. Files of the original do not state it.
 """
 
 import shlex
@@ -17,17 +17,18 @@ SIDES = ("src", "tgt")
 
 
 class Unlike(NamedTuple):
-    """A side whose field had another translation taken out than moved its images."""
+    """A side whose images were moved by another translation than its field states."""
 
     side: int
-    taken_out: tuple[int, int]  # x, y, mip-0 pixels
-    moved: tuple[int, int]
+    taken_out: tuple[int, int]  # of the field, x and y, mip-0 pixels
+    moved: tuple[int, int]  # of the images, x and y, mip-0 pixels
 
 
 def unlike_offsets(fields: FieldSet, images: ImageSet, index: int) -> Iterator[Unlike]:
-    """The sides of a pair whose images were not moved as its field has it.
+    """Yield the sides of a pair whose images and field have different translations.
 
-    Fields of src alone that version 1.0.0 wrote do not say how images were moved.
+    Nothing is yielded if one of them is not known: for images of the original, and for
+    fields of version 1.0.0 that exist for src only.
     """
     taken = [fields.offset(index, side) for side in (0, 1)]
     if images.is_original or (fields.num_sides == 1 and not any(map(any, taken))):
@@ -39,11 +40,11 @@ def unlike_offsets(fields: FieldSet, images: ImageSet, index: int) -> Iterator[U
 
 
 def moved_apart(one: ImageSet, other: ImageSet) -> str:
-    """How two mips of a place were moved unlike, and what to do; "" if they were not.
+    """Say how the translations of two mips differ, and what to do; "" if they agree.
 
     Args:
-        one: of the same place and number of pairs as `other`.
-        other: its name is said where the words are shown.
+        one: image set of the same location and number of pairs as `other`.
+        other: image set that the text is about; the caller names it.
     """
     if one.is_original or other.is_original:
         return ""
@@ -59,7 +60,7 @@ def moved_apart(one: ImageSet, other: ImageSet) -> str:
 
 
 def command_to_move(images: ImageSet, fields: Path) -> str:
-    """The command that makes an image set anew, moved as a field set has it."""
+    """Return the command that makes an image set again, moved as a field set states."""
     if "cv_path" not in images.request:
         return f"download_image.py ... --field_dset {fields}"
     made_by = str(images.attributes.get("command", ""))
@@ -67,35 +68,36 @@ def command_to_move(images: ImageSet, fields: Path) -> str:
         made_by = "download_image.py ..."
     words = ["--mip", str(images.mip), "--patch_size", str(images.shape[0])]
     words += ["--field_dset", str(fields)]
-    # What was not moved yet is replaced without it.
+    # Images that were not moved are replaced without this flag.
     words += ["--overwrite"] if images.request.get("offsets") else []
     return f"{made_by} {shlex.join(words)}"
 
 
 def _remedy(one: ImageSet, other: ImageSet, index: int) -> str:
+    """Say how to give two mips, which differ at pair `index`, the same translation."""
     if "cv_path" not in one.request and "cv_path" not in other.request:
         return (
             "make both mips with make-dataset from specs that have the same field and "
             "reference of the field"
         )
     for fields in _downloaded(one):
-        for moved, rest in ((one, other), (other, one)):
+        for moved, unmoved in ((one, other), (other, one)):
             if next(unlike_offsets(fields, moved, index), None) is not None:
                 continue
             offsets = [fields.offset(index, side) for side in (0, 1)]
-            if any(value % (1 << rest.mip) for side in offsets for value in side):
+            if any(value % (1 << unmoved.mip) for side in offsets for value in side):
                 return (
-                    f"mip {rest.mip} cannot be moved by {fields.path.name}: download "
-                    f"it with --dst_mip {rest.mip} or coarser, and then the images of "
-                    "all mips with --field_dset"
+                    f"mip {unmoved.mip} cannot be moved by {fields.path.name}: "
+                    f"download it with --dst_mip {unmoved.mip} or coarser, and then "
+                    "the images of all mips with --field_dset"
                 )
-            command = command_to_move(rest, fields.path)
-            return f"move mip {rest.mip} too: {command}"
+            command = command_to_move(unmoved, fields.path)
+            return f"move mip {unmoved.mip} too: {command}"
     return "download both mips with the same --field_dset"
 
 
 def _downloaded(images: ImageSet) -> Iterator[FieldSet]:
-    """The field sets of a place that have fields of tgt."""
+    """Yield the downloaded field sets of a location: those with fields of tgt."""
     for path in sorted(images.path.parent.glob("field_*.h5")):
         name = FieldSetName.parse(path.name)
         if name is None or name.place != images.name.place:

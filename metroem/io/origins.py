@@ -1,8 +1,8 @@
-"""Which data fields were made from, and whether the same data are there now.
+"""Record the data that fields were made from, and find fields whose data changed.
 
-The request of a field set that a pyramid wrote has `data`: by file name, a digest of
-each set of images, or of downloaded fields, that the fields depend on. Sets that
-version 1.0.0 wrote have none.
+The request of a field set that a pyramid wrote has the key `data`. It maps the file
+name of each image set, and of downloaded fields, that the fields depend on to a digest.
+Sets of version 1.0.0 lack this key.
 """
 
 import hashlib
@@ -16,27 +16,30 @@ from metroem.specs.filenames import FieldSetName, ImageSetName
 
 
 def data_digest(pairs: ImageSet | FieldSet) -> str:
-    """What tells all pairs of a set from others: what they hold and where they lie."""
+    """Hash the content and the locations of all pairs of a set."""
     return _sha256([pairs.identity(index) for index in range(len(pairs))])
 
 
 def place_digest(pairs: ImageSet | FieldSet) -> str:
-    """Where the pairs of a set lie, whatever they hold: frames and sections."""
-    places = []
+    """Hash the locations of all pairs of a set: frames and sections, not content."""
+    locations = []
     for index in range(len(pairs)):
         grid = pairs.grid(index)
         corner = (grid.mip, grid.x, grid.y)
-        places.append([*corner, *grid.shape, *pairs.sections(index)])
-    return _sha256(places)
+        locations.append([*corner, *grid.shape, *pairs.sections(index)])
+    return _sha256(locations)
 
 
 def origins(images: ImageSet, prior: FieldSet | None) -> dict[str, str]:
-    """`data` of fields: digests by the names of the sets that they depend on.
+    """Return `data` of a stage's fields: digests of the sets that they depend on.
 
     Args:
-        images: that a stage reads.
-        prior: fields that it starts from; what those that a pyramid wrote depend on
-            is taken over.
+        images: images that the stage reads.
+        prior: its prior fields; None if it has none. If a pyramid wrote them, the
+            sets that they depend on are included.
+
+    Returns:
+        Digests by file name.
     """
     data = {images.path.name: data_digest(images)}
     if prior is None:
@@ -47,32 +50,32 @@ def origins(images: ImageSet, prior: FieldSet | None) -> dict[str, str]:
 
 
 def origin_digest(prior: FieldSet) -> str:
-    """What prior fields are: how a pyramid made them, or what was downloaded.
+    """Hash prior fields: their request if a pyramid wrote them, else their content.
 
-    Fields that are made again the same way count as the same, though another device
-    sums in another order.
+    So fields that are made again in the same way count as the same. Their values may
+    differ slightly, since another device sums in another order.
     """
     return _sha256(prior.request) if prior.is_of_pyramid else data_digest(prior)
 
 
 def why_stale(fields: FieldSet, dataset: Path) -> str | None:
-    """Why fields are not those of the data that are there now; None if they are.
+    """Say why fields do not match the current data; None if they match.
 
-    What is no longer there is not missed.
+    Sets that no longer exist are ignored.
 
     Args:
         fields: a field set.
         dataset: folder of the image sets.
 
     Returns:
-        The set that holds other data, and the command that makes the fields again.
+        The name of the set that changed, and the command that makes the fields again.
     """
     for name, digest in _data_of(fields).items():
         is_field = FieldSetName.parse(name) is not None
-        there = {folder / name for folder in (fields.path.parent, dataset)}
+        paths = {folder / name for folder in (fields.path.parent, dataset)}
         found = [
             data_digest(FieldSet(path) if is_field else ImageSet(path))
-            for path in there
+            for path in paths
             if path.is_file()
         ]
         if found and digest not in found:
@@ -84,7 +87,7 @@ def why_stale(fields: FieldSet, dataset: Path) -> str | None:
 
 
 def _data_of(fields: FieldSet) -> dict[str, str]:
-    """What fields say that they were made from; {} where they do not say it."""
+    """Return the `data` that fields state in their request; {} if they state none."""
     data = fields.request.get("data", {}) if fields.is_of_pyramid else {}
     if not isinstance(data, dict) or not all(
         ImageSetName.parse(name) or FieldSetName.parse(name) for name in data
@@ -97,7 +100,7 @@ def _data_of(fields: FieldSet) -> dict[str, str]:
 
 
 def how_to_make_again(fields: FieldSet, dataset: Path) -> str:
-    """What makes fields, and those that they start from, from the data of now.
+    """Say how to make fields, and the prior fields before them, from the current data.
 
     Args:
         fields: a field set.

@@ -1,4 +1,4 @@
-"""Pictures of a pair and its field, for people."""
+"""Draw pictures of a pair and its field."""
 
 import colorsys
 from pathlib import Path
@@ -22,12 +22,11 @@ def save_pair_picture(
     *,
     full_scale_px: float | None = None,
 ) -> None:
-    """Save one picture: the pair before, after, and the field between.
+    """Save one picture: the pair before alignment, after it, and the field.
 
-    In the overlays src is red and tgt cyan, so that what fits is grey. In the
-    field the hue is the direction and the strength of the colour the length.
-    Everything is transposed (rows of an array run along x), so that it looks
-    as in neuroglancer.
+    The overlays show src in red and tgt in cyan, so that aligned tissue is grey. In the
+    picture of the field, hue is direction and saturation is length. All parts are
+    transposed (rows of an array run along x), so that they look as in neuroglancer.
 
     Args:
         path: PNG file to write; its folder is made.
@@ -60,13 +59,13 @@ def save_pair_picture(
 
 
 def overlay(src: np.ndarray, tgt: np.ndarray) -> np.ndarray:
-    """(H, W, 3) uint8: src in red over tgt in cyan, each stretched to its range."""
+    """Overlay src in red and tgt in cyan, each stretched: (H, W, 3) uint8."""
     red, cyan = stretched(src), stretched(tgt)
     return np.stack([red, cyan, cyan], axis=-1)
 
 
 def color_field(field: np.ndarray, full_scale_px: float | None = None) -> np.ndarray:
-    """Colours of a field: hue by direction, from white by length.
+    """Colour a field: hue shows the direction, saturation the length.
 
     Args:
         field: (2, H, W), px.
@@ -84,19 +83,19 @@ def color_field(field: np.ndarray, full_scale_px: float | None = None) -> np.nda
 
 
 def stretched(image: np.ndarray, like: np.ndarray | None = None) -> np.ndarray:
-    """Grey levels for a screen: 1..255 for tissue, 0 stays 0.
+    """Stretch grey levels for a screen: tissue to 1..255; 0 stays 0.
 
     Args:
         image: (H, W), grey levels, 0 = no data.
-        like: image whose tissue sets the range, its 1st to 99th percentile, so that
-            two pictures can be compared; `image` itself if None.
+        like: image whose tissue sets the range, from its 1st to its 99th percentile,
+            so that two pictures can be compared; `image` itself if None.
 
     Returns:
         (H, W) uint8.
     """
     image = np.asarray(image, np.float32)
-    model = image if like is None else np.asarray(like, np.float32)
-    tissue = model[model != 0]
+    reference = image if like is None else np.asarray(like, np.float32)
+    tissue = reference[reference != 0]
     if not tissue.size:
         return np.zeros(image.shape, np.uint8)
     low, high = np.percentile(tissue, [1, 99])

@@ -1,8 +1,8 @@
-"""Finished parts of a file in the making, kept so that a killed run goes on.
+"""Store finished results of an unfinished file, so that a killed run can resume.
 
-Parts lie in a hidden folder beside the file that they will become. Each is
-written to a temporary name, synced and renamed, so a part that is there is
-whole, whatever killed the run that wrote it.
+Results lie in a hidden folder beside the file that they will become. Each is written
+under a temporary name, synced and renamed. So every result is complete, whatever
+killed the run that wrote it.
 """
 
 import json
@@ -22,17 +22,17 @@ _REQUEST = "request.json"
 
 
 def parts_folder(path: Path) -> Path:
-    """Where the parts of the file at `path` are kept until it is whole."""
+    """Return the folder that stores results of the file at `path` until it is done."""
     return path.with_name(f".{path.name}.parts")
 
 
 def as_json(request: Mapping) -> dict:
-    """A request as it comes back from a file: tuples as lists, paths as text."""
+    """Convert a request to its form after JSON: tuples as lists, paths as text."""
     return json.loads(json.dumps(request, default=str, sort_keys=True))
 
 
 def describe_differences(found: Mapping, wanted: Mapping) -> str:
-    """What tells two requests apart, "mip 5 (asked for: 3), ..."; "" if nothing."""
+    """List how two requests differ, "mip 5 (asked for: 3), ..."; "" if they do not."""
     found, wanted = as_json(found), as_json(wanted)
     return ", ".join(
         f"{key} {found.get(key)!r} (asked for: {wanted.get(key)!r})"
@@ -42,17 +42,17 @@ def describe_differences(found: Mapping, wanted: Mapping) -> str:
 
 
 class ResumeStore:
-    """Arrays by key in a folder, for one request.
+    """Finished arrays of one request, stored by key in a folder.
 
     Threads and processes may put different keys at the same time.
 
     Args:
         folder: made if missing; see `parts_folder`.
-        request: what the parts are made from, JSON-able.
+        request: all that the arrays depend on; JSON-able.
 
     Raises:
-        DatasetError: the folder holds parts of another request.
-        StorageError: it cannot be made or written to.
+        DatasetError: the folder contains results of another request.
+        StorageError: the folder cannot be made or written to.
     """
 
     def __init__(self, folder: Path, request: Mapping) -> None:
@@ -65,17 +65,17 @@ class ResumeStore:
             found = json.loads(path.read_text())
         except ValueError as error:
             raise DatasetError(
-                f"{path}: unreadable ({error}); delete {folder} to start anew"
+                f"{path}: unreadable ({error}); delete {folder} to start again"
             ) from error
-        if unlike := describe_differences(found, request):
+        if differences := describe_differences(found, request):
             raise DatasetError(
-                f"{folder}: holds what a run with other arguments had finished: "
-                f"{unlike}; give the same arguments to go on with it, or "
-                "--overwrite (or delete that folder) to start anew"
+                f"{folder}: contains results of a run with other arguments: "
+                f"{differences}; give the same arguments to resume it, or "
+                "--overwrite (or delete that folder) to start again"
             )
 
     def keys(self) -> list[str]:
-        """Keys of the parts that are there, sorted."""
+        """Return the keys of the stored arrays, sorted."""
         return sorted(
             path.stem
             for path in self.folder.glob("*.npy")
@@ -83,7 +83,7 @@ class ResumeStore:
         )
 
     def has(self, key: str) -> bool:
-        """Whether a whole part is there; one that cannot be read is dropped."""
+        """Whether an array is stored; a file that cannot be read is deleted."""
         path = self._path(key)
         try:
             np.load(path, mmap_mode="r")
@@ -95,40 +95,40 @@ class ResumeStore:
         return True
 
     def put(self, key: str, array: np.ndarray) -> None:
-        """Keep an array of any shape and dtype under a key.
+        """Store an array of any shape and dtype under a key.
 
         Raises:
             StorageError: the disk is full, or may not be written to.
         """
         with atomic_write(self._path(key)) as partial, partial.open("wb") as file:
-            # numpy writes to a file itself, and then does not say why it failed.
-            through: Any = SimpleNamespace(write=file.write)
-            np.lib.format.write_array(through, array, allow_pickle=False)
+            # numpy writes to real files in C, and then does not say why it failed.
+            python_file: Any = SimpleNamespace(write=file.write)
+            np.lib.format.write_array(python_file, array, allow_pickle=False)
 
     def load(self, key: str) -> np.ndarray:
-        """The array of a key, memory-mapped and read-only.
+        """Open the array of a key, memory-mapped and read-only.
 
         Raises:
-            DatasetError: it is not there, or cannot be read.
+            DatasetError: it is missing, or cannot be read.
         """
         if not self.has(key):
             raise DatasetError(f"{self._path(key)}: this part is missing or broken")
         return np.load(self._path(key), mmap_mode="r")
 
     def drop(self, key: str) -> None:
-        """Forget a part, so that it is made again."""
+        """Delete an array, so that it is made again."""
         self._path(key).unlink(missing_ok=True)
 
     def remove(self) -> None:
-        """Delete the folder with all its parts."""
+        """Delete the folder with all its arrays."""
         self.discard(self.folder)
 
     @staticmethod
     def discard(folder: Path) -> None:
-        """Delete a folder of parts, whatever request they are of.
+        """Delete the folder of a `ResumeStore`, whatever its request.
 
-        The request goes last: were a run killed between, the next could take what
-        is left for its own.
+        The request is deleted last. If this run is killed before, the next run still
+        sees which request the remaining arrays belong to.
         """
         for path in folder.glob("*"):
             if path.name != _REQUEST:

@@ -1,8 +1,8 @@
-"""Sharded volumes: files that hold many chunks each, and an index of them.
+"""Read chunks of sharded volumes, whose files hold many chunks and an index each.
 
-cloud-volume takes an empty shard for one that is not there, and reads an index that is
-cut short as a shorter one: chunks become black, or tissue of another place. Here
-everything that an index lists has to be there, whole.
+cloud-volume takes an empty shard for a missing one, and a truncated index for a shorter
+one. Chunks then become black, or tissue of another location. Here all data that an
+index lists must exist and be complete.
 
 Source: neuroglancer, src/datasource/precomputed/sharded.md
 """
@@ -30,12 +30,12 @@ from metroem.io.cloud_errors import (
 
 _COPY_AGAIN = (
     "copy it again from where the volume was made, or, if the network cut it, give the "
-    "same command again, which goes on where it was"
+    "same command again, which resumes where it stopped"
 )
 
 
 class _Range(NamedTuple):
-    """Some bytes of a shard."""
+    """A range of bytes of a shard, the end not included."""
 
     shard: str
     start: int
@@ -46,19 +46,19 @@ def download(volume: Any, box: Bbox) -> np.ndarray:
     """Read a box of a mip, sharded or not.
 
     Args:
-        volume: cloud-volume's object, of that mip.
+        volume: cloud-volume's object, opened at that mip.
         box: voxels, inside the volume.
 
     Returns:
-        (X, Y, Z, C), the dtype of the volume; 0 in chunks that are not there, or that
+        (X, Y, Z, C), the dtype of the volume; 0 in chunks that do not exist, or that
         no shard lists.
 
     Raises:
-        BrokenFileError: a shard does not hold what its index says.
-        Exception: what storage or cloud-volume raised.
+        BrokenFileError: a shard does not match its index.
+        Exception: an error of storage or of cloud-volume.
     """
     if volume.scale.get("sharding") is None:
-        # Of a single voxel it gives the channels first.
+        # For a single voxel, cloud-volume puts the channels first.
         whole = *box.size3(), volume.num_channels
         return np.asarray(volume.download(box)).reshape(whole)
     meta, mip = volume.meta, volume.mip
@@ -93,7 +93,7 @@ class _Shards:
     """The shards of one mip.
 
     Attributes:
-        folder: where they are.
+        folder: address of their folder.
     """
 
     def __init__(self, meta: Any, mip: int) -> None:
@@ -112,18 +112,18 @@ class _Shards:
             codes: their compressed Morton codes.
 
         Returns:
-            By code, the name of its shard and its content, as encoded; only of those
-            that are listed.
+            By code, the name of the shard and the encoded chunk. Chunks that no shard
+            lists are left out.
 
         Raises:
-            BrokenFileError: a shard does not hold what its index says.
+            BrokenFileError: a shard does not match its index.
         """
-        where = {code: self._place(code) for code in codes}
-        lists = self._lists(set(where.values()))
+        locations = {code: self._location(code) for code in codes}
+        lists = self._lists(set(locations.values()))
         ranges = {
-            code: lists[place][code]
-            for code, place in where.items()
-            if code in lists.get(place, {})
+            code: lists[location][code]
+            for code, location in locations.items()
+            if code in lists.get(location, {})
         }
         found = self._fetch(ranges.values())
         packing = self._spec.data_encoding
@@ -132,18 +132,26 @@ class _Shards:
             for code, span in ranges.items()
         }
 
-    def _place(self, code: int) -> tuple[str, int]:
-        """Shard and minishard of a chunk."""
+    def _location(self, code: int) -> tuple[str, int]:
+        """Return the shard and the minishard of a chunk."""
         location = self._spec.compute_shard_location(code)
         return f"{location.shard_number}.shard", int(location.minishard_number)
 
     def _lists(
-        self, places: set[tuple[str, int]]
+        self, minishards: set[tuple[str, int]]
     ) -> dict[tuple[str, int], dict[int, _Range]]:
-        """By shard and minishard, if it has chunks, where each of them lies."""
-        indices = self._indices({shard for shard, _ in places})
+        """Read the indices of minishards.
+
+        Args:
+            minishards: name of the shard and number of the minishard.
+
+        Returns:
+            By minishard, the range of each of its chunks by code. Minishards without
+            chunks are left out.
+        """
+        indices = self._indices({shard for shard, _ in minishards})
         ranges = {}
-        for shard, number in places:
+        for shard, number in minishards:
             if shard not in indices:
                 continue
             start, end = (self._length + int(at) for at in indices[shard][number])
@@ -160,7 +168,7 @@ class _Shards:
             are_rising = (codes[1:] > codes[:-1]).all() and (ends >= sizes).all()
             if len(content) % 24 or not are_rising or not sizes.all():
                 raise self._broken(shard, f"the index of minishard {number} is broken")
-            if self._place(int(codes[0])) != (shard, number):
+            if self._location(int(codes[0])) != (shard, number):
                 raise self._broken(shard, "lists chunks that belong to other shards")
             lists[shard, number] = {
                 int(code): _Range(shard, self._length + end - size, self._length + end)
@@ -171,7 +179,7 @@ class _Shards:
         return lists
 
     def _indices(self, shards: Iterable[str]) -> dict[str, np.ndarray]:
-        """By shard that is there, start and end of each minishard's index."""
+        """Read the start and end of each minishard's index, by shard that exists."""
         spans = [_Range(shard, 0, self._length) for shard in shards]
         indices = {}
         for (shard, *_), content in self._fetch(spans, may_lack=True).items():
@@ -186,11 +194,12 @@ class _Shards:
     def _fetch(
         self, ranges: Iterable[_Range], *, may_lack: bool = False
     ) -> dict[_Range, bytes]:
-        """Read ranges of shards, those that touch in one request.
+        """Read ranges of shards, adjacent ones in one request.
 
         Args:
-            ranges: what to read.
-            may_lack: leave out those of shards that are not there.
+            ranges: ranges to read.
+            may_lack: leave out ranges of shards that do not exist, instead of raising
+                an error.
         """
         runs: list[list[_Range]] = []
         for span in sorted(set(ranges)):
@@ -204,7 +213,7 @@ class _Shards:
             path = Path(self.folder.removeprefix("file://"), shard)
             if self._is_local and path.exists():
                 size = path.stat().st_size
-                if size < end:  # which may be far too much to be asked for
+                if size < end:  # `end` of a broken index may be far too large to read
                     raise self._short(shard, start, end, max(size - start, 0))
             asked.append({"path": shard, "start": start, "end": end, "tags": number})
         found = {}
@@ -213,7 +222,7 @@ class _Shards:
             start, end = answer["byte_range"]
             if content is None:
                 if not may_lack:
-                    raise self._broken(shard, "is not there any more")
+                    raise self._broken(shard, "no longer exists")
                 refuse_packed(self.folder, shard)
                 continue
             if answer["compress"]:
@@ -229,18 +238,20 @@ class _Shards:
         return found
 
     def _answers(self, asked: Any) -> Any:
-        if self._is_local:  # cloud-files' threads would cost 0.1 s
+        """Send requests to storage and return the answers of cloud-files."""
+        if self._is_local:  # starting the threads of cloud-files would cost 0.1 s
             return [self._files.get([one], raw=True)[0] for one in asked]
         try:
             return self._files.get(asked, raw=True)
         except Exception as error:
-            if status_of(error) != 416:  # the range begins beyond the end
+            if status_of(error) != 416:  # 416: the range starts beyond the end
                 raise
             file = failed_file(error)
             what = "is shorter than its index says, or empty"
             raise BrokenFileError(what, _COPY_AGAIN, file=file) from error
 
     def _unpacked(self, shard: str, content: bytes, packing: str) -> bytes:
+        """Decompress a part of a shard."""
         with reading(file_address(self.folder, shard)):
             if packing == "gzip":
                 content = compression.gunzip(content)

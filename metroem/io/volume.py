@@ -1,8 +1,8 @@
-"""CloudVolumes: the one place that knows x, y, z and channel.
+"""Read sections of volumes: convert (x, y, z, channel) to (section, channel, row, col).
 
-cloud-volume answers with zeros where nothing is stored: chunks that are missing,
-scales that were never written, mip -1 (it takes the last). So mips, bounds and z are
-checked here before anything is read.
+cloud-volume returns zeros where nothing is stored: for missing chunks, and for scales
+that were never written. For mip -1 it takes the last. So mips, bounds and z are checked
+here before anything is read.
 """
 
 import logging
@@ -38,28 +38,29 @@ class Volume:
     """A volume opened for reading sections.
 
     Attributes:
-        path: as cloud-volume opens it; plain paths become file://, and zarr:// or
-            n5:// where that is what is there.
-        location: of its chunks: the path, or where its info says that it is now.
-        flag: where the path came from, for messages.
-        mips: those that it has, in rising order. Mip m is the scale that is 2^m times
-            coarser than mip 0 in x and y, with the same z, wherever its info lists it.
+        path: path as cloud-volume opens it. Plain paths become file://, or zarr:// or
+            n5:// if they hold such a volume.
+        location: location of the chunks: the path, or the one its info redirects to.
+        flag: the flag that gave the path, for messages.
+        mips: available mips, in rising order. Mip m is the scale that is 2^m times
+            coarser than mip 0 in x and y, with the same z. Its position in the info
+            does not matter.
         num_channels: 1 for images, 2 for fields.
-        dtype: as stored.
+        dtype: stored data type.
         resolution: nm of a mip-0 voxel along x, y, z.
 
     Args:
         path: see above.
         flag: see above.
-        resolution: what mip 0 is, where something else says it: the volume of the
-            images, or their files. None: the first scale of the info is mip 0.
-        only_mip: which mip it is if it has one scale alone, and nothing says what
-            mip 0 is.
-        is_read: False if only its bounds are wanted, which need no codec.
+        resolution: resolution of mip 0, if known from the image volume or image files.
+            None: the first scale of the info is mip 0.
+        only_mip: mip of the only scale, if the volume has a single one and
+            `resolution` is None.
+        is_read: False if only its bounds are needed; then missing codecs are no error.
 
     Raises:
-        DatasetError: it cannot be opened, or no scale is a mip of that resolution, or
-            none can be read.
+        DatasetError: it cannot be opened, no scale is a mip of that resolution, or no
+            scale can be read.
     """
 
     def __init__(
@@ -111,14 +112,18 @@ class Volume:
             )
 
     def sections_at(self, mip: int) -> range:
-        """The z's that a mip holds."""
+        """Return the range of z of a mip."""
         return range(*self._bounds(mip)[2])
 
     def check_mip(self, flag: str, mip: int) -> None:
-        """Refuse a mip that is not there, or lies elsewhere than the finest.
+        """Refuse a mip that does not exist, or does not lie on the finest mip.
+
+        Args:
+            flag: the flag that asked for the mip, for messages.
+            mip: the mip to check.
 
         Raises:
-            DatasetError: as said.
+            DatasetError: the mip is refused.
         """
         if mip not in self._index:
             x, y, z = self.resolution
@@ -131,57 +136,58 @@ class Volume:
         self.check_lies_on(self, mip)
 
     def check_lies_on(self, other: "Volume", mip: int) -> None:
-        """Refuse a mip that is as large as another volume and lies elsewhere.
+        """Refuse a mip that is as large as another volume, but shifted.
 
-        Coordinates are absolute, so that a volume may hold a part of another. One
-        that is exactly as large and is shifted has a wrong voxel_offset.
+        Coordinates are absolute, so a volume may be a part of another. But a volume of
+        exactly the same size that is shifted has a wrong voxel_offset.
 
         Args:
-            other: what it belongs to; its finest mip is compared.
-            mip: of this volume.
+            other: the volume that it belongs to; its finest mip is compared.
+            mip: mip of this volume.
 
         Raises:
-            DatasetError: as said; both are named.
+            DatasetError: the mip is shifted; the message names both volumes.
         """
         finest = other.mips[0]
-        here, there = self._box(mip), other._box(finest)
+        box, other_box = self._box(mip), other._box(finest)
         # Both corners of a coarser mip may be rounded to its pixels.
         slack = np.array([(1 << max(mip, finest)) - 1] * 2 + [0])
-        differ = np.abs(np.diff(here, axis=1) - np.diff(there, axis=1))[:, 0]
-        apart = np.abs(here[:, 0] - there[:, 0])
-        if (differ <= 2 * slack).all() and (apart > slack).any():
+        size_differs = np.abs(np.diff(box, axis=1) - np.diff(other_box, axis=1))[:, 0]
+        shift = np.abs(box[:, 0] - other_box[:, 0])
+        if (size_differs <= 2 * slack).all() and (shift > slack).any():
             raise DatasetError(
                 f"{self.flag} {self.path}: mip {mip} begins at x, y, z "
-                f"{here[:, 0].tolist()}, {other.flag} {other.path} at "
-                f"{there[:, 0].tolist()} (mip-0 pixels, section), and is as large; "
+                f"{box[:, 0].tolist()}, {other.flag} {other.path} at "
+                f"{other_box[:, 0].tolist()} (mip-0 pixels, section), and is as large; "
                 "expected one place: correct voxel_offset in the info that is wrong"
             )
 
     def check_sections(self, sections: range, mip: int) -> None:
-        """Refuse sections that a mip of the volume does not hold.
+        """Refuse sections outside of the volume.
 
         Raises:
-            DatasetError: some are outside; the bounds are named.
+            DatasetError: a section is outside; the message states the bounds.
         """
-        here = self.sections_at(mip)
-        if not (here.start <= sections.start and sections.stop <= here.stop):
+        held = self.sections_at(mip)
+        if not (held.start <= sections.start and sections.stop <= held.stop):
             raise DatasetError(
                 f"{self.flag} {self.path}: sections {sections.start}..."
                 f"{sections.stop - 1} are needed (the pair of z reads z and z - 1), it "
-                f"holds {here.start}...{here.stop - 1}; change --z_start or --z_end"
+                f"holds {held.start}...{held.stop - 1}; change --z_start or --z_end"
             )
 
     def check_covers(self, grid: Grid, what: str, *, at: int | None = None) -> None:
-        """Refuse an area that the volume does not hold.
+        """Refuse an area that is not inside the volume.
 
         Args:
-            grid: the area, of any mip.
-            what: the area in words: "the patch".
-            at: the mip that is read; to less than a pixel, of either mip, bounds may
-                differ then. None: that of the grid.
+            grid: the area, at any mip.
+            what: name of the area for the message: "the patch".
+            at: the mip that is read. If given, the area may reach out of the bounds by
+                less than a pixel of the coarser of both mips. None: the mip of the
+                grid, and no tolerance.
 
         Raises:
-            DatasetError: some of it is outside; the bounds are named.
+            DatasetError: part of the area is outside; the message states the bounds.
         """
         mip = grid.mip if at is None else at
         (x0, x1), (y0, y1), _ = self._box(mip).tolist()
@@ -195,7 +201,7 @@ class Volume:
         ):
             cure = "change --x_offset, --y_offset or the size"
             if at is not None:
-                cure = "give a volume that covers it, or take another place"
+                cure = "give a volume that covers it, or choose another location"
             raise DatasetError(
                 f"{self.flag} {self.path}: {what} at mip {grid.mip} spans x {grid.x}..."
                 f"{x_end}, y {grid.y}...{y_end}, the volume x {x0}...{x1}, y {y0}..."
@@ -205,8 +211,12 @@ class Volume:
     def check_channels(self, expected: int, kind: str) -> None:
         """Refuse a volume with another number of channels.
 
+        Args:
+            expected: number of channels.
+            kind: what has that many channels, for the message.
+
         Raises:
-            DatasetError: as said.
+            DatasetError: the number differs.
         """
         if self.num_channels != expected:
             raise DatasetError(
@@ -215,7 +225,7 @@ class Volume:
             )
 
     def clip(self, grid: Grid) -> Grid | None:
-        """The part of a grid that the volume holds; None if there is none."""
+        """Return the part of a grid inside the volume; None if there is none."""
         x, y, _ = self._bounds(grid.mip)
         scale = 1 << grid.mip
         row, row_end = _overlap(grid.x // scale, grid.rows, x)
@@ -229,21 +239,21 @@ class Volume:
         return z in self.sections_at(self.mips[0])
 
     def extent(self) -> tuple[Grid, range]:
-        """All that the volume holds: the area, at mip 0, and the sections."""
+        """Return the area of the volume, at mip 0, and its range of z."""
         (x0, x1), (y0, y1), (z0, z1) = self._box(self.mips[0]).tolist()
         return Grid(0, x0, y0, x1 - x0, y1 - y0), range(z0, z1)
 
     @property
     def info(self) -> dict[str, Any]:
-        """The info file."""
+        """The content of the info file."""
         return self._info
 
     def chunks_around(self, grid: Grid, z: int) -> tuple[Grid, range]:
-        """The area and the sections of the stored chunks that hold some of a grid.
+        """Return the area and the sections of the stored chunks that overlap a grid.
 
         Args:
             grid: the area, inside the volume.
-            z: a section that the volume holds.
+            z: a section of the volume.
         """
         size = self._at(0).mip_chunk_size(self._index[grid.mip])
         corner = grid.x >> grid.mip, grid.y >> grid.mip, z
@@ -262,13 +272,13 @@ class Volume:
         """Read one area of consecutive sections, each stored chunk once.
 
         Args:
-            grid: the area; its corner a multiple of 2^mip. What lies outside the
-                volume comes as 0.
-            sections: z's, all of them in the volume.
+            grid: the area; its corner is a multiple of 2^mip. Pixels outside the
+                volume are 0.
+            sections: range of z, inside the volume.
 
         Returns:
-            (num_sections, C, H, W), the dtype of the volume, as stored (NaN may be
-            among it); 0 where nothing is stored.
+            (num_sections, C, H, W), the dtype of the volume, values as stored (may
+            contain NaN); 0 where nothing is stored.
 
         Raises:
             DatasetError: the volume cannot be read.
@@ -283,8 +293,8 @@ class Volume:
             (x, y, sections.start), (x + inner.rows, y + inner.cols, sections.stop)
         )
         volume = self._at(self._index[grid.mip])
-        place = f"mip {grid.mip}, voxels {box}"
-        with storage_errors(self.flag, self.path), reading(place):
+        voxels = f"mip {grid.mip}, voxels {box}"
+        with storage_errors(self.flag, self.path), reading(voxels):
             if self._arrays is None:
                 cutout = download(volume, box)
             else:
@@ -300,14 +310,14 @@ class Volume:
     def read_layer(
         self, windows: Mapping[int, Grid], slab: range
     ) -> Iterator[tuple[int, np.ndarray]]:
-        """Read a window of each section of one of `slabs`, each chunk once.
+        """Read a window of each section of one slab, each chunk once; see `slabs`.
 
         Args:
-            windows: by z, the area wanted of that section; all of one mip.
-            slab: sections to read, those of `windows` among them.
+            windows: by z, the window of that section; all at one mip.
+            slab: range of z to read; only sections in `windows` are yielded.
 
         Yields:
-            z and (C, H, W) as stored.
+            z, and (C, H, W) as stored.
 
         Raises:
             DatasetError: the volume cannot be read.
@@ -319,14 +329,14 @@ class Volume:
             yield z, crop_array(layers[z - slab.start], hull, window)
 
     def slabs(self, mip: int, sections: list[int]) -> list[range]:
-        """Group sections so that those of one layer of chunks come together.
+        """Group sections by the layer of chunks that stores them.
 
         Args:
-            mip: whose chunks.
-            sections: z's, in rising order.
+            mip: mip whose chunks are read.
+            sections: z of each section, in rising order.
 
         Returns:
-            Ranges that cover all of `sections`, one a layer of chunks.
+            Ranges of z that cover all of `sections`, one per layer of chunks.
         """
         index = self._index[self.source_mip(mip)]
         thickness = int(self._at(0).mip_chunk_size(index)[2])
@@ -337,15 +347,18 @@ class Volume:
         return [range(zs[0], zs[-1] + 1) for zs in layers.values()]
 
     def source_mip(self, mip: int) -> int:
-        """The stored mip that another is read from: itself."""
+        """Return the stored mip that a mip is read from: itself."""
         return mip
 
     def index_of(self, mip: int) -> int:
-        """Which scale of the info a mip is."""
+        """Return the index of a mip among the scales of the info."""
         return self._index[mip]
 
     def _at(self, index: int) -> Any:
-        """cloud-volume's object, one a thread and scale; the info is fetched once."""
+        """Return cloud-volume's object of a scale, one per thread.
+
+        The info is fetched only once.
+        """
         opened = self._local.__dict__.setdefault("volumes", {})
         if index not in opened:
             with storage_errors(self.flag, self.path):
@@ -355,10 +368,10 @@ class Volume:
         return opened[index]
 
     def _open(self) -> dict[str, Any]:
-        """Find out of which format it is, where, and what it says of itself."""
-        form, place = split_format(self.path)
-        # With a format, since cloud-volume else takes Zarr for its own.
-        self.location = f"precomputed://{place}"
+        """Find the format and the location of the volume, and return its info."""
+        form, location = split_format(self.path)
+        # With a format, since cloud-volume would otherwise open Zarr itself.
+        self.location = f"precomputed://{location}"
         if form not in FORMATS:
             try:
                 volume: Any = CloudVolume(self.location, **_OPTIONS)
@@ -372,11 +385,11 @@ class Volume:
                     )
                 self.location = f"precomputed://{volume.meta.cloudpath}"
                 return volume.info
-        self._arrays = open_arrays(form, place)
+        self._arrays = open_arrays(form, location)
         if self._arrays is None:
-            raise InfoUnavailableError(place)
+            raise InfoUnavailableError(location)
         if not form:
-            self.path = f"{self._arrays.form}://{place}"
+            self.path = f"{self._arrays.form}://{location}"
         return self._arrays.info
 
     def _check_readable(self, mip: int) -> None:
@@ -384,7 +397,7 @@ class Volume:
             raise DatasetError(f"{self.flag} {self.path}: mip {mip} {problem}")
 
     def _bounds(self, mip: int) -> tuple[tuple[int, int], ...]:
-        """First and end pixel of a mip along x, y, z."""
+        """Return the first and end pixel of a mip along x, y, z."""
         source = self.source_mip(mip)
         box = self._at(0).mip_bounds(self._index[source])
         low, high = (list(map(int, at)) for at in (box.minpt, box.maxpt))
@@ -394,12 +407,12 @@ class Volume:
         return tuple(zip(low, high, strict=True))
 
     def _box(self, mip: int) -> np.ndarray:
-        """(3, 2): first and end of a mip along x, y, z, mip-0 pixels and sections."""
+        """Return start and end of a mip along x, y, z: (3, 2), mip-0 pixels and z."""
         return np.array(self._bounds(mip)) << np.array([[mip], [mip], [0]])
 
 
 def _index_of_mips(scales: list[Resolution], resolution: Resolution) -> dict[int, int]:
-    """By mip, the first scale that is it."""
+    """Find the scale of each mip: by mip, the index of the first scale that fits."""
     found: dict[int, int] = {}
     x, y, z = resolution
     for index, nm in enumerate(scales):
@@ -409,8 +422,8 @@ def _index_of_mips(scales: list[Resolution], resolution: Resolution) -> dict[int
     return found
 
 
-# parallel=1: with more, cloud-volume starts processes anew for every read. It would
-# fetch the provenance, which nothing here reads, for every object made.
+# parallel=1, since with more cloud-volume starts new processes for every read. The
+# provenance is given, since cloud-volume would fetch it for every object.
 _OPTIONS: dict[str, Any] = {
     "provenance": {"sources": [], "owners": [], "processing": [], "description": ""},
     "fill_missing": True,
@@ -426,10 +439,10 @@ def iter_sections(
     """Read a window of each section, each stored chunk once.
 
     Args:
-        volume: where from.
-        windows: by z, the area wanted of that section; all of one mip.
-        parallel: how many layers of chunks are read at a time; that many are in
-            memory.
+        volume: volume to read from.
+        windows: by z, the window of that section; all at one mip.
+        parallel: number of layers of chunks that are read at a time. All of them are
+            in memory.
 
     Yields:
         z, in rising order, and (C, H, W) as stored.
@@ -461,7 +474,7 @@ def iter_sections(
 
 
 def bounding_grid(grids: list[Grid]) -> Grid:
-    """The smallest grid that covers some of one mip, whose pixels coincide."""
+    """Return the smallest grid that covers all `grids`, which share mip and pixels."""
     mip = grids[0].mip
     x, y = min(grid.x for grid in grids), min(grid.y for grid in grids)
     x_end, y_end = (max(grid.end[axis] for grid in grids) for axis in (0, 1))
@@ -469,11 +482,11 @@ def bounding_grid(grids: list[Grid]) -> Grid:
 
 
 def crop_array(array: np.ndarray, grid: Grid, window: Grid) -> np.ndarray:
-    """The part of (..., H, W) on `grid` that `window`, of the same mip, wants."""
+    """Crop an array (..., H, W) on `grid` to `window`, a grid of the same mip in it."""
     row, col = (window.x - grid.x) >> grid.mip, (window.y - grid.y) >> grid.mip
     return array[..., row : row + window.rows, col : col + window.cols]
 
 
 def _overlap(start: int, size: int, bounds: tuple[int, int]) -> tuple[int, int]:
-    """First and end index, within `size` pixels from `start`, inside bounds."""
+    """Return the first and end index, of `size` pixels from `start`, inside bounds."""
     return max(bounds[0] - start, 0), min(bounds[1] - start, size)

@@ -1,4 +1,8 @@
-"""Info files: what they must say, and which mips can be read with what is installed."""
+"""Check info files of volumes, and find mips that cannot be read.
+
+A mip cannot be read if cloud-volume does not know its encoding, or if the package for
+it is not installed.
+"""
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
@@ -17,11 +21,11 @@ _VOLUME = "neuroglancer_multiscale_volume"
 _OF_VOLUME = ("type", "data_type", "num_channels", "scales")
 _TRIPLES = ("size", "resolution")
 _OF_SCALE = ("key", "encoding", "chunk_sizes", *_TRIPLES)
-# What each of these encodings can hold; the others hold anything.
+# Data types that these encodings can store; other encodings store any type.
 _HOLDS = {
     "jpeg": ("uint8",),
     "jxl": ("uint8",),
-    "png": ("uint8",),  # of 16 bits cloud-volume makes two channels
+    "png": ("uint8",),  # cloud-volume splits 16 bits into two channels
     "fpzip": ("float32", "float64"),
     "kempressed": ("float32", "float64"),
     "zfpc": ("float32", "float64", "int32", "int64"),
@@ -32,14 +36,14 @@ _PNG_CHANNELS = {0: 1, 2: 3, 4: 2, 6: 4}  # by colour type
 
 @functools.cache
 def check_infos() -> None:
-    """Let cloud-volume check each info that it fetches, and each PNG, from now on."""
+    """Make cloud-volume check each info that it fetches, and each PNG, from now on."""
     chunks.decode_png = _checked_png(chunks.decode_png)
     fetch_info = PrecomputedMetadata.fetch_info
 
     @functools.wraps(fetch_info)
     def checked(self: PrecomputedMetadata) -> Any:
         info = fetch_info(self)
-        # One that only says where the volume is now need not say more.
+        # An info that only redirects to another location needs no other keys.
         if not isinstance(info, Mapping) or not info.get("redirect"):
             check_info(info)
         return info
@@ -48,13 +52,13 @@ def check_infos() -> None:
 
 
 def check_info(info: Any) -> None:
-    """Refuse the info of something else than a volume, or one that lacks something.
+    """Refuse an info that is not of a volume, or that lacks keys or has wrong values.
 
     Args:
         info: the decoded file.
 
     Raises:
-        InfoError: as said, in words that follow the path of the volume.
+        InfoError: the info is refused; the message follows the path of the volume.
     """
     if not isinstance(info, Mapping):
         raise InfoError(f"its info file holds a {type(info).__name__}, not an object")
@@ -83,16 +87,19 @@ def check_info(info: Any) -> None:
             "whole number, 1 or more"
         )
     if not isinstance(info["scales"], Sequence) or not info["scales"]:
-        raise InfoError("its info file lists no scales; expected one a mip")
+        raise InfoError("its info file lists no scales; expected one per mip")
     for mip, scale in enumerate(info["scales"]):
         _check_scale(mip, scale)
 
 
 def unreadable_mips(info: Mapping[str, Any]) -> dict[int, str]:
-    """By mip, why it cannot be read: its encoding.
+    """Find the scales that cannot be read because of their encoding.
 
     Args:
-        info: as `check_info` lets it pass.
+        info: an info that `check_info` accepts.
+
+    Returns:
+        By index of the scale, why it cannot be read.
     """
     found = {}
     for mip, scale in enumerate(info["scales"]):
@@ -103,7 +110,9 @@ def unreadable_mips(info: Mapping[str, Any]) -> dict[int, str]:
 
 def _check_scale(mip: int, scale: Any) -> None:
     if not isinstance(scale, Mapping):
-        raise InfoError(f"its info file says {scale!r} of scale {mip}, no object")
+        raise InfoError(
+            f"its info file says {scale!r} of scale {mip}; expected an object"
+        )
     if missing := [key for key in _OF_SCALE if key not in scale]:
         raise InfoError(_lacks(missing, f" of scale {mip}"))
     triples = {key: scale[key] for key in _TRIPLES}
@@ -125,13 +134,14 @@ def _check_scale(mip: int, scale: Any) -> None:
 
 
 def _problem(scale: Mapping[str, Any], data_type: str) -> str | None:
+    """Say why a scale cannot be read; None if it can."""
     encoding = scale["encoding"]
     if encoding not in (*SUPPORTED_ENCODINGS, "npz"):
         return (
             f"has encoding {encoding!r}, which cloud-volume does not know; expected "
             f"one of {', '.join(SUPPORTED_ENCODINGS)}"
         )
-    # cloud-volume does not list this one.
+    # cloud-volume does not list kempressed, which needs the package of fpzip.
     package = NEEDS_INSTALL.get("fpzip" if encoding == "kempressed" else encoding)
     if package is not None:
         return f"has encoding {encoding}, which needs a package: pip install {package}"
@@ -152,7 +162,10 @@ def _problem(scale: Mapping[str, Any], data_type: str) -> str | None:
 
 
 def _checked_png(decode_png: Callable[..., Any]) -> Callable[..., Any]:
-    """cloud-volume's, for what the info says: else it fails, or makes up values."""
+    """Wrap cloud-volume's decoder: refuse a PNG that does not match the info.
+
+    cloud-volume would fail on it, or return wrong values.
+    """
 
     @functools.wraps(decode_png)
     def checked(content: bytes, shape: Sequence[int], dtype: Any) -> Any:

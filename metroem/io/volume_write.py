@@ -1,8 +1,8 @@
-"""Writing CloudVolumes: whole ones on local disk, and section by section anywhere.
+"""Write CloudVolumes: complete ones on local disk, or section by section anywhere.
 
-A chunk is there whole or not at all: object stores take it so, and on local disk it
-is written elsewhere, synced and renamed. Chunks are not compressed, so that any web
-server can serve them.
+Chunks are written atomically. Object stores do so themselves; on local disk a chunk is
+written elsewhere, synced and renamed. Chunks are not compressed, so that any web server
+can serve them.
 """
 
 import json
@@ -35,11 +35,11 @@ from metroem.io.resume import describe_differences
 from metroem.io.volume import Volume, crop_array
 from metroem.io.zarr_n5 import open_arrays
 
-# Where in an info what MetroEM says about a volume is kept.
+# Key of an info under which MetroEM stores its own metadata.
 NOTES_KEY = "metroem"
 _CHUNK_PX = 256
 _STAGING = ".writing-"
-# cloud-files reads a chunk under any of these names.
+# cloud-files also finds a chunk under its name with one of these endings.
 _COMPRESSED = (".gz", ".br", ".zstd", ".xz", ".bz2")
 
 
@@ -52,21 +52,21 @@ def write_volume(
     offset: tuple[int, int, int] = (0, 0, 0),
     chunk_px: int = 128,
 ) -> None:
-    """Write sections as a local CloudVolume, one section a chunk.
+    """Write sections as a local CloudVolume, with chunks of one section.
 
-    Rows become the volume's x and cols its y. Coarser mips average the tissue
-    alone; there is no tissue of grey level 0 in an integer volume.
+    Rows become the volume's x, and cols its y. Coarser mips average only tissue. In
+    uint8 volumes averaged tissue is at least 1, since 0 means no data.
 
     Args:
-        path: folder of the volume; made if it is not there.
+        path: folder of the volume; made if it does not exist.
         sections: (num_sections, H, W) uint8 or float32, 0 = no data.
-        mips: how many mips to write, 1 or more.
+        mips: number of mips to write, 1 or more.
         resolution: nm per mip-0 pixel along x, y, z.
         offset: first mip-0 pixel along x, y, z; a multiple of 2**(mips - 1).
         chunk_px: side of a chunk in the plane.
 
     Raises:
-        DatasetError: sections of another shape or type, or no mip.
+        DatasetError: the sections have another shape or type, or `mips` is below 1.
     """
     known = sections.dtype in (np.dtype(np.uint8), np.dtype(np.float32))
     if sections.ndim != 3 or not known or mips < 1:
@@ -92,17 +92,17 @@ def write_volume(
 
 @dataclass(frozen=True)
 class NewVolume:
-    """What a volume is like that is made where there is none.
+    """Properties of a volume to create.
 
     Attributes:
         num_channels: 1 for images, 2 for fields.
-        dtype: of its values.
-        mip: the one that is written.
-        area: what it covers, at mip 0.
-        sections: z's that it holds.
+        dtype: data type of its values.
+        mip: the mip that is written.
+        area: the area that it covers, at mip 0.
+        sections: its range of z.
         resolution: nm of a mip-0 voxel along x, y, z.
-        notes: what its values are, kept in its info; a volume that says otherwise
-            is not written to.
+        notes: what its values mean; stored in its info. An existing volume with other
+            notes is not written to.
     """
 
     num_channels: int
@@ -114,7 +114,7 @@ class NewVolume:
     notes: Mapping[str, Any] = field(default_factory=dict)
 
     def info(self, path: str) -> dict[str, Any]:
-        """The info file: all mips down to the one that is written."""
+        """Make the info, with mip 0 and all mips up to the one that is written."""
         info = CloudVolume.create_new_info(
             num_channels=self.num_channels,
             layer_type="image",
@@ -130,20 +130,20 @@ class NewVolume:
 
 
 class SectionWriter:
-    """A volume, new or there already, that takes sections one by one.
+    """Writes a volume, new or existing, section by section.
 
-    What is there already stays: a section that would change other values than 0
-    (no data) is refused. One that a killed run began, or finished, holds nothing
-    else than what is written again, so the same calls go on with it.
+    Existing values are kept: a section that would change values other than 0 (no data)
+    is refused. To resume a killed run, make the same calls again. They write the same
+    values, so its finished and unfinished sections are not refused.
 
     Args:
-        path: of the volume, as cloud-volume opens it.
-        wanted: what it is to be like; what is there must agree with it.
-        flag: where the path came from, for messages.
-        overwrite: change values that are there.
+        path: path of the volume, as cloud-volume opens it.
+        wanted: properties of the volume; an existing volume must agree with them.
+        flag: the flag that gave the path, for messages.
+        overwrite: whether existing values may be changed.
 
     Raises:
-        DatasetError: a volume of another kind is there, or storage fails.
+        DatasetError: a volume of another kind exists there, or storage fails.
     """
 
     def __init__(
@@ -157,14 +157,14 @@ class SectionWriter:
         if self._folder is not None:
             self.path = f"file://{self._folder}"
             self._folder.mkdir(parents=True, exist_ok=True)
-            for left in self._folder.glob(f"{_STAGING}*"):  # of runs killed
-                shutil.rmtree(left, ignore_errors=True)
+            for leftover in self._folder.glob(f"{_STAGING}*"):  # of killed runs
+                shutil.rmtree(leftover, ignore_errors=True)
         with storage_errors(flag, self.path, doing="written"):
             self._files = CloudFiles(self.path.removeprefix("precomputed://"))
             is_new = self._files.get("info") is None
-            if is_new and (there := open_arrays("", split_format(self.path)[1])):
+            if is_new and (arrays := open_arrays("", split_format(self.path)[1])):
                 raise DatasetError(
-                    f"{flag} {path}: is a {there.form} volume, which is only read; "
+                    f"{flag} {path}: is a {arrays.form} volume, which is only read; "
                     "give another path"
                 )
             if is_new:
@@ -179,27 +179,27 @@ class SectionWriter:
             self._check(wanted)
 
     def put(self, section: np.ndarray, grid: Grid, z: int) -> bool:
-        """Write a section, unless it is there.
+        """Write a section, unless the volume already has it.
 
         Args:
             section: (C, H, W) in the dtype of the volume.
-            grid: where it lies, at the mip of the volume.
-            z: its section.
+            grid: its area, at the mip that is written.
+            z: its z.
 
         Returns:
             Whether anything was written.
 
         Raises:
-            DatasetError: it lies outside of the volume, other values are there, or
-                storage fails.
+            DatasetError: the section lies outside of the volume, would change existing
+                values, or storage fails.
         """
         self._check_inside(grid, z)
         hull, layers = self._volume.chunks_around(grid, z)
         stored = self._volume.read(hull, layers)
-        there = crop_array(stored[z - layers.start], hull, grid)
-        if np.array_equal(there, section):
+        existing = crop_array(stored[z - layers.start], hull, grid)
+        if np.array_equal(existing, section):
             return False
-        differs = (there != 0).any(0) & (there != section).any(0)
+        differs = (existing != 0).any(0) & (existing != section).any(0)
         if differs.any() and not self._overwrite:
             raise DatasetError(
                 f"{self.flag} {self.path}: section {z} holds other values at "
@@ -214,16 +214,16 @@ class SectionWriter:
         return True
 
     def describe(self, sources: Sequence[str], entry: Mapping[str, Any]) -> None:
-        """Add to the provenance of the volume, once.
+        """Add sources and an entry to the provenance, unless it already has them.
 
         Args:
-            sources: what its values come from.
-            entry: what was done, JSON-able.
+            sources: paths that the values come from.
+            entry: record of the processing, JSON-able.
         """
         with storage_errors(self.flag, self.path, doing="written"):
             found: Any = self._files.get_json("provenance") or {}
-            told = {"description": "", "owners": [], "sources": [], "processing": []}
-            provenance = {**told, **found}
+            empty = {"description": "", "owners": [], "sources": [], "processing": []}
+            provenance = {**empty, **found}
             provenance["sources"] = sorted({*provenance["sources"], *sources})
             if entry not in provenance["processing"]:
                 provenance["processing"] = [*provenance["processing"], dict(entry)]
@@ -231,38 +231,40 @@ class SectionWriter:
                 self._put_json("provenance", provenance)
 
     def _check(self, wanted: NewVolume) -> None:
-        """Refuse a volume whose values mean something else."""
+        """Refuse an existing volume that does not agree with `wanted`."""
         volume = self._volume
         volume.check_channels(wanted.num_channels, "what is to be written")
         volume.check_mip("mip", self._mip)
         if volume.dtype != np.dtype(wanted.dtype):
             raise DatasetError(
-                f"{self.flag} {self.path}: is there already as {volume.dtype}, "
+                f"{self.flag} {self.path}: already exists as {volume.dtype}, "
                 f"{wanted.dtype} is to be written; give another path"
             )
         if not np.allclose(volume.resolution, wanted.resolution, rtol=0.01):
             raise DatasetError(
-                f"{self.flag} {self.path}: is there already with mip-0 voxels of "
+                f"{self.flag} {self.path}: already exists with mip-0 voxels of "
                 f"{volume.resolution} nm, to be written are {wanted.resolution} nm; "
                 "give another path"
             )
         notes = volume.info.get(NOTES_KEY)
-        if notes and (unlike := describe_differences(notes, wanted.notes)):
+        if notes and (differences := describe_differences(notes, wanted.notes)):
             raise DatasetError(
-                f"{self.flag} {self.path}: is there already, with {unlike}; give the "
-                "same flags, or another path"
+                f"{self.flag} {self.path}: already exists, with {differences}; give "
+                "the same flags, or another path"
             )
 
     def _check_inside(self, grid: Grid, z: int) -> None:
+        """Refuse a section or an area outside of the volume (DatasetError)."""
         if self._volume.clip(grid) != grid or not self._volume.holds(z):
             raise DatasetError(
                 f"{self.flag} {self.path}: does not reach section {z}, x {grid.x}..."
                 f"{grid.end[0]}, y {grid.y}...{grid.end[1]} (mip-0 pixels); give "
-                "another path, or make it anew with --like and the volume of the images"
+                "another path, or make it again with --like and the volume of the "
+                "images"
             )
 
     def _write(self, layers: np.ndarray, hull: Grid, sections: range) -> None:
-        """Write whole chunks: (num_sections, C, H, W)."""
+        """Write whole chunks, (num_sections, C, H, W), at `hull` and `sections`."""
         x, y = hull.x >> hull.mip, hull.y >> hull.mip
         box = (
             slice(x, x + hull.rows),
@@ -301,7 +303,10 @@ class SectionWriter:
 
 @contextmanager
 def _renamed_into(folder: Path) -> Iterator[Path]:
-    """A folder whose files, once written, each replace those of `folder`."""
+    """Yield a temporary folder; after the block its files replace those of `folder`.
+
+    Each file is synced and renamed.
+    """
     staging = Path(tempfile.mkdtemp(prefix=_STAGING, dir=folder))
     try:
         yield staging
@@ -318,15 +323,16 @@ def _renamed_into(folder: Path) -> Iterator[Path]:
 
 
 def _with_mips(path: str, info: dict[str, Any], mips: int) -> Any:
-    """cloud-volume's object of a volume to be, its info with all mips."""
+    """Make cloud-volume's object of a new volume, with all mips in its info."""
     volume: Any = CloudVolume(path, info=info, progress=False)
-    # Before any data: cloud-volume adds no scale to an info twice.
+    # Add all scales before any data; cloud-volume adds no scale twice.
     for mip in range(1, mips):
         volume.add_scale((2**mip, 2**mip, 1))
     return volume
 
 
 def _write_mip(cloud_path: str, mip: int, sections: np.ndarray) -> None:
+    """Write all sections, given at mip 0, at one mip of a volume."""
     volume: Any = CloudVolume(cloud_path, mip=mip, progress=False, compress=False)
     x, y, z = (int(start) for start in volume.bounds.minpt)
     x_end, y_end, _ = (int(end) for end in volume.bounds.maxpt)
@@ -335,12 +341,12 @@ def _write_mip(cloud_path: str, mip: int, sections: np.ndarray) -> None:
         coarse = coarsen_image(image, mip)[0, 0].numpy()
         if section.dtype == np.uint8:
             coarse = np.where(coarse > 0, np.clip(np.round(coarse), 1, 255), 0)
-        here = slice(z + index, z + index + 1)
-        volume[x:x_end, y:y_end, here] = coarse.astype(section.dtype)[..., None, None]
+        at_z = slice(z + index, z + index + 1)
+        volume[x:x_end, y:y_end, at_z] = coarse.astype(section.dtype)[..., None, None]
 
 
 class Notes:
-    """JSON objects by name in a folder at a cloud path.
+    """JSON objects stored by name in a folder at a cloud path.
 
     Attributes:
         path: the folder, with a scheme.
@@ -352,11 +358,11 @@ class Notes:
         self._files = CloudFiles(path, progress=False)
 
     def names(self) -> list[str]:
-        """All files below the folder, those of volumes too, sorted."""
+        """List all files below the folder, including files of volumes, sorted."""
         return sorted(self._files.list())
 
     def read(self, names: list[str]) -> dict[str, dict]:
-        """The objects by name, less those that were not written to their end."""
+        """Read objects by name; missing and incomplete ones are left out."""
         found = {}
         files: Any = self._files.get(names)
         for file in files:
@@ -367,10 +373,10 @@ class Notes:
         return found
 
     def write(self, name: str, note: dict) -> None:
-        """Keep an object under a name."""
+        """Store an object under a name."""
         content = json.dumps(note, indent=1, sort_keys=True).encode()
         self._files.put(name, content, content_type="application/json")
 
     def delete(self, prefix: str) -> None:
-        """Delete the files whose names begin so."""
+        """Delete the files whose names begin with a prefix."""
         self._files.delete([name for name in self.names() if name.startswith(prefix)])

@@ -1,8 +1,8 @@
-"""Zarr and N5: arrays with a file a chunk, whose metadata name the axes.
+"""Read Zarr and N5 volumes: arrays with one file per chunk, whose metadata name axes.
 
-cloud-volume opens them too. It takes big-endian N5, channels, coarser mips, some orders
-of axes and translations for something else, without a word. So their chunks are decoded
-here; cloud-files fetches them. A chunk that is not stored holds the fill value.
+cloud-volume opens them as well. But without any error it misreads big-endian N5,
+channels, coarser mips, translations and some orders of axes. So chunks are decoded
+here; cloud-files fetches them. A chunk that is not stored has the fill value.
 """
 
 import bz2
@@ -40,7 +40,7 @@ _NM = {
     **dict.fromkeys(("meter", "m"), 1e9),
 }
 _NUMBERS = {"NaN": np.nan, "Infinity": np.inf, "-Infinity": -np.inf}
-# How much a start may lie off a whole voxel: files hold rounded sizes.
+# Voxels that a start may differ from a whole number, since files state rounded sizes.
 _OFF_PX = 0.1
 
 Json = Mapping[str, Any]
@@ -52,13 +52,14 @@ class ArrayVolume:
 
     Attributes:
         form: "zarr" or "n5".
-        place: where it is, without the format.
-        info: the same as the info file of a CloudVolume; chunks are not named by it.
+        location: its path, without the format.
+        info: metadata in the form of a CloudVolume's info. Names of chunks do not
+            follow from it.
         unreadable: by mip, why it cannot be read.
     """
 
-    def __init__(self, form: str, place: str, arrays: Sequence["_Array"]) -> None:
-        self.form, self.place, self._arrays = form, place, arrays
+    def __init__(self, form: str, location: str, arrays: Sequence["_Array"]) -> None:
+        self.form, self.location, self._arrays = form, location, arrays
         self.unreadable: dict[int, str] = {}
         first = arrays[0]
         for array in arrays:
@@ -78,16 +79,14 @@ class ArrayVolume:
             "scales": [self._scale(mip) for mip in range(len(arrays))],
         }
         if self.info["scales"][0]["resolution"] == [1, 1, 1]:
-            logger.warning(
-                "%s: says no size of its voxels, or 1 nm; that is what is taken", place
-            )
+            logger.warning("%s: states no voxel size, or 1 nm; 1 nm is taken", location)
 
     def read(self, mip: int, box: Bbox) -> np.ndarray:
         """Read voxels.
 
         Args:
-            mip: which array.
-            box: of its voxels, inside the bounds.
+            mip: index of the array.
+            box: voxels of the array, inside the bounds.
 
         Returns:
             (x, y, z, C), native byte order.
@@ -106,14 +105,14 @@ class ArrayVolume:
             )
         )
         names = {array.name(index): index for index in chunks}
-        files: Any = CloudFiles(self.place, progress=False).get(
+        files: Any = CloudFiles(self.location, progress=False).get(
             list(names), return_dict=True
         )
         shape = [high - low for low, high in spans]
         found = np.full(shape, array.fill, array.dtype.newbyteorder("="))
         for name, index in names.items():
             if files[name] is not None:
-                with reading(file_address(self.place, name)):
+                with reading(file_address(self.location, name)):
                     chunk = array.decode(files[name])
                     _paste(chunk, array.corner(index), found, spans)
         in_order = [array.axes.index(axis) for axis in _AXES if axis in array.axes]
@@ -121,7 +120,7 @@ class ArrayVolume:
         return found.transpose(in_order).reshape(*size, array.size("c"))
 
     def _scale(self, mip: int) -> dict[str, Any]:
-        """What the info says of a mip; notes what keeps it from being read."""
+        """Make the info's entry for a mip; list it in `unreadable` if need be."""
         array, first = self._arrays[mip], self._arrays[0]
         offsets = []
         for axis in "xyz":
@@ -129,18 +128,18 @@ class ArrayVolume:
             factor = max(round(array.scale.get(axis, 1.0) / nm), 1)
             start = first.start.get(axis, 0.0) / nm
             corner = int(np.floor(start + _OFF_PX))
-            # Some say where the corner of the first voxel is, some where its middle.
+            # Some programs state the corner of the first voxel, some its centre.
             if mip == 0 and min(abs(start - corner - at) for at in (0, 0.5)) > _OFF_PX:
                 logger.warning(
                     "%s: begins at %s %.2f, between its voxels; %d is taken",
-                    *(self.place, axis, start, corner),
+                    *(self.location, axis, start, corner),
                 )
-            begins = array.start.get(axis, 0.0) / nm
-            most = (factor - 1) / 2 + _OFF_PX
-            if corner % factor or not -_OFF_PX <= begins - start <= most:
+            mip_start = array.start.get(axis, 0.0) / nm
+            largest = (factor - 1) / 2 + _OFF_PX
+            if corner % factor or not -_OFF_PX <= mip_start - start <= largest:
                 self.unreadable[mip] = (
-                    f"begins at {axis} {begins:g}, mip 0 at {start:g} (mip-0 voxels); "
-                    f"expected the same for both, a multiple of {factor}"
+                    f"begins at {axis} {mip_start:g}, mip 0 at {start:g} (mip-0 "
+                    f"voxels); expected the same for both, a multiple of {factor}"
                 )
             offsets.append(corner // factor)
         return {
@@ -155,22 +154,22 @@ class ArrayVolume:
 
 @dataclass(frozen=True)
 class _Array:
-    """One array, its axes in the order of its shape and of the names of its chunks.
+    """One array; its axes have the order of its shape and of the names of its chunks.
 
     Attributes:
-        folder: inside the volume; "" if the volume is the array.
-        axes: a letter each: x, y, z, c, t.
-        shape: of the whole, in that order.
-        chunks: of a chunk, likewise.
-        dtype: in files, with its byte order.
+        folder: its folder inside the volume; "" if the volume is the array.
+        axes: one letter per axis: x, y, z, c, t.
+        shape: size of the array along `axes`.
+        chunks: size of a chunk along `axes`.
+        dtype: data type in files, with its byte order.
         fill: value where no chunk is stored.
-        prefix: of the names of chunks.
-        separator: of the numbers in them.
-        layout: the axes in memory, the slowest first.
-        decoders: undo the compression, one after the other.
-        has_header: each chunk begins with its shape, as N5 has it.
-        scale: nm of a voxel by axis.
-        start: nm of the first voxel by axis.
+        prefix: begin of the names of chunks.
+        separator: text between the numbers in the names of chunks.
+        layout: order of the axes in memory, the slowest first.
+        decoders: functions that undo the compression, in the order of their calls.
+        has_header: whether each chunk begins with its shape, as in N5.
+        scale: by axis, nm of a voxel.
+        start: by axis, position of the first voxel in nm.
     """
 
     folder: str
@@ -214,23 +213,23 @@ class _Array:
             )
 
     def size(self, axis: str) -> int:
-        """How many voxels there are along an axis."""
+        """Return the size of the array along an axis; 1 if it lacks the axis."""
         return self.shape[self.axes.index(axis)] if axis in self.axes else 1
 
     def chunk(self, axis: str) -> int:
-        """How many voxels of a chunk there are along an axis."""
+        """Return the size of a chunk along an axis; 1 if the array lacks the axis."""
         return self.chunks[self.axes.index(axis)] if axis in self.axes else 1
 
     def name(self, index: Sequence[int]) -> str:
-        """The file of a chunk."""
+        """Return the name of a chunk's file."""
         return self.prefix + self.separator.join(map(str, index))
 
     def corner(self, index: Sequence[int]) -> list[int]:
-        """The first voxel of a chunk."""
+        """Return the first voxel of a chunk."""
         return [at * size for at, size in zip(index, self.chunks, strict=True)]
 
     def decode(self, content: bytes) -> np.ndarray:
-        """The values of a chunk, its axes in the order of the array."""
+        """Decode a chunk; the result has the axes of the array, in their order."""
         if not content:
             raise ValueError("the file is empty")
         shape = self.chunks
@@ -244,30 +243,30 @@ class _Array:
         return array.transpose(np.argsort(self.layout))
 
 
-def open_arrays(form: str, place: str) -> ArrayVolume | None:
-    """Open a Zarr or N5; None if there is nothing of that kind.
+def open_arrays(form: str, location: str) -> ArrayVolume | None:
+    """Open a Zarr or N5; None if there is none.
 
     Args:
-        form: one of FORMATS; "" for whichever is there.
-        place: its path, without the format.
+        form: one of FORMATS; "" to look for any of them.
+        location: its path, without the format.
 
     Raises:
-        InfoError: it is there and is not read; the message says why.
+        InfoError: it exists but cannot be read; the message says why.
     """
-    files = _Metadata(place)
-    # One after the other: stores may answer 403 for what is not there.
+    files = _Metadata(location)
+    # Ask for one file at a time, since stores may answer 403 for missing files.
     try:
         if form in ("", "zarr", "zarr3"):
             if (root := files.read("zarr.json")) is not None:
-                return ArrayVolume("zarr", place, _zarr3(files, root))
+                return ArrayVolume("zarr", location, _zarr3(files, root))
         if form in ("", "zarr", "zarr2"):
             root = files.read(".zattrs") or {}
             array = None if "multiscales" in root else files.read(".zarray")
             if root or array:
-                return ArrayVolume("zarr", place, _zarr2(files, root, array))
+                return ArrayVolume("zarr", location, _zarr2(files, root, array))
         if form in ("", "n5"):
             if (root := files.read("attributes.json")) is not None:
-                return ArrayVolume("n5", place, _n5(files, root))
+                return ArrayVolume("n5", location, _n5(files, root))
         return None
     except (
         LookupError,
@@ -276,7 +275,7 @@ def open_arrays(form: str, place: str) -> ArrayVolume | None:
         ValueError,
         ArithmeticError,
     ) as error:
-        if failed_file(error):  # the storage's
+        if failed_file(error):  # an error of storage, not of the metadata
             raise
         raise InfoError(
             f"its metadata cannot be understood ({type(error).__name__}: {error})"
@@ -284,15 +283,15 @@ def open_arrays(form: str, place: str) -> ArrayVolume | None:
 
 
 class _Metadata:
-    """The JSON files of a Zarr or N5."""
+    """Reads the JSON files of a Zarr or N5."""
 
-    def __init__(self, place: str) -> None:
-        self._place = place
-        self._files = CloudFiles(place, progress=False)
+    def __init__(self, location: str) -> None:
+        self._location = location
+        self._files = CloudFiles(location, progress=False)
 
     def read(self, name: str) -> Any:
-        """What a file holds; None if it is not there."""
-        with reading(file_address(self._place, name)):
+        """Read a JSON file; None if it does not exist."""
+        with reading(file_address(self._location, name)):
             content: Any = self._files.get(name)
             try:
                 return None if content is None else json.loads(content)
@@ -300,15 +299,15 @@ class _Metadata:
                 raise InfoError(f"its {name} is not JSON: {error}") from error
 
     def of(self, folder: str, name: str) -> Any:
-        """What the file of one array holds."""
+        """Read the JSON file `name` of one array; InfoError if it does not exist."""
         path = _joined(folder, name)
         if (found := self.read(path)) is None:
-            raise InfoError(f"its {path} is not there")
+            raise InfoError(f"its {path} does not exist")
         return found
 
 
 def _zarr2(files: _Metadata, attributes: Json, array: Json | None) -> list[_Array]:
-    """The arrays of Zarr 2: OME-Zarr up to 0.4, or one array alone."""
+    """List the arrays of a Zarr 2: OME-Zarr up to 0.4, or a single array."""
     if array is not None:
         axes = attributes.get("_ARRAY_DIMENSIONS")
         return [_zarr2_array("", array, _names(axes, array["shape"]), {}, {})]
@@ -340,7 +339,7 @@ def _zarr2_array(
 
 
 def _zarr3(files: _Metadata, root: Json) -> list[_Array]:
-    """The arrays of Zarr 3: OME-Zarr 0.5, or one array alone."""
+    """List the arrays of a Zarr 3: OME-Zarr 0.5, or a single array."""
     if root.get("node_type", "array") == "array":
         axes = root.get("dimension_names")
         return [_zarr3_array("", root, _names(axes, root["shape"]), {}, {})]
@@ -381,7 +380,7 @@ def _zarr3_array(
 
 
 def _zarr3_codecs(array: Json) -> tuple[tuple[int, ...], Any, tuple[Decoder, ...]]:
-    """Layout in memory, byte order, and what undoes the compression."""
+    """Return layout in memory, byte order, and decoders of the compression."""
     layout, endian = tuple(range(len(array["shape"]))), None
     decoders: list[Decoder] = []
     for codec in array["codecs"]:
@@ -405,14 +404,14 @@ def _zarr3_codecs(array: Json) -> tuple[tuple[int, ...], Any, tuple[Decoder, ...
 
 
 def _n5(files: _Metadata, root: Json) -> list[_Array]:
-    """The arrays of an N5: s0, s1 ..., or one alone."""
+    """List the arrays of an N5: s0, s1 ..., or a single array."""
     if "dimensions" in root:
         found, folders = [root], [""]
     else:
         factors = root.get("downsamplingFactors", root.get("scales"))
         folders = [f"s{level}" for level in range(len(factors or ()))]
         found = [files.of(folder, "attributes.json") for folder in folders]
-        while factors is None:  # as many as there are
+        while factors is None:  # read s0, s1 ... until one does not exist
             one = files.read(f"s{len(found)}/attributes.json")
             if one is None:
                 break
@@ -427,7 +426,7 @@ def _n5(files: _Metadata, root: Json) -> list[_Array]:
     for level, (folder, array) in enumerate(zip(folders, found, strict=True)):
         axes = array.get("axes", root.get("axes"))
         axes = "".join(axes) if axes else _AXES[: len(array["dimensions"])]
-        nm, start = _n5_place(root, found, level, axes)
+        nm, start = _n5_scale_and_start(root, found, level, axes)
         arrays.append(_n5_array(folder, array, axes, nm, start))
     return arrays
 
@@ -439,7 +438,7 @@ def _n5_array(folder: str, array: Json, axes: str, scale: Json, start: Json) -> 
     kind = compression["type"]
     if kind == "gzip" and compression.get("useZlib"):
         kind = "zlib"
-    if kind == "lz4":  # in blocks of its own, which numcodecs does not know
+    if kind == "lz4":  # in a block format that numcodecs does not know
         raise InfoError(f"is compressed with lz4, which {_NOT}")
     dims = range(len(array["dimensions"]))
     return _Array(
@@ -459,10 +458,10 @@ def _n5_array(folder: str, array: Json, axes: str, scale: Json, start: Json) -> 
     )
 
 
-def _n5_place(
+def _n5_scale_and_start(
     root: Json, levels: Sequence[Json], level: int, axes: str
 ) -> tuple[dict[str, float], dict[str, float]]:
-    """nm of a voxel, and of the first one, by axis."""
+    """Return, by axis, nm of a voxel and the position of the first voxel in nm."""
     first, this = levels[0], levels[level]
     if transform := this.get("transform"):
         nm = dict(zip(transform["axes"], map(_nm, transform["units"]), strict=True))
@@ -488,19 +487,23 @@ def _n5_place(
 
 
 def _by_axis(values: Sequence[float], axes: str) -> dict[str, float]:
-    """One number an axis, or one each for x, y and z."""
+    """Map axes to values, of which there is one per axis, or one each for x, y, z."""
     return dict(zip(axes if len(values) == len(axes) else "xyz", values, strict=True))
 
 
 def _mips(
     files: _Metadata, attributes: Json, name: str
 ) -> list[tuple[str, Json, str, dict[str, float], dict[str, float]]]:
-    """Of each mip of an OME-Zarr: folder, metadata, axes, nm of a voxel and the first.
+    """Read the metadata of each mip of an OME-Zarr.
 
     Args:
-        files: where the arrays are.
-        attributes: of the whole.
-        name: of the file of an array.
+        files: reads the metadata of the arrays.
+        attributes: attributes of the OME-Zarr.
+        name: name of an array's metadata file.
+
+    Returns:
+        For each mip: folder, metadata, axes, nm of a voxel by axis, and position of
+        the first voxel in nm by axis.
     """
     if not attributes.get("multiscales"):
         raise InfoError(
@@ -510,16 +513,16 @@ def _mips(
     multiscale = attributes["multiscales"][0]
     folders = [level["path"].strip("/") for level in multiscale["datasets"]]
     arrays = [files.of(folder, name) for folder in folders]
-    placed = _placed(multiscale, [array["shape"] for array in arrays])
+    geometry = _axes_scale_and_start(multiscale, [array["shape"] for array in arrays])
     return [
-        (*both, *where) for *both, where in zip(folders, arrays, placed, strict=True)
+        (*both, *where) for *both, where in zip(folders, arrays, geometry, strict=True)
     ]
 
 
-def _placed(
+def _axes_scale_and_start(
     multiscale: Json, shapes: Sequence[Sequence[int]]
 ) -> list[tuple[str, dict[str, float], dict[str, float]]]:
-    """Axes, nm of a voxel, and nm of the first one, of each mip of an OME-Zarr."""
+    """Return axes, nm of a voxel and of the first voxel, for each OME-Zarr mip."""
     axes = multiscale.get("axes")
     names = "".join(map(_axis, axes)) if axes else _names(None, shapes[0])
     units = [_nm(axis.get("unit")) if _is_space(axis) else 1.0 for axis in axes or ()]
@@ -552,14 +555,14 @@ def _placed(
 
 
 def _names(axes: Sequence[str] | None, shape: Sequence[int]) -> str:
-    """A letter an axis; those of OME-Zarr where there are no names."""
+    """Return one letter per axis; the order of OME-Zarr if there are no names."""
     if axes and all(isinstance(axis, str) and len(axis) == 1 for axis in axes):
         return "".join(axes).lower()
     return "tczyx"[-len(shape) :]
 
 
 def _axis(axis: Any) -> str:
-    """The letter of an axis of an OME-Zarr."""
+    """Return the letter of an axis of an OME-Zarr."""
     about = axis if isinstance(axis, Mapping) else {"name": axis}
     known = {"channel": "c", "time": "t"}
     letter = known.get(about.get("type", ""), str(about["name"]).lower())
@@ -573,6 +576,7 @@ def _is_space(axis: Any) -> bool:
 
 
 def _nm(unit: str | None) -> float:
+    """Return the nm of a unit; 1 if none is stated."""
     if unit is None:
         return 1.0
     if unit not in _NM:
@@ -581,7 +585,7 @@ def _nm(unit: str | None) -> float:
 
 
 def _factors(first: Json, this: Json, key: str) -> list[int]:
-    """How many times coarser an array is than the first, by its shape."""
+    """Return by what factors an array is coarser than the first, from their shapes."""
     pairs = zip(first[key], this[key], strict=True)
     return [round(fine / coarse) for fine, coarse in pairs]
 
@@ -609,7 +613,7 @@ _NOT = "is not known; copy the array with another compression, or as a CloudVolu
 
 
 def _decoder(name: str, settings: Json) -> Decoder:
-    """What undoes a compression or a filter.
+    """Return the function that undoes a compression or a filter.
 
     Raises:
         InfoError: it is not known, or a package for it is missing.
@@ -622,9 +626,9 @@ def _decoder(name: str, settings: Json) -> Decoder:
             codecs = importlib.import_module(module)
         except ImportError:
             continue
-        if module == "blosc":  # as cloud-volume has it
+        if module == "blosc":  # the package that cloud-volume uses
             return codecs.decompress
-        # Blosc's bytes say themselves how they are packed.
+        # Blosc's data state their own compression, so no settings are needed.
         about = {} if name == "blosc" else settings
         try:
             return codecs.get_codec({**about, "id": name}).decode
@@ -637,15 +641,16 @@ def _decoder(name: str, settings: Json) -> Decoder:
 
 
 def _unzstd(content: bytes) -> bytes:
-    # Not all frames say how long they are, which `decompress` asks for.
+    # `decompress` needs the length of a frame, which not all frames state.
     frames = zstandard.ZstdDecompressor().decompressobj(read_across_frames=True)
     return frames.decompress(content)
 
 
-def _checked(content: bytes) -> bytes:
+def _without_crc32c(content: bytes) -> bytes:
+    """Check the CRC-32C at the end of a chunk, and return the rest."""
     body, stored = content[:-4], content[-4:]
     if crc32c.crc32c(body) != int.from_bytes(stored, "little"):
-        raise ValueError("its checksum is not that of what came")
+        raise ValueError("its checksum does not match the data received")
     return body
 
 
@@ -656,12 +661,12 @@ _DECODERS: dict[str, Decoder] = {
     "bzip2": bz2.decompress,
     "xz": lzma.decompress,
     "zstd": _unzstd,
-    "crc32c": _checked,
+    "crc32c": _without_crc32c,
 }
 
 
 def _without_header(content: bytes) -> tuple[tuple[int, ...], bytes]:
-    """Shape and compressed values of a chunk of an N5."""
+    """Split a chunk of an N5 into its shape and its compressed values."""
     mode, num_axes = struct.unpack_from(">HH", content)
     if mode != 0:
         raise ValueError(f"a chunk of mode {mode}; expected 0")
@@ -675,7 +680,7 @@ def _paste(
     into: np.ndarray,
     spans: Sequence[tuple[int, int]],
 ) -> None:
-    """Write the part of a chunk that lies within `spans`, which `into` covers."""
+    """Copy the part of a chunk within `spans` to `into`, which covers them."""
     target, source = [], []
     for size, first, (low, high) in zip(chunk.shape, corner, spans, strict=True):
         start, end = max(first, low), min(first + size, high)

@@ -1,7 +1,7 @@
-"""Read the flags of a command, log, and end with an exit code.
+"""Parse the flags of a command, set up its log, and exit with the right code.
 
-A command is asked by a `Request`: a frozen dataclass whose fields are declared with
-`flag`. The parser, its help and the checks of the values are all made from them.
+A `Request` holds the flags of a command. It is a frozen dataclass whose fields are
+declared with `flag`. The parser, its help and the checks of values come from them.
 
 Exit codes: 0 done, 1 refused or failed, 2 usage, 130 interrupted (Ctrl-C),
 143 terminated.
@@ -33,13 +33,13 @@ from typing import (
     get_type_hints,
 )
 
-from metroem.errors import MetroEMError, UsageError, disk_trouble
+from metroem.errors import MetroEMError, UsageError, disk_error
 
 logger = logging.getLogger(__name__)
 
 INTERRUPTED, TERMINATED = 130, 143
 _REQUIRED = dataclasses.MISSING
-# What a value of a flag may be, and what it is called in messages.
+# By type of a flag: the types that its values may have, and their name in messages.
 _KINDS: dict[type, tuple[type, str]] = {
     bool: (bool, "True or False"),
     int: (Integral, "a whole number"),
@@ -65,21 +65,21 @@ def flag(
 ) -> Any:
     """Declare a field of a `Request`, and the flag that sets it.
 
-    A field of type bool is a switch that turns its default over; one of type list
+    A field of type bool is a switch that inverts its default. A field of type list
     takes several values.
 
     Args:
         help: text of --help; the default is added to it.
-        default: value without the flag; left out, the flag is required.
-        unset: what a default of None, which may be left out then, means in words.
-        names: of the flag, if it is not that of the field.
+        default: value if the flag is not given; without a default it is required.
+        unset: what the default None means, in words. It makes None the default.
+        names: names of the flag, if they differ from the field's name.
         group: heading in --help, one of `Request.GROUPS`.
-        choices: the values that it may have.
-        least: the smallest value that it may have.
-        nargs: number of values, as argparse has it; of a list "+" if left out.
-        metavar: what the value is called in --help.
-        read: makes the value of its text; left out, the type of the field does.
-        is_positional: whether it has no name on the command line.
+        choices: the allowed values.
+        least: the smallest allowed value.
+        nargs: number of values, as in argparse; "+" by default for a list.
+        metavar: name of the value in --help.
+        read: converts the text to the value; by default the field's type does.
+        is_positional: whether the flag has no name on the command line.
     """
     about = locals()
     del about["default"]
@@ -91,17 +91,17 @@ def flag(
 
 
 def flags_of_group(group: str) -> Callable[..., Any]:
-    """The function `flag` for the flags under one heading of --help."""
+    """Return `flag` with its group set: the flags under one heading of --help."""
     return partial(flag, group=group)
 
 
 class _Flag(NamedTuple):
-    """A flag of a request: what `flag` was given, and what its field says."""
+    """A flag of a request: the arguments of `flag`, and the type of its field."""
 
     dest: str
     kind: type  # of one value
     is_list: bool
-    default: Any  # _REQUIRED if there is none
+    default: Any  # _REQUIRED if it has none
     help: str
     unset: str | None
     names: tuple[str, ...]
@@ -115,11 +115,11 @@ class _Flag(NamedTuple):
 
     @property
     def name(self) -> str:
-        """How messages call it."""
+        """Name of the flag in messages."""
         return self.dest if self.is_positional else (*self.names, f"--{self.dest}")[0]
 
     def check(self, value: Any) -> None:
-        """Refuse a value that the command line would not give (UsageError)."""
+        """Raise UsageError for a value that the command line would not accept."""
         if value is None and self.default is None:
             return
         if self.is_list and not isinstance(value, list | tuple):
@@ -139,7 +139,7 @@ class _Flag(NamedTuple):
                 raise UsageError(f"{self.name} {one}: must be >= {self.least}")
 
     def options(self) -> dict[str, Any]:
-        """What argparse is told of it, but for its names."""
+        """Return the arguments of argparse's `add_argument`, except the names."""
         if self.kind is bool:
             action = "store_false" if self.default else "store_true"
             return {"action": action, "help": f"{self.help} (default off)"}
@@ -156,24 +156,25 @@ class _Flag(NamedTuple):
         if self.default is _REQUIRED:
             return options | {"required": True, "help": f"{self.help} (required)"}
         default = [self.default] if not self.is_list else self.default or []
-        shown = f" {' '.join(map(str, default))}"
+        text = f" {' '.join(map(str, default))}"
         if self.default is None:
-            shown = f": {self.unset or 'none'}"
-        help = f"{self.help} (default{shown})"
+            text = f": {self.unset or 'none'}"
+        help = f"{self.help} (default{text})"
         return options | {"default": self.default, "help": help}
 
 
 class Request:
-    """Base of the requests, frozen dataclasses whose fields are made by `flag`.
+    """Base class of requests: frozen dataclasses whose fields are made by `flag`.
 
-    Fields that are made without it are for callers in Python alone.
+    Fields made without `flag` can only be set from Python.
 
     Attributes:
-        GROUPS: headings of --help, in their order; "" for flags without one.
+        GROUPS: headings of --help, in order; "" for flags without a heading.
 
     Raises:
-        UsageError: a value of another type, none of the choices, too small, or that
-            the `__post_init__` of a subclass refuses; its flag is named.
+        UsageError: a value has the wrong type, is not one of the choices, is too
+            small, or is refused by the `__post_init__` of a subclass. The message
+            names the flag.
     """
 
     GROUPS: ClassVar[tuple[str, ...]] = ("",)
@@ -185,11 +186,11 @@ class Request:
     def check_paths(self) -> None:
         """Refuse paths that cannot work.
 
-        Commands call it before they import what is slow: torch, cloud-volume. The
-        functions that take a request find the same faults themselves.
+        Commands call it before their slow imports: torch and cloud-volume. Functions
+        that take a request check the same paths again.
 
         Raises:
-            MetroEMError: a path; it is named.
+            MetroEMError: a path cannot work; the message names it.
         """
 
 
@@ -197,7 +198,7 @@ RequestT = TypeVar("RequestT", bound=Request)
 
 
 def _flags(request: type[Request]) -> list[_Flag]:
-    """The flags of a request, sorted by group."""
+    """List the flags of a request, sorted by group."""
     types = get_type_hints(request)
     found = []
     for field in dataclasses.fields(cast(Any, request)):
@@ -221,7 +222,7 @@ def parser(
 ) -> argparse.ArgumentParser:
     """Make a parser, with the flags of a request if one is given.
 
-    It takes no abbreviations, and its help keeps the examples as they are.
+    It accepts no abbreviated flags. Its help keeps the line breaks of the description.
     """
     made = argparse.ArgumentParser(
         description=description,
@@ -249,10 +250,10 @@ def add_flags(parser: argparse.ArgumentParser, request: type[Request]) -> None:
 def parse(
     request: type[RequestT], description: str | None, argv: Sequence[str] | None
 ) -> RequestT:
-    """Make a request from a command line, None for that of this process.
+    """Parse a command line into a request; None means this process's command line.
 
     Raises:
-        MetroEMError: values or paths that cannot work.
+        MetroEMError: a value or a path cannot work.
     """
     made = request(**vars(parser(description, request).parse_args(argv)))
     made.check_paths()
@@ -260,10 +261,11 @@ def parse(
 
 
 def local_path(text: str) -> Path:
-    """Read a path on this machine, also as file://.
+    """Parse a path on this machine, with or without file://.
 
     Raises:
-        ArgumentTypeError: a path of other storage, which would become a folder.
+        ArgumentTypeError: the path has another scheme, such as gs://. It would
+            otherwise be taken for the name of a local folder.
     """
     if "://" not in text:
         return Path(text)
@@ -273,14 +275,14 @@ def local_path(text: str) -> Path:
 
 
 def command_line() -> str:
-    """The command that is running, as typed."""
+    """Return the running command as it was typed."""
     return shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
 
 
 def configure_logging(level: int = logging.INFO) -> None:
-    """Send the package's log to stdout, a line a record.
+    """Send the package's log to stdout, one line per record.
 
-    Other ranks than 0 of a distributed run only report warnings.
+    Ranks other than 0 only log warnings.
     """
     if int(os.environ.get("RANK", "0")) > 0:
         level = max(level, logging.WARNING)
@@ -296,28 +298,28 @@ def configure_logging(level: int = logging.INFO) -> None:
 
 
 def mirror_log(path: Path) -> None:
-    """Append the package's log to a file too, a line a record, with its time."""
+    """Also append the package's log to a file, one line per record, with its time."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         handler = _LogFile(path)
     except OSError as error:
-        raise disk_trouble(error, path) or error from error
+        raise disk_error(error, path) or error from error
     handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
     logging.getLogger("metroem").addHandler(handler)
 
 
 class _LogFile(logging.FileHandler):
-    """A log whose disk may be full: the run goes on and says so once."""
+    """Log file that may run out of disk space: the run continues and says so once."""
 
     def handleError(self, record: logging.LogRecord) -> None:
-        """Leave the log as it is from here on."""
+        """Stop writing to the file."""
         logging.getLogger("metroem").removeHandler(self)
         reason = sys.exc_info()[1]
         sys.stderr.write(f"{self.baseFilename}: the log ends here: {reason}\n")
 
 
 def confirms(question: str) -> bool:
-    """Whether the user answers y; without a terminal there is nobody to ask."""
+    """Ask a question; True if the user answers y. Without a terminal, False."""
     if not sys.stdin.isatty():
         return False
     sys.stderr.write(f"{question} [y/N] ")
@@ -325,11 +327,11 @@ def confirms(question: str) -> bool:
     return sys.stdin.readline().strip().lower() in ("y", "yes")
 
 
-class _UnreadOutput:
-    """stdout or stderr whose reader may go away, as in `| head`.
+class _ClosableOutput:
+    """Wrapper of stdout or stderr whose reader may close it, as in `| head`.
 
-    What nobody reads any more is dropped, and the command does its work to the end:
-    its files are written and its exit code is right.
+    Later output is dropped, and the command still finishes its work: its files are
+    written and its exit code is right.
     """
 
     def __init__(self, stream: TextIO) -> None:
@@ -339,11 +341,11 @@ class _UnreadOutput:
         return getattr(self._stream, name)
 
     def write(self, text: str) -> int:
-        """Write as the stream does."""
+        """Write to the stream, or drop the text if nobody reads it."""
         return self._try(self._stream.write, text) or 0
 
     def flush(self) -> None:
-        """Flush as the stream does."""
+        """Flush the stream, or drop its buffer if nobody reads it."""
         self._try(self._stream.flush)
 
     def _try(self, action: Callable[..., Any], *arguments: str) -> Any:
@@ -353,30 +355,30 @@ class _UnreadOutput:
             nowhere = os.open(os.devnull, os.O_WRONLY)
             os.dup2(nowhere, self._stream.fileno())
             os.close(nowhere)
-            self._stream.flush()  # what it has kept goes there, too
+            self._stream.flush()  # sends its buffer to devnull, too
 
 
 @contextmanager
 def _readers_may_leave() -> Iterator[None]:
-    """Let readers of stdout and stderr close them while a command runs."""
+    """Allow readers of stdout and stderr to close them while a command runs."""
     streams = sys.stdout, sys.stderr
-    wrapped = [stream and cast(TextIO, _UnreadOutput(stream)) for stream in streams]
+    wrapped = [stream and cast(TextIO, _ClosableOutput(stream)) for stream in streams]
     sys.stdout, sys.stderr = wrapped
     try:
         yield
     finally:
         for stream in wrapped:
             if stream is not None:
-                stream.flush()  # python's own, at the end, would complain
+                stream.flush()  # else Python flushes at exit, and prints an error
         sys.stdout, sys.stderr = streams
 
 
 def run(main: Callable[[], None]) -> None:
     """Run a command and exit with the code that says how it ended.
 
-    Errors of ours end as one line on stderr; any other exception is a bug and
-    keeps its traceback. SIGTERM unwinds like Ctrl-C, so that work in progress
-    is closed in order. Output that nobody reads any more ends nothing.
+    A `MetroEMError` is printed as one line on stderr. Any other exception is a bug
+    and keeps its traceback. SIGTERM unwinds the stack like Ctrl-C, so that open files
+    are closed in order. A closed stdout or stderr does not stop the command.
     """
     with _readers_may_leave():
         configure_logging()
@@ -384,7 +386,7 @@ def run(main: Callable[[], None]) -> None:
         try:
             _run(main)
         finally:
-            # A launcher ends the other ranks when one dies: some are ending already.
+            # When one rank dies, the launcher also stops ranks that are exiting.
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
@@ -395,10 +397,10 @@ def _run(main: Callable[[], None]) -> None:
         sys.stderr.write(f"error: {error}\n")
         sys.exit(1)
     except OSError as error:
-        trouble = disk_trouble(error)
-        if trouble is None:
+        for_user = disk_error(error)
+        if for_user is None:
             raise
-        sys.stderr.write(f"error: {trouble}\n")
+        sys.stderr.write(f"error: {for_user}\n")
         sys.exit(1)
     except KeyboardInterrupt:
         sys.stderr.write("interrupted\n")

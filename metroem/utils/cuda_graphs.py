@@ -1,4 +1,4 @@
-"""What a GPU repeats by itself once it has been recorded: CUDA graphs."""
+"""Record operations of a GPU once and replay them: CUDA graphs."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -11,15 +11,16 @@ import torch
 def recording(
     graph: torch.cuda.CUDAGraph, stream: torch.cuda.Stream, memory: Any = None
 ) -> Iterator[None]:
-    """Within it, what is done is recorded and not done.
+    """Record the operations of a `with` block without running them.
 
     Args:
-        graph: repeats it.
-        stream: of the GPU that is meant. A backward pass is made on the stream of its
-            forward pass. Without one, torch takes that of the first GPU of the process.
-        memory: of earlier recordings, as torch.cuda.graph_pool_handle gives it.
+        graph: stores the operations.
+        stream: a stream of the GPU to record on. Without it, torch would take a stream
+            of the first GPU of the process. A backward pass runs on the stream of its
+            forward pass.
+        memory: memory pool of earlier recordings, from torch.cuda.graph_pool_handle.
     """
-    # Other threads may bring samples to the GPU meanwhile.
+    # Other threads may copy samples to the GPU at the same time.
     recorded = torch.cuda.graph(
         graph, pool=memory, stream=stream, capture_error_mode="thread_local"
     )
@@ -28,28 +29,28 @@ def recording(
 
 
 class RecordedStep:
-    """A step that a GPU repeats by itself once it has made one.
+    """Run a step normally the first time, then record it and replay the recording.
 
-    Starting the operations of a step one by one takes a host longer than they take a
-    GPU (H100, 512 px, 7 features: 4.5 and 0.6 ms, 2026-11).
+    The CPU takes longer to start the operations of a step than the GPU takes to run
+    them (H100, 512 px, 7 features: 4.5 and 0.6 ms, 2026-11).
     """
 
     def __init__(self, step: Callable[[], None]) -> None:
-        """Nothing is done yet.
+        """Keep the step; nothing runs yet.
 
         Args:
-            step: reads and writes the same tensors each time, and never waits for
+            step: reads and writes the same tensors at each call, and never waits for
                 the GPU.
         """
         self._step = step
         self._graph: torch.cuda.CUDAGraph | None = None
-        self._made = 0
+        self._num_calls = 0
 
     def __call__(self, device: torch.device) -> None:
-        """Make it once, on the device where its tensors are."""
-        self._made += 1
-        # The first one compiles and allocates, which cannot be recorded.
-        if device.type != "cuda" or self._made == 1:
+        """Run the step once, on the device of its tensors."""
+        self._num_calls += 1
+        # The first call compiles and allocates memory, which cannot be recorded.
+        if device.type != "cuda" or self._num_calls == 1:
             self._step()
             return
         if self._graph is None:

@@ -1,7 +1,7 @@
-"""Several processes as one run: ranks, agreement, launch.
+"""Launch the ranks of a run, choose their GPUs, and exchange values between them.
 
-The same code runs in one process and under torchrun: without torchrun's
-environment there is one rank and nothing to agree on.
+The same code runs in one process and under torchrun. Without torchrun's environment
+there is one rank, and these functions do nothing.
 """
 
 import os
@@ -25,10 +25,10 @@ from metroem.errors import ResourceError, UsageError, first_line
 from metroem.utils.cli import INTERRUPTED, TERMINATED
 from metroem.utils.ranks import is_launched, rank, ranks_of_machine, world_size
 
-# How long ranks wait for one that gives no sign of life: longer than any takes for a
-# pair. A rank whose process dies is noticed at once, one whose machine vanishes then.
-PATIENCE = timedelta(minutes=30)
-# What gloo and the ranks' store say of a rank that is gone.
+# How long ranks wait for a rank that does not answer: longer than any pair takes. The
+# death of a process is noticed at once, the loss of a machine after this time.
+TIMEOUT = timedelta(minutes=30)
+# Messages of gloo and of the ranks' store when a rank is gone.
 _LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe")
 # Network storage may show a new file to other machines only after a minute.
 SEEN_WITHIN_S = 90.0
@@ -40,21 +40,21 @@ def launch(
     """Run a script as several ranks on this machine, as torchrun would.
 
     Args:
-        script: path of the script, or name of a package, run as `python -m` does.
+        script: path of a script, or name of a package to run with `python -m`.
         arguments: its command line.
         ranks: number of processes.
-        port: where they find each other; None takes one that is free.
+        port: port through which the ranks connect; None takes a free one.
 
     Returns:
         Exit status of the run: 0, 130 or 143.
 
     Raises:
-        ResourceError: a rank failed or was killed; the others were ended.
-        UsageError: the port is taken.
+        ResourceError: a rank failed or was killed; the others were stopped.
+        UsageError: the port is in use.
     """
     if port is not None:
         _check_port(port)
-    # All of it, since torchrun takes what is left out from the environment.
+    # All options, since torchrun takes missing ones from the environment.
     where = [f"--nproc_per_node={ranks}", "--nnodes=1", "--local_addr=127.0.0.1"]
     where += ["--rdzv_backend=c10d", f"--rdzv_endpoint=127.0.0.1:{port or 0}"]
     where += [f"--rdzv_id={uuid.uuid4().hex}"]
@@ -65,19 +65,21 @@ def launch(
     except SignalException as stopped:
         return 128 + stopped.sigval
     except ChildFailedError as failed:
-        # The others end with an error of their own, sometimes at the same time.
+        # The other ranks fail in turn, sometimes at the same time. Report a killed rank
+        # before one that exited, and the earliest first.
         number, failure = min(
             failed.failures.items(),
             key=lambda of_rank: (of_rank[1].exitcode >= 0, of_rank[1].timestamp),
         )
         if failure.exitcode in (INTERRUPTED, TERMINATED):
             return failure.exitcode
-        raise ResourceError(_obituary(number, failure.pid, failure.exitcode)) from None
+        message = _describe_failed_rank(number, failure.pid, failure.exitcode)
+        raise ResourceError(message) from None
     return 0
 
 
 def _check_port(port: int) -> None:
-    """Refuse a port that another program listens at (UsageError)."""
+    """Raise UsageError for a port that another program listens on."""
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
@@ -89,8 +91,8 @@ def _check_port(port: int) -> None:
             ) from error
 
 
-def _obituary(number: int, pid: int, code: int) -> str:
-    """What became of a rank, and of the others."""
+def _describe_failed_rank(number: int, pid: int, code: int) -> str:
+    """Say how a rank ended, and that the others were stopped."""
     how = f"ended with exit code {code}; its own message is above"
     if code < 0:
         how = f"was killed by {signal.Signals(-code).name}"
@@ -100,21 +102,22 @@ def _obituary(number: int, pid: int, code: int) -> str:
                 "--batch_size or crop_size, or give --checkpoint_activations"
             )
     return (
-        f"rank {number} (process {pid}) {how}. The other ranks were ended; the same "
-        "command goes on from the last save"
+        f"rank {number} (process {pid}) {how}. The other ranks were stopped; the same "
+        "command resumes from the last save"
     )
 
 
 def choose_device(device: str, gpus: Sequence[int]) -> torch.device:
-    """The device of this rank.
+    """Choose the device of this rank.
 
     Args:
-        device: "auto" (a GPU if there is one or some are named), "cpu" or "cuda".
-        gpus: of this machine, one a rank, by nvidia-smi's numbers; if empty, rank i
-            takes GPU i.
+        device: "auto" (a GPU if this machine has one or `gpus` are given), "cpu" or
+            "cuda".
+        gpus: GPUs of this machine, one per rank, by nvidia-smi's numbers. If empty,
+            rank i takes GPU i.
 
     Raises:
-        UsageError: a GPU that this machine does not have, or not one for each rank.
+        UsageError: this machine lacks such a GPU, or `gpus` is not one per rank.
     """
     ranks, local_rank = ranks_of_machine(), int(os.environ.get("LOCAL_RANK", "0"))
     if gpus and is_launched() and len(gpus) != ranks:
@@ -122,7 +125,7 @@ def choose_device(device: str, gpus: Sequence[int]) -> torch.device:
             f"--gpu {_listed(gpus)}: names {len(gpus)} GPUs, but {ranks} ranks run on "
             "this machine; name one a rank, or leave the flag out"
         )
-    # Read when CUDA starts, which else has the fastest GPU first.
+    # CUDA reads this at its start. By default it lists the fastest GPU first.
     os.environ.setdefault("CUDA_DEVICE_ORDER", "PCI_BUS_ID")
     available = torch.cuda.device_count()
     if device == "cpu" or (device == "auto" and not gpus and not available):
@@ -137,7 +140,7 @@ def choose_device(device: str, gpus: Sequence[int]) -> torch.device:
 
 
 def describe(device: torch.device) -> str:
-    """The device of this rank, its threads and the number of ranks, in words."""
+    """Say which device and how many threads this rank has, and how many ranks run."""
     name = str(device)
     if device.type == "cuda":
         name += f" ({torch.cuda.get_device_name(device)})"
@@ -151,14 +154,14 @@ def _listed(gpus: Sequence[int]) -> str:
 
 @contextmanager
 def process_group(device: torch.device) -> Iterator[None]:
-    """Join the other ranks: nccl on GPUs, gloo on CPUs.
+    """Connect to the other ranks: nccl on GPUs, gloo on CPUs.
 
     Raises:
-        UsageError: the environment does not say where the others are.
+        UsageError: the environment lacks the address of the other ranks.
         ResourceError: another rank has ended.
     """
     if device.type == "cuda":
-        torch.cuda.set_device(device)  # else threads that pin samples open the first
+        torch.cuda.set_device(device)  # else threads that pin samples use GPU 0
     if not is_launched():
         yield
         return
@@ -170,9 +173,9 @@ def process_group(device: torch.device) -> Iterator[None]:
             "unset them for one process alone"
         )
     if device.type == "cuda":
-        dist.init_process_group("nccl", device_id=device, timeout=PATIENCE)
+        dist.init_process_group("nccl", device_id=device, timeout=TIMEOUT)
     else:
-        dist.init_process_group("gloo", timeout=PATIENCE)
+        dist.init_process_group("gloo", timeout=TIMEOUT)
     try:
         yield
     except RuntimeError as error:
@@ -180,7 +183,7 @@ def process_group(device: torch.device) -> Iterator[None]:
             raise
         raise ResourceError(
             f"rank {rank()}: another rank has ended or cannot be reached: see its own "
-            f"message ({first_line(error)}). The same command goes on from "
+            f"message ({first_line(error)}). The same command resumes from "
             "the last save"
         ) from error
     finally:
@@ -188,15 +191,15 @@ def process_group(device: torch.device) -> Iterator[None]:
 
 
 def work_queue(total: int) -> Iterator[int]:
-    """Numbers below `total`, each for one rank: for whichever asks next.
+    """Yield the numbers below `total`, each to the first rank that asks for one.
 
-    Ranks that are faster, or have less to do for their numbers, get more of them.
+    Ranks that are faster, or get easier numbers, get more of them.
     """
     if not dist.is_initialized():
         yield from range(total)
         return
     store = _store()
-    barrier()  # all are done with the numbers before
+    barrier()  # all ranks have finished the previous queue
     if rank() == 0:
         store.set("next", "0")
     barrier()
@@ -205,13 +208,14 @@ def work_queue(total: int) -> Iterator[int]:
 
 
 def follow(steps: Iterable[object], num_steps: int) -> None:
-    """Let the first rank go through `steps`, at each of which the others wait.
+    """Run `steps` on rank 0; the other ranks wait at each step.
 
-    However long that takes in all, a first rank that died is noticed.
+    The ranks meet at each step. So the time limit holds for one step, not for all, and
+    the death of rank 0 is noticed.
 
     Args:
-        steps: of the first rank; the others do not touch it.
-        num_steps: how many there are, on every rank.
+        steps: only rank 0 iterates over it.
+        num_steps: number of steps, the same on every rank.
     """
     for _ in steps if rank() == 0 else range(num_steps):
         barrier()
@@ -219,10 +223,10 @@ def follow(steps: Iterable[object], num_steps: int) -> None:
 
 
 def check_shared(folder: Path) -> None:
-    """Make sure that all ranks see one folder, and not each its own.
+    """Check that all ranks see the same folder, rather than one on each machine.
 
     Raises:
-        UsageError: this rank does not see what the first one writes there.
+        UsageError: this rank does not see a file that rank 0 wrote there.
     """
     if not dist.is_initialized():
         return
@@ -248,10 +252,14 @@ def check_shared(folder: Path) -> None:
 
 
 def check_same(values: Sequence[int], what: str) -> None:
-    """Make sure that all ranks have equal values, as many on each.
+    """Check that all ranks have equal values, and the same number of them.
+
+    Args:
+        values: the values of this rank.
+        what: what they describe, for the message.
 
     Raises:
-        UsageError: they differ; `what` says of what.
+        UsageError: they differ between ranks.
     """
     both = torch.tensor([*values, *(-value for value in values)], dtype=torch.int64)
     if dist.is_initialized() and dist.get_backend() == "nccl":
@@ -265,12 +273,12 @@ def check_same(values: Sequence[int], what: str) -> None:
 
 
 def _store() -> dist.Store:  # type: ignore[reportPrivateImportUsage]
-    """Where the ranks keep what all of them know."""
+    """Return the key-value store that all ranks share."""
     return dist.distributed_c10d._get_default_store()
 
 
 def all_reduce_max(values: Tensor) -> Tensor:
-    """The largest of each value over all ranks, the same on every rank."""
+    """Return the maximum of each value over all ranks, on every rank."""
     if dist.is_initialized():
         values = values.clone()
         dist.all_reduce(values, op=dist.ReduceOp.MAX)
@@ -278,7 +286,7 @@ def all_reduce_max(values: Tensor) -> Tensor:
 
 
 def all_reduce_sum(values: Tensor) -> Tensor:
-    """The sum of each value over all ranks, the same on every rank."""
+    """Return the sum of each value over all ranks, on every rank."""
     if dist.is_initialized():
         values = values.clone()
         dist.all_reduce(values, op=dist.ReduceOp.SUM)
@@ -286,7 +294,7 @@ def all_reduce_sum(values: Tensor) -> Tensor:
 
 
 def all_gather_names(names: Sequence[str]) -> list[str]:
-    """The names of all ranks, in the order of ranks, on every rank."""
+    """Return the names from all ranks, in the order of ranks, on every rank."""
     if not dist.is_initialized():
         return list(names)
     gathered: list[list[str]] = [[] for _ in range(dist.get_world_size())]

@@ -1,8 +1,8 @@
-"""Versions of the files that MetroEM writes; docs/versions.md says what has which.
+"""List and check the versions of files that MetroEM writes; see docs/versions.md.
 
-A version rises when a file changes so that earlier programs would misread it; what
-is only added leaves it as it is. Files without one are of the original or of the
-first release, and are read.
+A version rises when earlier programs would misread the changed file. Additions do not
+raise it. Files without a version are from the original or from the first release; they
+are read.
 """
 
 from typing import Any
@@ -10,28 +10,28 @@ from typing import Any
 from metroem.errors import MetroEMError
 
 SETS = 1  # image sets and field sets
-STATE = 2  # what a training is resumed from; 1 was that of 1.0.0
+STATE = 2  # the state that a training resumes from; 1.0.0 wrote 1
 FIGURES = 1  # JSON of `evaluate`
 
 
 def check_version(
     found: Any, known: int, where: str, error: type[MetroEMError]
 ) -> None:
-    """Refuse a file of a newer version than this program knows.
+    """Refuse a file whose version is newer than this program knows.
 
     Args:
         found: version that the file states.
-        known: the newest that is read, from 1.
-        where: the file.
-        error: raised.
+        known: newest version that this program reads, 1 or more.
+        where: the file, for the message.
+        error: class of the error to raise.
 
     Raises:
-        MetroEMError: `error`: the version is newer, or is none.
+        MetroEMError: of class `error`: the version is newer, or not a whole number.
     """
     if isinstance(found, bool) or not isinstance(found, int) or found < 1:
         raise error(
             f"{where}: format version {found!r}, expected a whole number, 1 to "
-            f"{known}; the file is damaged: make it anew"
+            f"{known}; the file is damaged: make it again"
         )
     if found > known:
         raise error(

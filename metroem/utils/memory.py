@@ -1,4 +1,4 @@
-"""Memory: what a process does with what it has freed, and when there is too little."""
+"""Keep freed memory for later use, and say what to lower when memory runs out."""
 
 import ctypes
 from collections.abc import Iterator
@@ -8,20 +8,20 @@ import torch
 
 from metroem.errors import DatasetError, ResourceError, first_line
 
-# glibc's names for what mallopt sets.
+# glibc's numbers for two parameters of mallopt.
 _TRIM_THRESHOLD, _MMAP_MAX = -1, -4
 _NEVER = 2**31 - 1
 
 
 def keep_freed_memory() -> bool:
-    """Let this process keep what it frees, for what it allocates next.
+    """Make this process keep the memory that it frees, and use it again.
 
-    glibc gives large blocks back to the system at once, and each step of a training
-    on a CPU gets all its activations anew, page by page: steps take 30 % longer
+    By default glibc returns large blocks to the system at once. Each training step on
+    a CPU then gets all its activations again, page by page, and takes 30 % longer
     (4 x 192 px, 2 cores, 2026-11).
 
     Returns:
-        Whether it could be set; elsewhere than on glibc nothing happens.
+        Whether it could be set. Without glibc nothing happens.
     """
     set_option = getattr(ctypes.CDLL(None), "mallopt", None)
     if set_option is None:
@@ -31,21 +31,22 @@ def keep_freed_memory() -> bool:
 
 @contextmanager
 def enough_memory(what: str, advice: str) -> Iterator[None]:
-    """Say what to lower where memory does not suffice.
+    """Say what to lower if the `with` block runs out of memory.
 
     Args:
-        what: is done, for the message.
+        what: the work that is done, for the message.
         advice: what to lower.
 
     Raises:
-        ResourceError: of this process, or of one that reads samples for it.
+        ResourceError: this process, or a data-loading process, ran out of memory.
     """
     try:
         yield
     except (torch.OutOfMemoryError, MemoryError) as error:
         raise ResourceError(_out_of_memory(what, advice, error)) from error
     except (RuntimeError, DatasetError) as error:
-        # torch raises it wherever this process is, also where it reads a file.
+        # torch raises this from a signal handler: at any line, also while a file is
+        # read, where it becomes a DatasetError.
         text = str(error)
         if "DataLoader worker" in text:
             raise ResourceError(

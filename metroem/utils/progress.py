@@ -1,4 +1,4 @@
-"""Progress of long work: a bar on a terminal, plain lines in a log."""
+"""Show the progress of long work: a bar on a terminal, plain lines in a log."""
 
 import logging
 import sys
@@ -21,14 +21,14 @@ def progress(
 ) -> Iterator[T]:
     """Yield `items`, showing how many are done.
 
-    On a terminal this is a tqdm bar on stderr; elsewhere a log line every
+    A terminal gets a tqdm bar on stderr. Otherwise the log gets a line every
     `LOG_EVERY_S` seconds and one at the end.
 
     Args:
-        items: what to go through.
+        items: the items to yield.
         what: the work in words, with its unit: "download, sections".
-        total: how many items there are.
-        log: write those lines; False for work that reports itself.
+        total: number of items.
+        log: write the log lines; False for work that logs its own progress.
     """
     if sys.stderr.isatty():
         yield from tqdm(items, desc=what, total=total, leave=False)
@@ -49,16 +49,18 @@ def progress(
 def in_threads(
     items: Sequence[T], work: Callable[[T], None], what: str, *, threads: int
 ) -> None:
-    """Do `work` on each item, some at a time, showing how many are done.
+    """Call `work` on each item in threads, showing how many are done.
+
+    After the first error no further items are started. It is raised here when the
+    items in progress are finished.
 
     Args:
-        items: what to go through.
-        work: called with each, from the threads; what it raises first is raised
-            here, after those at work have ended and without beginning others.
+        items: the items to work on.
+        work: called with each item, from several threads.
         what: the work in words, with its unit.
-        threads: how many items at a time.
+        threads: number of items at a time.
     """
-    # Cancelling comes too late for an item that a thread begins after it failed.
+    # Cancelling is too late for an item that a thread starts right after a failure.
     failed = threading.Event()
 
     def work_on(item: T) -> None:

@@ -1,4 +1,4 @@
-"""When a run should end before its work is done: time is up, or a signal came."""
+"""Note that a run should stop early: its time is up, or a signal came."""
 
 import signal
 import time
@@ -22,10 +22,10 @@ class Stopped(Exception):
 
 
 class StopRequest:
-    """Notes, inside a `with` block, that the run should end at the next step.
+    """Context manager that notes when the run should stop after the current step.
 
-    Ctrl-C and SIGTERM are noted instead of raised, so that the step in hand is
-    finished and saved; a second Ctrl-C is raised at once.
+    Ctrl-C and SIGTERM are noted instead of raised, so that the current step is
+    finished and saved. A second Ctrl-C is raised at once.
 
     Args:
         max_minutes: wall time of the run; None for no limit.
@@ -54,7 +54,7 @@ class StopRequest:
 
     @property
     def code(self) -> int:
-        """0 to go on, else why to stop; see `Stopped`."""
+        """0 to continue, else the reason to stop; see `Stopped`."""
         if self._signalled:
             return self._signalled
         return TIME_UP if time.monotonic() >= self._deadline else 0

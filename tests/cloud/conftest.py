@@ -1,4 +1,4 @@
-"""How runs against a failing server ended, as a table at the end of a run.
+"""Print a table at the end: how runs against a failing server ended.
 
 python -m pytest tests/cloud/test_patterns.py -m ""
 """
@@ -9,7 +9,7 @@ _HOW = ("complete", "failed, named", "other")
 
 
 def pytest_terminal_summary(terminalreporter):
-    """One line for each thing that was run, and the faults that were met."""
+    """Print one line per command that was run, and the faults that occurred."""
     if not ENDED:
         return
     terminalreporter.section("network")

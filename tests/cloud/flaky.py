@@ -1,4 +1,4 @@
-"""A server that fails by a seeded pattern, and how runs against it ended."""
+"""Serve files with faults by a seeded pattern, and count how runs ended."""
 
 import hashlib
 import math
@@ -15,7 +15,7 @@ from urllib.parse import parse_qs
 
 from tests.cloud.servers import FolderHandler
 
-# (what was run, how it ended) -> how often; and each fault -> how often it was met.
+# (command, how it ended) -> number of runs; and fault -> number of occurrences.
 ENDED: Counter[tuple[str, str]] = Counter()
 MET: Counter[str] = Counter()
 
@@ -46,10 +46,10 @@ class Pattern:
         self._lock = threading.Lock()
         self.asked: Counter[str] = Counter()
         self.last_fault: dict[str, str] = {}  # by path
-        self.over = threading.Event()  # ends what is stalled
+        self.over = threading.Event()  # ends stalled answers
 
     def fault(self, method: str, path: str) -> str:
-        """What to do instead of an answer, "" to answer; counted."""
+        """Return the fault for a request, "" for none; count it."""
         key = f"{method} {path}"
         with self._lock:
             self.asked[key] += 1
@@ -132,7 +132,7 @@ class FlakyHandler(FolderHandler):
             self.wfile.write(body)
 
     def _list(self):
-        """All files of the bucket below a prefix, as S3 lists them."""
+        """List all files of the bucket below a prefix, as S3 does."""
         bucket, _, query = self.path.partition("?")
         (prefix,) = parse_qs(query).get("prefix", [""])
         root = Path(self.translate_path(bucket))
@@ -187,7 +187,7 @@ class Server:
 
 class _QuietServer(ThreadingHTTPServer):
     def handle_error(self, request, client_address):
-        """Connections that clients gave up are no news."""
+        """Print nothing about connections that clients closed."""
 
 
 @contextmanager
@@ -207,7 +207,7 @@ def flaky_server(folder: Path) -> Iterator[Server]:
 
 @contextmanager
 def timed(limit_s: float) -> Iterator[None]:
-    """What ends within a limit."""
+    """Fail if the `with` block takes longer than a limit."""
     started = time.monotonic()
     yield
     assert time.monotonic() - started < limit_s

@@ -1,4 +1,4 @@
-"""Storage on this machine alone: an S3 server, web servers, and bad ones."""
+"""Start storage servers on this machine: S3, web servers, and faulty ones."""
 
 import socket
 import threading

@@ -1,4 +1,4 @@
-"""What comes from S3 or a web server is what comes from local disk."""
+"""Test that S3 and web servers give the same content as local disk."""
 
 import logging
 
@@ -44,7 +44,7 @@ def s3(volumes):
 
 @pytest.fixture(params=["s3", "http"])
 def root(request, volumes):
-    """Where both volumes are, but on local disk."""
+    """Address of the folder of both volumes, on S3 or on a web server."""
     if request.param == "s3":
         request.getfixturevalue("s3")
         yield "s3://volumes"
@@ -54,7 +54,7 @@ def root(request, volumes):
 
 
 def contents(folder):
-    """All arrays and attributes of a folder's one file, less where it is from."""
+    """Read the arrays and attributes of a folder's only file, except its source."""
     (path,) = folder.glob("*.h5")
     with h5py.File(path, "r") as file:
         arrays = {key: np.asarray(file[key]) for key in file}
@@ -90,7 +90,7 @@ def test_fields_are_the_same_from_everywhere(tmp_path, volumes, root):
 
 
 def stored(url, bucket, prefix):
-    """Content and time of writing of each object."""
+    """Return content and modification time of each object."""
     client = s3_client(url)
     listed = client.list_objects_v2(Bucket=bucket, Prefix=prefix)["Contents"]
     return {

@@ -1,4 +1,4 @@
-"""Storage that fails: one clear line, exit code 1, and not for ever."""
+"""Test that failing storage ends a command: one clear line, exit code 1, in time."""
 
 import itertools
 import json
@@ -22,7 +22,7 @@ DOWNLOAD += ["--z_start", "1", "--z_end", "3", "--dst_folder", "data", "--cv_pat
 
 @pytest.fixture
 def bucket(tmp_path):
-    """A folder that stands for all of a server; its one bucket holds a volume."""
+    """A folder that a server serves; its only bucket holds a volume."""
     grey = np.random.default_rng(0).integers(1, 255, (4, 1, 64, 96), dtype=np.uint8)
     # More chunks in a patch than cloud-files has threads.
     make_volume(tmp_path / "server" / "embucket" / "em", [grey], chunk=(8, 8, 1))
@@ -31,11 +31,11 @@ def bucket(tmp_path):
 
 @pytest.fixture
 def fails(tmp_path, zygote):
-    """Runs a command without credentials; returns the one line it ends with."""
+    """Return a function that runs a command without credentials for its error line."""
 
     def run(*words, **environment):
         kept = {k: v for k, v in os.environ.items() if not k.startswith("AWS_")}
-        # Nobody answers there, so no cloud is asked who we are.
+        # No server answers there, so no cloud is asked for an identity.
         kept |= {"AWS_EC2_METADATA_DISABLED": "true", "NO_GCE_CHECK": "true"}
         done = zygote.run(tmp_path, words, environment=kept | environment)
         assert done["status"] == 1, done["output"]

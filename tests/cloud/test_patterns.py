@@ -53,7 +53,7 @@ NUM_SEEDS = {"downloads": 4, "exports": 9}
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Image volumes, one chunk of each not there, and a field volume."""
+    """Image volumes, each with one chunk missing, and a field volume."""
     folder = tmp_path_factory.mktemp("bucket") / "vols"
     chance = np.random.default_rng(0)
     grey = chance.integers(1, 255, (4, 1, 64, 96), dtype=np.uint8)
@@ -83,7 +83,7 @@ def write_images(folder, grey, compress=False, encoding="raw"):
 
 @pytest.fixture(scope="module")
 def server(folder):
-    """A server over the folder, which is waited for shortly."""
+    """A server over the folder; clients have a short time limit."""
     with flaky_server(folder.parent) as server, pytest.MonkeyPatch.context() as patched:
         patched.delenv("AWS_SESSION_TOKEN", raising=False)
         for name, value in {**KEYS, "AWS_ENDPOINT_URL_S3": server.url}.items():
@@ -112,7 +112,7 @@ def download(server, what, dst):
 
 
 def names_the_place(message, pattern, root):
-    """Whether it names a path that was asked for, and the last status given there."""
+    """Whether an error names a requested path, and the last status it got."""
     for path in {key.split(" ")[1] for key in pattern.asked}:
         if re.search(re.escape(root + path) + r"(?![\w./-])", message):
             status = pattern.last_fault.get(path, "")[:3]
@@ -174,14 +174,14 @@ def test_exports_are_written_whole_or_name_what_failed(tmp_path, server, folder)
 
 
 def written(folder):
-    """All files by path, less the provenance, which has the command."""
+    """Read all files by path, except the provenance, which contains the command."""
     files = {p.relative_to(folder): p for p in folder.rglob("*") if p.is_file()}
     assert Path("provenance") in files
     return {k: p.read_bytes() for k, p in files.items() if k.name != "provenance"}
 
 
 class Always(Pattern):
-    """One fault for all of some paths."""
+    """Pattern with one fault for all requests of some paths."""
 
     def __init__(self, kind, paths, times=1000):
         super().__init__(None)
@@ -197,7 +197,7 @@ class Always(Pattern):
 
 
 def failure(server, what, dst, pattern):
-    """The message of a download that fails, which names the place."""
+    """Run a download that fails; return its message, which must name the file."""
     root = "s3:/" if "s3" in what else server.url
     with server.failing(pattern), timed(LONGEST_S), pytest.raises(DatasetError) as told:
         download(server, what, dst)

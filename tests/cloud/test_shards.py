@@ -1,4 +1,4 @@
-"""Shards, and compressed chunks, behind web servers and S3: right, or named."""
+"""Test shards and compressed chunks on web servers and S3: read right, or named."""
 
 import socket
 
@@ -15,7 +15,7 @@ from tests.volumes import make_volume
 
 @pytest.fixture(params=["http", "s3"])
 def opened(request, tmp_path, monkeypatch):
-    """Opens a volume of tmp_path/bucket behind a server."""
+    """Return a function that opens a volume of tmp_path/bucket behind a server."""
     servers = []
 
     def volume(name, **how):
@@ -105,7 +105,7 @@ def test_chunks_that_lie_there_compressed_are_named(tmp_path, opened, kind):
     # On local disk they are found.
     np.testing.assert_array_equal(read(Volume(str(folder))), tissue())
     said = refusal(opened("em"))
-    assert f"is not there, but lies there compressed, with {ending} at its" in said
+    assert f"is stored only compressed, with {ending} at the end of its" in said
     assert "decompress all such files there" in said
 
 
@@ -114,7 +114,7 @@ def test_a_shard_that_lies_there_compressed_is_named(tmp_path, opened):
     shard = tmp_path / "bucket" / "em" / "4_4_40" / "1.shard"
     shard.rename(f"{shard}.gz")
     said = refusal(opened("em", ranges="given"))
-    assert "1.shard: is not there, but lies there compressed, with .gz" in said
+    assert "1.shard: is stored only compressed, with .gz" in said
 
 
 def test_chunks_that_are_not_there_are_black(tmp_path, opened):

@@ -91,7 +91,7 @@ def test_a_volume_holds_the_fields_onto_the_target_that_was_chosen(tmp_path):
         for z, pair in zip((5, 6), pairs, strict=True):
             np.testing.assert_array_equal(read(out, z), constant((pair, -pair)))
         assert json.loads((out / "info").read_text())["metroem"]["tgt_offset"] == offset
-    with pytest.raises(DatasetError, match="is there already.*tgt_offset"):
+    with pytest.raises(DatasetError, match="already exists.*tgt_offset"):
         export(tmp_path / "d", tmp_path / "out-1", "--tgt_offset", -2)
     with pytest.raises(DatasetError, match="--tgt_offset -3: .* no such .*: -2, -1|-2"):
         export(tmp_path / "d", tmp_path / "new", "--tgt_offset", -3)

@@ -1,4 +1,4 @@
-"""Where commands are run and disturbed; the faults tried, as a table at the end.
+"""Make folders in which commands are disturbed; print a table of faults at the end.
 
 python -m pytest tests/faults -m ""
 """
@@ -10,12 +10,12 @@ from tests.faults.places import TRIED, Place, make_place
 
 @pytest.fixture(scope="session")
 def place(zygote, tmp_path_factory) -> Place:
-    """What all commands start from, and what they make of it undisturbed."""
+    """Inputs of all commands, and their results without any fault."""
     return make_place(zygote, tmp_path_factory.mktemp("faults"))
 
 
 def pytest_terminal_summary(terminalreporter):
-    """One line a fault and command."""
+    """Print one line per fault and command."""
     if not TRIED:
         return
     terminalreporter.section("faults")

@@ -1,4 +1,4 @@
-"""What goes wrong inside of a command, set up before it begins."""
+"""Set up faults inside a command before it starts."""
 
 import itertools
 import os
@@ -10,7 +10,7 @@ import torch
 
 
 def _at_step(number, happen):
-    """Let something happen before a step of the training."""
+    """Call a function before a step of the training."""
     from metroem.training import stage
 
     count, original = itertools.count(1), stage.train_step
@@ -24,12 +24,12 @@ def _at_step(number, happen):
 
 
 def lose_data_in_training():
-    """The image sets vanish."""
+    """Delete the image sets."""
     _at_step(3, lambda: [path.unlink() for path in Path("data").glob("x*.h5")])
 
 
 def gpu_out_of_memory():
-    """A step finds no memory, as torch says it of a GPU."""
+    """Make a step run out of GPU memory, with torch's error."""
 
     def fail():
         raise torch.OutOfMemoryError(
@@ -40,12 +40,12 @@ def gpu_out_of_memory():
 
 
 def cpu_out_of_memory():
-    """A step asks for more memory than any machine has."""
+    """Make a step allocate more memory than any machine has."""
     _at_step(3, lambda: torch.empty(2**60, dtype=torch.uint8))
 
 
 def kill_a_worker():
-    """The kernel takes a process that reads samples."""
+    """Kill a data-loading process, as the kernel does when memory is short."""
     import multiprocessing
 
     def kill():
@@ -55,12 +55,12 @@ def kill_a_worker():
 
 
 def clock_jumps_back():
-    """The clock of the machine goes back a year after each second reading."""
+    """Set the clock back by a year after every second reading."""
     _jumping(-365 * 86400)
 
 
 def clock_jumps_ahead():
-    """The clock goes ten years ahead after each second reading."""
+    """Set the clock ahead by ten years after every second reading."""
     _jumping(10 * 365 * 86400)
 
 

@@ -1,4 +1,4 @@
-"""Folders that commands run in, what is in them, and whether it is whole."""
+"""Make folders that commands run in, and check that their files are complete."""
 
 import hashlib
 import json
@@ -28,7 +28,7 @@ PHASE = {"lr": 1e-3, "num_epochs": 3, "smoothness": 5, "crop_size": 32}
 
 @contextmanager
 def counted(fault, command, times=1):
-    """Count a fault as tried, and as survived where nothing is raised."""
+    """Count a fault as tried, and as survived if nothing is raised."""
     counts = TRIED.setdefault((fault, command), [0, 0])
     counts[0] += times
     yield
@@ -60,7 +60,7 @@ class Place:
     _number: int = 0
 
     def fresh(self, name):
-        """A new folder that a command can start from."""
+        """Make a new folder with the inputs of a command."""
         self._number += 1
         folder = self.folder / f"run{self._number}"
         shutil.copytree(self.calm[name].start, folder)
@@ -68,7 +68,7 @@ class Place:
 
 
 def make_place(zygote, folder):
-    """Volumes, pairs, a pyramid; and each command run once."""
+    """Make volumes, pairs and a pyramid, and run each command once."""
     place = Place(folder, {})
     starts = {name: folder / name for name in ("empty", "untrained", "trained")}
     starts["empty"].mkdir()
@@ -105,7 +105,7 @@ def make_place(zygote, folder):
 
 
 def _downloads(folder):
-    """Volumes, and the commands that read them."""
+    """Make volumes, and the commands that read them."""
     random = np.random.default_rng(0)
     images = random.integers(1, 255, (10, 1, 512, 448), dtype=np.uint8)
     em = make_volume(folder / "em", [images, images[..., ::2, ::2]], chunk=(64, 64, 1))
@@ -126,7 +126,7 @@ def _downloads(folder):
 
 
 def _spec(folder):
-    """A spec of pairs with fields, masks and a reference."""
+    """Make a spec of pairs with fields, masks and a reference."""
     random = np.random.default_rng(1)
     sections = random.integers(1, 255, SHAPE, dtype=np.uint8)
     coarse = sections[..., ::2, ::2]
@@ -154,7 +154,7 @@ def _spec(folder):
 
 
 def interrupted(zygote, place, name, number, share, **more):
-    """A run that a signal reaches at a share of the time that it takes.
+    """Run a command and send a signal after a fraction of its usual time.
 
     Returns:
         Its folder, and how it ended. On a machine that is faster by now than it was,
@@ -173,7 +173,7 @@ def interrupted(zygote, place, name, number, share, **more):
 
 
 def visible(folder):
-    """The files with a final name; those of .train have theirs too."""
+    """List files with their final name, including files of .train."""
     for path in sorted(folder.rglob("*")):
         parts = path.relative_to(folder).parts
         hidden = any(part.startswith(".") and part != ".train" for part in parts)
@@ -182,7 +182,7 @@ def visible(folder):
 
 
 def contents(folder, but=()):
-    """What runs must agree in: h5 by their datasets and attributes, else bytes.
+    """Read the content that runs must agree in: h5 datasets and attributes, else bytes.
 
     Logs and metrics have times in them.
 
@@ -216,7 +216,7 @@ def agree(folder, calm):
 
 
 def check_whole(folder):
-    """Every file with a final name is whole."""
+    """Check that every file with a final name is complete."""
     for path in visible(folder):
         if path.suffix == ".h5":
             assert verify(path) == [], path
@@ -232,6 +232,6 @@ def check_whole(folder):
 
 
 def left_over(folder):
-    """Hidden files and folders that a run should have taken away."""
+    """List hidden files and folders that a run should have removed."""
     hidden = [p for p in folder.rglob(".*") if p.name != ".train"]
     return sorted(str(p.relative_to(folder)) for p in hidden)

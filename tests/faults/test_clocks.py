@@ -1,4 +1,4 @@
-"""Clocks that jump while a command runs."""
+"""Test clocks that jump while a command runs."""
 
 import signal
 

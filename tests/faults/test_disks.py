@@ -1,4 +1,4 @@
-"""Disks that are full or read-only, and data that vanishes."""
+"""Test disks that are full or read-only, and data that vanishes."""
 
 import contextlib
 import os
@@ -19,7 +19,7 @@ FULL += [("make-dataset", 1_300_000)]
 
 
 def mount(*arguments):
-    """Mount something, or skip the test where that is not allowed."""
+    """Mount a file system, or skip the test if that is not allowed."""
     if os.geteuid():
         pytest.skip("mounting needs root")
     done = subprocess.run(["mount", *arguments], capture_output=True, text=True)
@@ -38,7 +38,7 @@ def disk(tmp_path):
 
 
 def fill(folder, left):
-    """Leave so many bytes of a disk."""
+    """Fill a disk until only some bytes are free."""
     disk = os.statvfs(folder)
     taken = disk.f_bavail * disk.f_frsize - left
     with (folder / "filling").open("wb") as file:
@@ -46,7 +46,7 @@ def fill(folder, left):
 
 
 def copied(place, name, disk):
-    """What a command starts from, on the disk."""
+    """Put the inputs of a command on the disk."""
     shutil.copytree(place.calm[name].start, disk / "run")
     return disk / "run"
 
@@ -78,7 +78,7 @@ def test_a_full_disk_is_named_and_the_same_command_ends_once_there_is_room(
 
 @contextlib.contextmanager
 def read_only(folder):
-    """A folder that nobody may write to, root neither."""
+    """A folder that nobody may write to, not even root."""
     mount("--bind", str(folder), str(folder))
     try:
         mount("-o", "remount,ro,bind", str(folder))

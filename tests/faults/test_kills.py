@@ -1,4 +1,4 @@
-"""Commands that are killed at random moments, again and again."""
+"""Test commands that are killed repeatedly at random moments."""
 
 import random
 import signal

@@ -1,4 +1,4 @@
-"""Two runs on the same files."""
+"""Test two runs on the same files."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""A rank that dies, and memory that does not suffice."""
+"""Test a rank that dies, and memory that runs out."""
 
 import os
 import re
@@ -62,7 +62,7 @@ def start_ranks(folder, command):
 
 
 def ranks_of(launcher):
-    """Process of each rank, by its environment."""
+    """Find the process of each rank by its environment."""
     found = {}
     for folder in Path("/proc").glob("[0-9]*"):
         try:
@@ -76,7 +76,7 @@ def ranks_of(launcher):
 
 
 def until_trained(process):
-    """Read what it prints until an epoch is done."""
+    """Read the output until an epoch is done."""
     for line in process.stdout:
         if re.search(r"epoch \d+/500", line):
             return

@@ -1,4 +1,4 @@
-"""SIGTERM and Ctrl-C at random moments: the exit code, and what is left."""
+"""Test SIGTERM and Ctrl-C at random moments: the exit code, and remaining files."""
 
 import random
 import signal

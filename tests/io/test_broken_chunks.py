@@ -1,4 +1,4 @@
-"""Chunks that are cut short, empty or of another size: an error that names them."""
+"""Test that chunks cut short, empty or of another size give an error naming them."""
 
 import numpy as np
 import pytest
@@ -30,7 +30,7 @@ def refusal(folder):
 
 @pytest.fixture
 def written(tmp_path):
-    """Writes a volume; gives one of its chunks, which is compressed as asked for."""
+    """Return a function that writes a volume and returns the path of one chunk."""
 
     def write(packing="", encoding="raw", dtype=np.uint8):
         make_volume(tmp_path, [tissue(SHAPE, dtype)], chunk=(16, 16, 1))

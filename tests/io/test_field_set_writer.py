@@ -58,12 +58,12 @@ def test_joined_parts_are_the_set_that_one_process_writes(parts, tmp_path):
     assert joined[1:] == whole[1:]
     assert verify(tmp_path / NAME) == []
     found = FieldSet(tmp_path / NAME).read(1)
-    # Rounded to 0.01 px; what is closer to 0 becomes 0.
+    # Rounded to 0.01 px; smaller values become 0.
     np.testing.assert_allclose(found, fields()[1], rtol=0, atol=0.01)
 
 
 def test_a_part_of_other_chunks_is_made_again(parts, tmp_path, monkeypatch):
-    """Its packed bytes would fill others. Earlier versions cut sets into 512 px."""
+    """Chunks of 512 px, of earlier versions, cannot be copied into a set."""
     monkeypatch.setattr(h5_write, "_CHUNK_PX", 512)
     parts.put(1, fields()[1])
     monkeypatch.undo()

@@ -1,4 +1,4 @@
-"""One bit flipped anywhere in what a set stores of its pairs is found."""
+"""Test that a flipped bit is found anywhere in the stored pairs of a set."""
 
 import random
 
@@ -28,7 +28,7 @@ from tests.pairs import write_pairs
 
 SHAPE, NUM_PAIRS = (40, 56), 3
 IMAGES, FIELDS = "x0_y0_z1_MIP0.h5", "field_0_x0_y0_z1_MIP0_ck.h5"
-FLIPS = 12  # of each way to store: 48 in all
+FLIPS = 12  # for each storage: 48 in all
 STORED = {
     "lzf": None,  # as this program writes
     "gzip": {"chunks": (1, 1, 20, 28), "compression": "gzip"},
@@ -56,8 +56,8 @@ def written(tmp_path_factory):
     return folder
 
 
-def stored_anew(source, target, how):
-    """A copy of a set, its pairs stored in another way."""
+def copy_stored_as(source, target, how):
+    """Copy a set, with its pairs stored in another way."""
     if target != source:
         target.write_bytes(source.read_bytes())
     if how is None:
@@ -70,7 +70,7 @@ def stored_anew(source, target, how):
 
 
 def chunks(path):
-    """(first pair, offset in the file, bytes) of each chunk of the pairs."""
+    """List (first pair, offset in the file, bytes) of each chunk of the pairs."""
     with h5py.File(path) as file:
         for key in sorted({"img", "main", "defects"} & set(file)):
             main = file[key].id
@@ -80,7 +80,7 @@ def chunks(path):
 
 
 def flip_a_bit(path, chance):
-    """Flip one bit of a chunk; the pair that it is of."""
+    """Flip one bit of a chunk; return the pair that the chunk belongs to."""
     pair, offset, size = chance.choice(list(chunks(path)))
     content = bytearray(path.read_bytes())
     content[offset + chance.randrange(size)] ^= 1 << chance.randrange(8)
@@ -89,7 +89,7 @@ def flip_a_bit(path, chance):
 
 
 def values_of(path):
-    """All values of the pairs of a set; None where they cannot be read."""
+    """Read all values of the pairs of a set; None if they cannot be read."""
     try:
         with h5py.File(path) as file:
             keys = sorted({"img", "main", "defects"} & set(file))
@@ -100,7 +100,7 @@ def values_of(path):
 
 @pytest.fixture
 def failure(monkeypatch, capsys):
-    """What a command that exits with 1 says: one line."""
+    """Run a command that must exit with 1; return its one line of output."""
 
     def found(call, arguments):
         capsys.readouterr()
@@ -127,7 +127,7 @@ def test_each_flipped_bit_is_found_by_inspect_and_when_the_pair_is_read(
     written, tmp_path, failure, how, name
 ):
     for other in (IMAGES, FIELDS):
-        stored_anew(written / other, tmp_path / other, STORED[how])
+        copy_stored_as(written / other, tmp_path / other, STORED[how])
     good = (tmp_path / name).read_bytes()
     values = values_of(tmp_path / name)
     main(["inspect", str(tmp_path)])  # nothing is wrong so far
@@ -137,7 +137,7 @@ def test_each_flipped_bit_is_found_by_inspect_and_when_the_pair_is_read(
         (tmp_path / name).write_bytes(good)
         pair = flip_a_bit(tmp_path / name, chance)
         if values_of(tmp_path / name) == values:
-            continue  # a bit that nothing hangs on, such as one that fills a byte up
+            continue  # a bit without effect, such as padding of a byte
         assert f"{name}: pair {pair} " in failure(main, ["inspect", str(tmp_path)])
         kind = ImageSet if name == IMAGES else FieldSet
         said = refusal(kind(tmp_path / name, verifies=True).read, pair)
@@ -150,7 +150,7 @@ def test_each_flipped_bit_is_found_by_inspect_and_when_the_pair_is_read(
 
 
 def damage(path, pair):
-    """Another value in a corner of a pair."""
+    """Change one value in a corner of a pair."""
     with h5py.File(path, "r+") as file:
         key = "img" if "img" in file else "main"
         file[key][(pair, *[-1] * (file[key].ndim - 1))] += 1
@@ -165,13 +165,13 @@ def test_a_pair_is_checked_once_and_whole_though_a_window_is_read(tmp_path):
     damage(tmp_path / IMAGES, 1)
     images.read(0, window, window)  # read before: not checked again
     assert "pair 1 is not what was written" in refusal(images.read, 1, window, window)
-    assert "pair 1 " in refusal(images.read, 1, window, window)  # nor then forgotten
+    assert "pair 1 " in refusal(images.read, 1, window, window)  # again
     ImageSet(tmp_path / IMAGES).read(1, window, window)  # not asked for
 
 
 def test_prior_fields_are_checked_where_their_images_are(written, tmp_path):
     for name in (IMAGES, FIELDS):
-        stored_anew(written / name, tmp_path / name, None)
+        copy_stored_as(written / name, tmp_path / name, None)
     damage(tmp_path / FIELDS, 2)
     for verifies in (False, True):
         refs = find_pairs(tmp_path, 0, stage=1, checkpoint_name="ck", verifies=verifies)
@@ -202,7 +202,7 @@ def run(tmp_path):
 
 @pytest.fixture
 def damaged(run):
-    """Of the pairs the third has another value than was written."""
+    """A pyramid and pairs, of which the third has a changed value."""
     damage(run / "data" / IMAGES, 2)
     return run
 
@@ -229,10 +229,10 @@ def test_evaluation_refuses_a_damaged_pair(damaged, failure):
 @pytest.mark.parametrize("how", ["gzip", "lzf"])
 def test_what_cannot_be_unpacked_is_refused_by_both(run, failure, how):
     path = run / "data" / IMAGES
-    stored_anew(path, path, STORED[how] or {**STORED["gzip"], "compression": "lzf"})
+    copy_stored_as(path, path, STORED[how] or {**STORED["gzip"], "compression": "lzf"})
     good, chance = path.read_bytes(), random.Random(how)
     pair = flip_a_bit(path, chance)
-    while values_of(path) is not None:  # one that HDF5 itself cannot unpack
+    while values_of(path) is not None:  # until HDF5 itself cannot decompress it
         path.write_bytes(good)
         pair = flip_a_bit(path, chance)
     for call, arguments in (

@@ -1,4 +1,4 @@
-"""Volumes of grey levels: mips that are made, and traces of lossy encodings."""
+"""Test volumes of grey levels: mips that are made, and traces of lossy encodings."""
 
 import json
 
@@ -33,7 +33,7 @@ def isotropic(folder, sections, **more):
 
 
 def averaged(image, levels):
-    """Means of the tissue, mip by mip; half of a pixel must be tissue."""
+    """Average the tissue, mip by mip; at least half of a pixel must be tissue."""
     image = image.astype(float)
     for _ in range(levels):
         rows, cols = image.shape

@@ -1,4 +1,4 @@
-"""Folders of any name, and ~, mean one folder wherever a path is given."""
+"""Test that folders of any name, and ~, mean the same folder in all flags."""
 
 import json
 import os
@@ -29,7 +29,7 @@ NAMES = ["my data/démo", "100%41 sure", "a#b?c&d", "数据+(1)", "x:y@z"]
 
 
 def files(folder):
-    """Folders of the files below a folder."""
+    """List the folders of all files below a folder."""
     return {str(p.parent.relative_to(folder)) for p in folder.rglob("*") if p.is_file()}
 
 

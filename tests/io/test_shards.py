@@ -1,4 +1,4 @@
-"""Sharded volumes: read right, or an error that names the shard."""
+"""Test that sharded volumes are read correctly, or an error names the shard."""
 
 import json
 
@@ -33,7 +33,7 @@ def shards_of(folder):
 
 
 def number(path, at, value):
-    """Replace the number of 8 bytes at a byte of a file, which may be negative."""
+    """Replace the 8-byte number at an offset, from the end of the file if negative."""
     content = bytearray(path.read_bytes())
     at %= len(content)
     content[at : at + 8] = np.uint64(value).tobytes()
@@ -166,7 +166,7 @@ def test_a_shard_that_is_compressed_as_a_whole_is_named(tmp_path):
 
 @pytest.fixture
 def cut(tmp_path):
-    """Volumes of images and of fields, with a shard cut short, and a sound image."""
+    """Image and field volumes with a shard cut short, and an intact image volume."""
     data = tissue((4, 1, 64, 80))
     make_sharded(tmp_path / "em", [data])
     make_sharded(tmp_path / "field", [tissue((4, 2, 64, 80), np.float32)])

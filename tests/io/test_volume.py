@@ -139,7 +139,7 @@ def test_missing_credentials_are_said(monkeypatch):
 
 
 class _Forbidding(SimpleHTTPRequestHandler):
-    """Serves the info, and answers 403 to who asks for a chunk."""
+    """Server that serves the info, and answers 403 for chunks."""
 
     def do_GET(self):
         if self.path.endswith("info"):

@@ -1,4 +1,4 @@
-"""What is no volume, or cannot be decoded, says so before anything is read."""
+"""Test that a path without a readable volume is refused before any read."""
 
 import io
 import json
@@ -24,7 +24,7 @@ FIELDS = "--src_mip 0 --dst_mip 0 --patch_size 32 --z_start 1 --z_end 4".split()
 
 
 def changed(folder, data=GREY, *, scale=None, drop=(), **top):
-    """A volume whose info says something else; its path."""
+    """Write a volume with a changed info; return its path."""
     path = make_volume(folder, [data])
     info = json.loads((folder / "info").read_text())
     info |= top
@@ -37,7 +37,7 @@ def changed(folder, data=GREY, *, scale=None, drop=(), **top):
 
 
 def refused(call, *args):
-    """The one line of an error that does not blame the storage."""
+    """Return the one line of an error, which must not blame the storage."""
     with pytest.raises(DatasetError) as caught:
         call(*args)
     line = str(caught.value)

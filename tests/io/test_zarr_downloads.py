@@ -1,4 +1,4 @@
-"""Zarr and N5 give every command what a CloudVolume of the same values gives."""
+"""Test that commands treat Zarr and N5 like a CloudVolume of the same values."""
 
 import logging
 import shutil
@@ -31,7 +31,7 @@ FIELDS = [*AREA, *"--src_mip 1 --dst_mip 0 --patch_size 24".split()]
 
 @pytest.fixture(scope="module")
 def values():
-    """By name, (x, y, z, c) at mips 0 and 1."""
+    """Values by name of the volume, (x, y, z, c) at mips 0 and 1."""
     random = np.random.default_rng(0)
     grey = random.integers(1, 255, (100, 140, 5, 1)).astype(np.uint16)
     field = random.uniform(3, 9, (100, 140, 5, 2)).astype(np.float32)
@@ -47,7 +47,7 @@ def cloud_volume(folder, mips):
 
 
 def ome_zarr_4(folder, mips):
-    """Big-endian, zstd, channels first, a chunk a folder."""
+    """Write a Zarr: big-endian, zstd, channels first, one folder per chunk."""
     for mip, one in enumerate(mips):
         array = in_axes(one, "tczyx")
         write_zarr2(
@@ -61,7 +61,7 @@ def ome_zarr_4(folder, mips):
 
 
 def ome_zarr_5(folder, mips):
-    """Big-endian, gzip, the scale in micrometers, channels last."""
+    """Write an N5: big-endian, gzip, the scale in micrometers, channels last."""
     for mip, one in enumerate(mips):
         array = in_axes(one, "zyxc")
         write_zarr3(
@@ -109,7 +109,7 @@ def form(request):
 
 
 def arrays(folder):
-    """All arrays of a folder's files."""
+    """Read all arrays of a folder's files."""
     found = {}
     for path in sorted(folder.glob("*.h5")):
         with h5py.File(path, "r") as file:
@@ -156,7 +156,7 @@ def test_fields_are_those_of_a_cloud_volume(tmp_path, volumes, form):
 
 
 def spec(volumes, form):
-    """A spec whose volumes are all of a format."""
+    """Make a spec whose volumes all have one format."""
     paths = {
         n: f"{form}://file://{volumes}/{form}/{n}" for n in ("em", "field", "mask")
     }

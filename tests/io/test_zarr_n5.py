@@ -1,4 +1,4 @@
-"""Zarr and N5 give the arrays that were written, or say what about them is not read."""
+"""Test that Zarr and N5 are read as written, or that the error says why not."""
 
 import importlib
 import json
@@ -24,7 +24,7 @@ SIZE = (70, 44, 5)  # x, y, z: no multiples of a chunk
 
 
 def made(dtype, channels=1, size=SIZE):
-    """(x, y, z, c) of numbers whose bytes all differ."""
+    """Make an array (x, y, z, c) of numbers whose bytes all differ."""
     random = np.random.default_rng(0)
     if np.dtype(dtype).kind == "f":
         return random.normal(0, 9, (*size, channels)).astype(dtype)
@@ -33,7 +33,7 @@ def made(dtype, channels=1, size=SIZE):
 
 
 def read_all(path, mip=0):
-    """(x, y, z, c) of all that a volume holds at a mip."""
+    """Read a whole mip of a volume: (x, y, z, c)."""
     volume = Volume(str(path))
     area, sections = volume.extent()
     whole = Grid(mip, area.x, area.y, area.rows >> mip, area.cols >> mip)
@@ -350,7 +350,7 @@ UNITS = [{"name": name, "type": "space", "unit": "parsec"} for name in "zyx"]
         ),
         (no_array, "it may be 0"),
         (broken_json, "its zarr.json is not JSON"),
-        (lost_mip, "its 1/.zarray is not there"),
+        (lost_mip, "its 1/.zarray does not exist"),
         (no_scale, "holds no s0"),
     ],
 )
@@ -425,7 +425,7 @@ def test_a_chunk_that_is_cut_short_is_named(tmp_path, content):
 
 
 def test_the_metadata_that_are_not_needed_are_not_asked_for(tmp_path, monkeypatch):
-    # Some stores answer 403 for what is not there.
+    # Some stores answer 403 for files that do not exist.
     truth = made("uint8")
     write_zarr2(tmp_path / "em/0", in_axes(truth, "zyx"), chunks_of("zyx"))
     put(tmp_path / "em/.zattrs", {"multiscales": multiscales(["0"])})
@@ -487,7 +487,7 @@ def test_a_group_that_repeats_its_first_array_is_no_array(tmp_path):
 def test_an_array_that_says_no_sizes_warns(tmp_path, caplog):
     zarr2()(tmp_path / "em")
     assert Volume(str(tmp_path / "em")).resolution == (1, 1, 1)
-    assert "says no size of its voxels" in caplog.text
+    assert "states no voxel size" in caplog.text
     caplog.clear()
     zarr2()(tmp_path / "ome/0")
     put(tmp_path / "ome/.zattrs", {"multiscales": multiscales(["0"])})

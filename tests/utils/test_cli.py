@@ -88,7 +88,7 @@ COMMANDS += ["export-fields", "demo"]
 
 
 def loaded_by(program):
-    """Which of the slow packages a program loads, though it exits, and its output."""
+    """Run a program; return the slow packages that it imports, and its output."""
     check = (
         "import atexit, runpy, sys\n"
         "slow = ('torch', 'numpy', 'h5py', 'cloudvolume', 'scipy', 'boto3')\n"
@@ -107,7 +107,7 @@ def loaded_by(program):
 
 
 def running(words):
-    """A program that runs a command line: a script of ours, or `-m metroem ...`."""
+    """Make a program that runs a command line: one of our scripts, or `-m metroem`."""
     run = f"runpy.run_path({words[0]!r}, run_name='__main__')"
     if words[0] == "-m":
         run = "runpy.run_module('metroem', run_name='__main__')"

@@ -1,4 +1,4 @@
-"""Two gloo processes, and one alone, agree as they should."""
+"""Test that two gloo processes exchange values, and that one process works alone."""
 
 import json
 import os

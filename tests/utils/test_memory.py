@@ -1,4 +1,4 @@
-"""Memory that a process keeps; in a process of its own, since it cannot be undone."""
+"""Test that freed memory is kept, in its own process since it cannot be undone."""
 
 import platform
 import subprocess
@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-# 64 MiB got and freed again and again: pages that the system has to give each time.
+# Allocate and free 64 MiB repeatedly: the system has to provide the pages each time.
 SCRIPT = """
 import resource
 from metroem.utils.memory import keep_freed_memory
