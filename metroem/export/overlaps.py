@@ -1,4 +1,4 @@
-"""Pairs that cover the same pixels of a section: refused, or one of them chosen."""
+"""Resolve overlaps: refuse or choose where several pairs cover the same pixels."""
 
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -11,7 +11,7 @@ from metroem.export.requests import ExportRequest
 from metroem.geometry.grid import Grid
 from metroem.io.volume import crop_array
 
-# Field sets are rounded to 0.01 px: two of one field differ by no more.
+# Field sets are rounded to 0.01 px, so two copies of one field differ by less.
 _EQUAL_PX = 0.02
 
 
@@ -24,7 +24,7 @@ class Part(NamedTuple):
 
     @property
     def grid(self) -> Grid:
-        """Where its field lies."""
+        """The area of its field."""
         return self.exported.fields.grid(self.index)
 
     @property
@@ -39,7 +39,7 @@ class Part(NamedTuple):
 
     @property
     def tgt(self) -> int | None:
-        """The section that its field aligns it to; None: of a downloaded field."""
+        """The section that its field aligns it to; None for a downloaded field."""
         is_of_pair = self.exported.fields.num_sides == 1
         return self.exported.fields.sections(self.index)[1] if is_of_pair else None
 
@@ -53,34 +53,35 @@ class Part(NamedTuple):
 
 
 class Overlaps:
-    """All that is exported, by section; a pixel gets the value of one pair alone.
+    """The parts to export, by section; each pixel gets the value of one part.
 
     Attributes:
-        parts: of all sets, in their order.
+        parts: the parts of all sets, in their order.
     """
 
     def __init__(self, request: ExportRequest, sets: Sequence[ExportedSet]) -> None:
         self._request = request
         self.parts = [Part(one, *at) for one in sets for at in one.sides()]
-        # The last of a section counts: without a field, only where nothing else is.
+        # The last part of a section wins. Parts without a field come first, so that
+        # they are used only where no other part lies.
         ordered = self.parts if request.overlap == "last" else self.parts[::-1]
         self._by_z: dict[int, list[Part]] = {}
         for part in sorted(ordered, key=lambda part: part.has_field):
             self._by_z.setdefault(part.z, []).append(part)
 
     def check(self) -> None:
-        """Refuse fields that would be lost, since there is room for one alone.
+        """Refuse fields that would overwrite one another.
 
         Raises:
-            DatasetError: a section has several in one place; the flag that chooses is
-                named.
+            DatasetError: a section has several fields at the same pixels; the message
+                names the flag that chooses.
         """
         for z in sorted(self._by_z):
             fields = [part for part in self._by_z[z] if part.has_field]
             for at, one in enumerate(fields):
                 for other in fields[:at]:
                     shared = _shared(one.grid, other.grid)
-                    if shared is not None and self._is_one_place(one, other):
+                    if shared is not None and self._compete(one, other):
                         self._check_pair(one, other, shared)
 
     def paint(
@@ -89,16 +90,16 @@ class Overlaps:
         values: Callable[[Part], np.ndarray],
         grid: Callable[[Part], Grid],
     ) -> np.ndarray:
-        """The values of a part, with those of the pairs that count before it.
+        """Take the values of a part, with those of stronger parts painted over them.
 
         Args:
             part: one of `parts`.
-            values: (C, H, W) of a part.
-            grid: where they lie.
+            values: reads the (C, H, W) values of a part.
+            grid: gives their area.
 
         Returns:
-            (C, H, W) on the grid of `part`; the same at every pixel that it shares
-            with others, whichever of them is asked for.
+            (C, H, W) on the grid of `part`. Pixels that several parts share get the
+            same value from each of them.
         """
         painted, here = values(part), grid(part)
         section = self._by_z[part.z]
@@ -112,10 +113,11 @@ class Overlaps:
                 )
         return painted
 
-    def _is_one_place(self, one: Part, other: Part) -> bool:
-        """Whether what is written has room for only one of two fields.
+    def _compete(self, one: Part, other: Part) -> bool:
+        """Whether the result has room for only one of two overlapping fields.
 
-        Files have it for each set, place and distance of tgt.
+        A volume has one value per pixel. Files have a stack for each set, grid and
+        tgt.
         """
         if self._request.format == "cloudvolume":
             return True
@@ -123,6 +125,7 @@ class Overlaps:
         return same_set and one.grid == other.grid and one.tgt == other.tgt
 
     def _check_pair(self, one: Part, other: Part, shared: Grid) -> None:
+        """Refuse two competing fields that differ, unless a flag chooses."""
         offsets = [p.tgt - p.z for p in (one, other) if p.tgt is not None]
         if len(set(offsets)) > 1:
             onto = " or ".join(f"--tgt_offset {o}" for o in sorted(offsets)[::-1])
@@ -139,10 +142,11 @@ class Overlaps:
         if apart > _EQUAL_PX:
             raise DatasetError(
                 f"{self._two_fields(one, other, shared)}, up to {apart:.2f} px apart; "
-                "one of them counts there: give --overlap first or --overlap last"
+                "only one can be written: give --overlap first or --overlap last"
             )
 
     def _two_fields(self, one: Part, other: Part, shared: Grid) -> str:
+        """Name two fields and the pixels that they share, for messages."""
         first, second = sorted((one, other), key=self.parts.index)
         return (
             f"{self._request.dataset_path}: section {one.z} has two fields at x "
@@ -152,7 +156,7 @@ class Overlaps:
 
 
 def _shared(one: Grid, other: Grid) -> Grid | None:
-    """Where two grids of one mip overlap."""
+    """The overlap of two grids of one mip, or None."""
     x, y = max(one.x, other.x), max(one.y, other.y)
     x_end, y_end = (min(ends) for ends in zip(one.end, other.end, strict=True))
     if x >= x_end or y >= y_end:

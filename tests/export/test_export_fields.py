@@ -291,7 +291,7 @@ def test_a_section_without_a_field_stays_as_it_is(tmp_path, data, volume):
         (["--resolution", 4, 0, 40], "must be > 0"),
         (["--format", "itk", "--dtype", "int16"], "leave out --dtype"),
         (["--format", "sofima", "--dst_path", "s3://a/b"], "a local folder"),
-        (["--format", "itk", "--warped", "a"], "--format cloudvolume alone"),
+        (["--format", "itk", "--warped", "a"], "only goes with --format cloudvolume"),
     ],
 )
 def test_flags_that_cannot_work_are_refused(data, volume, flags, match):

@@ -129,7 +129,7 @@ def test_the_readme_of_the_original_in_its_order_in_one_folder(
     for line in (image_line("0 1", "40 24"), field_line(), image_line("1", "24", MOVE)):
         run(line)
     assert not count.times and offsets(0) == offsets(1) == EXPECTED
-    assert f"data/{PLACE}_MIP0.h5: is there already, moved by a field" in caplog.text
+    assert f"data/{PLACE}_MIP0.h5: already exists, moved by a field" in caplog.text
 
 
 def test_stages_before_do_not_make_the_priors_of_a_download(run, monkeypatch):

@@ -248,7 +248,7 @@ def test_pairs_that_the_field_set_lacks_are_refused(tmp_path, download):
 @pytest.mark.parametrize(
     ("flags", "match"),
     [
-        (["--mip", 0, 1, "--patch_size", 64], "one a mip"),
+        (["--mip", 0, 1, "--patch_size", 64], "one per mip"),
         (["--mip", 0, 0, "--patch_size", 64, 64], "each once"),
         (["--mip", -1, "--patch_size", 64], "mips >= 0"),
         (["--mip", 0, "--patch_size", 0], "must be >= 1"),
