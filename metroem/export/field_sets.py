@@ -54,7 +54,7 @@ class ExportedSet(NamedTuple):
         return z_tgt - z_src
 
     def offsets_to_tgt(self) -> list[int]:
-        """Sorted offsets of all pairs; [] for downloaded fields, which have none."""
+        """Sorted offsets of all pairs; [] if the fields belong to sections."""
         if self.fields.num_sides == 2:
             return []
         return sorted({self.offset_to_tgt(i) for i in range(len(self.fields))})

@@ -39,7 +39,7 @@ class Part(NamedTuple):
 
     @property
     def tgt(self) -> int | None:
-        """The section that its field aligns it to; None for a downloaded field."""
+        """The section that its field aligns it to; None if it belongs to no pair."""
         is_of_pair = self.exported.fields.num_sides == 1
         return self.exported.fields.sections(self.index)[1] if is_of_pair else None
 

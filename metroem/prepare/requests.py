@@ -16,9 +16,9 @@ from metroem.specs.modules import find_modules
 from metroem.utils.cli import Request, flag, flags_of_group
 
 _CORNER = "of the patch's corner, mip-0 pixels, a multiple of 2^mip"
-_GROUPS = ("what", "grey levels", "format of the volume's values")
-_GROUPS += ("where", "files and reading", "defects")
-_what, _grey, _values, _where, _files, _defects = map(flags_of_group, _GROUPS)
+_GROUPS = ("data", "grey levels", "format of the volume's values")
+_GROUPS += ("location", "files and reading", "defects")
+_data, _grey, _values, _location, _files, _defects = map(flags_of_group, _GROUPS)
 _VOLUME = "gs://, s3://, https://, file:// or a plain path"
 
 
@@ -28,10 +28,10 @@ class DownloadRequest(Request):
 
     GROUPS = _GROUPS
 
-    x_offset: int = _where(f"x {_CORNER}", 0)
-    y_offset: int = _where(f"y {_CORNER}", 0)
-    z_start: int = _where("first src section; its tgt is the section before")
-    z_end: int = _where("one past the last src section")
+    x_offset: int = _location(f"x {_CORNER}", 0)
+    y_offset: int = _location(f"y {_CORNER}", 0)
+    z_start: int = _location("first src section; its tgt is the section before")
+    z_end: int = _location("one past the last src section")
     dst_folder: Path = _files("folder for the files", Path("dataset01"))
     overwrite: bool = _files("replace files made with other flags", False)
     parallel: int = _files(
@@ -73,25 +73,25 @@ class DownloadRequest(Request):
 class ImageRequest(DownloadRequest):
     """Flags of download_image.py."""
 
-    cv_path: str = _what(f"CloudVolume of the images: {_VOLUME}")
-    mips: list[int] = _what(
+    cv_path: str = _data(f"CloudVolume of the images: {_VOLUME}")
+    mips: list[int] = _data(
         "mips to download, one file each", names=("--mip", "--mips")
     )
-    patch_sizes: list[int] = _what(
+    patch_sizes: list[int] = _data(
         "side of the square patch, one per mip, pixels of that mip",
         names=("--patch_size", "--patch_sizes"),
         least=1,
     )
-    anchor: str = _what(
+    anchor: str = _data(
         "point that the patches of all mips share; with center, --x_offset and "
         "--y_offset are the corner of the largest",
         "corner",
         choices=("corner", "center"),
     )
-    suffix: str | None = _what(
+    suffix: str | None = _data(
         "text in the file names, to tell sets of one location apart", None
     )
-    field_dset: Path | None = _what(
+    field_dset: Path | None = _data(
         "downloaded field set whose offsets move each patch", None
     )
     normalize: bool = _grey(
@@ -171,21 +171,20 @@ class ImageRequest(DownloadRequest):
 class FieldRequest(DownloadRequest):
     """Flags of download_field.py."""
 
-    cv_path: str = _what(f"CloudVolume of the fields, of two channels: {_VOLUME}")
-    src_mip: int = _what("mip that is read")
-    dst_mip: int = _what("mip of the images that the fields are for, <= src_mip")
-    patch_size: int = _what(
+    cv_path: str = _data(f"CloudVolume of the fields, of two channels: {_VOLUME}")
+    src_mip: int = _data("mip that is read")
+    dst_mip: int = _data("mip of the images that the fields are for, <= src_mip")
+    patch_size: int = _data(
         "side of the square patch, pixels of dst_mip",
         names=("--patch_size", "--patch_sizes"),
         least=1,
     )
-    suffix: str | None = _what(
+    suffix: str | None = _data(
         "checkpoint name under which train.py finds the fields", None
     )
-    place: str | None = _what(
+    place: str | None = _data(
         "location of the image sets that the fields are for, as in their names: "
-        "x<X>_y<Y>_z<Z>[_<suffix>]. It differs where those have a suffix, or share a "
-        "centre",
+        "x<X>_y<Y>_z<Z>[_<suffix>]; needed if those have a suffix or --anchor center",
         unset="the corner and z_start",
     )
     channel_order: str = _values(
