@@ -14,7 +14,7 @@ from metroem.export.field_sets import (
     check_on_pixels,
     find_exported,
 )
-from metroem.export.overlaps import Overlaps, Part
+from metroem.export.overlaps import Overlaps, PairSection
 from metroem.export.requests import QUARTER, ExportRequest
 from metroem.geometry.field import warp
 from metroem.geometry.grid import Grid
@@ -53,10 +53,12 @@ def write_volumes(
         writers.append(_ImageWriter(request, sets, bounds))
     for writer in writers:
         for one in sets:
-            parts = [part for part in overlaps.parts if part.exported is one]
+            sections = [
+                section for section in overlaps.sections if section.exported is one
+            ]
             title = f"{one.fields.path.name}: {writer.content}, sections"
-            for part in progress(parts, title, total=len(parts)):
-                writer.put(part, overlaps)
+            for section in progress(sections, title, total=len(sections)):
+                writer.put(section, overlaps)
         writer.finish(sets, command)
 
 
@@ -85,11 +87,13 @@ class _FieldWriter:
             request.dst_path, wanted, flag="--dst_path", overwrite=request.overwrite
         )
 
-    def put(self, part: Part, overlaps: Overlaps) -> None:
+    def put(self, section: PairSection, overlaps: Overlaps) -> None:
         """Write the field of one section, if it has one."""
-        if part.has_field:
-            values = overlaps.paint(part, Part.displacements, lambda other: other.grid)
-            self._writer.put(self._stored(values, part), part.grid, part.z)
+        if section.has_field:
+            values = overlaps.paint(
+                section, PairSection.displacements, lambda other: other.grid
+            )
+            self._writer.put(self._stored(values, section), section.grid, section.z)
 
     def finish(self, sets: Sequence[ExportedSet], command: str) -> None:
         """State sources and format in the provenance; log how to read the volume."""
@@ -102,9 +106,9 @@ class _FieldWriter:
             *(request.channel_order, request.field_unit),
         )
 
-    def _stored(self, values: np.ndarray, part: Part) -> np.ndarray:
+    def _stored(self, values: np.ndarray, section: PairSection) -> np.ndarray:
         """Convert (2, H, W) to the channel order, unit and type of the volume."""
-        request, fields = self._request, part.exported.fields
+        request, fields = self._request, section.exported.fields
         # cols run along the volume's y, so the displacement along y comes first.
         if request.channel_order == "xy":
             values = values[::-1]
@@ -116,7 +120,7 @@ class _FieldWriter:
         most = np.iinfo(np.int16).max
         if (longest := float(np.abs(quarters).max())) > most:
             raise DatasetError(
-                f"--dtype int16: {part}: a displacement of "
+                f"--dtype int16: {section}: a displacement of "
                 f"{longest * QUARTER:.0f} px, int16 holds up to {most * QUARTER:.0f}; "
                 "give --dtype float32"
             )
@@ -153,12 +157,12 @@ class _ImageWriter:
             for name in ("before", "after")
         )
 
-    def put(self, part: Part, overlaps: Overlaps) -> None:
+    def put(self, section: PairSection, overlaps: Overlaps) -> None:
         """Write one section to both volumes; without a field it is not warped."""
-        before = overlaps.paint(part, _image, _image_grid)
-        self._before.put(before, _image_grid(part), part.z)
-        after = overlaps.paint(part, _warped, _warped_grid)
-        self._after.put(after, _warped_grid(part), part.z)
+        before = overlaps.paint(section, _image, _image_grid)
+        self._before.put(before, _image_grid(section), section.z)
+        after = overlaps.paint(section, _warped, _warped_grid)
+        self._after.put(after, _warped_grid(section), section.z)
 
     def finish(self, sets: Sequence[ExportedSet], command: str) -> None:
         """State the sources in the provenance."""
@@ -173,29 +177,30 @@ def _images(exported: ExportedSet) -> ImageSet:
     return exported.images
 
 
-def _image(part: Part) -> np.ndarray:
-    """Read (1, H, W), the image of a part before warping."""
-    return _images(part.exported).read(part.index)[part.side][None]
+def _image(section: PairSection) -> np.ndarray:
+    """Read (1, H, W), the image of a section before warping."""
+    return _images(section.exported).read(section.index)[section.side][None]
 
 
-def _image_grid(part: Part) -> Grid:
+def _image_grid(section: PairSection) -> Grid:
     """The area that the image was read from."""
-    x, y, *_ = _images(part.exported).box(part.index, part.side)
-    return Grid(part.grid.mip, x, y, *part.grid.shape)
+    x, y, *_ = _images(section.exported).box(section.index, section.side)
+    return Grid(section.grid.mip, x, y, *section.grid.shape)
 
 
-def _warped(part: Part) -> np.ndarray:
-    """Read (1, H, W), the image of a part, warped by its field if it has one."""
-    image = _image(part)
-    if not part.has_field:
+def _warped(section: PairSection) -> np.ndarray:
+    """Read (1, H, W), the image of a section, warped by its field if it has one."""
+    image = _image(section)
+    if not section.has_field:
         return image
-    field = torch.from_numpy(part.exported.fields.read(part.index, part.side))[None]
+    vectors = section.exported.fields.read(section.index, section.side)
+    field = torch.from_numpy(vectors)[None]
     return warp(torch.from_numpy(image)[None], field)[0].numpy()
 
 
-def _warped_grid(part: Part) -> Grid:
+def _warped_grid(section: PairSection) -> Grid:
     """The area of the warped image."""
-    return part.grid if part.has_field else _image_grid(part)
+    return section.grid if section.has_field else _image_grid(section)
 
 
 def _describe(

@@ -96,13 +96,13 @@ def find_exported(request: ExportRequest) -> list[ExportedSet]:
             from other images than the present ones; or --warped lacks its images.
     """
     folder, name = request.fields_folder, request.checkpoint_name
-    there = find_field_sets(folder)
-    tagged = [one for one in there if (one.name.tag or "") == name]
+    all_sets = find_field_sets(folder)
+    tagged = [one for one in all_sets if (one.name.tag or "") == name]
     if not tagged:
-        tags = sorted({one.name.tag or "no name" for one in there})
+        tags = sorted({one.name.tag or "no name" for one in all_sets})
         raise DatasetError(
-            f"{folder}: no field sets of --checkpoint_name {name!r}, those there are "
-            f"of {', '.join(tags) or 'none'}; write-fields and train.py write them, "
+            f"{folder}: no field sets of --checkpoint_name {name!r}, only of "
+            f"{', '.join(tags) or 'none'}; write-fields and train.py write them, "
             "and download_field.py with --suffix"
         )
     stages = sorted({one.name.stage for one in tagged})
@@ -121,10 +121,12 @@ def find_exported(request: ExportRequest) -> list[ExportedSet]:
     )
     found = [_with_images(one, request) for one in chosen]
     if not any(True for one in found for _ in one.sides()):
-        there = {one.offset_to_tgt(i) for one in found for i in range(len(one.fields))}
+        offsets = {
+            one.offset_to_tgt(i) for one in found for i in range(len(one.fields))
+        }
         raise DatasetError(
-            f"--tgt_offset {request.tgt_offset}: {folder} has no such pairs, those "
-            f"there are have {', '.join(map(str, sorted(there)))}; give one of them"
+            f"--tgt_offset {request.tgt_offset}: {folder} has no such pairs, only "
+            f"pairs with {', '.join(map(str, sorted(offsets)))}; give one of these"
         )
     return found
 
@@ -163,11 +165,11 @@ def _with_images(fields: FieldSet, request: ExportRequest) -> ExportedSet:
     if images is None and request.warped is not None:
         raise DatasetError(
             f"--warped {request.warped}: {fields.path.name} has no image set of its "
-            f"place at mip {fields.mip}; download it, or leave --warped out"
+            f"location at mip {fields.mip}; download it, or leave --warped out"
         )
     if images is None and fields.num_sides == 1:
         logger.warning(
-            "%s: no image set of its place at mip %d, which would say whether its "
+            "%s: no image set of its location at mip %d, which would state whether its "
             "images were moved; taken as not moved",
             *(fields.path.name, fields.mip),
         )
@@ -201,9 +203,9 @@ class VolumeBounds:
             resolution = self._like.resolution
         if resolution is None:
             raise DatasetError(
-                f"{request.dataset_path}: nm of a mip-0 voxel are needed, and the sets "
-                "do not say it; give --resolution X Y Z, or --like and the volume of "
-                "the images"
+                f"{request.dataset_path}: the size of a mip-0 voxel in nm is needed, "
+                "and the sets do not state it; give --resolution X Y Z, or --like and "
+                "the volume of the images"
             )
         self.resolution = resolution
 
@@ -220,21 +222,22 @@ def _resolution(
     request: ExportRequest, sets: Sequence[ExportedSet]
 ) -> Resolution | None:
     """Size of a mip-0 voxel as the sets or --resolution state it; None: neither."""
-    found = [said for one in sets if (said := one.resolution()) is not None]
-    for said in found:
-        if not same_resolution(said, found[0]):
+    known = (one.resolution() for one in sets)
+    stated = [resolution for resolution in known if resolution is not None]
+    for one in stated:
+        if not same_resolution(one, stated[0]):
             raise DatasetError(
-                f"{request.dataset_path}: for a mip-0 voxel its sets say "
-                f"{in_nm(found[0])} and {in_nm(said)}, and a volume has one; put the "
-                "sets into a folder for each, and export them one by one"
+                f"{request.dataset_path}: its sets state mip-0 voxels of "
+                f"{in_nm(stated[0])} and {in_nm(one)}, but a volume has one size; put "
+                "them into separate folders, and export them one by one"
             )
     given = None if request.resolution is None else nm_of(request.resolution)
-    if given and found and not same_resolution(given, found[0]):
+    if given and stated and not same_resolution(given, stated[0]):
         raise DatasetError(
-            f"--resolution {in_nm(given)}: the sets in {request.dataset_path} say that "
-            f"they have mip-0 voxels of {found[0]} nm; leave it out"
+            f"--resolution {in_nm(given)}: the sets in {request.dataset_path} state "
+            f"mip-0 voxels of {in_nm(stated[0])}; leave it out"
         )
-    return given or (found[0] if found else None)
+    return given or (stated[0] if stated else None)
 
 
 def check_on_pixels(exported: ExportedSet) -> None:

@@ -15,8 +15,8 @@ from metroem.io.volume import crop_array
 _EQUAL_PX = 0.02
 
 
-class Part(NamedTuple):
-    """One section of one pair."""
+class PairSection(NamedTuple):
+    """One section of one pair: its src or its tgt."""
 
     exported: ExportedSet
     index: int
@@ -53,21 +53,21 @@ class Part(NamedTuple):
 
 
 class Overlaps:
-    """The parts to export, by section; each pixel gets the value of one part.
+    """All sections of pairs to export, by z; each pixel gets the value of one.
 
     Attributes:
-        parts: the parts of all sets, in their order.
+        sections: of the pairs of all sets, in their order.
     """
 
     def __init__(self, request: ExportRequest, sets: Sequence[ExportedSet]) -> None:
         self._request = request
-        self.parts = [Part(one, *at) for one in sets for at in one.sides()]
-        # The last part of a section wins. Parts without a field come first, so that
-        # they are used only where no other part lies.
-        ordered = self.parts if request.overlap == "last" else self.parts[::-1]
-        self._by_z: dict[int, list[Part]] = {}
-        for part in sorted(ordered, key=lambda part: part.has_field):
-            self._by_z.setdefault(part.z, []).append(part)
+        self.sections = [PairSection(one, *at) for one in sets for at in one.sides()]
+        # The last one of a z wins. Those without a field come first, so that they are
+        # used only where no other lies.
+        ordered = self.sections if request.overlap == "last" else self.sections[::-1]
+        self._by_z: dict[int, list[PairSection]] = {}
+        for section in sorted(ordered, key=lambda section: section.has_field):
+            self._by_z.setdefault(section.z, []).append(section)
 
     def check(self) -> None:
         """Refuse fields that would overwrite one another.
@@ -77,7 +77,7 @@ class Overlaps:
                 names the flag that chooses.
         """
         for z in sorted(self._by_z):
-            fields = [part for part in self._by_z[z] if part.has_field]
+            fields = [section for section in self._by_z[z] if section.has_field]
             for at, one in enumerate(fields):
                 for other in fields[:at]:
                     shared = _shared(one.grid, other.grid)
@@ -86,34 +86,34 @@ class Overlaps:
 
     def paint(
         self,
-        part: Part,
-        values: Callable[[Part], np.ndarray],
-        grid: Callable[[Part], Grid],
+        section: PairSection,
+        values: Callable[[PairSection], np.ndarray],
+        grid: Callable[[PairSection], Grid],
     ) -> np.ndarray:
-        """Take the values of a part, with those of stronger parts painted over them.
+        """Take the values of a section of a pair, and paint stronger ones over them.
 
         Args:
-            part: one of `parts`.
-            values: reads the (C, H, W) values of a part.
+            section: one of `sections`.
+            values: reads the (C, H, W) values of one.
             grid: gives their area.
 
         Returns:
-            (C, H, W) on the grid of `part`. Pixels that several parts share get the
-            same value from each of them.
+            (C, H, W) on the grid of `section`. Pixels shared by several sections
+            of pairs get the same value from each of them.
         """
-        painted, here = values(part), grid(part)
-        section = self._by_z[part.z]
-        for other in section[section.index(part) + 1 :]:
-            there = grid(other)
-            shared = _shared(here, there)
+        painted, area = values(section), grid(section)
+        same_z = self._by_z[section.z]
+        for other in same_z[same_z.index(section) + 1 :]:
+            other_area = grid(other)
+            shared = _shared(area, other_area)
             if shared is not None:
                 painted = painted.copy()
-                crop_array(painted, here, shared)[:] = crop_array(
-                    values(other), there, shared
+                crop_array(painted, area, shared)[:] = crop_array(
+                    values(other), other_area, shared
                 )
         return painted
 
-    def _compete(self, one: Part, other: Part) -> bool:
+    def _compete(self, one: PairSection, other: PairSection) -> bool:
         """Whether the result has room for only one of two overlapping fields.
 
         A volume has one value per pixel. Files have a stack for each set, grid and
@@ -124,7 +124,7 @@ class Overlaps:
         same_set = one.exported is other.exported
         return same_set and one.grid == other.grid and one.tgt == other.tgt
 
-    def _check_pair(self, one: Part, other: Part, shared: Grid) -> None:
+    def _check_pair(self, one: PairSection, other: PairSection, shared: Grid) -> None:
         """Refuse two competing fields that differ, unless a flag chooses."""
         offsets = [p.tgt - p.z for p in (one, other) if p.tgt is not None]
         if len(set(offsets)) > 1:
@@ -145,9 +145,9 @@ class Overlaps:
                 "only one can be written: give --overlap first or --overlap last"
             )
 
-    def _two_fields(self, one: Part, other: Part, shared: Grid) -> str:
+    def _two_fields(self, one: PairSection, other: PairSection, shared: Grid) -> str:
         """Name two fields and the pixels that they share, for messages."""
-        first, second = sorted((one, other), key=self.parts.index)
+        first, second = sorted((one, other), key=self.sections.index)
         return (
             f"{self._request.dataset_path}: section {one.z} has two fields at x "
             f"{shared.x}...{shared.end[0]}, y {shared.y}...{shared.end[1]} (mip-0 "

@@ -14,13 +14,13 @@ from metroem.io.moved import moved_apart
 from metroem.io.resume import as_json
 from metroem.io.volume import bounding_grid
 from metroem.prepare.pair_files import PairFiles, PairSet
-from metroem.prepare.patches import ImageSource, Key, PatchReader, moved
+from metroem.prepare.patches import ImageSource, Key, PatchReader, move_grid
 from metroem.prepare.requests import ImageRequest
 from metroem.prepare.sources import (
     DefectMask,
     ReferenceArea,
     open_mask,
-    warn_of_integers,
+    warn_if_integers,
 )
 from metroem.specs.filenames import ImageSetName
 
@@ -87,16 +87,18 @@ def _with_other_mips(request: ImageRequest, fields: FieldSet | None) -> ImageReq
 
 def _warn_of_others(request: ImageRequest) -> None:
     """Warn of mips of the location that were moved otherwise than the request's."""
-    made = ImageSet(request.path(request.mips[0]))
+    requested = ImageSet(request.path(request.mips[0]))
     for images in _others(request):
-        if len(images) == len(made) and (apart := moved_apart(made, images)):
-            logger.warning("%s: %s", images.path, apart)
+        if len(images) == len(requested) and (
+            difference := moved_apart(requested, images)
+        ):
+            logger.warning("%s: %s", images.path, difference)
 
 
 def _others(request: ImageRequest) -> list[ImageSet]:
     """Existing image sets of the request's location at other mips."""
-    place = ImageSetName.parse(request.path(0).name)
-    assert place is not None
+    own_name = ImageSetName.parse(request.path(0).name)
+    assert own_name is not None
     named = [
         (path, name)
         for path in sorted(request.dst_folder.glob("*.h5"))
@@ -105,7 +107,7 @@ def _others(request: ImageRequest) -> list[ImageSet]:
     return [
         ImageSet(path)
         for path, name in named
-        if name.place == place.place and name.mip not in request.mips
+        if name.place == own_name.place and name.mip not in request.mips
     ]
 
 
@@ -126,7 +128,7 @@ def _open(request: ImageRequest) -> _Sources:
         fields = FieldSet(Path(request.field_dset))
         _check_resolution(fields, image)
     if not request.normalize:
-        warn_of_integers(image, "--normalize")
+        warn_if_integers(image, "--normalize")
     return _Sources(image, masks, reference, fields)
 
 
@@ -137,8 +139,8 @@ def _check_resolution(fields: FieldSet, image: ImageVolume) -> None:
             f"--field_dset {fields.path}: its mip-0 pixels are "
             f"{in_nm(fields.resolution)}, those of --cv_path {image.path} "
             f"{in_nm(image.resolution)}; download the fields from a volume whose "
-            "scales are mips of the images, into a folder that holds image sets of "
-            "these, which say what mip 0 is"
+            "scales are mips of the images, into a folder with image sets of these "
+            "images, which define mip 0"
         )
 
 
@@ -162,11 +164,11 @@ def _pair_locations(
                 f"--field_dset {fields.path}: has no pair of sections {pair[0]} and "
                 f"{pair[1]}; download it for the same --z_start and --z_end"
             )
-        there = fields.grid(index[pair])
-        if not (there.covers(grid) or grid.covers(there)):
+        field_grid = fields.grid(index[pair])
+        if not (field_grid.covers(grid) or grid.covers(field_grid)):
             raise DatasetError(
-                f"--field_dset {fields.path}: lies on {there}, the patch on {grid}; "
-                "download it for the same --x_offset and --y_offset"
+                f"--field_dset {fields.path}: lies on {field_grid}, the patch on "
+                f"{grid}; download it for the same --x_offset and --y_offset"
             )
         offsets = fields.offset(index[pair], 0), fields.offset(index[pair], 1)
         if any(value % (1 << grid.mip) for side in offsets for value in side):
@@ -195,7 +197,7 @@ class _ImageFile:
         areas: dict[int, list[Grid]] = {z: [] for z in request.sections}
         for pair in self._locations:
             for z, offset in zip(pair.sections, pair.offsets, strict=True):
-                areas[z].append(moved(grid, offset))
+                areas[z].append(move_grid(grid, offset))
         self._windows = {z: bounding_grid(grids) for z, grids in areas.items()}
         self._reference = self._reference_area()
         self._reader = PatchReader(

@@ -67,7 +67,7 @@ def inspect_dataset(request: InspectRequest) -> None:
         contents.problems += _report_images(images)
     for fields in contents.fields:
         contents.problems += _report_fields(fields)
-    contents.problems += _check_places(contents.images)
+    contents.problems += _check_locations(contents.images)
     contents.problems += _check_fields_lie_on_images(contents, request.dataset)
     for folder in folders:
         contents.problems += _find_unfinished(folder)
@@ -120,7 +120,7 @@ def _report_images(images: ImageSet) -> list[str]:
         tissue = _measure(images)
     except DatasetError as error:
         return problems + [str(error)]
-    kind = (images.normalization or {}).get("kind", "not said how")
+    kind = (images.normalization or {}).get("kind", "method not stated")
     logger.info(
         "%s, %s: blank %.1f%%, tissue mean %.3g, std %.3g; %s%s",
         _headline(images),
@@ -219,14 +219,14 @@ def _headline(pairs: ImageSet | FieldSet) -> str:
     )
 
 
-def _check_places(images: list[ImageSet]) -> list[str]:
+def _check_locations(images: list[ImageSet]) -> list[str]:
     """Check that the sets of one location hold the same pairs over the same area."""
-    by_place: dict[str, list[ImageSet]] = {}
+    by_location: dict[str, list[ImageSet]] = {}
     for one in images:
-        by_place.setdefault(one.name.place, []).append(one)
+        by_location.setdefault(one.name.place, []).append(one)
     return [
-        f"{place}: {why}"
-        for place, sets in by_place.items()
+        f"{location}: {why}"
+        for location, sets in by_location.items()
         for other in sets
         for why in _location_differences(max(sets, key=lambda one: one.mip), other)
     ]
@@ -283,7 +283,7 @@ def _check_fields_lie_on_images(contents: _Contents, dataset: Path) -> list[str]
         of = images.get((fields.name.place, fields.mip))
         if of is None:
             problems.append(
-                f"{name}: there is no image set of its place at mip {fields.mip}"
+                f"{name}: there is no image set of its location at mip {fields.mip}"
             )
         elif fields.num_pairs != of.num_pairs:
             problems.append(

@@ -22,7 +22,7 @@ from metroem.prepare.pair_files import PairFiles, PairSet, Words
 from metroem.prepare.pair_volumes import PairVolumes
 from metroem.prepare.patches import FieldSource, ImageSource, Key, PatchReader
 from metroem.prepare.requests import DatasetRequest
-from metroem.prepare.sources import DefectMask, ReferenceArea, warn_of_integers
+from metroem.prepare.sources import DefectMask, ReferenceArea, warn_if_integers
 from metroem.specs.filenames import FieldSetName, ImageSetName
 
 logger = logging.getLogger(__name__)
@@ -126,7 +126,7 @@ def _open(spec: DatasetSpec) -> PatchReader:
     image.check_mip("image: src_mip", mip)
     reference = None
     if spec.image.reference is None:
-        warn_of_integers(image, _WORDS.normalize)
+        warn_if_integers(image, _WORDS.normalize)
     masks = [
         DefectMask(
             _volume(Volume, mask.path, mask.src_mip, "masks", image),

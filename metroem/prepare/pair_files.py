@@ -33,8 +33,8 @@ from metroem.io.h5 import (
 )
 from metroem.io.resume import ResumeStore, describe_differences, parts_folder
 from metroem.io.volume import WHAT_TO_CHECK, Volume, crop_array
-from metroem.prepare.patches import Key, PatchReader, SectionPatch, moved
-from metroem.prepare.sources import no_reference
+from metroem.prepare.patches import Key, PatchReader, SectionPatch, move_grid
+from metroem.prepare.sources import missing_reference
 from metroem.utils import cli
 
 logger = logging.getLogger(__name__)
@@ -104,11 +104,11 @@ class PairFiles:
                 `overwrite` is not given.
         """
         self._reader, self._set = reader, pair_set
-        both = (pair_set.image_path, pair_set.field_path)
-        self._paths = [path for path in both if path is not None]
+        paths = (pair_set.image_path, pair_set.field_path)
+        self._paths = [path for path in paths if path is not None]
         request = pair_set.request
-        there = [is_done(path, request, overwrite=overwrite) for path in self._paths]
-        self.is_finished = all(there)
+        are_done = [is_done(path, request, overwrite=overwrite) for path in self._paths]
+        self.is_finished = all(are_done)
         self._path = self._paths[0]
         if self.is_finished:
             # Finished results of a run that was killed at its end.
@@ -201,7 +201,7 @@ class PairFiles:
                 )
         if flat := sorted({key[2] for key, patch in patches.items() if patch.is_flat}):
             logger.warning(
-                "%s: sections %s are of one grey level, which is no tissue: blank",
+                "%s: sections %s have one grey level, so they are not tissue: blank",
                 *(name, flat),
             )
         blank = {key[2]: patch.blank for key, patch in patches.items()}
@@ -241,7 +241,7 @@ class PairFiles:
         made: dict[tuple[Key, Grid], np.ndarray] = {}
         for pair, location in zip(self._set.pairs, locations, strict=True):
             wanted = [
-                (key, moved(location.grid, offset))
+                (key, move_grid(location.grid, offset))
                 for key, offset in zip(pair, location.offsets, strict=True)
             ]
             made = {at: made[at] if at in made else make_side(*at) for at in wanted}
@@ -345,9 +345,9 @@ def is_done(path: Path, wanted: Mapping, *, overwrite: bool) -> bool:
             f"{path}: already exists and does not say how it was made; give "
             "--overwrite to replace it, or write elsewhere"
         )
-    if unlike := describe_differences(json.loads(found), wanted):
+    if differences := describe_differences(json.loads(found), wanted):
         raise DatasetError(
-            f"{path}: already exists, made with other arguments: {unlike}; give "
+            f"{path}: already exists, made with other arguments: {differences}; give "
             "--overwrite to replace it, or write elsewhere"
         )
     logger.info("%s: already exists, nothing to do", path)
@@ -387,7 +387,9 @@ def check_references(
         assert reader.image_source is not None
         assert reader.image_source.reference is not None
         sections = [key[2] for key in without_reference]
-        raise no_reference(reader.image_source.reference, sections, words.reference_mip)
+        raise missing_reference(
+            reader.image_source.reference, sections, words.reference_mip
+        )
 
 
 def warn_unless_normalized(

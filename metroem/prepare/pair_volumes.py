@@ -130,15 +130,17 @@ class PairVolumes:
                 f"--dst_path {self.path}: contains files that are not a data set of "
                 "MetroEM; give another path"
             )
-        unlike = "" if found is None else describe_differences(found, self._request)
-        if unlike and not overwrite:
+        differences = (
+            "" if found is None else describe_differences(found, self._request)
+        )
+        if differences and not overwrite:
             raise DatasetError(
                 f"--dst_path {self.path}: already exists, made with other arguments: "
-                f"{unlike}; give --overwrite to replace it, or another path"
+                f"{differences}; give --overwrite to replace it, or another path"
             )
-        if unlike:
+        if differences:
             self._clear()
-        if unlike or found is None:
+        if differences or found is None:
             self._notes.write(_REQUEST, self._request)
 
     def _clear(self) -> None:

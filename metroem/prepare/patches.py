@@ -30,11 +30,11 @@ from metroem.prepare.sources import (
     Moments,
     ReferenceArea,
     has_contrast,
-    measure,
-    moments_of,
+    measure_area,
+    reference_statistics,
     resample_mask,
-    samples_of,
-    statistics_for,
+    sample_windows,
+    tissue_moments,
 )
 from metroem.utils.progress import in_threads
 
@@ -252,7 +252,7 @@ class PatchReader:
 
     def grid(self, key: Key, patch: SectionPatch) -> Grid:
         """The area that the image of a patch was read from."""
-        return moved(self.patches[key], patch.translation)
+        return move_grid(self.patches[key], patch.translation)
 
     def image(self, key: Key, patch: SectionPatch, window: Grid) -> np.ndarray:
         """Crop the image of a patch to a window, and normalise it if asked for.
@@ -295,11 +295,11 @@ class PatchReader:
         stored, profiled = source.stored, source.profiled
         windows = {z: stored.window(grid) for z, grid in patches.items()}
         areas = {z: source.area(grid) for z, grid in patches.items()}
-        marks = self._marks(areas, None, parallel)
+        masks = self._read_masks(areas, None, parallel)
         volumes = stored.volume, profiled.volume
         for z, vectors, around in _read_both(*volumes, windows, areas, parallel):
             assert around is not None
-            marked, _ = next(marks)
+            marked, _ = next(masks)
             counts = np.ones(areas[z].shape, bool) if marked is None else ~marked
             found = mean_translation(
                 profiled.displacements(around), counts, source.translation_mip
@@ -329,7 +329,9 @@ class PatchReader:
         parallel: int,
     ) -> Iterator[tuple[int, SectionPatch | None]]:
         """Add the images to patches, moved by the translations of their fields."""
-        windows = {z: moved(grid, fields[z].translation) for z, grid in patches.items()}
+        windows = {
+            z: move_grid(grid, fields[z].translation) for z, grid in patches.items()
+        }
         stored = {z: window.at_mip(source.mip) for z, window in windows.items()}
         reference, areas, other = source.reference, None, source.volume
         samples: Mapping[int, list[Moments]] = {}
@@ -337,21 +339,21 @@ class PatchReader:
             other = reference.volume
             areas = {z: reference.around(window) for z, window in windows.items()}
             samples = self._measure_samples(source, areas, parallel)
-        marks = self._marks(windows, areas, parallel)
+        masks = self._read_masks(windows, areas, parallel)
         layers = _read_both(source.volume, other, stored, areas, parallel)
         for z, layer, around in layers:
             image = self._at_mip(layer, source)
-            marked, marked_around = next(marks)
+            marked, marked_around = next(masks)
             if marked is not None:
                 image[marked] = 0
             statistics = None
             if areas is not None and around is not None:
                 area = _clean(around)
-                parts = measure(area, areas[z], windows[z])
+                inside = measure_area(area, areas[z], windows[z])
                 if marked_around is not None:
                     area[marked_around] = 0
-                whole = moments_of(area, areas[z], areas[z], self.mip)
-                statistics = statistics_for([whole, *parts], samples[z], image)
+                of_area = tissue_moments(area, areas[z], areas[z], self.mip)
+                statistics = reference_statistics([of_area, *inside], samples[z], image)
             is_flat = False
             if source.normalize and statistics is None and not has_contrast(image):
                 is_flat = bool(image.any())
@@ -376,14 +378,14 @@ class PatchReader:
         self, source: ImageSource, areas: Mapping[int, Grid], parallel: int
     ) -> dict[int, list[Moments]]:
         """Measure each sample of an area at the mip of the images, by z."""
-        samples = {z: samples_of(area, self.mip) for z, area in areas.items()}
+        samples = {z: sample_windows(area, self.mip) for z, area in areas.items()}
         found: dict[int, list[Moments]] = {z: [] for z in areas}
         for number in range(max(map(len, samples.values()))):
             grids = {z: s[number] for z, s in samples.items() if number < len(s)}
             windows = {z: grid.at_mip(source.mip) for z, grid in grids.items()}
             for z, layer in iter_sections(source.volume, windows, parallel=parallel):
                 image = self._at_mip(layer, source)
-                found[z].append(moments_of(image, grids[z], grids[z], self.mip))
+                found[z].append(tissue_moments(image, grids[z], grids[z], self.mip))
         return found
 
     def _at_mip(self, layer: np.ndarray, source: ImageSource) -> np.ndarray:
@@ -394,7 +396,7 @@ class PatchReader:
         fine = torch.from_numpy(image.astype(np.float32))[None, None]
         return coarsen_image(fine, self.mip - source.mip)[0, 0].numpy()
 
-    def _marks(
+    def _read_masks(
         self,
         windows: Mapping[int, Grid],
         areas: Mapping[int, Grid] | None,
@@ -430,7 +432,7 @@ class PatchReader:
             yield marks[0], marks[1]
 
 
-def moved(grid: Grid, translation: tuple[int, int]) -> Grid:
+def move_grid(grid: Grid, translation: tuple[int, int]) -> Grid:
     """Move a grid by x and y, mip-0 pixels."""
     x, y = translation
     return Grid(grid.mip, grid.x + x, grid.y + y, grid.rows, grid.cols)

@@ -63,13 +63,13 @@ class ReferenceArea(NamedTuple):
         inner = self.volume.clip(Grid(self.mip, x, y, self.rows, self.cols))
         if inner is None:
             raise DatasetError(
-                f"{self.volume.flag} {self.volume.path}: holds nothing around x {x}, y "
-                f"{y} (mip-0 pixels)"
+                f"{self.volume.flag} {self.volume.path}: does not reach the reference "
+                f"area at x {x}, y {y} (mip-0 pixels)"
             )
         return inner
 
 
-def no_reference(
+def missing_reference(
     reference: ReferenceArea, sections: Iterable[int], flag: str
 ) -> DatasetError:
     """The error for sections that have tissue but no reference to normalise by."""
@@ -81,7 +81,7 @@ def no_reference(
     )
 
 
-def samples_of(area: Grid, mip: int) -> list[Grid]:
+def sample_windows(area: Grid, mip: int) -> list[Grid]:
     """Choose windows of an area that are also measured at the mip of the images.
 
     They are spread evenly, on whole pixels of the area; a small area is one window.
@@ -92,12 +92,12 @@ def samples_of(area: Grid, mip: int) -> list[Grid]:
     side = max(_SAMPLE_PX >> (area.mip - mip), _LEAST_PX)
     spans = []
     for size in area.shape:
-        whole = size <= _NUM_SAMPLES * side
+        is_single = size <= _NUM_SAMPLES * side
         starts = [
             (2 * number + 1) * size // (2 * _NUM_SAMPLES) - side // 2
             for number in range(_NUM_SAMPLES)
         ]
-        spans.append([(0, size)] if whole else [(start, side) for start in starts])
+        spans.append([(0, size)] if is_single else [(start, side) for start in starts])
     return [
         area.crop(row, col, rows, cols).at_mip(mip)
         for row, rows in spans[0]
@@ -105,7 +105,7 @@ def samples_of(area: Grid, mip: int) -> list[Grid]:
     ]
 
 
-def moments_of(image: np.ndarray, grid: Grid, window: Grid, mip: int) -> Moments:
+def tissue_moments(image: np.ndarray, grid: Grid, window: Grid, mip: int) -> Moments:
     """Compute the moments of the tissue in a window, for pixels of a mip.
 
     Args:
@@ -117,9 +117,9 @@ def moments_of(image: np.ndarray, grid: Grid, window: Grid, mip: int) -> Moments
     inside = window.cover(grid.mip).overlap(grid)
     if inside is None:
         return Moments(0, 0, 0)
-    part = torch.from_numpy(crop_array(image, grid, inside).astype(np.float32))
+    cropped = torch.from_numpy(crop_array(image, grid, inside).astype(np.float32))
     levels = max(mip - grid.mip, 0)
-    tissue = coarsen_image(part[None, None], levels).double().numpy()
+    tissue = coarsen_image(cropped[None, None], levels).double().numpy()
     tissue = tissue[tissue != 0]
     if not tissue.size:
         return Moments(0, 0, 0)
@@ -132,7 +132,7 @@ def has_contrast(image: np.ndarray) -> bool:
     return bool(tissue.size and tissue.min() < tissue.max())
 
 
-def measure(image: np.ndarray, grid: Grid, patch: Grid) -> list[Moments]:
+def measure_area(image: np.ndarray, grid: Grid, patch: Grid) -> list[Moments]:
     """Compute the moments of the patch and of each sample, as read in an area.
 
     Args:
@@ -140,11 +140,11 @@ def measure(image: np.ndarray, grid: Grid, patch: Grid) -> list[Moments]:
         grid: of the area; the samples are spread over it.
         patch: at the mip of the images.
     """
-    parts = [patch, *samples_of(grid, patch.mip)]
-    return [moments_of(image, grid, part, patch.mip) for part in parts]
+    windows = [patch, *sample_windows(grid, patch.mip)]
+    return [tissue_moments(image, grid, window, patch.mip) for window in windows]
 
 
-def statistics_for(
+def reference_statistics(
     coarse: Sequence[Moments], fine: Sequence[Moments], image: np.ndarray
 ) -> GreyStatistics | None:
     """Compute the mean and standard deviation that normalise an image.
@@ -165,7 +165,7 @@ def statistics_for(
     if samples and not any(sample.count for sample in fine):
         # The images may be written only where the patch is.
         grid = Grid(0, 0, 0, *image.shape)
-        samples, fine = [patch], [moments_of(image, grid, grid, 0)]
+        samples, fine = [patch], [tissue_moments(image, grid, grid, 0)]
     measured = [
         (c, f) for c, f in zip(samples, fine, strict=True) if c.count and f.count
     ]
@@ -215,7 +215,7 @@ class DefectMask(NamedTuple):
         self.volume.check_sections(range(min(windows), max(windows) + 1), source)
         for window in set(windows.values()):
             if (inside := of.clip(window)) is not None:
-                self.volume.check_covers(inside, "what is masked", at=source)
+                self.volume.check_covers(inside, "the masked area", at=source)
 
 
 def open_mask(path: str | None, threshold: float, of: Volume) -> list[DefectMask]:
@@ -253,7 +253,7 @@ def resample_mask(window: Grid, marked: np.ndarray, source: Grid) -> np.ndarray:
     return crop_array(fine, grid, window)
 
 
-def warn_of_integers(volume: Volume, cure: str) -> None:
+def warn_if_integers(volume: Volume, cure: str) -> None:
     """Warn, before anything is read, that integer images will not be normalised.
 
     Args:
