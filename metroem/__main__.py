@@ -1,4 +1,4 @@
-"""Run the commands of MetroEM that are not one of the three scripts."""
+"""Run a command of MetroEM; downloads and training have their own scripts."""
 
 import argparse
 import sys

@@ -66,9 +66,8 @@ class ExportedSet(NamedTuple):
     def moved(self, index: int, side: int) -> tuple[int, int]:
         """(x, y), mip-0 pixels, to add to the vectors to get whole displacements.
 
-        This is the translation that was subtracted from the field, so the distance
-        by which its images were moved. Fields of version 1.0.0 for src alone do not
-        state it.
+        It is the translation that was subtracted from the field, by which its images
+        were moved. Fields of version 1.0.0 for src alone do not state it.
         """
         stated = self.fields.offset(index, side)
         if self.fields.num_sides == 2 or any(stated) or self.images is None:
@@ -76,7 +75,10 @@ class ExportedSet(NamedTuple):
         return self.images.offset(index, side)
 
     def displacements(self, index: int, side: int) -> np.ndarray:
-        """(2, H, W) float32, pixels of the set's mip, along cols and along rows."""
+        """Read whole displacements: (2, H, W) float32, pixels of the set's mip.
+
+        Channel 0 is along cols, channel 1 along rows.
+        """
         x, y = self.moved(index, side)
         moved = np.array([y, x], np.float32) / (1 << self.fields.mip)
         return self.fields.read(index, side) + moved[:, None, None]

@@ -50,7 +50,7 @@ def create_spec(request: SpecRequest) -> Path:
         request.dst_spec_path,
         len(points),
         len(pairs),
-        f", {len(all_pairs) - len(pairs)} left out, already exist"
+        f", {len(all_pairs) - len(pairs)} left out that already exist"
         if len(pairs) < len(all_pairs)
         else "",
     )

@@ -193,7 +193,8 @@ class _ImageFile:
         self._request, self._sources, self.grid = request, sources, grid
         self.path = request.path(grid.mip)
         self._locations = _pair_locations(request, sources.fields, grid)
-        # A section belongs to two pairs, which may move it differently: read both.
+        # A section belongs to two pairs. If they move it differently, its window covers
+        # both areas.
         areas: dict[int, list[Grid]] = {z: [] for z in request.sections}
         for pair in self._locations:
             for z, offset in zip(pair.sections, pair.offsets, strict=True):

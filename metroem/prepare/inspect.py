@@ -24,7 +24,7 @@ from metroem.specs.schedule import load_schedule
 logger = logging.getLogger(__name__)
 
 
-class _Tissue(NamedTuple):
+class _TissueStatistics(NamedTuple):
     """Statistics of the images of a set."""
 
     blank: float  # fraction of pixels
@@ -154,7 +154,7 @@ def _least_px() -> int:
     return max(phase.least_px for phases in stages for phase in phases)
 
 
-def _measure(images: ImageSet) -> _Tissue:
+def _measure(images: ImageSet) -> _TissueStatistics:
     """Read all images of a set and compute their statistics."""
     count = total = squares = 0.0
     blank_pairs = 0
@@ -172,7 +172,7 @@ def _measure(images: ImageSet) -> _Tissue:
     num_pixels = 2 * images.num_pairs * images.shape[0] * images.shape[1]
     mean = total / count if count else 0.0
     variance = squares / count - mean**2 if count else 0.0
-    return _Tissue(
+    return _TissueStatistics(
         1 - count / num_pixels,
         mean,
         float(np.sqrt(max(variance, 0))),
@@ -208,7 +208,7 @@ def _report_fields(fields: FieldSet) -> list[str]:
 
 
 def _headline(pairs: ImageSet | FieldSet) -> str:
-    """Name a set, its number of pairs, size, location and sections."""
+    """Describe a set: its name, number of pairs, size, location and sections."""
     z = [pairs.sections(index)[0] for index in range(pairs.num_pairs)]
     grid = pairs.grid(0)
     return (

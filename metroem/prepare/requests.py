@@ -126,8 +126,8 @@ class ImageRequest(DownloadRequest):
             check_tag("--suffix", self.suffix)
         if self.has_reference and not self.normalize:
             raise UsageError(
-                "--reference_path, --reference_mip and --reference_size say what to "
-                "normalise by; give --normalize too"
+                "--reference_path, --reference_mip and --reference_size choose the "
+                "area that normalises; give --normalize too"
             )
 
     def check_paths(self) -> None:
@@ -184,7 +184,8 @@ class FieldRequest(DownloadRequest):
     )
     place: str | None = _data(
         "location of the image sets that the fields are for, as in their names: "
-        "x<X>_y<Y>_z<Z>[_<suffix>]; needed if those have a suffix or --anchor center",
+        "x<X>_y<Y>_z<Z>[_<suffix>]; needed if those names have a suffix or "
+        "another corner (--anchor center)",
         unset="the corner and z_start",
     )
     channel_order: str = _values(

@@ -77,7 +77,7 @@ def missing_reference(
     return DatasetError(
         f"{volume.flag} {volume.path}: has no tissue at mip {reference.mip} around the "
         f"patch in sections {named}, where the images have some; was it written there? "
-        f"Give a {flag} that was, another volume, or leave the reference out"
+        f"Give a {flag} that is written, another volume, or leave the reference out"
     )
 
 

@@ -33,7 +33,7 @@ class TissueRecipe:
         num_sections: how many sections.
         rows: height of a section, px.
         cols: width of a section, px.
-        thickness_px: distance from section to section: 40 nm of 11 nm pixels.
+        thickness_px: distance between sections; 3.5 is about 40 nm at 11 nm per pixel.
         seed: the same seed gives the same tissue.
 
     Raises:

@@ -40,7 +40,7 @@ def open_at(path, mip=MIP):
 
 
 def read(path, *, x=64, y=-32, z=5, mip=MIP, shape=(ROWS, COLS)):
-    """(C, H, W) of one section of a volume."""
+    """Read (C, H, W) of one section of a volume."""
     x, y = x >> mip, y >> mip
     stored = open_at(path, mip)[x : x + shape[0], y : y + shape[1], z]
     return np.asarray(stored)[:, :, 0].transpose(2, 0, 1)
@@ -108,7 +108,7 @@ def downloaded(volume, folder, flags, corner, size):
 
 
 def total(fields, index, side=0):
-    """(2, H, W) pixels of the mip, what was taken out put back."""
+    """Whole displacements: (2, H, W), pixels of the mip, translation added again."""
     x, y = fields.offset(index, side)
     moved = np.array([y, x])[:, None, None] / 2**fields.mip
     return fields.read(index, side).astype(np.float64) + moved
@@ -211,7 +211,7 @@ def test_overwrite_replaces_the_sections_and_nothing_else(tmp_path, data, volume
 
 
 class _Killed(BaseException):
-    """Stands for what ends a process between two chunks."""
+    """Stands for a kill between two chunks."""
 
 
 def test_an_export_that_was_killed_goes_on(tmp_path, data, volume, monkeypatch):

@@ -1,4 +1,4 @@
-"""Volumes and files that belong together mean the same by mip, place and section."""
+"""Check that volumes and files agree on mips, coordinates and sections."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Areas that sections are normalised by, and what is said of those that are not."""
+"""Check reference areas, and the messages about images that are not normalised."""
 
 import json
 
@@ -34,7 +34,7 @@ def make_volume(folder, by_mip):
 
 
 def noisy(*, num=3, side=SIDE, seed=0):
-    """Sections of texture that averaging keeps and noise that it takes out."""
+    """Make sections of texture, which averaging keeps, and noise, which it removes."""
     random = np.random.default_rng(seed)
     shape = (num, 1, side, side)
     texture = ndimage.gaussian_filter(random.normal(size=shape), (0, 0, 8, 8))
@@ -105,7 +105,7 @@ def test_a_coarser_reference_gives_the_std_of_the_pixels_of_the_patch(
 
 
 def test_a_patch_of_a_large_pale_place_stays_pale(tmp_path, download):
-    """Three quarters of the area have four times the contrast of the patch."""
+    """Make three quarters of the area with four times the contrast of the patch."""
     sections = np.stack([noisy(num=1, side=1024, seed=z)[0] for z in range(2)])
     sections[..., :512, :512] = sections[..., :512, :512] // 4 + 150
     path = make_volume(tmp_path / "em", [sections, None, averaged(sections, 2)])
@@ -161,7 +161,7 @@ def test_a_reference_that_lacks_sections_is_refused_and_names_them(
     match = f"no tissue at mip 2 .* in sections {named}, where"
     with pytest.raises(DatasetError, match=match):
         make(path, area(path, 2, SIDE >> 2))
-    # Once it is written, the same command goes on.
+    # Once it is written, the same command resumes.
     make_volume(tmp_path / "em", [sections, None, averaged(sections, 2)])
     assert abs(download(path, *flags).read(0).src.mean()) < 0.2
 

@@ -1,4 +1,4 @@
-"""make-dataset killed, repeated, and asked for something else; and what it reads."""
+"""Kill and repeat make-dataset, change its spec, and count what it reads."""
 
 import hashlib
 import itertools
@@ -29,7 +29,7 @@ from tests.volumes import ReadCount, make_volume
 
 
 class _Killed(BaseException):
-    """Stands for what ends a process between two parts."""
+    """Stands for a kill between two patches."""
 
 
 def kill_at(patched, owner, name, count):
