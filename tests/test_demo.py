@@ -92,12 +92,12 @@ def test_the_demo_runs_twice_and_ends_with_its_figures(tmp_path):
         "batch_size": 4,
         "smoothness": 0,
         "loss_spec": {"type": "known_warp"},
-        # One section twice, since there is no time to learn what pairs are.
+        # The same section as src and tgt, since training is too short for real pairs.
         "augmentations": [{"type": "known_warp", "peak_px": 6, "same": 1}],
     }
     schedule.write_text(json.dumps({"2": [phase], "0": [phase]}))
     code = (
-        "from pathlib import Path; from metroem import cli; "
+        "from pathlib import Path; from metroem.utils import cli; "
         "from metroem.demo import run_demo; "
         "from metroem.synthetic.requests import DemoRequest; cli.run(lambda: "
         "run_demo(DemoRequest(Path('d'), 12, 160, 128, 1, "
