@@ -1,15 +1,15 @@
 #!python
 r"""Make a field set from a CloudVolume of displacements, for stage 1 to start from.
 
-The set stands for what stage 0 of the checkpoint --suffix would have written:
+The set replaces the fields of stage 0 of the checkpoint --suffix:
 train.py --checkpoint_name SUFFIX --train_stages 1 --generate_field_stages 1 uses
 it. Fields are pull (inverse) displacements.
 
-Volumes differ in what their channels are. By default channel 0 is the displacement
-along x and 1 along y, in mip-0 pixels. corgie writes --channel_order yx
---field_unit relative.
+Channel order and unit differ between volumes. By default channel 0 is the displacement
+along x and channel 1 along y, in mip-0 pixels. For volumes that corgie wrote, give
+--channel_order yx --field_unit relative.
 
-A download that was stopped goes on with the same command.
+The same command resumes a download that was stopped.
 
 Example:
     python download_field.py --cv_path gs://bucket/field --dst_folder data \
@@ -32,7 +32,7 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command."""
     request = cli.parse(FieldRequest, __doc__, argv)
-    # Slow to import, so only when the request has been checked.
+    # Slow to import, so only after the flags have been checked.
     from metroem.prepare.download_field import download_field
 
     download_field(request)

@@ -1,12 +1,12 @@
 #!python
-r"""Make image sets from a CloudVolume: pairs of sections, one h5 file a mip.
+r"""Make image sets from a CloudVolume: pairs of sections, one h5 file per mip.
 
-Pair i has section z_start + i as src and the section before it as tgt. Files are
-float32 as stored; give --normalize unless the volume is normalised already (mean
-0, std 1 over tissue, 0 = no data), as with any uint8 volume.
+In pair i, section z_start + i is src and the section before it is tgt. Files are
+float32, and grey levels stay as stored. Give --normalize unless the volume already has
+mean 0 and std 1 over tissue, and 0 for no data; any uint8 volume needs it.
 
-A download that was stopped goes on with the same command. --field_dset moves the
-images; those that are there unmoved are replaced, the other mips of the place too.
+The same command resumes a download that was stopped. --field_dset moves the images;
+existing images that were not moved are replaced, at all mips of the location.
 
 Example:
     python download_image.py --cv_path gs://bucket/em --dst_folder data \
@@ -29,7 +29,7 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command."""
     request = cli.parse(ImageRequest, __doc__, argv)
-    # Slow to import, so only when the request has been checked.
+    # Slow to import, so only after the flags have been checked.
     from metroem.prepare.download_image import download_image
 
     download_image(request)

@@ -2,8 +2,8 @@
 r"""Train the modules of a pyramid, coarse to fine, on downloaded pairs.
 
 For each stage in order: train its module, then write its fields for every image
-set, at the next stage's mip, where the next stage starts from. A run that was
-stopped goes on where it was when the same command is given again.
+set at the next stage's mip, as the start of the next stage. The same command resumes
+a run that was stopped.
 
 Example:
     python train.py --pyramid_path pyramid --dataset_path data --train_mode scratch
@@ -26,12 +26,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Parse the command line and train."""
     arguments = sys.argv[1:] if argv is None else argv
     request = cli.parse(TrainRequest, __doc__, arguments)
-    # Torch is imported from here on, when all that needs none has been checked.
+    # Torch is slow to import, so only after the flags have been checked.
     from metroem.training.run import train_pyramid
     from metroem.utils.distributed import choose_device, launch
 
     if ranks := request.ranks_to_launch:
-        choose_device(request.device, request.gpus)  # refused once, not by each rank
+        choose_device(request.device, request.gpus)  # one error, not one per rank
         sys.exit(launch(__file__, arguments, ranks=ranks, port=request.port))
     train_pyramid(request)
 

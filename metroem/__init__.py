@@ -1,8 +1,8 @@
-"""MetroEM: training of aligners for sections of electron microscopy.
+"""Train aligners for sections of electron microscopy.
 
-`import metroem` loads neither torch nor anything else: what it offers comes
-with the first use. Published module directories rely on `metroem.aligner` and
-the other submodules being there after `import metroem` alone.
+`import metroem` is fast: torch and the submodules are imported at their first use.
+Published module directories rely on `metroem.aligner` and the other submodules being
+available after `import metroem` alone.
 """
 
 from importlib import import_module

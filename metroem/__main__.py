@@ -1,4 +1,4 @@
-"""The command `metroem` (or `python -m metroem`): all but the three scripts."""
+"""Run a command of MetroEM; downloads and training have their own scripts."""
 
 import argparse
 import sys
@@ -18,10 +18,10 @@ from metroem.utils import cli
 Run = Callable[[Any, Sequence[str]], object]
 
 
-def _late(name: str) -> Run:
-    """Run a function, named with its module, which is imported then.
+def _import_and_run(name: str) -> Run:
+    """Return a command that imports a function, given by its full name, and runs it.
 
-    So --help, --version and refusals do without torch and all else that is slow.
+    So --help, --version and refused flags do not wait for torch.
     """
     module, _, function = name.rpartition(".")
     return lambda request, _: getattr(import_module(module), function)(request)
@@ -42,46 +42,46 @@ def _fetch(request: FetchRequest, _: Sequence[str]) -> None:
 
 
 def _is_trusted(code: str) -> bool:
-    """Ask the person at the terminal; nobody there means no."""
+    """Ask the person at the terminal; without a terminal the answer is no."""
     sys.stderr.write(
-        f"These modules bring code, which runs when they are loaded:\n{code}\n"
+        f"These modules contain code that runs when they are loaded:\n{code}\n"
     )
     return cli.confirms("Keep them?")
 
 
-def _write_fields(asked: WriteFieldsRequest, arguments: Sequence[str]) -> None:
+def _write_fields(flags: WriteFieldsRequest, arguments: Sequence[str]) -> None:
     from metroem.training.run import train_pyramid
     from metroem.utils.distributed import choose_device, launch
 
-    request = asked.as_training()
+    request = flags.as_training()
     if ranks := request.ranks_to_launch:
-        choose_device(request.device, request.gpus)  # refused once, not by each rank
+        choose_device(request.device, request.gpus)  # one error, not one per rank
         sys.exit(launch("metroem", arguments, ranks=ranks, port=request.port))
     train_pyramid(request)
 
 
-# Each command: what it is asked for, what it then does, and its help.
+# Each command: its flags, its function and its help.
 COMMANDS: dict[str, tuple[type[cli.Request], Run, str]] = {
     "init": (InitRequest, _init, "write untrained modules"),
     "fetch": (FetchRequest, _fetch, "copy a pyramid or module from any cloud path"),
     "inspect": (
         InspectRequest,
-        _late("metroem.prepare.inspect.inspect_dataset"),
+        _import_and_run("metroem.prepare.inspect.inspect_dataset"),
         "list and check image sets and field sets",
     ),
     "evaluate": (
         EvaluateRequest,
-        _late("metroem.evaluation.evaluate.evaluate_dataset"),
-        "measure how well a pyramid aligns a data set, and where worst",
+        _import_and_run("metroem.evaluation.evaluate.evaluate_dataset"),
+        "measure how well a pyramid aligns a data set, and list the worst pairs",
     ),
     "create-spec": (
         SpecRequest,
-        _late("metroem.prepare.create_spec.create_spec"),
+        _import_and_run("metroem.prepare.create_spec.create_spec"),
         "write a spec of pairs around points, for make-dataset",
     ),
     "make-dataset": (
         DatasetRequest,
-        _late("metroem.prepare.make_dataset.make_dataset"),
+        _import_and_run("metroem.prepare.make_dataset.make_dataset"),
         "make image and field sets from a spec",
     ),
     "write-fields": (
@@ -91,19 +91,19 @@ COMMANDS: dict[str, tuple[type[cli.Request], Run, str]] = {
     ),
     "export-fields": (
         ExportRequest,
-        _late("metroem.export.export_fields.export_fields"),
+        _import_and_run("metroem.export.export_fields.export_fields"),
         "write fields as a CloudVolume, or for SOFIMA or ITK",
     ),
     "demo": (
         DemoRequest,
-        _late("metroem.demo.run_demo"),
-        "run the three steps on sections that it makes itself",
+        _import_and_run("metroem.demo.run_demo"),
+        "run the three steps on synthetic sections",
     ),
 }
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """Make the parser: one sub-parser a command."""
+    """Make the parser, with a sub-parser for each command."""
     parser = cli.parser(__doc__)
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(dest="command", required=True)

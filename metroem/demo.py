@@ -1,8 +1,8 @@
-"""The whole job on sections that MetroEM makes itself.
+"""Run all commands on synthetic sections, and score the result against the truth.
 
-A block of procedural tissue is cut into sections, each distorted by a known
-field, and written as a CloudVolume. The three steps are then run as commands,
-as a user would, and the pyramid is scored on later sections against the truth.
+A block of artificial tissue is cut into sections. Each is distorted by a known field
+and written to a CloudVolume. The three steps then run as commands, as a user types
+them. The pyramid is scored on later sections, whose true fields are known.
 """
 
 import logging
@@ -32,22 +32,22 @@ from metroem.synthetic.tissue import TissueRecipe, make_tissue
 
 logger = logging.getLogger(__name__)
 
-MIPS = (2, 0)  # of the stages
-MARGIN_PX = 24  # tissue that a section may be pulled from: beyond any displacement
+MIPS = (2, 0)  # mip of each stage
+MARGIN_PX = 24  # extra tissue on each side, wider than any displacement
 
 
 @dataclass(frozen=True)
 class Run:
-    """A volume on which the three steps are run.
+    """A volume, and settings for the three steps on it.
 
     Attributes:
-        folder: holds the volume `sections`, and what the steps write.
+        folder: contains the volume `sections` and all files of the steps.
         train: sections to train on.
         corner: (x, y) mip-0 corner of the patch.
         patch_px: side of the patch at mip 0, a multiple of 2**max(mips).
         mips: mip of each stage.
         train_params_path: the schedule.
-        seed: of the training.
+        seed: random seed of the training.
     """
 
     folder: Path
@@ -65,7 +65,7 @@ class Run:
 
     @property
     def pyramid(self) -> Path:
-        """The pyramid."""
+        """The folder of the pyramid."""
         return self.folder / "pyramid"
 
     def commands(self) -> list[list[str]]:
@@ -83,7 +83,7 @@ class Run:
         train = [script("train.py"), "--pyramid_path", str(self.pyramid)]
         train += ["--dataset_path", data, "--train_mode", "custom"]
         train += ["--train_params_path", str(self.train_params_path)]
-        # The last stage's fields would be for a stage after it.
+        # No later stage needs the fields of the last one.
         before_last = [str(stage) for stage in range(len(mips) - 1)]
         train += ["--generate_field_stages", *before_last]
         train += ["--seed", str(self.seed)]
@@ -91,19 +91,19 @@ class Run:
 
 
 def run_demo(request: DemoRequest) -> None:
-    """Make sections, train a pyramid on them, print how well it aligns.
+    """Make sections, train a pyramid on them, and print how well it aligns.
 
-    The last line printed is a JSON object: `epe_none` and `epe` (px, a list with
-    a value a stage), `cpc_none` and `cpc`, over the held-out pairs; and
-    `epe_untrained`, what the same networks and their finetuner reach untrained: the
-    rest is what training gives.
+    The last line printed is a JSON object, means over the held-out pairs: `epe_none`
+    and `epe` (px; `epe` is a list with a value per stage), `cpc_none` and `cpc`, and
+    `epe_untrained` (px). The last is the error of the same networks and finetuner
+    without training; the rest of the gain comes from training.
 
     Args:
-        request: what to do.
+        request: the flags.
 
     Raises:
-        UsageError: the folder holds something that is no demo's, or the scripts
-            cannot be found.
+        UsageError: the folder contains files of no demo, or the scripts cannot be
+            found.
         MetroEMError: one of the steps failed.
     """
     started = time.monotonic()
@@ -148,7 +148,7 @@ def run_demo(request: DemoRequest) -> None:
 
 
 def make_sections(request: DemoRequest) -> list[Section]:
-    """The demo's sections, distorted; the same request gives the same ones."""
+    """Make the distorted sections of the demo; equal requests give equal sections."""
     tissue = make_tissue(
         TissueRecipe(
             num_sections=request.num_sections,
@@ -163,16 +163,16 @@ def make_sections(request: DemoRequest) -> list[Section]:
 def distort_sections(
     tissue: np.ndarray, distortion: Distortion, margin_px: int, seed: int
 ) -> list[Section]:
-    """Distort each section of a stack by a field of its own.
+    """Distort each section of a stack by its own random field.
 
     Args:
         tissue: (num_sections, H, W) uint8, truly aligned.
-        distortion: how far.
+        distortion: ranges of the random values.
         margin_px: cut off on each side.
-        seed: of all fields.
+        seed: random seed of all fields.
 
     Returns:
-        A section for each, (H - 2 * margin_px, W - 2 * margin_px).
+        One distorted section each, (H - 2 * margin_px, W - 2 * margin_px).
     """
     return [
         distort(
@@ -186,10 +186,10 @@ def distort_sections(
 
 
 def script(name: str) -> str:
-    """Path of one of the three scripts: in the checkout, or installed.
+    """Find the path of one of the three scripts: in the checkout, or installed.
 
     Raises:
-        UsageError: it is in neither place.
+        UsageError: it is in neither.
     """
     folders = Path(metroem.__file__).resolve().parents[1], Path(sys.executable).parent
     for folder in folders:
@@ -202,10 +202,10 @@ def script(name: str) -> str:
 
 
 def run_steps(commands: Sequence[list[str]]) -> list[float]:
-    """Run python commands one after the other, showing them as typed.
+    """Run python commands one after the other, and log them as typed.
 
     Returns:
-        How long each took, s.
+        Duration of each, s.
 
     Raises:
         MetroEMError: one of them failed.
@@ -214,14 +214,14 @@ def run_steps(commands: Sequence[list[str]]) -> list[float]:
     for command in commands:
         typed = shlex.join(["python", *command])
         logger.info("\n$ %s", typed)
-        began = time.monotonic()
+        started = time.monotonic()
         result = subprocess.run([sys.executable, *command], env=environment())
         if result.returncode:
             raise MetroEMError(
                 f"{typed}\nended with exit code "
-                f"{result.returncode}; what it said is above"
+                f"{result.returncode}; its output is above"
             )
-        seconds.append(time.monotonic() - began)
+        seconds.append(time.monotonic() - started)
         logger.info("(%.0f s)", seconds[-1])
     return seconds
 
@@ -235,22 +235,25 @@ def score_sections(
     is_exact: bool = True,
     is_trained: bool = True,
 ) -> Score:
-    """Align pairs that were not trained on and score them.
+    """Align held-out pairs and score them.
 
-    The picture of the first pair is written to `before_after.png`.
+    A picture of the first pair is written to `before_after.png`.
 
     Args:
-        run: whose pyramid aligns them.
+        run: its pyramid aligns the pairs.
         sections: all sections of the volume.
         pairs: section z to z - 1 for each z.
         finetune: whether the fields are optimised further on each pair.
-        is_exact: whether the sections' fields are the whole truth.
-        is_trained: whether to take the run's weights, or fresh ones of its seed.
+        is_exact: whether the sections' fields are the exact truth.
+        is_trained: whether to use the trained weights, or untrained ones drawn from
+            the run's seed.
 
     Returns:
-        The mean over the pairs.
+        The mean score over the pairs.
     """
-    pyramid = metroem.Pyramid.load(run.pyramid) if is_trained else fresh(run)
+    pyramid = (
+        metroem.Pyramid.load(run.pyramid) if is_trained else untrained_pyramid(run)
+    )
     scores = []
     for z in pairs:
         src, tgt = sections[z], sections[z - 1]
@@ -263,8 +266,8 @@ def score_sections(
     return mean_score(scores)
 
 
-def fresh(run: Run) -> metroem.Pyramid:
-    """The pyramid of a run with weights that nobody has trained, of its seed."""
+def untrained_pyramid(run: Run) -> metroem.Pyramid:
+    """Load the pyramid of a run with untrained weights, drawn from the run's seed."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(run.seed)
         return metroem.Pyramid.load(run.pyramid, None)
@@ -273,7 +276,7 @@ def fresh(run: Run) -> metroem.Pyramid:
 def save_before_after(
     path: Path, src: np.ndarray, tgt: np.ndarray, field: np.ndarray
 ) -> None:
-    """Save the picture of one pair: before, after, and its (2, H, W) field."""
+    """Save a picture of one pair: before, after, and its (2, H, W) field."""
     image = torch.from_numpy(src.astype(np.float32))[None, None]
     warped = warp(image, torch.from_numpy(field)[None])[0, 0].numpy()
     save_pair_picture(path, src, warped, tgt, field)
@@ -281,7 +284,7 @@ def save_before_after(
 
 
 def environment() -> dict[str, str]:
-    """Of a process in which `import metroem` finds this very package."""
+    """Environment variables with which `import metroem` finds this package."""
     package = str(Path(metroem.__file__).resolve().parents[1])
     others = os.environ.get("PYTHONPATH")
     return {
@@ -291,7 +294,7 @@ def environment() -> dict[str, str]:
 
 
 def _clear(folder: Path) -> None:
-    """Empty the folder of a demo, or make it."""
+    """Delete the files of an earlier demo, or create the folder."""
     if folder.exists() and any(folder.iterdir()):
         shutil.rmtree(folder)
     folder.mkdir(parents=True, exist_ok=True)

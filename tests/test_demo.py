@@ -92,7 +92,7 @@ def test_the_demo_runs_twice_and_ends_with_its_figures(tmp_path):
         "batch_size": 4,
         "smoothness": 0,
         "loss_spec": {"type": "known_warp"},
-        # One section twice, since there is no time to learn what pairs are.
+        # The same section as src and tgt, since training is too short for real pairs.
         "augmentations": [{"type": "known_warp", "peak_px": 6, "same": 1}],
     }
     schedule.write_text(json.dumps({"2": [phase], "0": [phase]}))

@@ -1,4 +1,4 @@
-"""Fields, and the images before and after them, as CloudVolumes."""
+"""Export fields: write them, and the images before and after, as CloudVolumes."""
 
 import logging
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ from metroem.export.field_sets import (
     check_on_pixels,
     find_exported,
 )
-from metroem.export.overlaps import Overlaps, Part
+from metroem.export.overlaps import Overlaps, PairSection
 from metroem.export.requests import QUARTER, ExportRequest
 from metroem.geometry.field import warp
 from metroem.geometry.grid import Grid
@@ -32,45 +32,47 @@ def write_volumes(
     overlaps: Overlaps,
     command: str,
 ) -> None:
-    """Write the volumes that a request asks for; what is there already is left.
+    """Write the volumes of a request; sections that already exist are kept.
 
     Args:
-        request: what is asked for.
-        sets: what is exported.
-        overlaps: of them, checked.
-        command: for the provenance.
+        request: the flags.
+        sets: the field sets to export.
+        overlaps: the overlaps between them, checked.
+        command: the command line, for the provenance.
 
     Raises:
-        DatasetError: a volume cannot be written, holds other values, or is of
+        DatasetError: a volume cannot be written, contains other values, or is of
             another kind.
     """
-    place = VolumeBounds(request, sets)
+    bounds = VolumeBounds(request, sets)
     for one in sets:
         check_on_pixels(one)
-    # All volumes are opened before anything is written to one.
-    writers: list[_FieldWriter | _ImageWriter] = [_FieldWriter(request, sets, place)]
+    # All volumes are opened before any is written.
+    writers: list[_FieldWriter | _ImageWriter] = [_FieldWriter(request, sets, bounds)]
     if request.warped is not None:
-        writers.append(_ImageWriter(request, sets, place))
+        writers.append(_ImageWriter(request, sets, bounds))
     for writer in writers:
         for one in sets:
-            parts = [part for part in overlaps.parts if part.exported is one]
-            what = f"{one.fields.path.name}: {writer.what}, sections"
-            for part in progress(parts, what, total=len(parts)):
-                writer.put(part, overlaps)
+            sections = [
+                section for section in overlaps.sections if section.exported is one
+            ]
+            title = f"{one.fields.path.name}: {writer.content}, sections"
+            for section in progress(sections, title, total=len(sections)):
+                writer.put(section, overlaps)
         writer.finish(sets, command)
 
 
 class _FieldWriter:
-    """The volume of the fields in the making."""
+    """Writes the volume of the fields."""
 
-    what = "fields"
+    content = "fields"
 
     def __init__(
-        self, request: ExportRequest, sets: Sequence[ExportedSet], place: VolumeBounds
+        self, request: ExportRequest, sets: Sequence[ExportedSet], bounds: VolumeBounds
     ) -> None:
         self._request = request
         mip = sets[0].fields.mip
-        # Both sides, so that the volume holds all that download_field.py reads.
+        # Both sides, so that the volume covers all that download_field.py reads.
         boxes = [
             one.fields.box(index, side)
             for one in sets
@@ -78,21 +80,23 @@ class _FieldWriter:
             for side in (0, 1)
         ]
         wanted = NewVolume(
-            *(2, request.dtype, mip, *place.bounds(boxes)),
-            *(place.resolution, request.notes),
+            *(2, request.dtype, mip, *bounds.enclose(boxes)),
+            *(bounds.resolution, request.notes),
         )
         self._writer = SectionWriter(
             request.dst_path, wanted, flag="--dst_path", overwrite=request.overwrite
         )
 
-    def put(self, part: Part, overlaps: Overlaps) -> None:
+    def put(self, section: PairSection, overlaps: Overlaps) -> None:
         """Write the field of one section, if it has one."""
-        if part.has_field:
-            values = overlaps.paint(part, Part.displacements, lambda other: other.grid)
-            self._writer.put(self._stored(values, part), part.grid, part.z)
+        if section.has_field:
+            values = overlaps.paint(
+                section, PairSection.displacements, lambda other: other.grid
+            )
+            self._writer.put(self._stored(values, section), section.grid, section.z)
 
     def finish(self, sets: Sequence[ExportedSet], command: str) -> None:
-        """Say in the provenance what was written, and how to read it."""
+        """State sources and format in the provenance; log how to read the volume."""
         request, writer = self._request, self._writer
         _describe(writer, sets, {"command": command, **request.notes})
         logger.info(
@@ -102,9 +106,9 @@ class _FieldWriter:
             *(request.channel_order, request.field_unit),
         )
 
-    def _stored(self, values: np.ndarray, part: Part) -> np.ndarray:
-        """(2, H, W) as the volume holds it."""
-        request, fields = self._request, part.exported.fields
+    def _stored(self, values: np.ndarray, section: PairSection) -> np.ndarray:
+        """Convert (2, H, W) to the channel order, unit and type of the volume."""
+        request, fields = self._request, section.exported.fields
         # cols run along the volume's y, so the displacement along y comes first.
         if request.channel_order == "xy":
             values = values[::-1]
@@ -116,7 +120,7 @@ class _FieldWriter:
         most = np.iinfo(np.int16).max
         if (longest := float(np.abs(quarters).max())) > most:
             raise DatasetError(
-                f"--dtype int16: {part}: a displacement of "
+                f"--dtype int16: {section}: a displacement of "
                 f"{longest * QUARTER:.0f} px, int16 holds up to {most * QUARTER:.0f}; "
                 "give --dtype float32"
             )
@@ -124,27 +128,27 @@ class _FieldWriter:
 
 
 class _ImageWriter:
-    """The volumes of the images before and after in the making."""
+    """Writes the volumes of the images before and after."""
 
-    what = "images"
+    content = "images"
 
     def __init__(
-        self, request: ExportRequest, sets: Sequence[ExportedSet], place: VolumeBounds
+        self, request: ExportRequest, sets: Sequence[ExportedSet], bounds: VolumeBounds
     ) -> None:
         mip = sets[0].fields.mip
-        frames = [
+        boxes = [
             one.box(index, side)
             for exported in sets
             for one in (exported.fields, _images(exported))
             for index in range(len(one))
             for side in (0, 1)
         ]
-        bounds = place.bounds(frames)
+        extent = bounds.enclose(boxes)
         self._before, self._after = (
             SectionWriter(
                 f"{str(request.warped).rstrip('/')}/{name}",
                 NewVolume(
-                    *(1, "float32", mip, *bounds, place.resolution),
+                    *(1, "float32", mip, *extent, bounds.resolution),
                     {"kind": "images", "warped": name == "after"},
                 ),
                 flag="--warped",
@@ -153,52 +157,56 @@ class _ImageWriter:
             for name in ("before", "after")
         )
 
-    def put(self, part: Part, overlaps: Overlaps) -> None:
-        """Write one section to both; without a field it stays as it is."""
-        before = overlaps.paint(part, _image, _image_grid)
-        self._before.put(before, _image_grid(part), part.z)
-        after = overlaps.paint(part, _warped, _warped_grid)
-        self._after.put(after, _warped_grid(part), part.z)
+    def put(self, section: PairSection, overlaps: Overlaps) -> None:
+        """Write one section to both volumes; without a field it is not warped."""
+        before = overlaps.paint(section, _image, _image_grid)
+        self._before.put(before, _image_grid(section), section.z)
+        after = overlaps.paint(section, _warped, _warped_grid)
+        self._after.put(after, _warped_grid(section), section.z)
 
     def finish(self, sets: Sequence[ExportedSet], command: str) -> None:
-        """Say in the provenance what was written."""
+        """State the sources in the provenance."""
         for writer in (self._before, self._after):
             _describe(writer, sets, {"command": command})
             logger.info("%s: images at mip %d", writer.path, sets[0].fields.mip)
 
 
 def _images(exported: ExportedSet) -> ImageSet:
-    assert exported.images is not None  # find_exported refuses what lacks them
+    """The images of a set."""
+    assert exported.images is not None  # find_exported refuses sets without
     return exported.images
 
 
-def _image(part: Part) -> np.ndarray:
-    """(1, H, W) as it was read."""
-    return _images(part.exported).read(part.index)[part.side][None]
+def _image(section: PairSection) -> np.ndarray:
+    """Read (1, H, W), the image of a section before warping."""
+    return _images(section.exported).read(section.index)[section.side][None]
 
 
-def _image_grid(part: Part) -> Grid:
-    """Where it was read."""
-    x, y, *_ = _images(part.exported).box(part.index, part.side)
-    return Grid(part.grid.mip, x, y, *part.grid.shape)
+def _image_grid(section: PairSection) -> Grid:
+    """The area that the image was read from."""
+    x, y, *_ = _images(section.exported).box(section.index, section.side)
+    return Grid(section.grid.mip, x, y, *section.grid.shape)
 
 
-def _warped(part: Part) -> np.ndarray:
-    """(1, H, W) warped by its field, if it has one."""
-    image = _image(part)
-    if not part.has_field:
+def _warped(section: PairSection) -> np.ndarray:
+    """Read (1, H, W), the image of a section, warped by its field if it has one."""
+    image = _image(section)
+    if not section.has_field:
         return image
-    field = torch.from_numpy(part.exported.fields.read(part.index, part.side))[None]
+    vectors = section.exported.fields.read(section.index, section.side)
+    field = torch.from_numpy(vectors)[None]
     return warp(torch.from_numpy(image)[None], field)[0].numpy()
 
 
-def _warped_grid(part: Part) -> Grid:
-    return part.grid if part.has_field else _image_grid(part)
+def _warped_grid(section: PairSection) -> Grid:
+    """The area of the warped image."""
+    return section.grid if section.has_field else _image_grid(section)
 
 
 def _describe(
     writer: SectionWriter, sets: Sequence[ExportedSet], method: dict[str, object]
 ) -> None:
+    """Write the provenance of a volume."""
     sources = [str(one.fields.path.resolve()) for one in sets]
     writer.describe(sources, {"method": method, "by": "metroem export-fields"})
 
@@ -206,12 +214,12 @@ def _describe(
 def export_fields(request: ExportRequest) -> None:
     """Write the field sets of a data set in the format asked for.
 
-    Displacements are whole: what a download took out of them is put back. An
-    export that was killed goes on where it was, and one that is there is left.
+    Displacements are complete: the translation that a download subtracted is added
+    again. An export that was killed resumes where it was; a finished one is kept.
 
     Raises:
-        DatasetError: there are no such fields, two of them belong to one place of
-            what is written, or that holds something else.
+        DatasetError: there are no such fields, two fields belong to the same pixels
+            of the result, or the destination has other values.
     """
     sets = find_exported(request)
     overlaps = Overlaps(request, sets)

@@ -1,4 +1,4 @@
-"""Fields as files that other programs read: SOFIMA's flow arrays, ITK's fields."""
+"""Write fields as files of other programs: SOFIMA's flow arrays, ITK's fields."""
 
 import json
 import logging
@@ -31,17 +31,17 @@ class Stack(NamedTuple):
     grid: Grid
     first: int  # z of the first section
     vectors: np.ndarray
-    tgt_offset: int | None = None  # None: all fields of the set have the same
+    tgt_offset: int | None = None  # None: the same for all fields of the set
 
 
 def write_files(request: ExportRequest, sets: Sequence[ExportedSet]) -> None:
-    """Write each set's fields to a folder, a file for each run of sections.
+    """Write each set's fields to a folder, one file per run of consecutive sections.
 
     Raises:
-        DatasetError: a file is there and is another, and overwriting was not asked
-            for; or the resolution is not known.
+        DatasetError: another file exists and --overwrite is not given; or the
+            resolution is not known.
     """
-    place = VolumeBounds(request, sets) if request.format == "itk" else None
+    bounds = VolumeBounds(request, sets) if request.format == "itk" else None
     folder = Path(request.dst_path).expanduser()
     for one in sets:
         for stack in stacks(one, request.overlap):
@@ -50,24 +50,24 @@ def write_files(request: ExportRequest, sets: Sequence[ExportedSet]) -> None:
             if stack.tgt_offset is not None:
                 corner += f"_tgt{stack.tgt_offset:+d}"
             path = folder / f"{one.fields.path.stem}_{corner}"
-            if place is None:
-                _keep(path.with_name(f"{path.name}.json"), _json(stack), request)
+            if bounds is None:
+                _write(path.with_name(f"{path.name}.json"), _json(stack), request)
                 path = path.with_name(f"{path.name}.npy")
-                _keep(path, npy_bytes(stack.vectors), request)
+                _write(path, npy_bytes(stack.vectors), request)
             else:
                 path = path.with_name(f"{path.name}.mha")
-                _keep(path, mha_bytes(stack, place.resolution), request)
+                _write(path, mha_bytes(stack, bounds.resolution), request)
             logger.info("%s: %d sections", path, stack.vectors.shape[1])
 
 
 def stacks(exported: ExportedSet, overlap: str | None = None) -> Iterator[Stack]:
-    """The fields of a set, those of neighbouring sections on one grid together.
+    """Stack the fields of a set: consecutive sections on one grid form a stack.
 
-    Fields onto tgts of other distances are stacks of their own.
+    Fields with another distance from src to tgt form stacks of their own.
 
     Args:
         exported: the set.
-        overlap: which of two pairs of the same sections counts: "first" or "last".
+        overlap: which of two fields of the same section is taken: "first" or "last".
     """
     fields = exported.fields
     has_several = len(exported.offsets_to_tgt()) > 1
@@ -83,25 +83,25 @@ def stacks(exported: ExportedSet, overlap: str | None = None) -> Iterator[Stack]
         for run in _runs(sorted(by_z)):
             vectors = [exported.displacements(*by_z[z]) for z in run]
             # (z, channel, rows = x, cols = y), channel 0 along y.
-            turned = np.stack(vectors)[:, ::-1].transpose(1, 0, 3, 2)
-            yield Stack(grid, run.start, np.ascontiguousarray(turned), onto)
+            swapped = np.stack(vectors)[:, ::-1].transpose(1, 0, 3, 2)
+            yield Stack(grid, run.start, np.ascontiguousarray(swapped), onto)
 
 
 def npy_bytes(vectors: np.ndarray) -> bytes:
-    """An array as numpy.load reads it."""
+    """Encode an array as a .npy file."""
     content = BytesIO()
     np.save(content, vectors, allow_pickle=False)
     return content.getvalue()
 
 
 def mha_bytes(stack: Stack, resolution: Resolution) -> bytes:
-    """A displacement field image as ITK reads it (MetaImage).
+    """Encode fields as an ITK displacement field image (MetaImage).
 
-    Its points are mm along x, y, z of the volume, which are taken for ITK's L, P and
-    S: the corner of the volume's voxel (0, 0, 0) is the origin, and voxels are known
-    by their centres. Vectors lead from a point of the warped image to the point of
-    the image that belongs there, as itk::DisplacementFieldTransform has them; their
-    third component, along z, is 0. float64, which it asks for.
+    Points are mm along x, y, z of the volume, which stand for ITK's axes L, P and S.
+    The origin is the corner of the volume's voxel (0, 0, 0); the position of a voxel
+    is its centre. As in itk::DisplacementFieldTransform, a vector leads from a point
+    of the warped image to the matching point of the image. Its third component,
+    along z, is 0. Values are float64, which ITK requires.
 
     Args:
         stack: the fields.
@@ -142,7 +142,7 @@ def mha_bytes(stack: Stack, resolution: Resolution) -> bytes:
 
 
 def _runs(zs: Sequence[int]) -> Iterator[range]:
-    """Rising numbers as ranges without gaps."""
+    """Split rising numbers into ranges without gaps."""
     start = 0
     for at in range(1, len(zs) + 1):
         if at == len(zs) or zs[at] != zs[at - 1] + 1:
@@ -151,9 +151,9 @@ def _runs(zs: Sequence[int]) -> Iterator[range]:
 
 
 def _json(stack: Stack) -> bytes:
-    """Where a flow array lies, which numpy's format cannot say."""
+    """Describe axes, unit and location of a flow array, which .npy cannot state."""
     grid = stack.grid
-    place = {
+    metadata = {
         "axes": "2 (x, y), z, y, x",
         "unit": f"pixels of mip {grid.mip}",
         "direction": "inverse: each entry says where in the image to read",
@@ -162,18 +162,18 @@ def _json(stack: Stack) -> bytes:
         "start_xyz": [grid.x >> grid.mip, grid.y >> grid.mip, stack.first],
     }
     if stack.tgt_offset is not None:
-        place["tgt_offset"] = stack.tgt_offset
-    return json.dumps(place, indent=1).encode()
+        metadata["tgt_offset"] = stack.tgt_offset
+    return json.dumps(metadata, indent=1).encode()
 
 
-def _keep(path: Path, content: bytes, request: ExportRequest) -> None:
-    """Write a file, whole or not at all, unless it is there."""
+def _write(path: Path, content: bytes, request: ExportRequest) -> None:
+    """Write a file atomically, unless the same file already exists."""
     if path.exists():
         if path.read_bytes() == content:
             return
         if not request.overwrite:
             raise DatasetError(
-                f"{path}: is there already, with other fields; give --overwrite to "
+                f"{path}: already exists, with other fields; give --overwrite to "
                 "replace it, or another --dst_path"
             )
     make_folder(path.parent)

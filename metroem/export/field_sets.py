@@ -1,4 +1,4 @@
-"""Which section has which field, and what its whole displacement is."""
+"""Find the field sets to export, and the complete displacements of each section."""
 
 import logging
 from collections.abc import Iterator, Sequence
@@ -23,15 +23,16 @@ class ExportedSet(NamedTuple):
     """A field set and the images that it belongs to."""
 
     fields: FieldSet
-    images: ImageSet | None  # of the fields' place and mip
-    tgt_offset: int | None = None  # whose pairs are exported; None: all
+    images: ImageSet | None  # of the fields' location and mip
+    tgt_offset: int | None = None  # only pairs with this z of tgt - z of src are taken
 
     def sides(self) -> Iterator[tuple[int, int]]:
-        """Pair and side of each section, in rising order of pairs.
+        """Yield (pair, side) of each section to export, in rising order of pairs.
 
-        tgt of a pair is src of the pair before where pairs are consecutive. A section
-        comes once; as src of several pairs it comes once a pair where fields belong
-        to a pair, as those that training writes do.
+        In consecutive pairs, tgt of a pair is src of the pair before. A section comes
+        once if the set has fields for src and tgt, which belong to sections, as in a
+        download. Fields for src alone belong to pairs: a section comes once for each
+        pair that has it as src.
         """
         pairs = [
             (index, self.fields.grid(index), *self.fields.sections(index))
@@ -48,12 +49,12 @@ class ExportedSet(NamedTuple):
             seen |= {(z_tgt, grid), (z_src, grid)}
 
     def offset_to_tgt(self, index: int) -> int:
-        """How many sections tgt of a pair lies above src; mostly -1."""
+        """z of tgt minus z of src of a pair; usually -1."""
         z_src, z_tgt = self.fields.sections(index)
         return z_tgt - z_src
 
     def offsets_to_tgt(self) -> list[int]:
-        """Those of all pairs, sorted; a field volume's fields have none ([])."""
+        """Sorted offsets of all pairs; [] if the fields belong to sections."""
         if self.fields.num_sides == 2:
             return []
         return sorted({self.offset_to_tgt(i) for i in range(len(self.fields))})
@@ -63,10 +64,10 @@ class ExportedSet(NamedTuple):
         return side < self.fields.num_sides
 
     def moved(self, index: int, side: int) -> tuple[int, int]:
-        """(x, y), mip-0 pixels, that the displacements are longer than the vectors.
+        """(x, y), mip-0 pixels, to add to the vectors to get whole displacements.
 
-        What was taken out of the field, that is how far from their frame its images
-        were read. Fields of src alone that version 1.0.0 wrote do not say it.
+        It is the translation that was subtracted from the field, by which its images
+        were moved. Fields of version 1.0.0 for src alone do not state it.
         """
         stated = self.fields.offset(index, side)
         if self.fields.num_sides == 2 or any(stated) or self.images is None:
@@ -74,33 +75,36 @@ class ExportedSet(NamedTuple):
         return self.images.offset(index, side)
 
     def displacements(self, index: int, side: int) -> np.ndarray:
-        """(2, H, W) float32, pixels of the set's mip, along cols and along rows."""
+        """Read whole displacements: (2, H, W) float32, pixels of the set's mip.
+
+        Channel 0 is along cols, channel 1 along rows.
+        """
         x, y = self.moved(index, side)
         moved = np.array([y, x], np.float32) / (1 << self.fields.mip)
         return self.fields.read(index, side) + moved[:, None, None]
 
     def resolution(self) -> Resolution | None:
-        """nm of a mip-0 voxel along x, y, z; None where the files do not say."""
+        """nm of a mip-0 voxel along x, y, z; None if the files do not state it."""
         if self.images is None:
             return self.fields.resolution
         return self.fields.resolution or self.images.resolution
 
 
 def find_exported(request: ExportRequest) -> list[ExportedSet]:
-    """The field sets that a request means, with their images.
+    """Find the field sets of a request, with their images.
 
     Raises:
-        DatasetError: there are none, or of several mips, or some were made from other
-            images than those there now, or --warped needs images that are not there.
+        DatasetError: there are none, or they have several mips; or some were made
+            from other images than the present ones; or --warped lacks its images.
     """
     folder, name = request.fields_folder, request.checkpoint_name
-    there = find_field_sets(folder)
-    tagged = [one for one in there if (one.name.tag or "") == name]
+    all_sets = find_field_sets(folder)
+    tagged = [one for one in all_sets if (one.name.tag or "") == name]
     if not tagged:
-        tags = sorted({one.name.tag or "no name" for one in there})
+        tags = sorted({one.name.tag or "no name" for one in all_sets})
         raise DatasetError(
-            f"{folder}: no field sets of --checkpoint_name {name!r}, those there are "
-            f"of {', '.join(tags) or 'none'}; write-fields and train.py write them, "
+            f"{folder}: no field sets of --checkpoint_name {name!r}, only of "
+            f"{', '.join(tags) or 'none'}; write-fields and train.py write them, "
             "and download_field.py with --suffix"
         )
     stages = sorted({one.name.stage for one in tagged})
@@ -119,22 +123,25 @@ def find_exported(request: ExportRequest) -> list[ExportedSet]:
     )
     found = [_with_images(one, request) for one in chosen]
     if not any(True for one in found for _ in one.sides()):
-        there = {one.offset_to_tgt(i) for one in found for i in range(len(one.fields))}
+        offsets = {
+            one.offset_to_tgt(i) for one in found for i in range(len(one.fields))
+        }
         raise DatasetError(
-            f"--tgt_offset {request.tgt_offset}: {folder} has no such pairs, those "
-            f"there are have {', '.join(map(str, sorted(there)))}; give one of them"
+            f"--tgt_offset {request.tgt_offset}: {folder} has no such pairs, only "
+            f"pairs with {', '.join(map(str, sorted(offsets)))}; give one of these"
         )
     return found
 
 
 def _with_images(fields: FieldSet, request: ExportRequest) -> ExportedSet:
+    """Find the images of a field set, and refuse fields that do not fit them."""
     if why := why_stale(fields, request.dataset_path):
         raise DatasetError(f"{fields.path}: {why}")
     place = fields.name.place
     named = [
         path
         for path in sorted(request.dataset_path.glob("*.h5"))
-        if _is_of(path, place, fields.mip)
+        if _is_image_set_of(path, place, fields.mip)
     ]
     images = ImageSet(named[0]) if named else None
     if images is not None and (
@@ -160,31 +167,32 @@ def _with_images(fields: FieldSet, request: ExportRequest) -> ExportedSet:
     if images is None and request.warped is not None:
         raise DatasetError(
             f"--warped {request.warped}: {fields.path.name} has no image set of its "
-            f"place at mip {fields.mip}; download it, or leave --warped out"
+            f"location at mip {fields.mip}; download it, or leave --warped out"
         )
     if images is None and fields.num_sides == 1:
         logger.warning(
-            "%s: no image set of its place at mip %d, which would say whether its "
+            "%s: no image set of its location at mip %d, which would state whether its "
             "images were moved; taken as not moved",
             *(fields.path.name, fields.mip),
         )
     return ExportedSet(fields, images, request.tgt_offset)
 
 
-def _is_of(path: Path, place: str, mip: int) -> bool:
+def _is_image_set_of(path: Path, place: str, mip: int) -> bool:
+    """Whether a path names the image set of a location and mip."""
     name = ImageSetName.parse(path.name)
     return name is not None and (name.place, name.mip) == (place, mip)
 
 
 class VolumeBounds:
-    """Bounds and resolution of the volumes that a request makes.
+    """Bounds and resolution of the volumes to write.
 
     Attributes:
         resolution: nm of a mip-0 voxel along x, y, z.
 
     Raises:
-        DatasetError: nothing says the resolution, or sets, --resolution and --like do
-            not say the same; or --like cannot be read.
+        DatasetError: the resolution is not known; or the sets, --resolution and
+            --like disagree; or --like cannot be read.
     """
 
     def __init__(self, request: ExportRequest, sets: Sequence[ExportedSet]) -> None:
@@ -197,14 +205,14 @@ class VolumeBounds:
             resolution = self._like.resolution
         if resolution is None:
             raise DatasetError(
-                f"{request.dataset_path}: nm of a mip-0 voxel are needed, and the sets "
-                "do not say it; give --resolution X Y Z, or --like and the volume of "
-                "the images"
+                f"{request.dataset_path}: the size of a mip-0 voxel in nm is needed, "
+                "and the sets do not state it; give --resolution X Y Z, or --like and "
+                "the volume of the images"
             )
         self.resolution = resolution
 
-    def bounds(self, boxes: Sequence[Box]) -> tuple[Grid, range]:
-        """The area, at mip 0, and the sections of a new volume that holds `boxes`."""
+    def enclose(self, boxes: Sequence[Box]) -> tuple[Grid, range]:
+        """Area at mip 0 and sections of a new volume: of --like, or around `boxes`."""
         if self._like is not None:
             return self._like.extent()
         x, y, z = (min(box[axis] for box in boxes) for axis in range(3))
@@ -215,29 +223,30 @@ class VolumeBounds:
 def _resolution(
     request: ExportRequest, sets: Sequence[ExportedSet]
 ) -> Resolution | None:
-    """What the sets and --resolution say of mip 0; None: nothing."""
-    found = [said for one in sets if (said := one.resolution()) is not None]
-    for said in found:
-        if not same_resolution(said, found[0]):
+    """Size of a mip-0 voxel as the sets or --resolution state it; None: neither."""
+    known = (one.resolution() for one in sets)
+    stated = [resolution for resolution in known if resolution is not None]
+    for one in stated:
+        if not same_resolution(one, stated[0]):
             raise DatasetError(
-                f"{request.dataset_path}: for a mip-0 voxel its sets say "
-                f"{in_nm(found[0])} and {in_nm(said)}, and a volume has one; put the "
-                "sets into a folder for each, and export them one by one"
+                f"{request.dataset_path}: its sets state mip-0 voxels of "
+                f"{in_nm(stated[0])} and {in_nm(one)}, but a volume has one size; put "
+                "them into separate folders, and export them one by one"
             )
     given = None if request.resolution is None else nm_of(request.resolution)
-    if given and found and not same_resolution(given, found[0]):
+    if given and stated and not same_resolution(given, stated[0]):
         raise DatasetError(
-            f"--resolution {in_nm(given)}: the sets in {request.dataset_path} say that "
-            f"they have mip-0 voxels of {found[0]} nm; leave it out"
+            f"--resolution {in_nm(given)}: the sets in {request.dataset_path} state "
+            f"mip-0 voxels of {in_nm(stated[0])}; leave it out"
         )
-    return given or (found[0] if found else None)
+    return given or (stated[0] if stated else None)
 
 
 def check_on_pixels(exported: ExportedSet) -> None:
     """Refuse a set that lies between the pixels of its mip.
 
     Raises:
-        DatasetError: as said.
+        DatasetError: it does.
     """
     mip = exported.fields.mip
     boxes = [

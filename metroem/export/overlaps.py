@@ -1,4 +1,4 @@
-"""Pairs that cover the same pixels of a section: refused, or one of them chosen."""
+"""Resolve overlaps: refuse or choose where several pairs cover the same pixels."""
 
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -11,12 +11,12 @@ from metroem.export.requests import ExportRequest
 from metroem.geometry.grid import Grid
 from metroem.io.volume import crop_array
 
-# Field sets are rounded to 0.01 px: two of one field differ by no more.
+# Field sets are rounded to 0.01 px, so two copies of one field differ by less.
 _EQUAL_PX = 0.02
 
 
-class Part(NamedTuple):
-    """One section of one pair."""
+class PairSection(NamedTuple):
+    """One section of one pair: its src or its tgt."""
 
     exported: ExportedSet
     index: int
@@ -24,7 +24,7 @@ class Part(NamedTuple):
 
     @property
     def grid(self) -> Grid:
-        """Where its field lies."""
+        """The area of its field."""
         return self.exported.fields.grid(self.index)
 
     @property
@@ -39,7 +39,7 @@ class Part(NamedTuple):
 
     @property
     def tgt(self) -> int | None:
-        """The section that its field aligns it to; None: of a downloaded field."""
+        """The section that its field aligns it to; None if it belongs to no pair."""
         is_of_pair = self.exported.fields.num_sides == 1
         return self.exported.fields.sections(self.index)[1] if is_of_pair else None
 
@@ -53,76 +53,79 @@ class Part(NamedTuple):
 
 
 class Overlaps:
-    """All that is exported, by section; a pixel gets the value of one pair alone.
+    """All sections of pairs to export, by z; each pixel gets the value of one.
 
     Attributes:
-        parts: of all sets, in their order.
+        sections: of the pairs of all sets, in their order.
     """
 
     def __init__(self, request: ExportRequest, sets: Sequence[ExportedSet]) -> None:
         self._request = request
-        self.parts = [Part(one, *at) for one in sets for at in one.sides()]
-        # The last of a section counts: without a field, only where nothing else is.
-        ordered = self.parts if request.overlap == "last" else self.parts[::-1]
-        self._by_z: dict[int, list[Part]] = {}
-        for part in sorted(ordered, key=lambda part: part.has_field):
-            self._by_z.setdefault(part.z, []).append(part)
+        self.sections = [PairSection(one, *at) for one in sets for at in one.sides()]
+        # The last one of a z wins. Those without a field come first, so that they are
+        # used only where no other lies.
+        ordered = self.sections if request.overlap == "last" else self.sections[::-1]
+        self._by_z: dict[int, list[PairSection]] = {}
+        for section in sorted(ordered, key=lambda section: section.has_field):
+            self._by_z.setdefault(section.z, []).append(section)
 
     def check(self) -> None:
-        """Refuse fields that would be lost, since there is room for one alone.
+        """Refuse fields that would overwrite one another.
 
         Raises:
-            DatasetError: a section has several in one place; the flag that chooses is
-                named.
+            DatasetError: a section has several fields at the same pixels; the message
+                names the flag that chooses.
         """
         for z in sorted(self._by_z):
-            fields = [part for part in self._by_z[z] if part.has_field]
+            fields = [section for section in self._by_z[z] if section.has_field]
             for at, one in enumerate(fields):
                 for other in fields[:at]:
                     shared = _shared(one.grid, other.grid)
-                    if shared is not None and self._is_one_place(one, other):
+                    if shared is not None and self._compete(one, other):
                         self._check_pair(one, other, shared)
 
     def paint(
         self,
-        part: Part,
-        values: Callable[[Part], np.ndarray],
-        grid: Callable[[Part], Grid],
+        section: PairSection,
+        values: Callable[[PairSection], np.ndarray],
+        grid: Callable[[PairSection], Grid],
     ) -> np.ndarray:
-        """The values of a part, with those of the pairs that count before it.
+        """Take the values of a section of a pair, and paint stronger ones over them.
 
         Args:
-            part: one of `parts`.
-            values: (C, H, W) of a part.
-            grid: where they lie.
+            section: one of `sections`.
+            values: reads the (C, H, W) values of one.
+            grid: gives their area.
 
         Returns:
-            (C, H, W) on the grid of `part`; the same at every pixel that it shares
-            with others, whichever of them is asked for.
+            (C, H, W) on the grid of `section`. Pixels shared by several sections
+            of pairs get the same value from each of them.
         """
-        painted, here = values(part), grid(part)
-        section = self._by_z[part.z]
-        for other in section[section.index(part) + 1 :]:
-            there = grid(other)
-            shared = _shared(here, there)
+        painted, area = values(section), grid(section)
+        same_z = self._by_z[section.z]
+        for other in same_z[same_z.index(section) + 1 :]:
+            other_area = grid(other)
+            shared = _shared(area, other_area)
             if shared is not None:
                 painted = painted.copy()
-                crop_array(painted, here, shared)[:] = crop_array(
-                    values(other), there, shared
+                crop_array(painted, area, shared)[:] = crop_array(
+                    values(other), other_area, shared
                 )
         return painted
 
-    def _is_one_place(self, one: Part, other: Part) -> bool:
-        """Whether what is written has room for only one of two fields.
+    def _compete(self, one: PairSection, other: PairSection) -> bool:
+        """Whether the result has room for only one of two overlapping fields.
 
-        Files have it for each set, place and distance of tgt.
+        A volume has one value per pixel. Files have a stack for each set, grid and
+        tgt.
         """
         if self._request.format == "cloudvolume":
             return True
         same_set = one.exported is other.exported
         return same_set and one.grid == other.grid and one.tgt == other.tgt
 
-    def _check_pair(self, one: Part, other: Part, shared: Grid) -> None:
+    def _check_pair(self, one: PairSection, other: PairSection, shared: Grid) -> None:
+        """Refuse two competing fields that differ, unless a flag chooses."""
         offsets = [p.tgt - p.z for p in (one, other) if p.tgt is not None]
         if len(set(offsets)) > 1:
             onto = " or ".join(f"--tgt_offset {o}" for o in sorted(offsets)[::-1])
@@ -139,11 +142,12 @@ class Overlaps:
         if apart > _EQUAL_PX:
             raise DatasetError(
                 f"{self._two_fields(one, other, shared)}, up to {apart:.2f} px apart; "
-                "one of them counts there: give --overlap first or --overlap last"
+                "only one can be written: give --overlap first or --overlap last"
             )
 
-    def _two_fields(self, one: Part, other: Part, shared: Grid) -> str:
-        first, second = sorted((one, other), key=self.parts.index)
+    def _two_fields(self, one: PairSection, other: PairSection, shared: Grid) -> str:
+        """Name two fields and the pixels that they share, for messages."""
+        first, second = sorted((one, other), key=self.sections.index)
         return (
             f"{self._request.dataset_path}: section {one.z} has two fields at x "
             f"{shared.x}...{shared.end[0]}, y {shared.y}...{shared.end[1]} (mip-0 "
@@ -152,7 +156,7 @@ class Overlaps:
 
 
 def _shared(one: Grid, other: Grid) -> Grid | None:
-    """Where two grids of one mip overlap."""
+    """The overlap of two grids of one mip, or None."""
     x, y = max(one.x, other.x), max(one.y, other.y)
     x_end, y_end = (min(ends) for ends in zip(one.end, other.end, strict=True))
     if x >= x_end or y >= y_end:

@@ -1,4 +1,4 @@
-"""Say what export-fields is asked for."""
+"""Define the flags of export-fields."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,19 +9,19 @@ from metroem.io.cloud_paths import check_dataset, check_destination, check_exist
 from metroem.specs.filenames import check_checkpoint_name
 from metroem.utils.cli import Request, flag
 
-# What 1 of an int16 volume stands for, as corgie and download_field.py take it.
+# Length that the int16 value 1 stands for in corgie and download_field.py.
 QUARTER = 0.25
 
 
 @dataclass(frozen=True)
 class ExportRequest(Request):
-    """What export-fields is asked for."""
+    """Flags of export-fields."""
 
     dataset_path: Path = flag(
         "folder of image sets and, without --fields_path, of field sets"
     )
     dst_path: str = flag(
-        "the volume: gs://, s3:// or a local path; of other formats the folder"
+        "volume to write: gs://, s3:// or a local path; with other formats a folder"
     )
     fields_path: Path | None = flag("folder of field sets", unset="--dataset_path")
     checkpoint_name: str = flag(
@@ -31,10 +31,10 @@ class ExportRequest(Request):
     )
     stage: int | None = flag("stage of the fields", unset="the last that has any")
     mip: int | None = flag(
-        "mip of the fields, where there are several", unset="the one there is"
+        "mip of the fields, if they have several", unset="their only mip"
     )
     format: str = flag(
-        "what is written", "cloudvolume", choices=("cloudvolume", "sofima", "itk")
+        "format to write", "cloudvolume", choices=("cloudvolume", "sofima", "itk")
     )
     dtype: str = flag(
         "type of the volume's values; int16 holds quarter pixels",
@@ -42,37 +42,39 @@ class ExportRequest(Request):
         choices=("float32", "int16"),
     )
     channel_order: str = flag(
-        "axes that channel 0 and 1 displace along; yx as corgie has it",
+        "axes that channels 0 and 1 displace along; corgie uses yx",
         "yx",
         choices=("yx", "xy"),
     )
     field_unit: str = flag(
-        "relative: pixels of the fields' mip, as corgie has it; or mip-0 pixels",
+        "unit of the values: relative (pixels of the fields' mip, as in corgie) or "
+        "mip0 (mip-0 pixels)",
         "relative",
         choices=("relative", "mip0"),
     )
     warped: str | None = flag(
-        "folder for two volumes more: the images before and after", None
+        "folder for two more volumes: the images before and after alignment", None
     )
     like: str | None = flag(
-        "volume whose bounds and resolution new ones get",
-        unset="those of what is written",
+        "volume whose bounds and resolution the new volumes get",
+        unset="those of the sets",
     )
     resolution: list[float] | None = flag(
-        "nm of a mip-0 voxel, if the sets do not say",
+        "nm of a mip-0 voxel, if the sets do not state it",
         None,
         nargs=3,
         metavar=("X", "Y", "Z"),
     )
     tgt_offset: int | None = flag(
-        "only fields onto the section so far from src, for example -1", unset="all"
+        "only fields of pairs with this z of tgt minus z of src, for example -1",
+        unset="all",
     )
     overlap: str | None = flag(
-        "whose values count where several pairs cover a pixel",
+        "pair whose values are written where several cover a pixel",
         unset="they must be equal",
         choices=("first", "last"),
     )
-    overwrite: bool = flag("replace what is there", False)
+    overwrite: bool = flag("replace existing files and values", False)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -82,7 +84,7 @@ class ExportRequest(Request):
         if self.format != "cloudvolume":
             if chosen != ("float32", "yx", "relative"):
                 raise UsageError(
-                    f"--format {self.format}: says itself what its values are; leave "
+                    f"--format {self.format}: defines the values itself; leave "
                     "out --dtype, --channel_order and --field_unit"
                 )
             if "://" in self.dst_path:
@@ -92,7 +94,7 @@ class ExportRequest(Request):
                 )
             if self.warped is not None:
                 raise UsageError(
-                    f"--warped {self.warped}: goes with --format cloudvolume alone"
+                    f"--warped {self.warped}: only goes with --format cloudvolume"
                 )
         if self.resolution is not None and not min(self.resolution) > 0:
             raise UsageError(f"--resolution {self.resolution}: must be > 0, in nm")
@@ -107,12 +109,12 @@ class ExportRequest(Request):
 
     @property
     def fields_folder(self) -> Path:
-        """Where the field sets are."""
+        """The folder of the field sets."""
         return self.fields_path or self.dataset_path
 
     @property
     def notes(self) -> dict[str, Any]:
-        """What the values of the field volume are, in words of download_field.py."""
+        """Format of the field volume, in the flags and values of download_field.py."""
         notes: dict[str, Any] = {
             "kind": "fields",
             "direction": "pull",

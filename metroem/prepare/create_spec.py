@@ -1,4 +1,4 @@
-"""From a list of points to the spec of a data set: pairs around each of them."""
+"""Write the spec of a data set: pairs of sections around each point of a list."""
 
 import csv
 import json
@@ -16,33 +16,33 @@ from metroem.specs.parse_json import read_json
 
 logger = logging.getLogger(__name__)
 
-# As neuroglancer exports an annotation layer, and as tables of points have it.
+# Columns of points: in neuroglancer's export of annotations, and in plain tables.
 _EXPORTED, _PLAIN = "Coordinate 1", ("x0", "y0", "z0")
 
 
 def create_spec(request: SpecRequest) -> Path:
-    """Write the spec: the template with a pair for each point and offset.
+    """Write a spec: the template, and a pair for each point and offset.
 
     Centres are rounded down to pixels of the template's max_mip, so that patches
-    of all mips lie on the same grid. Pairs that are there already are left out.
+    of all mips lie on the same grid. Pairs that already exist are left out.
 
     Returns:
         The file.
 
     Raises:
-        UsageError: a template or points that cannot be read, or another file is
-            there and `overwrite` is not given.
+        UsageError: the template or the points cannot be read, or another file
+            exists and `overwrite` is not given.
     """
     where = f"--src_spec_path {request.src_spec_path}"
     tree = read_json(request.src_spec_path, where)
     template = parse_spec(tree, where)
     step = 1 << template.max_mip
     points = read_points(request.points_path)
-    found = list(template.pairs)
+    all_pairs = list(template.pairs)
     for x, y, z in points:
         x, y = x // step * step, y // step * step
-        found += [(Center(x, y, z), Center(x, y, z + dz)) for dz in request.offsets]
-    pairs = list(dict.fromkeys(found))
+        all_pairs += [(Center(x, y, z), Center(x, y, z + dz)) for dz in request.offsets]
+    pairs = list(dict.fromkeys(all_pairs))
     tree["pairs"] = [[side._asdict() for side in pair] for pair in pairs]
     _write(request, json.dumps(tree, indent=1) + "\n")
     logger.info(
@@ -50,19 +50,19 @@ def create_spec(request: SpecRequest) -> Path:
         request.dst_spec_path,
         len(points),
         len(pairs),
-        f", {len(found) - len(pairs)} left out, there already"
-        if len(pairs) < len(found)
+        f", {len(all_pairs) - len(pairs)} left out that already exist"
+        if len(pairs) < len(all_pairs)
         else "",
     )
     return request.dst_spec_path
 
 
 def read_points(path: Path) -> list[Center]:
-    """The points of a CSV, in its order, fractions rounded down.
+    """Read the points of a CSV, in its order, fractions rounded down.
 
     Raises:
         UsageError: no such file, no columns of points, no rows, or a row without
-            a point; its line is named.
+            a point (the message names its line).
     """
     if not path.is_file():
         raise UsageError(f"--points_path {path}: no such file")
@@ -79,6 +79,7 @@ def read_points(path: Path) -> list[Center]:
 
 
 def _points(rows: csv.DictReader, where: str) -> Iterator[Center]:
+    """Read the point of each row; warn of annotations that are not points."""
     columns = rows.fieldnames or ()
     if _EXPORTED not in columns and not set(_PLAIN) <= set(columns):
         raise UsageError(
@@ -95,16 +96,18 @@ def _points(rows: csv.DictReader, where: str) -> Iterator[Center]:
         yield _point(text, f"{where}, line {rows.line_num}")
     if num_others:
         logger.warning(
-            "%s: %d annotations are no points; their %s is taken",
+            "%s: %d annotations are not points; their %s is used",
             *(where, num_others, _EXPORTED),
         )
 
 
 def _point(text: str, where: str) -> Center:
     """Read "(x, y, z)" or "x,y,z"."""
-    parts = re.fullmatch(r"\s*\(?([^()]*)\)?\s*", text)
+    match = re.fullmatch(r"\s*\(?([^()]*)\)?\s*", text)
     try:
-        x, y, z = (math.floor(float(part)) for part in (parts or [""])[1].split(","))
+        x, y, z = (
+            math.floor(float(number)) for number in (match or [""])[1].split(",")
+        )
     except (ValueError, IndexError, OverflowError):
         raise UsageError(
             f"{where}: expected a point such as (1200, 340, 17), got {text!r}"
@@ -113,10 +116,11 @@ def _point(text: str, where: str) -> Center:
 
 
 def _write(request: SpecRequest, text: str) -> None:
+    """Write the spec; refuse to replace another file without --overwrite."""
     path = request.dst_spec_path
     if path.exists() and path.read_text() != text and not request.overwrite:
         raise UsageError(
-            f"--dst_spec_path {path}: is there already, with another content; give "
+            f"--dst_spec_path {path}: already exists, with other content; give "
             "--overwrite to replace it"
         )
     make_folder(path.parent)

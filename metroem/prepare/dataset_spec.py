@@ -1,9 +1,10 @@
-"""The spec of a data set from a list of points, a JSON file.
+"""Read the spec of a data set from points, a JSON file.
 
-    image     path, src_mip, reference: what normalises (left out: kept as stored)
-    field     path, src_mip, reference: what is profiled (left out: the patch);
-              channel_order, field_unit, int16_scale: what its values are. May be
-              left out as a whole
+    image     path, src_mip; reference: its mean and standard deviation normalise
+              (left out: images are kept as stored)
+    field     optional: path, src_mip; reference: its mean is the translation (left
+              out: the patch's); channel_order, field_unit, int16_scale: format of
+              the values
     masks     list of path, src_mip, threshold: values >= threshold are blanked
     max_mip   corners of all patches are multiples of 2^max_mip, and so are the
               translations of a field whose reference is left out
@@ -47,7 +48,7 @@ class AreaSpec(Spec, frozen=True):
     Attributes:
         path: volume.
         src_mip: mip that is read.
-        dst_mip: of whose pixels the sizes are.
+        dst_mip: mip whose pixels the sizes count.
         x_size: along the volume's x, pixels of dst_mip.
         y_size: along the volume's y, pixels of dst_mip.
     """
@@ -60,7 +61,7 @@ class AreaSpec(Spec, frozen=True):
 
 
 class ImageSpec(Spec, frozen=True):
-    """Where images come from, and what normalises them; None: nothing does."""
+    """Volume of the images, and the area that normalises them; None: as stored."""
 
     path: VolumePath
     src_mip: Whole
@@ -69,7 +70,7 @@ class ImageSpec(Spec, frozen=True):
 
 @dataclass(frozen=True)
 class FieldSpec:
-    """Where prior fields come from, what they are, and what profiles them."""
+    """Volume and format of the prior fields, and the area of their translation."""
 
     path: str
     src_mip: int
@@ -78,11 +79,11 @@ class FieldSpec:
 
 
 class MaskSpec(Spec, frozen=True):
-    """A volume whose values >= `threshold` at `src_mip` mark what is blanked."""
+    """A volume whose values >= `threshold` at `src_mip` mark pixels to blank."""
 
     path: VolumePath
     src_mip: Whole
-    # Kept as it is written: files state it.
+    # An integer stays an integer, since files state it.
     threshold: Annotated[int | float, Meta(title="a number")]
 
 
@@ -116,14 +117,14 @@ class _DatasetJson(Spec, frozen=True, kw_only=True):
 
 @dataclass(frozen=True)
 class DatasetSpec:
-    """All that a data set from points is made of; see the module.
+    """All settings of a data set from points; see the module.
 
     Attributes:
         image: source of the images.
         field: source of the prior fields, or None.
-        masks: what is blanked, one or the other.
-        max_mip: of whose pixels the corners of all patches are.
-        dst_mip: of the images.
+        masks: a pixel that any of them marks is blanked.
+        max_mip: corners of all patches are whole pixels of this mip.
+        dst_mip: mip of the images.
         x_size: rows of an image, along the volume's x.
         y_size: cols of an image, along the volume's y.
         pairs: src and tgt.
@@ -139,7 +140,7 @@ class DatasetSpec:
     pairs: tuple[tuple[Center, Center], ...]
 
     def patch(self, center: Center) -> Grid:
-        """The area of an image, centred as far as pixels of max_mip allow."""
+        """The area of an image around its centre, with its corner on max_mip pixels."""
         x, y = (
             (at - (size << self.dst_mip) // 2) >> self.max_mip << self.max_mip
             for at, size in zip(center[:2], (self.x_size, self.y_size), strict=True)
@@ -148,10 +149,10 @@ class DatasetSpec:
 
     @property
     def translation_mip(self) -> int:
-        """The mip whose pixels the translations of the field are: its reference's.
+        """Translations of the field are whole pixels of this mip.
 
-        Where the patch is profiled, `max_mip`, as its corner is of: all mips of the
-        same pairs have to be moved alike.
+        It is the dst_mip of the field's reference. If the reference is the patch
+        itself it is `max_mip`, since all mips of the same pairs must move alike.
         """
         assert self.field is not None
         area = self.field.reference
@@ -160,8 +161,9 @@ class DatasetSpec:
         return self.max_mip if is_patch else area.dst_mip
 
     def as_request(self) -> dict:
-        """What the content of the files depends on; pairs as a digest, since
-        attributes of a file end at 64 KiB.
+        """All settings that determine the content of the files.
+
+        Pairs are a digest, since an attribute of a file holds at most 64 KiB.
         """
         tree = msgspec.to_builtins(self)
         pairs = json.dumps(tree.pop("pairs")).encode()
@@ -172,10 +174,10 @@ class DatasetSpec:
 
 
 def load_spec(path: Path) -> DatasetSpec:
-    """Read the spec that make-dataset works by.
+    """Read the spec of make-dataset.
 
     Raises:
-        UsageError: no such file, no JSON, no pairs, an unknown key, or a value of
+        UsageError: no such file, not JSON, no pairs, an unknown key, or a value of
             the wrong kind; the message says where.
     """
     spec = parse_spec(read_json(path, f"--spec_path {path}"), str(path))
@@ -187,11 +189,14 @@ def load_spec(path: Path) -> DatasetSpec:
 
 
 def parse_spec(tree: Any, where: str) -> DatasetSpec:
-    """Check a decoded spec; UsageError, which says where, if it is wrong.
+    """Check a decoded spec.
 
     Args:
         tree: decoded JSON; "pairs" may be left out.
-        where: its place, for messages.
+        where: flag and path of the file, for messages.
+
+    Raises:
+        UsageError: an unknown key or a wrong value; the message says where.
     """
     if isinstance(tree, dict) and not tree.get("field", True):
         tree = {key: value for key, value in tree.items() if key != "field"}
@@ -219,13 +224,13 @@ def parse_spec(tree: Any, where: str) -> DatasetSpec:
 
 
 def _field(read: _DatasetJson, where: str) -> FieldSpec:
-    """The field of a spec; without a reference the patch itself is profiled."""
+    """Read the field of a spec; without a reference its translation is the patch's."""
     from metroem.io.field_volume import FieldFormat  # imports torch
 
     field = read.field
     assert field is not None
     try:
-        # As the original took the fields of a spec, and corgie writes its channels.
+        # Defaults of the original; corgie writes its channels in this order.
         form = FieldFormat(
             field.channel_order or "yx", field.field_unit or "mip0", field.int16_scale
         )
@@ -238,7 +243,7 @@ def _field(read: _DatasetJson, where: str) -> FieldSpec:
 
 
 def _check_mips(spec: DatasetSpec, where: str) -> None:
-    """Refuse mips that cannot be brought together."""
+    """Refuse mips that images or fields cannot be resampled between."""
     if spec.max_mip < spec.dst_mip:
         raise UsageError(
             f"{where}: max_mip {spec.max_mip}: expected the coarsest mip of the data "

@@ -1,8 +1,8 @@
-"""Field sets from a CloudVolume: displacements that stage 1 starts from.
+"""Download field sets from a CloudVolume: displacements that stage 1 starts from.
 
-Of each section's field the mean displacement is taken out and kept as the
-`offset` of the pair's side, since it is often larger than a patch; what is left
-is resampled to the mip of the images.
+The mean displacement of each section's field is often larger than a patch. It is
+subtracted and kept as the `offset` of the pair's side. The rest of the field is
+resampled to the mip of the images.
 """
 
 import logging
@@ -23,17 +23,17 @@ logger = logging.getLogger(__name__)
 
 
 def download_field(request: FieldRequest) -> Path:
-    """Download the field set of a request, unless it is there.
+    """Download the field set of a request, unless it already exists.
 
-    Each section is read once. What was read is kept beside the file in the
-    making, so a run that was killed goes on where it was.
+    Each section is read once. It is stored beside the unfinished file, so a run that
+    was killed resumes where it was.
 
     Returns:
         The file.
 
     Raises:
-        DatasetError: the volume does not hold what is asked for, all of it is
-            blank, or a file is there that other arguments made.
+        DatasetError: the volume lacks something that is asked for, all vectors are
+            blank, or a file made with other arguments exists.
     """
     volume = Volume(
         request.cv_path,
@@ -44,7 +44,7 @@ def download_field(request: FieldRequest) -> Path:
     sections = [(z, z - 1) for z in range(request.z_start, request.z_end)]
     pair_set = PairSet(
         [(_key(request, src), _key(request, tgt)) for src, tgt in sections],
-        _wanted(request, reader),
+        _settings(request, reader),
         field_path=request.path,
         field_source=volume.path,
         tag=request.suffix,
@@ -60,7 +60,7 @@ def download_field(request: FieldRequest) -> Path:
 
 
 def _open(request: FieldRequest, volume: Volume) -> PatchReader:
-    """Open the volumes, and refuse what they do not hold."""
+    """Open the volumes, and refuse sections, mips or areas that they lack."""
     volume.check_channels(2, "a field")
     volume.check_mip("--src_mip", request.src_mip)
     volume.check_sections(request.sections, request.src_mip)
@@ -81,7 +81,7 @@ def _key(request: FieldRequest, z: int) -> Key:
 
 
 def _resolution_of_images(request: FieldRequest) -> Resolution | None:
-    """What the image sets that the fields are for say of mip 0; None: nothing."""
+    """Size of mip-0 pixels in the image sets that the fields are for, if known."""
     for path in sorted(request.dst_folder.glob("x*.h5")):
         name = ImageSetName.parse(path.name)
         if name is not None and name.place == request.place_name:
@@ -89,12 +89,12 @@ def _resolution_of_images(request: FieldRequest) -> Resolution | None:
     return None
 
 
-def _wanted(request: FieldRequest, reader: PatchReader) -> dict:
-    """All that the content of the file depends on."""
+def _settings(request: FieldRequest, reader: PatchReader) -> dict:
+    """All settings that determine the content of the file."""
     assert reader.field_source is not None
     stored, mask = reader.field_source.stored, next(iter(reader.masks), None)
     volume = stored.volume
-    # What src_mip means, where it is not said by the order of the scales.
+    # Defines src_mip if the volume's finest scale is not mip 0.
     mip_0 = {"resolution": volume.resolution} if volume.mips[0] else {}
     return mip_0 | {
         "cv_path": volume.path,

@@ -1,4 +1,4 @@
-"""Download image sets along z: one file a mip, pairs of neighbouring sections."""
+"""Download image sets along z: pairs of neighbouring sections, one file per mip."""
 
 import logging
 from dataclasses import replace
@@ -14,13 +14,13 @@ from metroem.io.moved import moved_apart
 from metroem.io.resume import as_json
 from metroem.io.volume import bounding_grid
 from metroem.prepare.pair_files import PairFiles, PairSet
-from metroem.prepare.patches import ImageSource, Key, PatchReader, moved
+from metroem.prepare.patches import ImageSource, Key, PatchReader, move_grid
 from metroem.prepare.requests import ImageRequest
 from metroem.prepare.sources import (
     DefectMask,
     ReferenceArea,
     open_mask,
-    warn_of_integers,
+    warn_if_integers,
 )
 from metroem.specs.filenames import ImageSetName
 
@@ -37,26 +37,31 @@ class _Sources(NamedTuple):
 
 
 def download_image(request: ImageRequest) -> list[Path]:
-    """Download the image sets of a request; those that are there are kept.
+    """Download the image sets of a request; keep those that already exist.
 
-    Each section is read once. What was read is kept beside the file in the
-    making, so a run that was killed goes on where it was. With a field set, images
-    that are there and are the same but for having been moved are replaced, and so
-    are those of the place's other mips: a place is moved as a whole, or its stages
-    do not fit together.
+    Each section is read once. It is stored beside the unfinished file, so a run that
+    was killed resumes where it was.
+
+    With a field set, existing images that differ only in not having been moved are
+    replaced. So are those of the location's other mips: all mips of a location have
+    to be moved alike, or its stages do not fit together.
 
     Returns:
-        The files, one a mip.
+        The files, one per mip.
 
     Raises:
-        DatasetError: the volume does not hold what is asked for, all of it is
-            blank, or a file is there that other arguments made.
+        DatasetError: the volume lacks something that is asked for, all pixels are
+            blank, or a file made with other arguments exists.
     """
     sources = _open(request)
-    wider = _with_other_mips(request, sources.fields)
+    with_others = _with_other_mips(request, sources.fields)
     # Everything is checked before anything is read.
-    files = [_ImageFile(wider, sources, grid) for grid in wider.grids()]
-    files = [one for one in files if one.grid.mip in request.mips or one.may_move()]
+    files = [_ImageFile(with_others, sources, grid) for grid in with_others.grids()]
+    files = [
+        one
+        for one in files
+        if one.grid.mip in request.mips or one.differs_only_in_offsets()
+    ]
     for file in files:
         file.check()
     for file in files:
@@ -66,7 +71,7 @@ def download_image(request: ImageRequest) -> list[Path]:
 
 
 def _with_other_mips(request: ImageRequest, fields: FieldSet | None) -> ImageRequest:
-    """The request with those mips of its place that are there and could be moved."""
+    """Add the other existing mips of the location that the fields can move."""
     if fields is None:
         return request
     mips, sizes = list(request.mips), list(request.patch_sizes)
@@ -81,17 +86,19 @@ def _with_other_mips(request: ImageRequest, fields: FieldSet | None) -> ImageReq
 
 
 def _warn_of_others(request: ImageRequest) -> None:
-    """Name the mips of the place that were not moved as those of the request."""
-    made = ImageSet(request.path(request.mips[0]))
+    """Warn of mips of the location that were moved otherwise than the request's."""
+    requested = ImageSet(request.path(request.mips[0]))
     for images in _others(request):
-        if len(images) == len(made) and (apart := moved_apart(made, images)):
-            logger.warning("%s: %s", images.path, apart)
+        if len(images) == len(requested) and (
+            difference := moved_apart(requested, images)
+        ):
+            logger.warning("%s: %s", images.path, difference)
 
 
 def _others(request: ImageRequest) -> list[ImageSet]:
-    """The image sets of the place of a request that are there, of other mips."""
-    place = ImageSetName.parse(request.path(0).name)
-    assert place is not None
+    """Existing image sets of the request's location at other mips."""
+    own_name = ImageSetName.parse(request.path(0).name)
+    assert own_name is not None
     named = [
         (path, name)
         for path in sorted(request.dst_folder.glob("*.h5"))
@@ -100,11 +107,12 @@ def _others(request: ImageRequest) -> list[ImageSet]:
     return [
         ImageSet(path)
         for path, name in named
-        if name.place == place.place and name.mip not in request.mips
+        if name.place == own_name.place and name.mip not in request.mips
     ]
 
 
 def _open(request: ImageRequest) -> _Sources:
+    """Open the volumes, and refuse those of the wrong kind or resolution."""
     image = ImageVolume(request.cv_path)
     image.check_channels(1, "an image")
     masks = open_mask(request.cv_path_defects, request.mask_val, image)
@@ -120,69 +128,77 @@ def _open(request: ImageRequest) -> _Sources:
         fields = FieldSet(Path(request.field_dset))
         _check_resolution(fields, image)
     if not request.normalize:
-        warn_of_integers(image, "--normalize")
+        warn_if_integers(image, "--normalize")
     return _Sources(image, masks, reference, fields)
 
 
 def _check_resolution(fields: FieldSet, image: ImageVolume) -> None:
+    """Refuse fields whose mip-0 pixels differ in size from those of the images."""
     if not same_resolution(fields.resolution, image.resolution):
         raise DatasetError(
             f"--field_dset {fields.path}: its mip-0 pixels are "
             f"{in_nm(fields.resolution)}, those of --cv_path {image.path} "
             f"{in_nm(image.resolution)}; download the fields from a volume whose "
-            "scales are mips of the images, into a folder that holds image sets of "
-            "these, which say what mip 0 is"
+            "scales are mips of the images, into a folder with image sets of these "
+            "images, which define mip 0"
         )
 
 
-def _frames(
+def _pair_locations(
     request: ImageRequest, fields: FieldSet | None, grid: Grid
 ) -> list[PairLocation]:
+    """Locate each pair: the patch, its sections, and the offsets of its fields.
+
+    Raises:
+        DatasetError: the fields lack a pair, lie elsewhere, or have offsets between
+            the pixels of the images.
+    """
     sections = [(z, z - 1) for z in range(request.z_start, request.z_end)]
     if fields is None:
         return [PairLocation(grid, pair) for pair in sections]
     index = {fields.sections(i): i for i in range(fields.num_pairs)}
-    frames = []
+    locations = []
     for pair in sections:
         if pair not in index:
             raise DatasetError(
                 f"--field_dset {fields.path}: has no pair of sections {pair[0]} and "
                 f"{pair[1]}; download it for the same --z_start and --z_end"
             )
-        there = fields.grid(index[pair])
-        if not (there.covers(grid) or grid.covers(there)):
+        field_grid = fields.grid(index[pair])
+        if not (field_grid.covers(grid) or grid.covers(field_grid)):
             raise DatasetError(
-                f"--field_dset {fields.path}: lies on {there}, the patch on {grid}; "
-                "download it for the same --x_offset and --y_offset"
+                f"--field_dset {fields.path}: lies on {field_grid}, the patch on "
+                f"{grid}; download it for the same --x_offset and --y_offset"
             )
         offsets = fields.offset(index[pair], 0), fields.offset(index[pair], 1)
         if any(value % (1 << grid.mip) for side in offsets for value in side):
             raise DatasetError(
                 f"--field_dset {fields.path}: the offsets {offsets} of section "
-                f"{pair[0]} are no multiples of 2^{grid.mip}; download it with "
+                f"{pair[0]} are not multiples of 2^{grid.mip}; download it with "
                 f"--dst_mip {grid.mip} or coarser"
             )
-        frames.append(PairLocation(grid, pair, offsets))
-    return frames
+        locations.append(PairLocation(grid, pair, offsets))
+    return locations
 
 
 class _ImageFile:
-    """One image set in the making.
+    """Checks and downloads one image set.
 
     Attributes:
         grid: the patch.
-        path: of the file.
+        path: the file.
     """
 
     def __init__(self, request: ImageRequest, sources: _Sources, grid: Grid) -> None:
         self._request, self._sources, self.grid = request, sources, grid
         self.path = request.path(grid.mip)
-        self._frames = _frames(request, sources.fields, grid)
-        # One area a section, if both pairs that it belongs to move it alike.
+        self._locations = _pair_locations(request, sources.fields, grid)
+        # A section belongs to two pairs. If they move it differently, its window covers
+        # both areas.
         areas: dict[int, list[Grid]] = {z: [] for z in request.sections}
-        for frame in self._frames:
-            for z, offset in zip(frame.sections, frame.offsets, strict=True):
-                areas[z].append(moved(grid, offset))
+        for pair in self._locations:
+            for z, offset in zip(pair.sections, pair.offsets, strict=True):
+                areas[z].append(move_grid(grid, offset))
         self._windows = {z: bounding_grid(grids) for z, grids in areas.items()}
         self._reference = self._reference_area()
         self._reader = PatchReader(
@@ -193,10 +209,10 @@ class _ImageFile:
         )
 
     def check(self) -> None:
-        """Refuse what the volumes do not hold.
+        """Refuse a patch, sections or mips that the volumes lack.
 
         Raises:
-            DatasetError: as said.
+            DatasetError: they lack one.
         """
         image, mip, sections = (
             self._sources.image,
@@ -221,44 +237,45 @@ class _ImageFile:
         for mask in self._sources.masks:
             mask.check(image, mip, self._windows)
 
-    def may_move(self) -> bool:
-        """Whether the images that are there differ in where they were read alone."""
+    def differs_only_in_offsets(self) -> bool:
+        """Whether the existing images differ only in how far they were moved."""
         try:
             found = ImageSet(self.path).request
         except DatasetError:
             return False
-        wanted = as_json(self._wanted())
+        wanted = as_json(self._settings())
         return found != wanted == found | {"offsets": wanted["offsets"]}
 
     def make(self) -> None:
-        """Download, unless the file is there; then write it and drop the parts.
+        """Download and write the file, unless it already exists.
 
-        Images that are the same but were not moved by the field are replaced; those
-        that one has moved since are kept.
+        With a field set, existing images that were not moved are replaced. Without
+        one, existing images that were moved are kept.
 
         Raises:
             DatasetError: see `download_image`.
-            StorageError: another run makes it, or the disk is full.
+            StorageError: another run is making the file, or the disk is full.
         """
         with lock(lock_path(self.path)):
             overwrite = self._request.overwrite
-            if not overwrite and self.may_move():
+            if not overwrite and self.differs_only_in_offsets():
                 if self._sources.fields is None:
                     logger.warning(
-                        "%s: is there already, moved by a field (--field_dset); kept. "
-                        "Take another --dst_folder or --suffix for images that are not",
+                        "%s: already exists, moved by a field (--field_dset); kept. "
+                        "Give another --dst_folder or --suffix for images that are not "
+                        "moved",
                         self.path,
                     )
                     return
                 if ImageSet(self.path).request.get("offsets") is None:
                     logger.info("%s: not moved yet, replaced (--field_dset)", self.path)
                     overwrite = True
-            sections = [frame.sections for frame in self._frames]
+            sections = [pair.sections for pair in self._locations]
             pair_set = PairSet(
                 [(self._key(src), self._key(tgt)) for src, tgt in sections],
-                self._wanted(),
+                self._settings(),
                 image_path=self.path,
-                frames=self._frames,
+                locations=self._locations,
                 anchor=self._request.anchor,
                 normalization=self._normalization(),
             )
@@ -269,6 +286,7 @@ class _ImageFile:
         return self.grid.x, self.grid.y, z
 
     def _reference_area(self) -> ReferenceArea | None:
+        """The area that normalises, if the request asks for another than the patch."""
         volume = self._sources.reference
         if volume is None:
             return None
@@ -279,6 +297,7 @@ class _ImageFile:
         return ReferenceArea(volume, mip, size, size)
 
     def _normalization(self) -> dict:
+        """How the images are normalised, in the form that image sets state it."""
         if not self._request.normalize:
             return {"kind": "raw"}
         reference: dict = {"area": "patch"}
@@ -291,10 +310,10 @@ class _ImageFile:
             }
         return {"kind": "tissue", "reference": reference}
 
-    def _wanted(self) -> dict:
-        """All that the content of the file depends on."""
+    def _settings(self) -> dict:
+        """All settings that determine the content of the file."""
         request, mask = self._request, next(iter(self._sources.masks), None)
-        offsets = [frame.offsets for frame in self._frames]
+        offsets = [pair.offsets for pair in self._locations]
         return {
             "cv_path": self._sources.image.path,
             "mip": self.grid.mip,

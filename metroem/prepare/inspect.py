@@ -1,4 +1,4 @@
-"""A data set looked over: what is there, and what is wrong with it."""
+"""Inspect a data set: list its image and field sets, and check each of them."""
 
 import logging
 from collections.abc import Iterator
@@ -24,19 +24,19 @@ from metroem.specs.schedule import load_schedule
 logger = logging.getLogger(__name__)
 
 
-class _Tissue(NamedTuple):
-    """What the images of a set are like."""
+class _TissueStatistics(NamedTuple):
+    """Statistics of the images of a set."""
 
-    blank: float  # share of pixels
+    blank: float  # fraction of pixels
     mean: float  # over tissue, grey levels
     std: float  # over tissue, grey levels
     blank_pairs: int  # pairs with a side that is all blank
-    defects: float | None  # share of pixels masked as defects; None: no mask
+    defects: float | None  # fraction of pixels masked as defects; None: no mask
 
 
 @dataclass
 class _Contents:
-    """The sets of a folder, and what was found wrong on the way."""
+    """The sets of all folders, and the problems found so far."""
 
     images: list[ImageSet] = field(default_factory=list)
     fields: list[FieldSet] = field(default_factory=list)
@@ -44,15 +44,19 @@ class _Contents:
 
 
 def inspect_dataset(request: InspectRequest) -> None:
-    """Report what a data set holds, and check all of it.
+    """List the sets of a data set, and check all of them.
 
-    Checked: shapes and names; that values are finite, not all blank and, for
-    images, normalised; checksums; that the mips of a place show the same place
-    and sections; that fields lie on their images and were made from them; what was
-    not finished; and, for a pyramid, that each stage finds images and prior fields.
+    These are checked:
+
+    - names, shapes and checksums;
+    - values: finite, not all blank and, for images, normalised;
+    - the mips of one location: they show the same area and sections;
+    - fields: they lie on their images and were made from them;
+    - files left by a stopped run;
+    - with a pyramid: each stage finds its images and prior fields.
 
     Raises:
-        DatasetError: something is wrong; the message lists all of it.
+        DatasetError: something is wrong; the message lists all problems.
         PyramidError: the pyramid cannot be used.
     """
     folders = [request.dataset, *filter(None, [request.fields_path])]
@@ -63,7 +67,7 @@ def inspect_dataset(request: InspectRequest) -> None:
         contents.problems += _report_images(images)
     for fields in contents.fields:
         contents.problems += _report_fields(fields)
-    contents.problems += _check_places(contents.images)
+    contents.problems += _check_locations(contents.images)
     contents.problems += _check_fields_lie_on_images(contents, request.dataset)
     for folder in folders:
         contents.problems += _find_unfinished(folder)
@@ -88,7 +92,7 @@ def inspect_dataset(request: InspectRequest) -> None:
 
 
 def _open(folder: Path, contents: _Contents) -> None:
-    """Open every set, so that one that is broken does not hide the others."""
+    """Open every set; a broken one becomes a problem and does not stop the rest."""
     check_dataset(folder)
     for path in sorted(folder.glob("*.h5")):
         if path.name.startswith("."):
@@ -108,7 +112,7 @@ def _open(folder: Path, contents: _Contents) -> None:
 
 
 def _report_images(images: ImageSet) -> list[str]:
-    """Log a line about an image set; return what is wrong with it."""
+    """Log a line about an image set; return its problems."""
     name = images.path.name
     problems = []
     try:
@@ -116,7 +120,7 @@ def _report_images(images: ImageSet) -> list[str]:
         tissue = _measure(images)
     except DatasetError as error:
         return problems + [str(error)]
-    kind = (images.normalization or {}).get("kind", "not said how")
+    kind = (images.normalization or {}).get("kind", "method not stated")
     logger.info(
         "%s, %s: blank %.1f%%, tissue mean %.3g, std %.3g; %s%s",
         _headline(images),
@@ -145,12 +149,13 @@ def _report_images(images: ImageSet) -> list[str]:
 
 
 def _least_px() -> int:
-    """Least side of patches that the default schedule of train.py can take."""
+    """Smallest patch side, px, that the default schedule of train.py can use."""
     stages = load_schedule("scratch", None).phases.values()
     return max(phase.least_px for phases in stages for phase in phases)
 
 
-def _measure(images: ImageSet) -> _Tissue:
+def _measure(images: ImageSet) -> _TissueStatistics:
+    """Read all images of a set and compute their statistics."""
     count = total = squares = 0.0
     blank_pairs = 0
     defects = []
@@ -167,7 +172,7 @@ def _measure(images: ImageSet) -> _Tissue:
     num_pixels = 2 * images.num_pairs * images.shape[0] * images.shape[1]
     mean = total / count if count else 0.0
     variance = squares / count - mean**2 if count else 0.0
-    return _Tissue(
+    return _TissueStatistics(
         1 - count / num_pixels,
         mean,
         float(np.sqrt(max(variance, 0))),
@@ -177,7 +182,7 @@ def _measure(images: ImageSet) -> _Tissue:
 
 
 def _report_fields(fields: FieldSet) -> list[str]:
-    """Log a line about a field set; return what is wrong with it."""
+    """Log a line about a field set; return its problems."""
     try:
         problems = verify(fields.path)
     except DatasetError as error:
@@ -203,6 +208,7 @@ def _report_fields(fields: FieldSet) -> list[str]:
 
 
 def _headline(pairs: ImageSet | FieldSet) -> str:
+    """Describe a set: its name, number of pairs, size, location and sections."""
     z = [pairs.sections(index)[0] for index in range(pairs.num_pairs)]
     grid = pairs.grid(0)
     return (
@@ -213,22 +219,22 @@ def _headline(pairs: ImageSet | FieldSet) -> str:
     )
 
 
-def _check_places(images: list[ImageSet]) -> list[str]:
-    """Sets of one place must hold the same pairs, over one and the same area."""
-    by_place: dict[str, list[ImageSet]] = {}
+def _check_locations(images: list[ImageSet]) -> list[str]:
+    """Check that the sets of one location hold the same pairs over the same area."""
+    by_location: dict[str, list[ImageSet]] = {}
     for one in images:
-        by_place.setdefault(one.name.place, []).append(one)
+        by_location.setdefault(one.name.place, []).append(one)
     return [
-        f"{place}: {why}"
-        for place, sets in by_place.items()
+        f"{location}: {why}"
+        for location, sets in by_location.items()
         for other in sets
-        for why in _other_place(max(sets, key=lambda one: one.mip), other)
+        for why in _location_differences(max(sets, key=lambda one: one.mip), other)
     ]
 
 
-def _other_place(coarse: ImageSet, fine: ImageSet) -> Iterator[str]:
-    """How the first pair that is another one in two mips differs."""
-    yield from _other_resolution(coarse, fine)
+def _location_differences(coarse: ImageSet, fine: ImageSet) -> Iterator[str]:
+    """Describe how the first pair that differs between two mips does so."""
+    yield from _resolution_difference(coarse, fine)
     if coarse.num_pairs != fine.num_pairs:
         yield (
             f"{coarse.num_pairs} pairs at mip {coarse.mip}, {fine.num_pairs} at mip "
@@ -250,9 +256,10 @@ def _other_place(coarse: ImageSet, fine: ImageSet) -> Iterator[str]:
         yield f"mip {fine.mip}: {apart}"
 
 
-def _other_resolution(
+def _resolution_difference(
     one: ImageSet | FieldSet, other: ImageSet | FieldSet
 ) -> Iterator[str]:
+    """Say so if two sets have mip-0 pixels of different sizes."""
     if not same_resolution(one.resolution, other.resolution):
         yield (
             f"mip-0 pixels of {in_nm(one.resolution)} at mip {one.mip}, of "
@@ -262,6 +269,7 @@ def _other_resolution(
 
 
 def _check_fields_lie_on_images(contents: _Contents, dataset: Path) -> list[str]:
+    """Check that each field set has images, lies on them and was made from them."""
     images = {(one.name.place, one.mip): one for one in contents.images}
     problems = []
     for fields in contents.fields:
@@ -275,7 +283,7 @@ def _check_fields_lie_on_images(contents: _Contents, dataset: Path) -> list[str]
         of = images.get((fields.name.place, fields.mip))
         if of is None:
             problems.append(
-                f"{name}: there is no image set of its place at mip {fields.mip}"
+                f"{name}: there is no image set of its location at mip {fields.mip}"
             )
         elif fields.num_pairs != of.num_pairs:
             problems.append(
@@ -291,8 +299,8 @@ def _check_fields_lie_on_images(contents: _Contents, dataset: Path) -> list[str]
 
 
 def _mismatch(fields: FieldSet, images: ImageSet) -> Iterator[str]:
-    """What of the first pair that does not lie on its images is other there."""
-    yield from _other_resolution(fields, images)
+    """Describe how the first field that does not lie on its images differs."""
+    yield from _resolution_difference(fields, images)
     for index in range(fields.num_pairs):
         if fields.grid(index) != images.grid(index):
             yield (
@@ -306,27 +314,28 @@ def _mismatch(fields: FieldSet, images: ImageSet) -> Iterator[str]:
                 f"{images.sections(index)}"
             )
             return
-        for _, taken, moved in unlike_offsets(fields, images, index):
+        for _, taken_out, moved in unlike_offsets(fields, images, index):
             yield (
-                f"pair {index}: {taken} mip-0 px (x, y) were taken out of the field, "
-                f"its images were moved by {moved}; download the images with "
+                f"pair {index}: {taken_out} mip-0 px (x, y) were taken out of the "
+                f"field, its images were moved by {moved}; download the images with "
                 f"--field_dset: {command_to_move(images, fields.path)}"
             )
             return
 
 
 def _find_unfinished(folder: Path) -> list[str]:
+    """Name the files that a stopped run left."""
     left = [*folder.glob(".*.parts"), *folder.glob(".*.h5.tmp-*")]
     return [
-        f"{path.name}: not finished; the same command goes on with it, or delete it"
+        f"{path.name}: not finished; give the same command to resume it, or delete it"
         for path in sorted(left)
     ]
 
 
 def _check_pyramid(request: InspectRequest, images: list[ImageSet]) -> list[str]:
-    """Each stage needs images, and from stage 1 on prior fields, at its mip.
+    """Check that each stage finds images, and from stage 1 prior fields, at its mip.
 
-    Where a stage has its prior fields, those before it need no images.
+    Once a stage has its prior fields, the earlier stages need no images.
     """
     assert request.pyramid_path is not None
     problems: list[str] = []

@@ -1,4 +1,4 @@
-"""A data set from a spec: pairs at any places and distances."""
+"""Make a data set from a spec: pairs at any locations and distances in z."""
 
 import logging
 from contextlib import AbstractContextManager, nullcontext
@@ -22,7 +22,7 @@ from metroem.prepare.pair_files import PairFiles, PairSet, Words
 from metroem.prepare.pair_volumes import PairVolumes
 from metroem.prepare.patches import FieldSource, ImageSource, Key, PatchReader
 from metroem.prepare.requests import DatasetRequest
-from metroem.prepare.sources import DefectMask, ReferenceArea, warn_of_integers
+from metroem.prepare.sources import DefectMask, ReferenceArea, warn_if_integers
 from metroem.specs.filenames import FieldSetName, ImageSetName
 
 logger = logging.getLogger(__name__)
@@ -37,17 +37,17 @@ _WORDS = Words(
 
 
 def make_dataset(request: DatasetRequest) -> None:
-    """Make the data set of a spec, unless it is there.
+    """Make the data set of a spec, unless it already exists.
 
-    Each patch is kept when it is read, so a run that was killed resumes, and ends with
-    the same bytes.
+    Each patch is stored as soon as it is read. A run that was killed resumes, and ends
+    with the same bytes.
 
     Raises:
-        DatasetError: a volume does not hold what is asked for, all of it is blank,
-            or something is there that another spec made; or a pair is not what was
-            written, if that is checked.
+        DatasetError: a volume lacks something that is asked for, all pixels are blank,
+            or a data set of another spec exists; with --verify, a pair differs from
+            its checksum.
         UsageError: the spec cannot be read.
-        StorageError: another run makes it, or the disk is full.
+        StorageError: another run is making it, or the disk is full.
     """
     spec = load_spec(request.spec_path)
     reader = _open(spec)
@@ -57,10 +57,10 @@ def make_dataset(request: DatasetRequest) -> None:
     pair_set = _pair_set(spec, Path(request.dst_path).expanduser(), request)
     assert pair_set.image_path is not None
     folder = local_folder(request.dst_path)
-    alone: AbstractContextManager[None] = nullcontext()  # cloud storage has none
+    run_lock: AbstractContextManager[None] = nullcontext()  # none in cloud storage
     if folder is not None:
-        alone = lock(lock_path(folder if is_volume else pair_set.image_path))
-    with alone:
+        run_lock = lock(lock_path(folder if is_volume else pair_set.image_path))
+    with run_lock:
         if is_volume:
             volumes = PairVolumes(
                 reader, pair_set, request.dst_path, overwrite=overwrite
@@ -79,8 +79,10 @@ def make_dataset(request: DatasetRequest) -> None:
 
 
 def _pair_set(spec: DatasetSpec, folder: Path, request: DatasetRequest) -> PairSet:
-    """Say what is made; files are named after the centre of the first src, which all
-    mips of the same pairs share.
+    """Describe the pairs and their files.
+
+    Files are named after the centre of the first src, which all mips of the same
+    pairs share.
     """
     name = ImageSetName(*spec.pairs[0][0], spec.dst_mip)
     fields = FieldSetName(0, name.place, name.mip, request.checkpoint_name)
@@ -98,6 +100,7 @@ def _pair_set(spec: DatasetSpec, folder: Path, request: DatasetRequest) -> PairS
 
 
 def _normalization(reference: AreaSpec | None) -> dict:
+    """How the images are normalised, in the form that image sets state it."""
     if reference is None:
         return {"kind": "raw"}
     return {
@@ -115,15 +118,15 @@ def _open(spec: DatasetSpec) -> PatchReader:
     """Open the volumes of a spec.
 
     Raises:
-        DatasetError: a volume that cannot be used.
-        UsageError: a scale for int16 where fields are float.
+        DatasetError: a volume cannot be used.
+        UsageError: a scale for int16 is given and fields are float.
     """
     image, mip = ImageVolume(spec.image.path, flag="image"), spec.image.src_mip
     image.check_channels(1, "an image")
     image.check_mip("image: src_mip", mip)
     reference = None
     if spec.image.reference is None:
-        warn_of_integers(image, _WORDS.normalize)
+        warn_if_integers(image, _WORDS.normalize)
     masks = [
         DefectMask(
             _volume(Volume, mask.path, mask.src_mip, "masks", image),
@@ -143,6 +146,7 @@ def _open(spec: DatasetSpec) -> PatchReader:
 
 
 def _field_source(spec: DatasetSpec, field: FieldSpec, image: Volume) -> FieldSource:
+    """Open the volumes of the fields and of their translations."""
     volume = _volume(Volume, field.path, field.src_mip, "field", image)
     stored = FieldVolume(volume, field.src_mip, field.form)
     area = _area(Volume, field.reference, "field: reference", image)
@@ -151,13 +155,14 @@ def _field_source(spec: DatasetSpec, field: FieldSpec, image: Volume) -> FieldSo
 
 
 def _area(kind: type, area: AreaSpec, flag: str, image: Volume) -> ReferenceArea:
+    """Open the volume of a reference area."""
     volume = _volume(kind, area.path, area.src_mip, flag, image)
     size = Grid(area.dst_mip, 0, 0, area.x_size, area.y_size).cover(area.src_mip)
     return ReferenceArea(volume, area.src_mip, *size.shape)
 
 
 def _volume(kind: type, path: str, mip: int, flag: str, image: Volume) -> Volume:
-    """Open one of the volumes beside the images; masks are read as they are stored."""
+    """Open a reference, mask or field volume, which must lie on the images."""
     volume = kind(path, flag=flag, resolution=image.resolution)
     is_field = flag.startswith("field")
     volume.check_channels(1 + is_field, "a field" if is_field else "an image")
@@ -167,11 +172,11 @@ def _volume(kind: type, path: str, mip: int, flag: str, image: Volume) -> Volume
 
 
 def _check(spec: DatasetSpec, reader: PatchReader) -> None:
-    """Refuse centres that the volumes do not hold.
+    """Refuse centres outside the volumes.
 
     Raises:
-        DatasetError: a section is outside of one of them, or a whole patch is
-            outside of image or field; the pair is named.
+        DatasetError: a section is outside one of them, or a whole patch is outside
+            image or field; the message names the pair.
     """
     assert reader.image_source is not None
     image, field = reader.image_source.volume, reader.field_source
@@ -185,13 +190,13 @@ def _check(spec: DatasetSpec, reader: PatchReader) -> None:
             inside = image.clip(patch)
             if inside != patch:
                 beyond.add(index)
-            _check_place(image, patch, index)
+            _check_overlap(image, patch, index)
             for mask in reader.masks:
                 what = f"the patch of pairs {index}"
                 mask.volume.check_covers(inside or patch, what, at=mask.mip)
             if field is not None:
                 window = patch.cover(field.stored.mip)
-                _check_place(field.stored.volume, window, index)
+                _check_overlap(field.stored.volume, window, index)
     if beyond:
         logger.warning(
             "image %s: %d pairs reach beyond the volume, and are blank there: %s",
@@ -200,6 +205,7 @@ def _check(spec: DatasetSpec, reader: PatchReader) -> None:
 
 
 def _check_section(volume: Volume, mip: int, index: int, center: Center) -> None:
+    """Refuse a section that a volume lacks."""
     here = volume.sections_at(mip)
     if center.z not in here:
         raise DatasetError(
@@ -209,7 +215,8 @@ def _check_section(volume: Volume, mip: int, index: int, center: Center) -> None
         )
 
 
-def _check_place(volume: Volume, patch: Grid, index: int) -> None:
+def _check_overlap(volume: Volume, patch: Grid, index: int) -> None:
+    """Refuse a patch that lies wholly outside a volume."""
     if volume.clip(patch) is None:
         raise DatasetError(
             f"pairs {index}: its patch (x {patch.x}...{patch.end[0]}, y {patch.y}..."

@@ -1,7 +1,7 @@
 """Write pairs to h5 files: an image set, a field set, or both.
 
-Each patch is kept when it is read, as one part, so that a run that was killed resumes.
-The files are written from the parts, which are dropped then.
+Each patch is stored as soon as it is read, as one finished result, so a run that was
+killed resumes. The files are written from these results, which are then deleted.
 """
 
 import json
@@ -33,44 +33,45 @@ from metroem.io.h5 import (
 )
 from metroem.io.resume import ResumeStore, describe_differences, parts_folder
 from metroem.io.volume import WHAT_TO_CHECK, Volume, crop_array
-from metroem.prepare.patches import Key, PatchReader, SectionPatch, moved
-from metroem.prepare.sources import no_reference
+from metroem.prepare.patches import Key, PatchReader, SectionPatch, move_grid
+from metroem.prepare.sources import missing_reference
 from metroem.utils import cli
 
 logger = logging.getLogger(__name__)
 
-# A section that is blanker than this is named in the log.
-_MUCH = 0.5
-# Of a part: arrays begin at multiples of the first; the line before them is shorter
-# than the second by far.
+# The log names sections with a larger blank fraction.
+_MOSTLY_BLANK = 0.5
+# Of a packed patch: arrays begin at multiples of the first. The line of JSON before
+# them is far shorter than the second.
 _ALIGN_BYTES, _MOST_HEAD_BYTES = 64, 4096
 
 
 class Words(NamedTuple):
-    """How a command's user gives things, for messages."""
+    """Names of a command's flags or JSON entries, for messages."""
 
     normalize: str = "--normalize"
     reference_mip: str = "--reference_mip"
     masks: str = "--cv_path_defects"
     threshold: str = "--mask_val"
-    counted: str = "sections"  # what is said to be blank
+    counted: str = "sections"  # unit in which blank ones are reported
 
 
 @dataclass(frozen=True)
 class PairSet:
-    """The pairs that are made, and what their files say about themselves.
+    """The pairs to make, and the metadata of their files.
 
     Attributes:
         pairs: keys of the patches of src and of tgt.
-        request: all that the content of the files depends on.
-        image_path: the image set; None: fields alone.
-        field_path: the field set; None: images alone.
+        request: all settings that determine the content of the files.
+        image_path: the image set; None: only fields.
+        field_path: the field set; None: only images.
         field_source: the volume of the fields, as the field set names it.
-        frames: where the pairs lie; None: on the patch of src, each side moved by the
-            translation of its field, and tgt by the distance of the two patches, too.
-        anchor: what the mips of the place share: "corner" or "center".
-        normalization: how the images are normalised, as image sets say it.
-        tag: name of the checkpoint whose stage 0 the fields stand for.
+        locations: of the pairs. None: a pair lies on the patch of src. Each side is
+            moved by the translation of its field, and tgt also by the distance
+            between the two patches.
+        anchor: the point that the mips of a location share: "corner" or "center".
+        normalization: of the images, in the form that image sets state it.
+        tag: name of the checkpoint that the fields belong to, as those of stage 0.
         words: for messages.
     """
 
@@ -79,7 +80,7 @@ class PairSet:
     image_path: Path | None = None
     field_path: Path | None = None
     field_source: str = ""
-    frames: Sequence[PairLocation] | None = None
+    locations: Sequence[PairLocation] | None = None
     anchor: str = "center"
     normalization: Mapping | None = None
     tag: str | None = None
@@ -87,39 +88,39 @@ class PairSet:
 
 
 class PairFiles:
-    """The h5 files of some pairs in the making.
+    """Writes the h5 files of a set of pairs.
 
     Attributes:
-        is_finished: whether they are there already.
+        is_finished: whether they already exist.
     """
 
     def __init__(
         self, reader: PatchReader, pair_set: PairSet, *, overwrite: bool
     ) -> None:
-        """Resume what a stopped run had finished.
+        """Resume from the finished results of a stopped run.
 
         Raises:
-            DatasetError: files or parts that another request made, and `overwrite`
-                is not given.
+            DatasetError: files or finished results of another request exist, and
+                `overwrite` is not given.
         """
         self._reader, self._set = reader, pair_set
-        both = (pair_set.image_path, pair_set.field_path)
-        self._paths = [path for path in both if path is not None]
+        paths = (pair_set.image_path, pair_set.field_path)
+        self._paths = [path for path in paths if path is not None]
         request = pair_set.request
-        there = [is_done(path, request, overwrite=overwrite) for path in self._paths]
-        self.is_finished = all(there)
+        are_done = [is_done(path, request, overwrite=overwrite) for path in self._paths]
+        self.is_finished = all(are_done)
         self._path = self._paths[0]
         if self.is_finished:
-            # Those of a run killed at its end.
+            # Finished results of a run that was killed at its end.
             ResumeStore.discard(parts_folder(self._path))
             return
         self._store = open_parts(self._path, request, overwrite=overwrite)
 
     def check(self) -> None:
-        """Check the checksum of each pair of the files that are there.
+        """Check the checksum of each pair in the files.
 
         Raises:
-            DatasetError: a pair is not what was written.
+            DatasetError: a pair differs from its checksum.
         """
         for path in self._paths:
             if problems := verify(path):
@@ -130,24 +131,24 @@ class PairFiles:
                 )
 
     def has(self, key: Key) -> bool:
-        """Whether a patch is there from a run that was killed."""
+        """Whether an earlier, stopped run has finished a patch."""
         return self._store.has(_name(key))
 
     def put(self, key: Key, patch: SectionPatch) -> None:
-        """Keep a patch."""
+        """Store a patch."""
         self._store.put(_name(key), pack(patch))
 
-    def finish(self, lacking: Sequence[Key]) -> None:
-        """Write the files from all patches and drop these.
+    def finish(self, without_reference: Sequence[Key]) -> None:
+        """Write the files from all patches, then delete the stored patches.
 
         Args:
-            lacking: patches that are not there, since their reference has nothing.
+            without_reference: patches that could not be normalised.
 
         Raises:
-            DatasetError: there are such patches, or all is blank.
+            DatasetError: there are such patches, or everything is blank.
         """
-        check_references(self._reader, lacking, self._set.words)
-        # Without their arrays: each keeps a file open.
+        check_references(self._reader, without_reference, self._set.words)
+        # Without arrays, since each array keeps a file open.
         patches = {
             key: replace(self._load(key), image=None, defects=None, field=None)
             for key in self._reader.patches
@@ -155,35 +156,38 @@ class PairFiles:
         try:
             self._report(patches)
         except DatasetError:
-            # So that a second try, with credentials, reads again.
+            # So that a second run, perhaps with credentials, reads again.
             self._store.remove()
             raise
-        frames = self._set.frames or [self._frame(p, patches) for p in self._set.pairs]
+        locations = self._set.locations or [
+            self._location(pair, patches) for pair in self._set.pairs
+        ]
         if self._set.field_path is not None:
-            fields = (np.stack(sides) for sides in self._sides(frames, self._field))
-            write_field_set(self._set.field_path, fields, self._field_meta(frames))
+            fields = (np.stack(sides) for sides in self._sides(locations, self._field))
+            write_field_set(self._set.field_path, fields, self._field_meta(locations))
         if self._set.image_path is not None:
             images, defects = (
-                (Pair(*sides) for sides in self._sides(frames, side))
+                (Pair(*sides) for sides in self._sides(locations, side))
                 for side in (self._image, self._defects)
             )
-            if self._set.frames is None:
-                # Each is compressed by itself, or files would lie otherwise on disk.
+            if self._set.locations is None:
+                # Copies, so that a side shared by two pairs is compressed for each:
+                # this keeps the bytes of the files as they were.
                 images = (Pair(*map(np.array, pair)) for pair in images)
             write_image_set(
                 self._set.image_path,
                 images,
-                self._image_meta(frames),
+                self._image_meta(locations),
                 defects=defects if self._reader.masks else None,
             )
         self._store.remove()
-        logger.info("%s: %d pairs", self._path, len(frames))
+        logger.info("%s: %d pairs", self._path, len(locations))
 
     def _load(self, key: Key) -> SectionPatch:
         return unpack(self._store.load(_name(key)))
 
     def _report(self, patches: Mapping[Key, SectionPatch]) -> None:
-        """Log what is blank, masked and not as it should be; refuse all blank."""
+        """Log blank, masked and unusual pixels; refuse a set that is all blank."""
         words, reader = self._set.words, self._reader
         name, image = self._path.name, reader.image_source
         if reader.masks:
@@ -197,7 +201,7 @@ class PairFiles:
                 )
         if flat := sorted({key[2] for key, patch in patches.items() if patch.is_flat}):
             logger.warning(
-                "%s: sections %s are of one grey level, which is no tissue: blank",
+                "%s: sections %s have one grey level, so they are not tissue: blank",
                 *(name, flat),
             )
         blank = {key[2]: patch.blank for key, patch in patches.items()}
@@ -219,26 +223,28 @@ class PairFiles:
             images = (self._load(key).image for key in patches)
             warn_unless_normalized(self._path, images, words.normalize)
 
-    def _frame(
+    def _location(
         self, pair: tuple[Key, Key], patches: Mapping[Key, SectionPatch]
     ) -> PairLocation:
-        """Where a pair lies; see `PairSet.frames`."""
+        """Locate a pair; see `PairSet.locations`."""
         grid, other = (self._reader.patches[key] for key in pair)
         src, tgt = (patches[key].translation for key in pair)
         apart = tgt[0] + other.x - grid.x, tgt[1] + other.y - grid.y
         return PairLocation(grid, (pair[0][2], pair[1][2]), (src, apart))
 
     def _sides(
-        self, frames: Sequence[PairLocation], side_of: Callable[[Key, Grid], np.ndarray]
+        self,
+        locations: Sequence[PairLocation],
+        make_side: Callable[[Key, Grid], np.ndarray],
     ) -> Iterator[list[np.ndarray]]:
-        """Make src and tgt of each pair; what the pair before had is made once."""
+        """Make src and tgt of each pair; reuse a side of the pair before."""
         made: dict[tuple[Key, Grid], np.ndarray] = {}
-        for pair, frame in zip(self._set.pairs, frames, strict=True):
+        for pair, location in zip(self._set.pairs, locations, strict=True):
             wanted = [
-                (key, moved(frame.grid, offset))
-                for key, offset in zip(pair, frame.offsets, strict=True)
+                (key, move_grid(location.grid, offset))
+                for key, offset in zip(pair, location.offsets, strict=True)
             ]
-            made = {at: made[at] if at in made else side_of(*at) for at in wanted}
+            made = {at: made[at] if at in made else make_side(*at) for at in wanted}
             yield [made[at] for at in wanted]
 
     def _image(self, key: Key, window: Grid) -> np.ndarray:
@@ -260,9 +266,9 @@ class PairFiles:
         assert self._reader.field_source is not None
         return self._reader.field_source.stored.volume
 
-    def _image_meta(self, frames: Sequence[PairLocation]) -> ImageSetMeta:
+    def _image_meta(self, locations: Sequence[PairLocation]) -> ImageSetMeta:
         return ImageSetMeta(
-            frames,
+            locations,
             source=self._source.path,
             command=cli.command_line(),
             request=self._set.request,
@@ -271,9 +277,9 @@ class PairFiles:
             normalization=self._set.normalization,
         )
 
-    def _field_meta(self, frames: Sequence[PairLocation]) -> FieldSetMeta:
+    def _field_meta(self, locations: Sequence[PairLocation]) -> FieldSetMeta:
         return FieldSetMeta(
-            frames,
+            locations,
             source=self._set.field_source,
             command=cli.command_line(),
             request=self._set.request,
@@ -285,10 +291,10 @@ class PairFiles:
 
 
 def pack(patch: SectionPatch) -> np.ndarray:
-    """Lay a patch out as (num_bytes,) uint8, so that it is one part.
+    """Pack a patch into (num_bytes,) uint8, so that it can be stored as one array.
 
-    A line of JSON describes it: numbers, and type and shape of each array. The arrays
-    follow, in that order.
+    The first line is JSON: all numbers, and the type and shape of each array. The
+    arrays follow in the same order.
     """
     arrays = {
         name: np.ascontiguousarray(value)
@@ -298,22 +304,22 @@ def pack(patch: SectionPatch) -> np.ndarray:
     head: dict[str, Any] = {k: v for k, v in vars(patch).items() if k not in arrays}
     head["arrays"] = [[name, a.dtype.str, a.shape] for name, a in arrays.items()]
     blocks = [json.dumps(head).encode() + b"\n", *arrays.values()]
-    parts = []
+    padded = []
     for block in blocks:
-        # Aligned, as numpy wants it.
-        part = np.frombuffer(memoryview(block).cast("B"), np.uint8)
-        parts += [part, np.full(-part.size % _ALIGN_BYTES, ord(" "), np.uint8)]
-    return np.concatenate(parts)
+        # Aligned, so that `unpack` can view the bytes as an array.
+        data = np.frombuffer(memoryview(block).cast("B"), np.uint8)
+        padded += [data, np.full(-data.size % _ALIGN_BYTES, ord(" "), np.uint8)]
+    return np.concatenate(padded)
 
 
-def unpack(part: np.ndarray) -> SectionPatch:
-    """Read what `pack` laid out; arrays are views of `part`."""
-    line = part[:_MOST_HEAD_BYTES].tobytes().partition(b"\n")[0]
+def unpack(packed: np.ndarray) -> SectionPatch:
+    """Unpack a patch that `pack` made; its arrays are views of `packed`."""
+    line = packed[:_MOST_HEAD_BYTES].tobytes().partition(b"\n")[0]
     head, start = json.loads(line), len(line) + 1
     for name, dtype, shape in head.pop("arrays"):
         start += -start % _ALIGN_BYTES
         end = start + int(np.prod(shape)) * np.dtype(dtype).itemsize
-        head[name] = part[start:end].view(dtype).reshape(shape)
+        head[name] = packed[start:end].view(dtype).reshape(shape)
         start = end
     statistics = head["statistics"] and GreyStatistics(*head["statistics"])
     x, y = head["translation"]
@@ -321,7 +327,7 @@ def unpack(part: np.ndarray) -> SectionPatch:
 
 
 def is_done(path: Path, wanted: Mapping, *, overwrite: bool) -> bool:
-    """Whether the file that a request asks for exists, made from that request.
+    """Whether the file of a request exists and was made from that request.
 
     Raises:
         DatasetError: a file of that name was made from other arguments, and
@@ -336,23 +342,23 @@ def is_done(path: Path, wanted: Mapping, *, overwrite: bool) -> bool:
         found = None
     if not isinstance(found, str):
         raise DatasetError(
-            f"{path}: is there already and does not say how it was made; give "
+            f"{path}: already exists and does not say how it was made; give "
             "--overwrite to replace it, or write elsewhere"
         )
-    if unlike := describe_differences(json.loads(found), wanted):
+    if differences := describe_differences(json.loads(found), wanted):
         raise DatasetError(
-            f"{path}: is there already, made with other arguments: {unlike}; give "
+            f"{path}: already exists, made with other arguments: {differences}; give "
             "--overwrite to replace it, or write elsewhere"
         )
-    logger.info("%s: is there already, nothing to do", path)
+    logger.info("%s: already exists, nothing to do", path)
     return True
 
 
 def open_parts(path: Path, wanted: Mapping, *, overwrite: bool) -> ResumeStore:
-    """Open the parts of the file to be, with those of a run that was killed.
+    """Open the store of finished results of a file that is being made.
 
     Raises:
-        DatasetError: there are parts made from other arguments, and `overwrite`
+        DatasetError: it has results of a run with other arguments, and `overwrite`
             is not given.
     """
     folder = parts_folder(path)
@@ -365,21 +371,25 @@ def open_parts(path: Path, wanted: Mapping, *, overwrite: bool) -> ResumeStore:
         ResumeStore.discard(folder)
         store = ResumeStore(folder, wanted)
     if done := len(store.keys()):
-        logger.info("%s: resumes with %d finished parts", path, done)
+        logger.info("%s: resumes with %d finished patches", path, done)
     return store
 
 
-def check_references(reader: PatchReader, lacking: Sequence[Key], words: Words) -> None:
-    """Refuse references that have nothing where the images have tissue.
+def check_references(
+    reader: PatchReader, without_reference: Sequence[Key], words: Words
+) -> None:
+    """Refuse patches that have tissue but an empty reference area.
 
     Raises:
         DatasetError: there are some; their sections are named.
     """
-    if lacking:
+    if without_reference:
         assert reader.image_source is not None
         assert reader.image_source.reference is not None
-        sections = [key[2] for key in lacking]
-        raise no_reference(reader.image_source.reference, sections, words.reference_mip)
+        sections = [key[2] for key in without_reference]
+        raise missing_reference(
+            reader.image_source.reference, sections, words.reference_mip
+        )
 
 
 def warn_unless_normalized(
@@ -388,9 +398,9 @@ def warn_unless_normalized(
     """Warn if images that are kept as stored are not normalised.
 
     Args:
-        path: the file in the making.
-        images: as stored; the first that has tissue is looked at.
-        cure: what is to be given.
+        path: the file that is being made.
+        images: as stored; the first with tissue is measured.
+        cure: the flag or entry that normalises them.
     """
     found = (tissue_statistics(torch.from_numpy(np.array(image))) for image in images)
     first = next((statistics for statistics in found if statistics), None)
@@ -403,35 +413,35 @@ def warn_unless_normalized(
 
 
 def report_blank(
-    path: PurePath, source: str, shares: Mapping[int, float], what: str = "sections"
+    path: PurePath, source: str, blank: Mapping[int, float], what: str = "sections"
 ) -> None:
-    """Log how much of the sections is blank, and name those that mostly are.
+    """Log the blank fraction of the sections, and name those that are mostly blank.
 
     Args:
-        path: the file in the making.
+        path: the file that is being made.
         source: the volume that was read.
-        shares: by z (or what else is counted), the share of pixels without data.
-        what: is counted.
+        blank: by section (or pair), the fraction of pixels without data.
+        what: the unit that is counted, "sections" or "pairs".
 
     Raises:
-        DatasetError: all of every one is blank.
+        DatasetError: each of them is all blank.
     """
-    if min(shares.values()) == 1:
+    if min(blank.values()) == 1:
         raise DatasetError(
-            f"{path}: all {len(shares)} {what} of {source} are blank here; "
+            f"{path}: all {len(blank)} {what} of {source} are blank here; "
             f"{WHAT_TO_CHECK}"
         )
-    values = list(shares.values())
+    values = list(blank.values())
     logger.info(
         "%s: %d %s, blank %.1f%% (%.1f%%...%.1f%%)",
         *(path.name, len(values), what),
         *(100 * float(value) for value in (np.mean(values), min(values), max(values))),
     )
-    if mostly := {z: share for z, share in shares.items() if share > _MUCH}:
-        named = ", ".join(f"{z} ({share:.0%})" for z, share in sorted(mostly.items()))
+    if mostly := {z: part for z, part in blank.items() if part > _MOSTLY_BLANK}:
+        named = ", ".join(f"{z} ({part:.0%})" for z, part in sorted(mostly.items()))
         logger.warning("%s: mostly blank: %s %s", path.name, what, named)
 
 
 def _name(key: Key) -> str:
-    """Of the part of a patch; parts of version 1.0.0 had other names and contents."""
+    """Key of a patch in the store; version 1.0.0 had other keys and contents."""
     return "patch-" + "_".join(map(str, key))

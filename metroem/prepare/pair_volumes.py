@@ -1,15 +1,15 @@
-"""A data set from points as CloudVolumes.
+"""Write a data set from points as CloudVolumes.
 
     <path>/image             float32, 1 channel, at dst_mip: section 2 * pair is src,
                              2 * pair + 1 is tgt, each from x 0, y 0 on
-    <path>/field             likewise, 2 channels, where there are fields: channel 0
-                             along y, pixels of dst_mip, its translation taken out
-    <path>/sides/<z>.json    where section z was cut out: pair, side, centre, box and
-                             offset (mip-0 pixels), share of blank pixels
-    <path>/request.json      the spec, less its pairs
+    <path>/field             the same with 2 channels, if there are fields: channel 0
+                             along y, pixels of dst_mip, translation subtracted
+    <path>/sides/<z>.json    origin of section z: pair, side, centre, box and offset
+                             (mip-0 pixels), fraction of blank pixels
+    <path>/request.json      the spec without its pairs
 
-Images and fields are those of the h5 files: normalised, moved by the translation,
-not warped. A section whose sides/<z>.json is there is whole.
+Images and fields are the same as in the h5 files: normalised, moved by the
+translation, not warped. A section is complete once its sides/<z>.json exists.
 """
 
 import logging
@@ -33,21 +33,21 @@ _REQUEST, _SIDES = "request.json", "sides/"
 
 
 class PairVolumes:
-    """The volumes of a spec in the making.
+    """Writes the volumes of a spec.
 
     Attributes:
         path: of their folder, with a scheme.
-        is_finished: whether all sections are there.
+        is_finished: whether all sections exist.
     """
 
     def __init__(
         self, reader: PatchReader, pair_set: PairSet, path: str, *, overwrite: bool
     ) -> None:
-        """Resume what a stopped run had finished.
+        """Resume from the finished results of a stopped run.
 
         Raises:
-            DatasetError: something else is there, made by another request and
-                `overwrite` is not given, or the path cannot be written to.
+            DatasetError: the folder has other files; or it has the results of another
+                request, and `overwrite` is not given; or it cannot be written to.
         """
         self._reader, self._set, self.path = reader, pair_set, path.rstrip("/")
         assert reader.image_source is not None
@@ -62,17 +62,17 @@ class PairVolumes:
             self._notes = Notes(self.path)
             self._claim(overwrite)
             names = [name for name in self._notes.names() if name.startswith(_SIDES)]
-            self._whole = self._notes.read(names)
+            self._complete = self._notes.read(names)
             self.is_finished = all(map(self.has, self._sections))
             if self.is_finished:
-                logger.info("%s: is there already, nothing to do", self.path)
+                logger.info("%s: already exists, nothing to do", self.path)
                 return
             self._image = self._volume("image", 1)
             self._field = self._volume("field", 2) if reader.field_source else None
 
     def has(self, key: Key) -> bool:
-        """Whether a patch is in all its sections."""
-        return all(_name(z) in self._whole for z in self._sections[key])
+        """Whether a patch is written to all its sections."""
+        return all(_name(z) in self._complete for z in self._sections[key])
 
     def put(self, key: Key, patch: SectionPatch) -> None:
         """Write a patch to its sections."""
@@ -81,12 +81,12 @@ class PairVolumes:
         (x, y), (x_end, y_end) = (window.x, window.y), window.end
         image = self._reader.image(key, patch, window)
         field = None if self._field is None else self._reader.field(key, patch)
-        whole = Grid(grid.mip, 0, 0, *grid.shape)
+        section = Grid(grid.mip, 0, 0, *grid.shape)
         with self._lock, storage_errors("--dst_path", self.path, doing="written"):
             for z in self._sections[key]:
-                self._image.put(image[None], whole, z)
+                self._image.put(image[None], section, z)
                 if self._field is not None and field is not None:
-                    self._field.put(field, whole, z)
+                    self._field.put(field, section, z)
                 note = {
                     "pair": z // 2,
                     "side": ("src", "tgt")[z % 2],
@@ -96,53 +96,55 @@ class PairVolumes:
                     "blank": float(np.mean(image == 0)),
                 }
                 self._notes.write(_name(z), note)
-                self._whole[_name(z)] = note
+                self._complete[_name(z)] = note
 
-    def finish(self, lacking: Sequence[Key]) -> None:
-        """Report what is blank.
+    def finish(self, without_reference: Sequence[Key]) -> None:
+        """Report the blank fraction of the pairs.
 
         Args:
-            lacking: patches that are not there, since their reference has nothing.
+            without_reference: patches that could not be normalised.
 
         Raises:
             DatasetError: there are such patches, or every pair has a side that is all
                 blank.
         """
-        check_references(self._reader, lacking, self._set.words)
+        check_references(self._reader, without_reference, self._set.words)
         num_pairs = len(self._set.pairs)
-        blank = [self._whole[_name(z)]["blank"] for z in range(2 * num_pairs)]
-        shares = {i: max(blank[2 * i : 2 * i + 2]) for i in range(num_pairs)}
+        sides = [self._complete[_name(z)]["blank"] for z in range(2 * num_pairs)]
+        blank = {i: max(sides[2 * i : 2 * i + 2]) for i in range(num_pairs)}
         try:
             name = PurePosixPath(self.path)
-            report_blank(name, self._source.path, shares, "pairs")
+            report_blank(name, self._source.path, blank, "pairs")
         except DatasetError:
-            # So that a second try, with credentials, reads again.
+            # So that a second run, perhaps with credentials, reads again.
             self._clear()
             self._notes.delete(_REQUEST)
             raise
         logger.info("%s: %d pairs", self.path, num_pairs)
 
     def _claim(self, overwrite: bool) -> None:
-        """Begin, or go on; another request's only to overwrite it."""
+        """Start in an empty folder, resume in our own, or overwrite if asked to."""
         found = self._notes.read([_REQUEST]).get(_REQUEST)
         if found is None and set(self._notes.names()) - {_REQUEST}:
             raise DatasetError(
-                f"--dst_path {self.path}: holds something that is no data set of ours; "
-                "give another path"
+                f"--dst_path {self.path}: contains files that are not a data set of "
+                "MetroEM; give another path"
             )
-        unlike = "" if found is None else describe_differences(found, self._request)
-        if unlike and not overwrite:
+        differences = (
+            "" if found is None else describe_differences(found, self._request)
+        )
+        if differences and not overwrite:
             raise DatasetError(
-                f"--dst_path {self.path}: is there already, made with other arguments: "
-                f"{unlike}; give --overwrite to replace it, or another path"
+                f"--dst_path {self.path}: already exists, made with other arguments: "
+                f"{differences}; give --overwrite to replace it, or another path"
             )
-        if unlike:
+        if differences:
             self._clear()
-        if unlike or found is None:
+        if differences or found is None:
             self._notes.write(_REQUEST, self._request)
 
     def _clear(self) -> None:
-        """Delete all but the request; first what says that sections are whole."""
+        """Delete all but the request; first the notes that mark complete sections."""
         for prefix in (_SIDES, "image/", "field/"):
             self._notes.delete(prefix)
 

@@ -1,14 +1,15 @@
-"""Read, move, mask and measure sections: the one engine of all data sets.
+"""Read patches of sections; move, mask and measure them.
 
-A patch is read once of each section at each place, however many pairs share it:
+All commands that make data sets use this engine. For each location and section it
+reads, once, however many pairs share them:
 
     field    vectors around the patch; their mean is the translation
     image    the patch, moved by the translation; 0 where a mask marks defects
-    moments  of the area around it that normalises, if that is not the patch itself
+    moments  of the reference area around the patch, if there is one
 
-Downloads along z are the regular case: one place, and all sections from z_start - 1
-on. A data set from points has many places. Patches are kept as they are stored;
-`PatchReader.image` normalises them and `PatchReader.field` resamples their vectors.
+Downloads along z have one location, and all sections from z_start - 1 to z_end - 1.
+A data set from points has many locations. Patches keep the values of the volume:
+`PatchReader.image` normalises images, `PatchReader.field` resamples vectors.
 """
 
 import logging
@@ -29,27 +30,27 @@ from metroem.prepare.sources import (
     Moments,
     ReferenceArea,
     has_contrast,
-    measure,
-    moments_of,
+    measure_area,
+    reference_statistics,
     resample_mask,
-    samples_of,
-    statistics_for,
+    sample_windows,
+    tissue_moments,
 )
 from metroem.utils.progress import in_threads
 
 logger = logging.getLogger(__name__)
 
-# Of a patch: x and y, mip-0 pixels, which tell places apart, and z of its section.
+# Names a patch: x and y of its location, mip-0 pixels, and z of its section.
 Key = tuple[int, int, int]
 
 
 class ImageSource(NamedTuple):
-    """Where images come from.
+    """The volume that images are read from.
 
     Attributes:
         volume: of the images.
-        mip: that is read; it is averaged to that of the patches.
-        normalize: mean 0 and std 1 over tissue; else as stored.
+        mip: the mip that is read; pixels are averaged to the mip of the patches.
+        normalize: whether to give mean 0 and std 1 over tissue; else as stored.
         reference: area that normalises; None: the image itself.
     """
 
@@ -60,13 +61,14 @@ class ImageSource(NamedTuple):
 
 
 class FieldSource(NamedTuple):
-    """Where fields come from.
+    """The volumes that fields and their translations are read from.
 
     Attributes:
         stored: the fields.
-        translation_mip: translations are whole pixels of it.
-        profiled: what their mean is taken from.
-        reference: the area around a patch to take it over; None: the patch.
+        translation_mip: translations are whole pixels of this mip.
+        profiled: the fields whose mean is the translation.
+        reference: the area around a patch that the mean is taken over; None: the
+            patch.
     """
 
     stored: FieldVolume
@@ -83,19 +85,20 @@ class FieldSource(NamedTuple):
 
 @dataclass(frozen=True)
 class SectionPatch:
-    """What is read of one section at one place.
+    """Image, field and statistics of one section at one location.
 
     Attributes:
         image: (H, W), as stored or float32 if it was averaged; 0 where there is no
             data or a defect.
         defects: (H, W) bool; None without masks.
         field: (2, h, w) as stored, around the patch at the field's mip.
-        translation: x and y, mip-0 pixels, that moved the image.
+        translation: x and y, mip-0 pixels, by which the image was moved.
         statistics: of the reference area; None: the image's own normalise it.
-        blank: share of pixels, or of vectors, without data.
-        masked: share of pixels, or of vectors that count, under a mask.
-        not_finite: share of vectors that are NaN or infinite.
-        is_flat: it is to be normalised, but has one grey level, so it becomes blank.
+        blank: fraction of pixels without data, or of vectors if there is no image.
+        masked: fraction of pixels under a mask, or of the translation's vectors.
+        not_finite: fraction of vectors that are NaN or infinite.
+        is_flat: whether it is to be normalised but has one grey level, so that it
+            becomes blank.
     """
 
     image: np.ndarray | None = None
@@ -110,20 +113,20 @@ class SectionPatch:
 
 
 class Destination(Protocol):
-    """What patches are written to."""
+    """Where patches are written: h5 files or volumes."""
 
     is_finished: bool
 
     def has(self, key: Key) -> bool:
-        """Whether a patch is there from a run that was killed."""
+        """Whether an earlier, stopped run has finished a patch."""
         ...
 
     def put(self, key: Key, patch: SectionPatch) -> None:
-        """Keep a patch; called from several threads."""
+        """Store a patch; called from several threads."""
         ...
 
-    def finish(self, lacking: Sequence[Key]) -> None:
-        """Write what is left to write; `lacking` patches have no reference."""
+    def finish(self, without_reference: Sequence[Key]) -> None:
+        """Complete the result; `without_reference` patches could not be normalised."""
         ...
 
 
@@ -134,7 +137,7 @@ class PatchReader:
         patches: by key, the area of each patch before it is moved; all of one mip.
         image_source: None: fields alone.
         field_source: None: images alone.
-        masks: one or the other marks what is blanked.
+        masks: a pixel that any of them marks is blanked.
     """
 
     def __init__(
@@ -169,41 +172,43 @@ class PatchReader:
             for mip in sorted({mask.source_mip(mip) for mip in masked})
         ]
 
-    def make(self, made: Destination, what: str, *, parallel: int) -> None:
-        """Read the patches that are not there yet, and finish what is made of them.
+    def make(self, destination: Destination, what: str, *, parallel: int) -> None:
+        """Read all patches that the destination lacks, then let it finish.
 
         Args:
-            made: gets each patch as soon as it is read.
-            what: it is, for the progress.
+            destination: gets each patch as soon as it is read.
+            what: name of the result, for the progress bar.
             parallel: batches read at a time.
 
         Raises:
-            DatasetError: a volume cannot be read, or what `Destination.finish` says.
+            DatasetError: a volume cannot be read, or `Destination.finish` refuses.
         """
-        if made.is_finished:
+        if destination.is_finished:
             return
-        batches = self._batches([key for key in self.patches if not made.has(key)])
+        batches = self._batches(
+            [key for key in self.patches if not destination.has(key)]
+        )
         ahead = -(-parallel // max(len(batches), 1))
-        lacking: list[Key] = []
+        without_reference: list[Key] = []
 
         def work(batch: list[Key]) -> None:
             for key, patch in self.read(batch, parallel=ahead):
                 if patch is None:
-                    lacking.append(key)
+                    without_reference.append(key)
                 else:
-                    made.put(key, patch)
+                    destination.put(key, patch)
 
         if batches:
             in_threads(batches, work, f"{what}: layers of chunks", threads=parallel)
-        made.finish(lacking)
+        destination.finish(without_reference)
 
     def _batches(self, keys: Iterable[Key]) -> list[list[Key]]:
-        """Group patches so that no chunk is read for two batches."""
-        by_place: dict[tuple[int, int], list[int]] = {}
+        """Group patches by location; batches of one location share no chunk."""
+        by_location: dict[tuple[int, int], list[int]] = {}
         for x, y, z in keys:
-            by_place.setdefault((x, y), []).append(z)
+            by_location.setdefault((x, y), []).append(z)
         volumes, batches = self.volumes, []
-        for (x, y), sections in by_place.items():
+        for (x, y), sections in by_location.items():
             spans: list[tuple[int, int]] = []
             layers = [
                 (layer.start, layer.stop)
@@ -224,15 +229,15 @@ class PatchReader:
     def read(
         self, batch: Sequence[Key], *, parallel: int = 1
     ) -> Iterator[tuple[Key, SectionPatch | None]]:
-        """Read the patches of one place, each chunk once.
+        """Read the patches of one location, each chunk once.
 
         Args:
-            batch: keys that differ in z alone.
+            batch: keys that differ only in z.
             parallel: layers of chunks of each volume read at a time.
 
         Yields:
-            Key and patch, in rising z; None instead of a patch that has tissue where
-            its reference has nothing to normalise by.
+            Key and patch, in rising z. The patch is None if it has tissue but its
+            reference area has nothing to normalise by.
 
         Raises:
             DatasetError: a volume cannot be read.
@@ -247,15 +252,15 @@ class PatchReader:
 
     def grid(self, key: Key, patch: SectionPatch) -> Grid:
         """The area that the image of a patch was read from."""
-        return moved(self.patches[key], patch.translation)
+        return move_grid(self.patches[key], patch.translation)
 
     def image(self, key: Key, patch: SectionPatch, window: Grid) -> np.ndarray:
-        """Normalise a window of a patch, if that is asked for.
+        """Crop the image of a patch to a window, and normalise it if asked for.
 
         Args:
             key: of the patch.
             patch: with an image.
-            window: a part of `grid`.
+            window: an area inside `grid`.
 
         Returns:
             (H, W) float32.
@@ -264,12 +269,12 @@ class PatchReader:
         raw = crop_array(patch.image, self.grid(key, patch), window)
         if not self.image_source.normalize:
             return raw.astype(np.float32)
-        # A copy, since a part cannot be written to; as it is stored if 8 bit will do.
+        # A copy, since a stored patch is read-only; uint8 stays uint8 to save memory.
         image = np.array(raw, np.uint8 if raw.dtype == np.uint8 else np.float32)
         return normalize(torch.from_numpy(image), patch.statistics).numpy()
 
     def field(self, key: Key, patch: SectionPatch) -> np.ndarray:
-        """Resample the field of a patch and take its translation out.
+        """Resample the field of a patch and subtract its translation.
 
         Returns:
             (2, H, W) float32 on the patch, pixels of its mip, channel 0 along cols.
@@ -282,7 +287,7 @@ class PatchReader:
     def _read_fields(
         self, patches: Mapping[int, Grid], parallel: int
     ) -> Iterator[tuple[int, SectionPatch]]:
-        """Vectors and translation of each patch, by z."""
+        """Read vectors and translation of each patch, by z."""
         source = self.field_source
         if source is None:
             yield from ((z, SectionPatch()) for z in patches)
@@ -290,11 +295,11 @@ class PatchReader:
         stored, profiled = source.stored, source.profiled
         windows = {z: stored.window(grid) for z, grid in patches.items()}
         areas = {z: source.area(grid) for z, grid in patches.items()}
-        marks = self._marks(areas, None, parallel)
+        masks = self._read_masks(areas, None, parallel)
         volumes = stored.volume, profiled.volume
         for z, vectors, around in _read_both(*volumes, windows, areas, parallel):
             assert around is not None
-            marked, _ = next(marks)
+            marked, _ = next(masks)
             counts = np.ones(areas[z].shape, bool) if marked is None else ~marked
             found = mean_translation(
                 profiled.displacements(around), counts, source.translation_mip
@@ -324,7 +329,9 @@ class PatchReader:
         parallel: int,
     ) -> Iterator[tuple[int, SectionPatch | None]]:
         """Add the images to patches, moved by the translations of their fields."""
-        windows = {z: moved(grid, fields[z].translation) for z, grid in patches.items()}
+        windows = {
+            z: move_grid(grid, fields[z].translation) for z, grid in patches.items()
+        }
         stored = {z: window.at_mip(source.mip) for z, window in windows.items()}
         reference, areas, other = source.reference, None, source.volume
         samples: Mapping[int, list[Moments]] = {}
@@ -332,21 +339,21 @@ class PatchReader:
             other = reference.volume
             areas = {z: reference.around(window) for z, window in windows.items()}
             samples = self._measure_samples(source, areas, parallel)
-        marks = self._marks(windows, areas, parallel)
+        masks = self._read_masks(windows, areas, parallel)
         layers = _read_both(source.volume, other, stored, areas, parallel)
         for z, layer, around in layers:
             image = self._at_mip(layer, source)
-            marked, marked_around = next(marks)
+            marked, marked_around = next(masks)
             if marked is not None:
                 image[marked] = 0
             statistics = None
             if areas is not None and around is not None:
                 area = _clean(around)
-                parts = measure(area, areas[z], windows[z])
+                inside = measure_area(area, areas[z], windows[z])
                 if marked_around is not None:
                     area[marked_around] = 0
-                whole = moments_of(area, areas[z], areas[z], self.mip)
-                statistics = statistics_for([whole, *parts], samples[z], image)
+                of_area = tissue_moments(area, areas[z], areas[z], self.mip)
+                statistics = reference_statistics([of_area, *inside], samples[z], image)
             is_flat = False
             if source.normalize and statistics is None and not has_contrast(image):
                 is_flat = bool(image.any())
@@ -370,32 +377,37 @@ class PatchReader:
     def _measure_samples(
         self, source: ImageSource, areas: Mapping[int, Grid], parallel: int
     ) -> dict[int, list[Moments]]:
-        """By z, the moments of each sample of an area, at the mip of the images."""
-        samples = {z: samples_of(area, self.mip) for z, area in areas.items()}
+        """Measure each sample of an area at the mip of the images, by z."""
+        samples = {z: sample_windows(area, self.mip) for z, area in areas.items()}
         found: dict[int, list[Moments]] = {z: [] for z in areas}
         for number in range(max(map(len, samples.values()))):
             grids = {z: s[number] for z, s in samples.items() if number < len(s)}
             windows = {z: grid.at_mip(source.mip) for z, grid in grids.items()}
             for z, layer in iter_sections(source.volume, windows, parallel=parallel):
                 image = self._at_mip(layer, source)
-                found[z].append(moments_of(image, grids[z], grids[z], self.mip))
+                found[z].append(tissue_moments(image, grids[z], grids[z], self.mip))
         return found
 
     def _at_mip(self, layer: np.ndarray, source: ImageSource) -> np.ndarray:
-        """(H, W) of (1, H, W) as stored, at the mip of the patches."""
+        """Average a stored (1, H, W) layer to the mip of the patches: (H, W)."""
         image = _clean(layer)
         if self.mip == source.mip:
             return image
         fine = torch.from_numpy(image.astype(np.float32))[None, None]
         return coarsen_image(fine, self.mip - source.mip)[0, 0].numpy()
 
-    def _marks(
+    def _read_masks(
         self,
         windows: Mapping[int, Grid],
         areas: Mapping[int, Grid] | None,
         parallel: int,
     ) -> Iterator[tuple[np.ndarray | None, np.ndarray | None]]:
-        """What any mask marks of windows and areas, in rising z; None without masks."""
+        """Read the masks of windows and areas, and join them.
+
+        Yields:
+            In rising z, (H, W) bool of the window and of the area, True where any
+            mask marks a defect; None without masks or without areas.
+        """
         readers = []
         for mask in self.masks:
             own, around = (
@@ -420,8 +432,8 @@ class PatchReader:
             yield marks[0], marks[1]
 
 
-def moved(grid: Grid, translation: tuple[int, int]) -> Grid:
-    """A grid moved by x and y, mip-0 pixels."""
+def move_grid(grid: Grid, translation: tuple[int, int]) -> Grid:
+    """Move a grid by x and y, mip-0 pixels."""
     x, y = translation
     return Grid(grid.mip, grid.x + x, grid.y + y, grid.rows, grid.cols)
 
@@ -433,7 +445,7 @@ def _read_both(
     areas: Mapping[int, Grid] | None,
     parallel: int,
 ) -> Iterator[tuple[int, np.ndarray, np.ndarray | None]]:
-    """Read windows and areas, at once where both are of one volume and mip.
+    """Read windows and areas, in one pass if both are of one volume and mip.
 
     Yields:
         z, (C, H, W) of its window and (C, H, W) of its area, as stored.
@@ -462,7 +474,7 @@ def _read_both(
 
 
 def _clean(layer: np.ndarray) -> np.ndarray:
-    """A copy of (1, H, W) as stored, (H, W), 0 where it is not finite."""
+    """Copy a stored (1, H, W) layer to (H, W), with 0 for NaN and infinity."""
     image = np.array(layer[0], order="C")
     if image.dtype.kind == "f":
         image[~np.isfinite(image)] = 0

@@ -1,4 +1,4 @@
-"""Say what the commands that make and inspect data sets are asked for."""
+"""Define the flags of the commands that make and inspect data sets."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,30 +16,30 @@ from metroem.specs.modules import find_modules
 from metroem.utils.cli import Request, flag, flags_of_group
 
 _CORNER = "of the patch's corner, mip-0 pixels, a multiple of 2^mip"
-_GROUPS = ("what", "grey levels", "what the volume's values are")
-_GROUPS += ("where", "files and reading", "defects")
-_what, _grey, _values, _where, _files, _defects = map(flags_of_group, _GROUPS)
+_GROUPS = ("data", "grey levels", "format of the volume's values")
+_GROUPS += ("location", "files and reading", "defects")
+_data, _grey, _values, _location, _files, _defects = map(flags_of_group, _GROUPS)
 _VOLUME = "gs://, s3://, https://, file:// or a plain path"
 
 
 @dataclass(frozen=True, kw_only=True)
 class DownloadRequest(Request):
-    """The flags that both downloads have."""
+    """Flags that both downloads share."""
 
     GROUPS = _GROUPS
 
-    x_offset: int = _where(f"x {_CORNER}", 0)
-    y_offset: int = _where(f"y {_CORNER}", 0)
-    z_start: int = _where("first src section; its tgt is the one before")
-    z_end: int = _where("one past the last src section")
-    dst_folder: Path = _files("folder of the files", Path("dataset01"))
-    overwrite: bool = _files("replace what other flags made", False)
+    x_offset: int = _location(f"x {_CORNER}", 0)
+    y_offset: int = _location(f"y {_CORNER}", 0)
+    z_start: int = _location("first src section; its tgt is the section before")
+    z_end: int = _location("one past the last src section")
+    dst_folder: Path = _files("folder for the files", Path("dataset01"))
+    overwrite: bool = _files("replace files made with other flags", False)
     parallel: int = _files(
         "layers of chunks read at a time; 4 to 16 for cloud paths", 1, least=1
     )
     cv_path_defects: str | None = _defects(
-        "CloudVolume of defects, which do not count; read at the mip of the rest, so "
-        "it must be written there",
+        "CloudVolume of defects: blank in images, left out of the mean of fields; read "
+        "at the same mip, so it must be written there",
         None,
     )
     mask_val: float = _defects("values >= this are defects", 1)
@@ -65,36 +65,40 @@ class DownloadRequest(Request):
 
     @property
     def sections(self) -> range:
-        """All sections needed: the src ones and the tgt of the first."""
+        """All sections that are read: every src, and the tgt of the first."""
         return range(self.z_start - 1, self.z_end)
 
 
 @dataclass(frozen=True)
 class ImageRequest(DownloadRequest):
-    """What download_image.py is asked for."""
+    """Flags of download_image.py."""
 
-    cv_path: str = _what(f"CloudVolume of the images: {_VOLUME}")
-    mips: list[int] = _what("one file each", names=("--mip", "--mips"))
-    patch_sizes: list[int] = _what(
-        "side of the square patch, one a mip, pixels of that mip",
+    cv_path: str = _data(f"CloudVolume of the images: {_VOLUME}")
+    mips: list[int] = _data(
+        "mips to download, one file each", names=("--mip", "--mips")
+    )
+    patch_sizes: list[int] = _data(
+        "side of the square patch, one per mip, pixels of that mip",
         names=("--patch_size", "--patch_sizes"),
         least=1,
     )
-    anchor: str = _what(
-        "what the patches of all mips share; with center, the offsets are those of the "
-        "largest",
+    anchor: str = _data(
+        "point that the patches of all mips share; with center, --x_offset and "
+        "--y_offset are the corner of the largest",
         "corner",
         choices=("corner", "center"),
     )
-    suffix: str | None = _what(
-        "text in the file names, for several sets of one place", None
+    suffix: str | None = _data(
+        "text in the file names, to tell sets of one location apart", None
     )
-    field_dset: Path | None = _what(
+    field_dset: Path | None = _data(
         "downloaded field set whose offsets move each patch", None
     )
-    normalize: bool = _grey("mean 0, std 1 over tissue, by section; 0 stays 0", False)
+    normalize: bool = _grey(
+        "give each section mean 0 and std 1 over tissue; 0 stays 0", False
+    )
     reference_path: str | None = _grey(
-        "volume whose statistics normalise", unset="--cv_path"
+        "volume whose mean and std normalise", unset="--cv_path"
     )
     reference_mip: int | None = _grey(
         "mip of the reference area", unset="the patch's", least=0
@@ -114,16 +118,16 @@ class ImageRequest(DownloadRequest):
         if len(self.patch_sizes) != len(self.mips):
             raise UsageError(
                 f"--patch_size: {len(self.patch_sizes)} given for {len(self.mips)} "
-                "mips; expected one a mip, in pixels of that mip, for example --mip 5 "
-                "3 --patch_size 256 1024 for one area"
+                "mips; expected one per mip, in pixels of that mip, for example --mip "
+                "5 3 --patch_size 256 1024 for one area"
             )
         self._check_corner(max(self.mips))
         if self.suffix is not None:
             check_tag("--suffix", self.suffix)
         if self.has_reference and not self.normalize:
             raise UsageError(
-                "--reference_path, --reference_mip and --reference_size say what to "
-                "normalise by; give --normalize too"
+                "--reference_path, --reference_mip and --reference_size choose the "
+                "area that normalises; give --normalize too"
             )
 
     def check_paths(self) -> None:
@@ -135,7 +139,7 @@ class ImageRequest(DownloadRequest):
 
     @property
     def has_reference(self) -> bool:
-        """Whether another area than the patch was asked for to normalise by."""
+        """Whether another area than the patch normalises."""
         asked = (self.reference_path, self.reference_mip, self.reference_size)
         return any(value is not None for value in asked)
 
@@ -144,7 +148,7 @@ class ImageRequest(DownloadRequest):
         extent = max(
             size << mip for mip, size in zip(self.mips, self.patch_sizes, strict=True)
         )
-        # On the grid of the coarsest mip, so that fields move between mips exactly.
+        # On pixels of the coarsest mip, so that fields move between mips exactly.
         step = 1 << max(self.mips)
         grids = []
         for mip, size in zip(self.mips, self.patch_sizes, strict=True):
@@ -165,35 +169,35 @@ class ImageRequest(DownloadRequest):
 
 @dataclass(frozen=True)
 class FieldRequest(DownloadRequest):
-    """What download_field.py is asked for."""
+    """Flags of download_field.py."""
 
-    cv_path: str = _what(f"CloudVolume of the fields, of two channels: {_VOLUME}")
-    src_mip: int = _what("mip that is read")
-    dst_mip: int = _what("mip of the images that the fields are for, <= src_mip")
-    patch_size: int = _what(
+    cv_path: str = _data(f"CloudVolume of the fields, of two channels: {_VOLUME}")
+    src_mip: int = _data("mip that is read")
+    dst_mip: int = _data("mip of the images that the fields are for, <= src_mip")
+    patch_size: int = _data(
         "side of the square patch, pixels of dst_mip",
         names=("--patch_size", "--patch_sizes"),
         least=1,
     )
-    suffix: str | None = _what(
+    suffix: str | None = _data(
         "checkpoint name under which train.py finds the fields", None
     )
-    place: str | None = _what(
+    place: str | None = _data(
         "location of the image sets that the fields are for, as in their names: "
-        "x<X>_y<Y>_z<Z>[_<suffix>]. It differs where those have a suffix, or share a "
-        "centre",
+        "x<X>_y<Y>_z<Z>[_<suffix>]; needed if those names have a suffix or "
+        "another corner (--anchor center)",
         unset="the corner and z_start",
     )
     channel_order: str = _values(
-        "axes that channel 0 and 1 displace along", "xy", choices=("xy", "yx")
+        "axes that channels 0 and 1 displace along", "xy", choices=("xy", "yx")
     )
     field_unit: str = _values(
-        "mip-0 pixels, or relative: pixels of src_mip",
+        "unit of the values: mip0 (mip-0 pixels) or relative (pixels of src_mip)",
         "mip0",
         choices=("mip0", "relative"),
     )
     int16_scale: float | None = _values(
-        "what 1 of an int16 volume stands for, in that unit", unset="0.25"
+        "length that the int16 value 1 stands for, in that unit", unset="0.25"
     )
 
     def __post_init__(self) -> None:
@@ -228,7 +232,7 @@ class FieldRequest(DownloadRequest):
 
     @property
     def place_name(self) -> str:
-        """What the image sets that the fields are for are called, less their mip."""
+        """Name, without the mip, of the image sets that the fields are for."""
         corner = self.x_offset, self.y_offset, self.z_start
         return self.place or ImageSetName(*corner, self.dst_mip).place
 
@@ -241,19 +245,17 @@ class FieldRequest(DownloadRequest):
 
 @dataclass(frozen=True)
 class SpecRequest(Request):
-    """What `metroem create-spec` is asked for."""
+    """Flags of `metroem create-spec`."""
 
-    src_spec_path: Path = flag(
-        "template: a spec (JSON), with pairs, which are kept, or none"
-    )
+    src_spec_path: Path = flag("template: a spec (JSON); pairs that it has are kept")
     points_path: Path = flag(
         "CSV: neuroglancer's export of annotations, or columns x0, y0, z0"
     )
     dst_spec_path: Path = flag("spec to write")
     offsets: list[int] = flag(
-        "a pair a point each: src at the point's z, tgt at z + offset", [-1]
+        "one pair per point for each: src at the point's z, tgt at z + offset", [-1]
     )
-    overwrite: bool = flag("replace another file", False)
+    overwrite: bool = flag("replace an existing file", False)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -271,7 +273,7 @@ class SpecRequest(Request):
 
 @dataclass(frozen=True)
 class DatasetRequest(Request):
-    """What `metroem make-dataset` is asked for."""
+    """Flags of `metroem make-dataset`."""
 
     spec_path: Path = flag("spec (JSON), from create-spec")
     dst_path: str = flag(
@@ -281,12 +283,12 @@ class DatasetRequest(Request):
         "name of the training whose stage 1 starts from the fields", "precomputed"
     )
     parallel: int = flag(
-        "batches of patches made at a time; 4 to 16 for cloud paths", 1, least=1
+        "batches of patches read at a time; 4 to 16 for cloud paths", 1, least=1
     )
-    overwrite: bool = flag("replace what another spec made", False)
+    overwrite: bool = flag("replace a data set of another spec", False)
     verify: bool = flag(
-        "check each pair's checksum in the h5 files at the end, also of those that "
-        "were there: reads them once",
+        "check each pair's checksum in the h5 files at the end, also in files that "
+        "already existed; reads them once",
         False,
     )
 
@@ -308,7 +310,7 @@ class DatasetRequest(Request):
 
 @dataclass(frozen=True)
 class InspectRequest(Request):
-    """What `metroem inspect` is asked for."""
+    """Flags of `metroem inspect`."""
 
     dataset: Path = flag("folder of image sets and field sets", is_positional=True)
     pyramid_path: Path | None = flag(

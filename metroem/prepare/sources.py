@@ -1,15 +1,16 @@
-"""Open the volumes that data sets are made of: references and defect masks.
+"""Read reference areas and defect masks, the volumes beside images and fields.
 
-A reference is the area that a section is normalised by, if that is not the patch.
-Averaging takes noise out of coarser mips, so that the standard deviation of an area
-depends on the mip that it is read at. It is wanted for the pixels of the images:
+A reference area gives the mean and standard deviation that normalise a section. By
+default the patch itself does. Averaging removes noise at coarser mips, so the
+standard deviation of an area depends on the mip that is read. Images need the value
+for their own pixels:
 
-    finer than the images    the area is averaged to their mip
-    coarser                  var = var(area) + mean over samples of
-                                   (var(images) - var(area))
+    area finer than the images    the area is averaged to their mip
+    area coarser                  var = var(area) + mean over samples of
+                                        (var(images) - var(area))
 
-The second is the law of total variance: what is missing is the variance inside the
-pixels of the area. It is measured in windows of the area that are read at both mips.
+The second line is the law of total variance: the variance inside the pixels of the
+area is missing. It is measured in samples, windows of the area read at both mips.
 """
 
 import logging
@@ -26,14 +27,15 @@ from metroem.io.volume import Volume, crop_array
 
 logger = logging.getLogger(__name__)
 
-# Side of a sample, pixels of the images, and how many there are along x and y.
+# Side of a sample, pixels of the images, and the number of samples along x and y.
 _SAMPLE_PX, _NUM_SAMPLES = 128, 3
-_LEAST_PX = 4  # of the area
-_LEAST = 1e-12  # variance: samples may differ more than the area
+_LEAST_PX = 4  # smallest side of a sample, pixels of the area
+# Smallest variance: the difference between samples may exceed that of the area.
+_LEAST_VARIANCE = 1e-12
 
 
 class Moments(NamedTuple):
-    """How many pixels of tissue there are, and what they are like."""
+    """Number, mean and variance of the tissue pixels of an area."""
 
     count: float
     mean: float  # grey levels
@@ -41,7 +43,7 @@ class Moments(NamedTuple):
 
 
 class ReferenceArea(NamedTuple):
-    """An area of one size, around whatever patch is normalised or profiled by it."""
+    """An area of fixed size around each patch, for its statistics or its mean field."""
 
     volume: Volume
     mip: int
@@ -49,7 +51,7 @@ class ReferenceArea(NamedTuple):
     cols: int  # pixels of `mip`
 
     def around(self, window: Grid) -> Grid:
-        """The area around the centre of a patch, as far as the volume goes.
+        """The area around the centre of a patch, clipped to the volume.
 
         Raises:
             DatasetError: the volume has nothing there.
@@ -61,40 +63,41 @@ class ReferenceArea(NamedTuple):
         inner = self.volume.clip(Grid(self.mip, x, y, self.rows, self.cols))
         if inner is None:
             raise DatasetError(
-                f"{self.volume.flag} {self.volume.path}: holds nothing around x {x}, y "
-                f"{y} (mip-0 pixels)"
+                f"{self.volume.flag} {self.volume.path}: does not reach the reference "
+                f"area at x {x}, y {y} (mip-0 pixels)"
             )
         return inner
 
 
-def no_reference(
+def missing_reference(
     reference: ReferenceArea, sections: Iterable[int], flag: str
 ) -> DatasetError:
-    """The error for sections that have tissue, and nothing to be normalised by."""
+    """The error for sections that have tissue but no reference to normalise by."""
     volume, named = reference.volume, ", ".join(map(str, sorted(set(sections))))
     return DatasetError(
         f"{volume.flag} {volume.path}: has no tissue at mip {reference.mip} around the "
         f"patch in sections {named}, where the images have some; was it written there? "
-        f"Give a {flag} that was, another volume, or leave the reference out"
+        f"Give a {flag} that is written, another volume, or leave the reference out"
     )
 
 
-def samples_of(area: Grid, mip: int) -> list[Grid]:
-    """Windows of an area to measure at the mip of the images, if that is finer.
+def sample_windows(area: Grid, mip: int) -> list[Grid]:
+    """Choose windows of an area that are also measured at the mip of the images.
 
     They are spread evenly, on whole pixels of the area; a small area is one window.
+    There are none if the area's own mip is as fine as the images or finer.
     """
     if area.mip <= mip:
         return []
     side = max(_SAMPLE_PX >> (area.mip - mip), _LEAST_PX)
     spans = []
     for size in area.shape:
-        whole = size <= _NUM_SAMPLES * side
+        is_single = size <= _NUM_SAMPLES * side
         starts = [
             (2 * number + 1) * size // (2 * _NUM_SAMPLES) - side // 2
             for number in range(_NUM_SAMPLES)
         ]
-        spans.append([(0, size)] if whole else [(start, side) for start in starts])
+        spans.append([(0, size)] if is_single else [(start, side) for start in starts])
     return [
         area.crop(row, col, rows, cols).at_mip(mip)
         for row, rows in spans[0]
@@ -102,21 +105,21 @@ def samples_of(area: Grid, mip: int) -> list[Grid]:
     ]
 
 
-def moments_of(image: np.ndarray, grid: Grid, window: Grid, mip: int) -> Moments:
-    """The moments of the tissue in a window, for pixels of a mip.
+def tissue_moments(image: np.ndarray, grid: Grid, window: Grid, mip: int) -> Moments:
+    """Compute the moments of the tissue in a window, for pixels of a mip.
 
     Args:
         image: (H, W), finite, 0 = no data.
         grid: of the image.
-        window: of any mip; what of it lies outside of the image is left out.
-        mip: where it is coarser than the image, pixels are averaged.
+        window: of any mip; pixels outside the image are left out.
+        mip: pixels are averaged to it if it is coarser than the image.
     """
     inside = window.cover(grid.mip).overlap(grid)
     if inside is None:
         return Moments(0, 0, 0)
-    part = torch.from_numpy(crop_array(image, grid, inside).astype(np.float32))
+    cropped = torch.from_numpy(crop_array(image, grid, inside).astype(np.float32))
     levels = max(mip - grid.mip, 0)
-    tissue = coarsen_image(part[None, None], levels).double().numpy()
+    tissue = coarsen_image(cropped[None, None], levels).double().numpy()
     tissue = tissue[tissue != 0]
     if not tissue.size:
         return Moments(0, 0, 0)
@@ -124,60 +127,64 @@ def moments_of(image: np.ndarray, grid: Grid, window: Grid, mip: int) -> Moments
 
 
 def has_contrast(image: np.ndarray) -> bool:
-    """Whether there is tissue, of more than one grey level."""
+    """Whether there is tissue with more than one grey level."""
     tissue = image[image != 0]
     return bool(tissue.size and tissue.min() < tissue.max())
 
 
-def measure(image: np.ndarray, grid: Grid, patch: Grid) -> list[Moments]:
-    """The moments of an area where the patch is, and of each sample.
+def measure_area(image: np.ndarray, grid: Grid, patch: Grid) -> list[Moments]:
+    """Compute the moments of the patch and of each sample, as read in an area.
 
     Args:
-        image: (H, W) on `grid`, the area or more.
-        grid: that the samples are spread over.
+        image: (H, W) on `grid`, the area.
+        grid: of the area; the samples are spread over it.
         patch: at the mip of the images.
     """
-    parts = [patch, *samples_of(grid, patch.mip)]
-    return [moments_of(image, grid, part, patch.mip) for part in parts]
+    windows = [patch, *sample_windows(grid, patch.mip)]
+    return [tissue_moments(image, grid, window, patch.mip) for window in windows]
 
 
-def statistics_for(
+def reference_statistics(
     coarse: Sequence[Moments], fine: Sequence[Moments], image: np.ndarray
 ) -> GreyStatistics | None:
-    """Mean and standard deviation for the pixels of the images.
+    """Compute the mean and standard deviation that normalise an image.
 
     Args:
-        coarse: at the mip of the area: of the whole, of where the patch is, and of each
-            sample.
-        fine: of each sample, at the mip of the images.
+        coarse: moments at the mip of the area: of the area, of the patch, and of
+            each sample.
+        fine: moments of each sample at the mip of the images.
         image: (H, W), the patch.
 
     Returns:
-        None where there is nothing to normalise by: the area has no tissue or no
-        contrast, or none of it is where the patch has some.
+        None if there is nothing to normalise by: the area has no tissue or no
+        contrast, or the patch is mostly tissue and the area has none there.
     """
     area, patch, *samples = coarse
     if not area.variance > 0 or (np.mean(image != 0) > 0.5 and not patch.count):
         return None
     if samples and not any(sample.count for sample in fine):
-        # The images may be written where the patch is alone.
+        # The images may be written only where the patch is.
         grid = Grid(0, 0, 0, *image.shape)
-        samples, fine = [patch], [moments_of(image, grid, grid, 0)]
-    both = [(c, f) for c, f in zip(samples, fine, strict=True) if c.count and f.count]
-    inside = sum(f.count * (f.variance - c.variance) for c, f in both)
-    inside /= sum(f.count for _, f in both) or 1
-    return GreyStatistics(area.mean, max(area.variance + inside, _LEAST) ** 0.5)
+        samples, fine = [patch], [tissue_moments(image, grid, grid, 0)]
+    measured = [
+        (c, f) for c, f in zip(samples, fine, strict=True) if c.count and f.count
+    ]
+    inside = sum(f.count * (f.variance - c.variance) for c, f in measured)
+    inside /= sum(f.count for _, f in measured) or 1
+    return GreyStatistics(
+        area.mean, max(area.variance + inside, _LEAST_VARIANCE) ** 0.5
+    )
 
 
 class DefectMask(NamedTuple):
-    """A volume that marks what is blanked: folds, cracks and dirt.
+    """A volume that marks the pixels to blank: folds, cracks and dirt.
 
     Attributes:
-        volume: whose values are compared.
+        volume: its values are compared with `threshold`.
         threshold: values >= this are defects.
-        mip: that is read. None: that of what is masked, or else the next finer one
-            that there is, or else the next coarser one. A mip that is in its info but
-            was never written reads as "no defect".
+        mip: the mip that is read. None: the mip of the masked pixels, else the
+            nearest finer mip of the volume, else its finest. A mip that is in the
+            info but was never written reads as "no defect".
     """
 
     volume: Volume
@@ -185,22 +192,22 @@ class DefectMask(NamedTuple):
     mip: int | None = None
 
     def source_mip(self, mip: int) -> int:
-        """The mip that is read to mask pixels of another."""
+        """The mip of the mask that is read to mask pixels of `mip`."""
         if self.mip is not None:
             return self.mip
         finer = [m for m in self.volume.mips if m <= mip]
         return finer[-1] if finer else self.volume.mips[0]
 
     def check(self, of: Volume, mip: int, windows: Mapping[int, Grid]) -> None:
-        """Refuse a mask that does not reach over what is masked by it.
+        """Refuse a mask that does not cover the pixels that it masks.
 
         Args:
             of: the volume that is masked.
-            mip: of what is masked.
-            windows: by z, what is read of it.
+            mip: of the masked pixels.
+            windows: by z, the area that is read of `of`.
 
         Raises:
-            DatasetError: so, or the mask lies elsewhere.
+            DatasetError: it does not cover them, or lies elsewhere.
         """
         source = self.source_mip(mip)
         self.volume.check_mip("mip", source)
@@ -208,11 +215,11 @@ class DefectMask(NamedTuple):
         self.volume.check_sections(range(min(windows), max(windows) + 1), source)
         for window in set(windows.values()):
             if (inside := of.clip(window)) is not None:
-                self.volume.check_covers(inside, "what is masked", at=source)
+                self.volume.check_covers(inside, "the masked area", at=source)
 
 
 def open_mask(path: str | None, threshold: float, of: Volume) -> list[DefectMask]:
-    """Open the mask of a download; its scales and coordinates are those of `of`.
+    """Open the mask of a download; it shares the mips and coordinates of `of`.
 
     Raises:
         DatasetError: it cannot be opened, or none of its scales is a mip of `of`.
@@ -233,8 +240,8 @@ def resample_mask(window: Grid, marked: np.ndarray, source: Grid) -> np.ndarray:
         source: covers `window` on whole pixels of its own mip.
 
     Returns:
-        (window.rows, window.cols) bool: where any finer pixel is marked, or the
-        coarser one is.
+        (window.rows, window.cols) bool: whether any finer pixel inside, or the
+        coarser pixel around it, is marked.
     """
     levels = source.mip - window.mip
     if levels <= 0:
@@ -246,12 +253,12 @@ def resample_mask(window: Grid, marked: np.ndarray, source: Grid) -> np.ndarray:
     return crop_array(fine, grid, window)
 
 
-def warn_of_integers(volume: Volume, cure: str) -> None:
-    """Say before anything is read that images will not be normalised.
+def warn_if_integers(volume: Volume, cure: str) -> None:
+    """Warn, before anything is read, that integer images will not be normalised.
 
     Args:
         volume: of images that are kept as stored.
-        cure: what is to be given.
+        cure: the flag or entry that normalises them.
     """
     if volume.dtype.kind in "iu":
         logger.warning(

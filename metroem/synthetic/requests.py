@@ -1,4 +1,4 @@
-"""Say what the commands that have no room of their own are asked for."""
+"""Define the flags of the demo."""
 
 from dataclasses import dataclass
 from importlib import resources
@@ -7,21 +7,21 @@ from pathlib import Path
 from metroem.errors import UsageError
 from metroem.utils.cli import Request, flag
 
-GAP = 2  # sections between the last one trained on and the first one scored on
+GAP = 2  # sections between the last one for training and the first that is scored
 MARKER = ".metroem-demo"
 SCHEDULE = Path(str(resources.files("metroem") / "specs" / "schedules" / "demo.json"))
 
 
 @dataclass(frozen=True)
 class DemoRequest(Request):
-    """What `metroem demo` is asked for; all but the folder in Python alone.
+    """Flags of `metroem demo`; all but the folder can be set only in Python.
 
     Attributes:
         num_sections: how many sections to make.
         rows: height of a section, px, a multiple of 4.
         cols: width of a section, px, a multiple of 4.
-        num_held_out: how many of the last pairs are scored, not trained on.
-        seed: of the tissue, the distortions and the training.
+        num_held_out: how many of the last pairs are scored and not trained on.
+        seed: random seed of the tissue, the distortions and the training.
         train_params_path: the schedule.
 
     Raises:
@@ -29,7 +29,7 @@ class DemoRequest(Request):
     """
 
     folder: Path = flag(
-        "folder of all that it writes; what an earlier demo left there is removed",
+        "folder for all files; those of an earlier demo are removed",
         Path("demo"),
     )
     num_sections: int = 28
@@ -61,7 +61,8 @@ class DemoRequest(Request):
         is_empty = not folder.exists() or not any(folder.iterdir())
         if not is_empty and not (folder / MARKER).is_file():
             raise UsageError(
-                f"--folder {folder}: holds things that no demo wrote; name a new folder"
+                f"--folder {folder}: contains files that no demo wrote; name a new "
+                "folder"
             )
 
     @property

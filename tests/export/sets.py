@@ -1,4 +1,4 @@
-"""Field sets and their images that tests export."""
+"""Make field sets and their images for tests to export."""
 
 import numpy as np
 
@@ -34,21 +34,21 @@ def make_sets(
     mip=MIP,
     vectors=None,
 ):
-    """An image set and its field set at a place; the field set is returned.
+    """Write an image set and its field set at a location; return the field set.
 
     Args:
         folder: for the files.
         x: corner, mip-0 pixels.
-        y: likewise.
+        y: corner, mip-0 pixels.
         z: src section of the first pair.
         num_pairs: how many.
-        downloaded: with a field for tgt as well; a section's is the same on both
-            sides.
+        downloaded: whether tgt has a field too; a section has the same field as
+            src and as tgt.
         offsets: by z, (x, y) that its images were moved by.
-        resolution: that the files state, or None.
+        resolution: stated by the files, or None.
         tag: checkpoint or suffix.
         mip: of both.
-        vectors: the field by z; None: those of `random_vectors`.
+        vectors: the field by z; None: `random_vectors` makes them.
     """
     vectors = vectors or random_vectors
     grid = Grid(mip, x, y, ROWS, COLS)
@@ -76,13 +76,13 @@ def make_sets(
 
 
 def image(z):
-    """(ROWS, COLS) of a section, nowhere 0."""
+    """Make an image of a section: (ROWS, COLS), nowhere 0."""
     random = np.random.default_rng(1000 + z)
     return random.uniform(0.5, 2, (ROWS, COLS)).astype(np.float32)
 
 
 def random_vectors(z):
-    """(2, ROWS, COLS) of a section, pixels; of two sizes along cols and rows."""
+    """Make a field of a section: (2, ROWS, COLS), px, larger along rows than cols."""
     random = np.random.default_rng(z)
     sizes = np.array([3, 7])[:, None, None]
     return (random.uniform(-1, 1, (2, ROWS, COLS)) * sizes).astype(np.float32)

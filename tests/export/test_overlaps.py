@@ -1,4 +1,4 @@
-"""Fields that belong to the same pixels of a section: none is lost in silence."""
+"""Check that no field is lost in silence if several cover the same pixels."""
 
 import json
 
@@ -61,7 +61,7 @@ def image(z):
 
 
 def read(path, z, x=0, rows=ROWS):
-    """(C, rows, COLS) of a section."""
+    """Read (C, rows, COLS) of a section."""
     stored = CloudVolume(f"file://{path}", mip=MIP, progress=False, fill_missing=True)
     section = np.asarray(stored[x >> 1 : (x >> 1) + rows, 0:COLS, z])
     return section[:, :, 0].transpose(2, 0, 1)
@@ -147,7 +147,7 @@ SHIFT = 8  # px of mip 1 that two places lie apart along x: they share 4 rows
 
 
 def two_places(folder):
-    """Two places of one section that share rows 8 to 11 of the first."""
+    """Make two sets of one section that share rows 8 to 11 of the first."""
     write_set(folder, [(5, 4)], vector=lambda _: (1, 0))
     write_set(folder, [(5, 4)], x=SHIFT << MIP, vector=lambda _: (2, 0))
 
@@ -173,7 +173,7 @@ def test_the_place_that_counts_in_an_overlap_may_be_chosen(tmp_path, overlap, co
     along_cols = read(tmp_path / "out", 5, rows=SHIFT + ROWS)[0]
     expected = [1] * SHIFT + [counts] * (ROWS - SHIFT) + [2] * SHIFT
     np.testing.assert_array_equal(along_cols[:, 0], expected)
-    export(tmp_path / "d", tmp_path / "out", *flags)  # goes on where it was
+    export(tmp_path / "d", tmp_path / "out", *flags)  # resumes where it was
     # The images of the overlap are those of the same place, moved by its field.
     after = read(warped / "after", 5, rows=SHIFT + ROWS)[0]
     shown = SHIFT if overlap == "last" else 0

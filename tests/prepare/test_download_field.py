@@ -31,7 +31,7 @@ def displacement(x, y, z):
 
 
 def centers(corner, size, mip):
-    """Mip-0 coordinates of pixel centres, less half a mip-0 pixel."""
+    """Mip-0 coordinates of pixel centres, minus half a mip-0 pixel."""
     return corner + (np.arange(size) + 0.5) * 2**mip
 
 
@@ -47,7 +47,7 @@ def all_stored():
 
 
 def write_volume(folder, values, **more):
-    """A volume whose fields are at SRC_MIP alone."""
+    """Make a volume with fields only at SRC_MIP."""
     finer = np.zeros((5, values.shape[1], 160, 224), values.dtype)
     by_mip = [finer, None, values]
     return make_volume(folder, by_mip, offset=OFFSET, **more)
@@ -67,7 +67,7 @@ def download(tmp_path):
 
 
 def total(field_set, index, side):
-    """Mip-0 displacements along x and y, offset put back: (2, H, W)."""
+    """Mip-0 displacements along x and y, offset added again: (2, H, W)."""
     field = field_set.read(index, side)
     x, y = field_set.offset(index, side)
     scale = 2**field_set.mip
@@ -255,7 +255,7 @@ def test_each_sections_field_is_read_once(tmp_path, download, monkeypatch):
 
 
 class _Killed(BaseException):
-    """Stands for what ends a process between two sections."""
+    """Stands for a kill between two sections."""
 
 
 def test_a_killed_download_goes_on_and_is_then_not_repeated(

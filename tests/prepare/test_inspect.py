@@ -150,7 +150,7 @@ def test_fields_that_do_not_lie_on_their_images_are_found(dataset, more, match):
 
 def test_fields_without_images_are_found(dataset):
     write_fields(dataset, 2)
-    assert "no image set of its place at mip 2" in problems(dataset)
+    assert "no image set of its location at mip 2" in problems(dataset)
 
 
 def test_what_was_not_finished_and_what_has_no_proper_name_is_found(dataset):

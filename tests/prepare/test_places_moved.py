@@ -1,4 +1,4 @@
-"""Mips of one place, moved by a downloaded field: together, or refused."""
+"""Check that all mips of a location are moved alike by a downloaded field."""
 
 import re
 import shlex
@@ -34,7 +34,7 @@ MOVED = {1: (-6, 4), 2: (10, -8), 3: (2, 12)}
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
-    """Volumes of images and of a field, in a folder where commands run."""
+    """Make volumes of images and of a field, in the folder where commands run."""
     monkeypatch.chdir(tmp_path)
     random = np.random.default_rng(0)
     fine = random.integers(1, 255, (5, 1, 128, 96), np.uint8)
@@ -49,7 +49,7 @@ def folder(tmp_path, monkeypatch):
 
 @pytest.fixture
 def run(folder, monkeypatch):
-    """Runs a command line as typed."""
+    """Run a command line as typed."""
 
     def run_line(line):
         name, *words = shlex.split(line)
@@ -114,7 +114,7 @@ def test_the_readme_of_the_original_in_its_order_in_one_folder(
     init_pyramid(Path("pyramid"), [2, 1, 0])
 
     class Reached(Exception):
-        """All is planned; the first stage would be prepared."""
+        """Raised where the first stage would start, after all checks."""
 
     def prepare(*args):
         raise Reached
@@ -129,7 +129,7 @@ def test_the_readme_of_the_original_in_its_order_in_one_folder(
     for line in (image_line("0 1", "40 24"), field_line(), image_line("1", "24", MOVE)):
         run(line)
     assert not count.times and offsets(0) == offsets(1) == EXPECTED
-    assert f"data/{PLACE}_MIP0.h5: is there already, moved by a field" in caplog.text
+    assert f"data/{PLACE}_MIP0.h5: already exists, moved by a field" in caplog.text
 
 
 def test_stages_before_do_not_make_the_priors_of_a_download(run, monkeypatch):
@@ -217,7 +217,7 @@ def test_a_coarser_mip_that_the_field_cannot_move_stays_and_is_named(run, caplog
 
 
 def moved_unlike(run):
-    """Mip 1 moved, mip 0 downloaded afterwards without the field."""
+    """Download mip 1 moved by the field, then mip 0 without the field."""
     run(field_line())
     run(image_line("1", "24", MOVE))
     run(image_line("0", "40"))
@@ -231,7 +231,7 @@ def test_a_mip_downloaded_without_the_field_of_its_place_is_named(run, caplog):
 
 
 def called(command):
-    """What looks at several mips of a place, and refuses what was moved unlike."""
+    """Commands that read several mips, and refuse mips that were moved differently."""
     data, pyramid = Path("data"), Path("pyramid")
     if command == "inspect":
         return lambda: inspect_dataset(InspectRequest(data))

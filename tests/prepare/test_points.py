@@ -92,7 +92,7 @@ def test_points_on_one_pixel_of_max_mip_make_one_pair(create, caplog):
 
 def test_annotations_that_are_no_points_are_named(create, caplog):
     create(exported("(100, 64, 17)", kind="Line"))
-    assert "1 annotations are no points; their Coordinate 1" in caplog.text
+    assert "1 annotations are not points; their Coordinate 1" in caplog.text
 
 
 def test_another_spec_is_replaced_only_to_overwrite(create):

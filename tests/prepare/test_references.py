@@ -1,4 +1,4 @@
-"""Areas that sections are normalised by, and what is said of those that are not."""
+"""Check reference areas, and the messages about images that are not normalised."""
 
 import json
 
@@ -15,7 +15,7 @@ from metroem.io.h5 import ImageSet
 from metroem.io.resume import ResumeStore, parts_folder
 from metroem.prepare.inspect import inspect_dataset
 from metroem.prepare.requests import InspectRequest
-from metroem.prepare.sources import samples_of
+from metroem.prepare.sources import sample_windows
 from tests import volumes
 
 SIDE = 256
@@ -34,7 +34,7 @@ def make_volume(folder, by_mip):
 
 
 def noisy(*, num=3, side=SIDE, seed=0):
-    """Sections of texture that averaging keeps and noise that it takes out."""
+    """Make sections of texture, which averaging keeps, and noise, which it removes."""
     random = np.random.default_rng(seed)
     shape = (num, 1, side, side)
     texture = ndimage.gaussian_filter(random.normal(size=shape), (0, 0, 8, 8))
@@ -105,7 +105,7 @@ def test_a_coarser_reference_gives_the_std_of_the_pixels_of_the_patch(
 
 
 def test_a_patch_of_a_large_pale_place_stays_pale(tmp_path, download):
-    """Three quarters of the area have four times the contrast of the patch."""
+    """Make three quarters of the area with four times the contrast of the patch."""
     sections = np.stack([noisy(num=1, side=1024, seed=z)[0] for z in range(2)])
     sections[..., :512, :512] = sections[..., :512, :512] // 4 + 150
     path = make_volume(tmp_path / "em", [sections, None, averaged(sections, 2)])
@@ -135,12 +135,12 @@ def test_a_finer_reference_is_averaged_to_the_mip_of_the_patch(
 
 def test_samples_are_spread_over_an_area_on_its_pixels():
     area = Grid(3, 64, -128, 192, 40)
-    samples = samples_of(area, 1)
+    samples = sample_windows(area, 1)
     # 128 px of mip 1 are 32 px of the area; 40 px are one window.
     corners = [64 + 8 * row for row in (16, 80, 144)]
     assert [(s.x, s.rows) for s in samples] == [(x, 128) for x in corners]
     assert {(s.mip, s.y, s.cols) for s in samples} == {(1, -128, 160)}
-    assert samples_of(area, 3) == samples_of(area, 4) == []
+    assert sample_windows(area, 3) == sample_windows(area, 4) == []
 
 
 @pytest.mark.parametrize("written", [(), (0, 1), (0, 2)])
@@ -161,7 +161,7 @@ def test_a_reference_that_lacks_sections_is_refused_and_names_them(
     match = f"no tissue at mip 2 .* in sections {named}, where"
     with pytest.raises(DatasetError, match=match):
         make(path, area(path, 2, SIDE >> 2))
-    # Once it is written, the same command goes on.
+    # Once it is written, the same command resumes.
     make_volume(tmp_path / "em", [sections, None, averaged(sections, 2)])
     assert abs(download(path, *flags).read(0).src.mean()) < 0.2
 
@@ -246,7 +246,7 @@ def test_a_section_of_one_grey_level_is_blank_in_the_log_too(
     assert not images.read(1).src.any()
     assert "4 sections, blank 25.0% (0.0%...100.0%)" in caplog.text
     assert "mostly blank: sections 2 (100%)" in caplog.text
-    assert "sections [2] are of one grey level" in caplog.text
+    assert "sections [2] have one grey level" in caplog.text
 
 
 @pytest.mark.parametrize("dtype", [np.uint8, np.float32])

@@ -21,7 +21,7 @@ SPEC = {
 
 
 def changed(where, value):
-    """SPEC with another value at a path; None leaves the key out."""
+    """Change a value of SPEC at a path; None leaves the key out."""
     spec = copy.deepcopy(SPEC)
     *parents, key = where
     inner = spec

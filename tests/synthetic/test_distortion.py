@@ -74,11 +74,11 @@ def test_the_same_generator_gives_the_same_section(tissue):
 def test_a_fold_is_dark_bends_the_field_and_is_left_out_of_the_truth(tissue):
     smooth = sections_of(tissue, CLEAN)
     folded = sections_of(tissue, Distortion(fold=1, corner=0))
-    assert folded[1].spoiled.any()
-    assert not smooth[1].spoiled.any()
+    assert folded[1].near_fold.any()
+    assert not smooth[1].near_fold.any()
     valid = true_pair(smooth[1], folded[0]).valid[0, 0].numpy()
-    assert not (valid & folded[0].spoiled).any()
-    assert np.percentile(folded[1].image[folded[1].spoiled], 5) < 40
+    assert not (valid & folded[0].near_fold).any()
+    assert np.percentile(folded[1].image[folded[1].near_fold], 5) < 40
     assert fold_fraction(folded[1].field) == 0
 
 

@@ -1,4 +1,4 @@
-"""A volume of known sections, and download_image.py on it."""
+"""Make a volume of known sections, and run download_image.py on it."""
 
 import numpy as np
 import pytest
@@ -35,7 +35,7 @@ def download(tmp_path, volume):
 
 
 def patch(sections, z, rows, cols, x=96, y=0):
-    """What is stored of section z at mip 0, as the network sees it."""
+    """Stored values of section z at mip 0, in the network's order of axes."""
     row, col = x - OFFSET[0], y - OFFSET[1]
     window = sections[z - OFFSET[2], 0, row : row + rows, col : col + cols]
     return window.astype(np.float32)

@@ -1,4 +1,4 @@
-"""download_image.py stopped, killed, repeated; and what it reads."""
+"""Stop, kill and repeat download_image.py, and count what it reads."""
 
 import itertools
 import sys
@@ -43,11 +43,11 @@ def test_a_file_that_does_not_say_how_it_was_made_is_kept(tmp_path, download):
 
 
 class _Killed(BaseException):
-    """Stands for what ends a process between two sections."""
+    """Stands for a kill between two sections."""
 
 
 def fail_after(monkeypatch, num_parts):
-    """Let the store fail once it has kept some parts."""
+    """Let the store fail after it has stored some results."""
     countdown = itertools.count()
     original = resume.ResumeStore.put
 

@@ -1,4 +1,4 @@
-"""What download_image.py writes, and what it refuses."""
+"""Check the values that download_image.py writes, and what it refuses."""
 
 import argparse
 import dataclasses
@@ -110,7 +110,7 @@ def test_a_reference_area_around_the_patch_normalises_it(download, sections, mip
     (path,) = download(*flags, "--reference_size", size, "--reference_mip", mip)
     # The patch is centred on x 112, y 16; 96 around it reach from 64 and -32 on.
     area = patch(sections, 13, 96, 96, 64, -32).astype(float)
-    # The standard deviation is that of pixels of the patch's mip.
+    # The standard deviation belongs to pixels of the patch's mip.
     mean = area[:: 2**mip, :: 2**mip].mean()
     expected = (patch(sections, 13, 32, 32) - mean) / area.std()
     np.testing.assert_allclose(ImageSet(path).read(1).src, expected, atol=1e-5)
@@ -248,7 +248,7 @@ def test_pairs_that_the_field_set_lacks_are_refused(tmp_path, download):
 @pytest.mark.parametrize(
     ("flags", "match"),
     [
-        (["--mip", 0, 1, "--patch_size", 64], "one a mip"),
+        (["--mip", 0, 1, "--patch_size", 64], "one per mip"),
         (["--mip", 0, 0, "--patch_size", 64, 64], "each once"),
         (["--mip", -1, "--patch_size", 64], "mips >= 0"),
         (["--mip", 0, "--patch_size", 0], "must be >= 1"),

@@ -1,4 +1,4 @@
-"""Volumes of known values, specs of pairs in them, and make-dataset on those."""
+"""Make volumes of known values and specs of pairs, and run make-dataset on them."""
 
 import json
 import sys
@@ -99,7 +99,7 @@ def with_field(spec, tmp_path, *, changed=(2, slice(20, 21), slice(20, 21), np.n
 
 
 def with_mask(spec, tmp_path):
-    """Marks one pixel of mip 1 in each section: x 144, y 32 on, 2 x 2 px of mip 0."""
+    """Mark one pixel of mip 1 in each section: 2 x 2 px of mip 0 from x 144, y 32."""
     mask = np.zeros((6, 1, 80, 64), np.uint8)
     mask[:, :, 40, 32] = 3
     mask[:, :, 0, 0] = 2

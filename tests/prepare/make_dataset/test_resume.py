@@ -1,4 +1,4 @@
-"""make-dataset killed, repeated, and asked for something else; and what it reads."""
+"""Kill and repeat make-dataset, change its spec, and count what it reads."""
 
 import hashlib
 import itertools
@@ -29,7 +29,7 @@ from tests.volumes import ReadCount, make_volume
 
 
 class _Killed(BaseException):
-    """Stands for what ends a process between two parts."""
+    """Stands for a kill between two patches."""
 
 
 def kill_at(patched, owner, name, count):
@@ -153,7 +153,7 @@ def test_volumes_of_another_spec_need_overwrite_and_others_stay(tmp_path, make, 
     assert read_volume(f"{dst}/image").shape == (4, 1, ROWS, COLS)
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "letter.txt").write_text("dear")
-    with pytest.raises(DatasetError, match="no data set of ours"):
+    with pytest.raises(DatasetError, match="not a data set of"):
         make(spec, "--overwrite", dst=f"file://{tmp_path}/mine")
     assert (tmp_path / "mine" / "letter.txt").read_text() == "dear"
 
@@ -175,7 +175,7 @@ def test_files_that_were_damaged_since_are_found_when_asked_for(spec, make):
     (path,) = make(spec, "--verify")
     with h5py.File(path, "r+") as file:
         file["img"][1, 0, 3, 4] += 1
-    make(spec)  # is there already, nothing to do
+    make(spec)  # already exists, nothing to do
     with pytest.raises(DatasetError, match="(?s)damaged.*--overwrite.*pair 1 is not"):
         make(spec, "--verify")
     make(spec, "--verify", "--overwrite")

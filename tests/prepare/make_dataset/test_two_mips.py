@@ -1,4 +1,4 @@
-"""The same pairs at two mips: moved alike, and seen alike by the stages."""
+"""Check that the same pairs at two mips are moved alike and fit the stages."""
 
 from types import SimpleNamespace
 
@@ -32,7 +32,7 @@ def at_mip_1(spec):
 
 @pytest.fixture
 def both(tmp_path, make, spec, volume):
-    """Images and fields at mips 1 and 0; what is left of a field is part of a pixel."""
+    """Make images and fields at mips 1 and 0; residual fields are below a pixel."""
     spec = with_field(with_reference(spec, volume), tmp_path)
     make(spec)
     make(at_mip_1(spec))

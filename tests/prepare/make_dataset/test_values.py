@@ -1,4 +1,4 @@
-"""What make-dataset cuts out."""
+"""Check the values that make-dataset writes."""
 
 import argparse
 import dataclasses
