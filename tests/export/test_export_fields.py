@@ -341,7 +341,7 @@ def test_fields_beyond_int16_are_refused(data, volume):
 @pytest.mark.parametrize(
     ("flags", "match"),
     [
-        (["--dtype", "int16"], "already as float32"),
+        (["--dtype", "int16"], "already exists as float32"),
         (["--channel_order", "xy"], "channel_order 'yx' .asked for: 'xy'"),
         (["--resolution", 8, 8, 40], "mip-0 voxels of 4x6x40 nm"),
     ],
