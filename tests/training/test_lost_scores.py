@@ -68,7 +68,7 @@ def test_a_field_that_points_out_of_the_image_scores_its_length():
     # It is the same before and after the warp: consistent, and all lost.
     out = shift(300.0)
     sample = warped(finds(out))
-    assert not sample.truth_valid.any() and sample.truth_due.float().mean() > 0.5
+    assert not sample.truth_valid.any() and sample.scored.float().mean() > 0.5
     assert float(covered(sample, out)) == 0
     epe = float(score(phase_of("known_warp"), sample, out).epe)
     assert epe == pytest.approx(300, abs=WARP.peak_px + 2 * WARP.shift_px + 1)
