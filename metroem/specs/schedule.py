@@ -168,7 +168,7 @@ class Schedule:
         nearest = min(self.phases, key=lambda entry: (abs(entry - mip), entry))
         if nearest != mip:
             logger.info(
-                "%s has no entry for mip %d: using that of mip %d",
+                "%s has no entry for mip %d: using the entry of mip %d",
                 self.source,
                 mip,
                 nearest,

@@ -106,7 +106,7 @@ def _load_previous_weights(aligner: Aligner, config: StageConfig) -> None:
         if weights.is_file() and previous.spec() == config.module.spec():
             load_weights(aligner.net, weights)
             logger.info(
-                "stage %d: no weights yet; it starts from those of stage %d",
+                "stage %d: no weights yet; it starts from the weights of stage %d",
                 *(config.stage, previous.stage),
             )
 

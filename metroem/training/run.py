@@ -249,7 +249,7 @@ def _can_write(request: TrainRequest, plan: _Plan, module: ModuleSpec) -> bool:
     if not weights.is_file():
         why = "not trained"
     elif not {module.in_mip, plan.mip_of_fields(module)} <= mips:
-        why = f"no images at mip {module.in_mip}, or at that of its fields"
+        why = f"no images at mip {module.in_mip}, or at the mip of its fields"
     else:
         return True
     logger.info("stage %d: %s, writes no fields", module.stage, why)

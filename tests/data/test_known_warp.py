@@ -1,4 +1,4 @@
-"""Known warps: the truth leads back to the section, wherever it says it does."""
+"""Test known warps: the truth leads back to the section wherever it is valid."""
 
 import pytest
 import torch

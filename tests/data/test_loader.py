@@ -1,4 +1,4 @@
-"""Samples that processes read ahead, where shared memory is short."""
+"""Test samples that worker processes read ahead, with little shared memory."""
 
 import logging
 

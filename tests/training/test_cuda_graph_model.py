@@ -1,4 +1,4 @@
-"""Passes of a network that a GPU repeats by itself beside those that torch makes."""
+"""Compare recorded passes of a network with passes that are not recorded."""
 
 import pytest
 import torch
@@ -46,8 +46,8 @@ class Noted:
 
 
 def images(batch=1, *, seed=0):
-    chance = torch.Generator().manual_seed(seed)
-    return tuple(torch.randn(2, batch, 1, ROWS, COLS, generator=chance))
+    generator = torch.Generator().manual_seed(seed)
+    return tuple(torch.randn(2, batch, 1, ROWS, COLS, generator=generator))
 
 
 def test_on_a_cpu_each_pass_is_made_as_it_is():
