@@ -100,7 +100,9 @@ def test_a_stage_without_weights_starts_from_the_stage_before(run, caplog):
     (run / "schedule.json").write_text(json.dumps({"1": [PAIRS]}))
     found, before = first_weights(run)
     assert all(torch.equal(found[name], before[name]) for name in before)
-    assert "stage 1: no weights yet; it starts from those of stage 0" in caplog.text
+    assert (
+        "stage 1: no weights yet; it starts from the weights of stage 0" in caplog.text
+    )
 
 
 def test_a_stage_with_another_network_starts_afresh(run, caplog):
@@ -109,7 +111,7 @@ def test_a_stage_with_another_network_starts_afresh(run, caplog):
     module = run / "pyramid" / "1_mip1in_correlation" / "model"
     write_spec(module, {**CORRELATION, "levels": levels})
     found, before = first_weights(run)
-    assert found.keys() > before.keys() and "starts from those" not in caplog.text
+    assert found.keys() > before.keys() and "starts from the weights" not in caplog.text
 
 
 @pytest.mark.long

@@ -1,4 +1,4 @@
-"""Augmentations of one sample, each drawn from the generator it is given."""
+"""Apply random augmentations to a sample."""
 
 import math
 from collections.abc import Callable
@@ -30,9 +30,9 @@ from metroem.specs.augmentations import (
     Stain,
 )
 
-# The maps of a sample whose two channels are along cols and along rows.
-_FIELDS = ("prior_field", "truth", "truth_lost", "unwarped_prior")
-# What is drawn on one section: each side of a pair draws its own.
+# Maps of a sample that are fields: channels along cols and along rows.
+_FIELDS = ("prior_field", "truth", "fallback_truth", "unwarped_prior")
+# Changes of one section: each side of a pair draws its own.
 _IMAGINGS: dict[type, Callable[[Tensor, Any, Generator], Tensor]] = {
     Photometric: augment_photometric,
     Defocus: defocus,
@@ -50,14 +50,14 @@ def augment(
 ) -> Sample:
     """Apply augmentations in turn, each with its probability.
 
-    Sections are skipped and crops are turned when a sample is read, so `SkipSection`
-    and `RandomTurn` are done by then.
+    Sections are skipped and crops are rotated when a sample is read, so `SkipSection`
+    and `RandomTurn` are already applied.
 
     Args:
         sample: of any batch size.
         augmentations: of a phase.
-        generator: what chance is drawn from; one draw an augmentation at
-            least, so that leaving one out does not change the others' luck.
+        generator: random number generator. It draws whether an augmentation is
+            applied even where the probability is 0 or 1.
     """
     for augmentation in augmentations:
         prob = augmentation.prob
@@ -84,15 +84,15 @@ def augment(
 def transpose(sample: Sample) -> Sample:
     """Swap rows and cols; the channels of a field swap with them."""
 
-    def turned(name: str, value: Tensor) -> Tensor:
+    def transposed(name: str, value: Tensor) -> Tensor:
         value = value.transpose(-1, -2)
         return value.flip(1) if name in _FIELDS else value
 
-    return _each_map(sample, turned)
+    return _each_map(sample, transposed)
 
 
 def flip(sample: Sample, dim: Literal[-2, -1]) -> Sample:
-    """Mirror rows (-2) or cols (-1); what a field says along them changes sign."""
+    """Mirror rows (-2) or cols (-1); a field's channel along them changes sign."""
 
     def flipped(name: str, value: Tensor) -> Tensor:
         value = value.flip(dim)
@@ -105,6 +105,7 @@ def flip(sample: Sample, dim: Literal[-2, -1]) -> Sample:
 
 
 def _each_map(sample: Sample, change: Callable[[str, Tensor], Tensor]) -> Sample:
+    """Apply a function of (name, map) to all maps of a sample."""
     changed = {
         name: change(name, value)
         for name, value in sample._asdict().items()
@@ -131,13 +132,15 @@ def change_section(
     options: Augmentation,
     generator: Generator,
 ) -> Sample:
-    """Image or damage one side of each pair; what damage hides becomes a defect.
+    """Change the imaging of one side of each pair, or paint a defect on it.
+
+    Pixels that a painted defect hides are added to the side's defect mask.
 
     Args:
         sample: of any batch size.
         side: which of its images.
-        options: one of those that are drawn on a section.
-        generator: what chance is drawn from.
+        options: a key of `_IMAGINGS` or of `_DAMAGES`.
+        generator: random number generator.
     """
     images: Tensor = getattr(sample, side)
     if type(options) in _IMAGINGS:
@@ -155,11 +158,11 @@ def change_section(
 
 
 def warp_tgt(sample: Sample, options: RandomWarp, generator: Generator) -> Sample:
-    """Move tgt by a random field, which the aligner then has to find.
+    """Warp tgt by a random field, which the aligner then has to find.
 
-    The prior field stays as it was: what it does not know of is the point. The
-    defects of tgt move with it. A pixel of which more than 0.4 would come from
-    "no data" becomes that.
+    The prior field is not changed, so it does not contain the warp. The defects of tgt
+    are warped too. A pixel becomes "no data" if more than 0.4 of it comes from "no
+    data".
     """
     field = random_field(sample.tgt.shape[-2:], options, generator)
     tgt = warp(sample.tgt, field)
@@ -174,12 +177,12 @@ def warp_tgt(sample: Sample, options: RandomWarp, generator: Generator) -> Sampl
 def random_field(
     shape: torch.Size | tuple[int, int], options: RandomWarp, generator: Generator
 ) -> Tensor:
-    """A smooth random field between knots of independent displacements.
+    """Draw a smooth random field between knots of independent displacements.
 
     Args:
         shape: (H, W).
         options: number of knots and range of their displacements.
-        generator: what chance is drawn from.
+        generator: random number generator.
 
     Returns:
         (1, 2, H, W), pixels, within the range of the knots.
@@ -191,13 +194,13 @@ def random_field(
     if options.randomize_d:
         difficulty = int(torch.randint(difficulty + 1, (), generator=generator))
     knots = 2**difficulty
-    # One knot more on each side than the area has, so that it may be shifted.
+    # One more knot on each side than the area has, so that the knots may be shifted.
     drawn = knots + 2 if options.random_epicenters else knots
     displacements = torch.rand(1, 2, drawn, drawn, generator=generator)
     spread = options.max_disp - options.min_disp
     displacements = options.min_disp + spread * displacements
     if not options.random_epicenters:
-        # Beyond its outermost knots the field turns back; that of one knot is a shift.
+        # The field is mirrored beyond its outermost knots; one knot is a pure shift.
         mode = "reflect" if knots > 1 else "replicate"
         displacements = F.pad(displacements, (1, 1, 1, 1), mode)
     step_rows, step_cols = math.ceil(rows / knots), math.ceil(cols / knots)

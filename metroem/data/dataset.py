@@ -1,4 +1,4 @@
-"""The pairs of one stage: which there are, which are held out, how one is read."""
+"""Find the pairs of a stage, hold some out for validation, and read one."""
 
 import logging
 from collections.abc import Sequence
@@ -28,7 +28,7 @@ GAP_SECTIONS = 1
 
 
 class PairRef(NamedTuple):
-    """One pair of an image set and the fields that belong to it."""
+    """One pair of an image set, and the prior fields that belong to it."""
 
     images: ImageSet
     prior: FieldSet | None
@@ -36,7 +36,7 @@ class PairRef(NamedTuple):
 
     @property
     def name(self) -> str:
-        """The pair in words, "x0_y0_z10_MIP2.h5 pair 3 (z 13 on 12)"."""
+        """Name the pair, for example "x0_y0_z10_MIP2.h5 pair 3 (z 13 on 12)"."""
         src, tgt = self.images.sections(self.index)
         return f"{self.images.path.name} pair {self.index} (z {src} on {tgt})"
 
@@ -47,27 +47,27 @@ class PairRef(NamedTuple):
 
     @property
     def moves_tgt(self) -> bool:
-        """Whether there is a field for tgt too, which warps it when it is read."""
+        """Whether tgt has a field too, which warps tgt when the pair is read."""
         return self.prior is not None and self.prior.num_sides == 2
 
 
 class Split(NamedTuple):
-    """Pairs to train on and pairs held out; no section is in both."""
+    """Pairs to train on, and pairs held out; no section is in both."""
 
     training: list[PairRef]
     validation: list[PairRef]
 
 
 def image_sets_at(folder: Path, mip: int, *, verifies: bool = False) -> list[ImageSet]:
-    """The image sets of one mip, sorted by name.
+    """Find the image sets of one mip, sorted by name.
 
     Args:
         folder: of the sets.
-        mip: theirs.
+        mip: of their images.
         verifies: whether they check each pair's checksum before its first read.
 
     Raises:
-        DatasetError: there is none; the message lists the mips there are.
+        DatasetError: there is none; the message lists the mips that exist.
     """
     sets = find_image_sets(folder, verifies=verifies)
     at_mip = [images for images in sets if images.mip == mip]
@@ -83,14 +83,14 @@ def image_sets_at(folder: Path, mip: int, *, verifies: bool = False) -> list[Ima
 def prior_path(
     images: ImageSet, stage: int, checkpoint_name: str, fields_path: Path | None = None
 ) -> Path:
-    """Where the prior fields of a stage lie, those that the stage before wrote.
+    """Path of the prior fields of a stage, which the previous stage wrote.
 
     Args:
         images: the stage's images.
         stage: >= 1.
         checkpoint_name: tag of the fields.
-        fields_path: folder of field sets; what is not there is looked for beside the
-            images, where downloaded fields may lie.
+        fields_path: folder of field sets. A set that is not in it is looked for beside
+            the images, where downloaded fields may lie.
     """
     name = FieldSetName(stage - 1, images.name.place, images.mip, checkpoint_name)
     beside = images.path.with_name(name.filename)
@@ -107,20 +107,19 @@ def find_pairs(
     fields_path: Path | None = None,
     verifies: bool = False,
 ) -> list[PairRef]:
-    """All pairs of one stage that have tissue on both sides.
+    """Find all pairs of one stage that have tissue on both sides.
 
     Args:
         folder: of the image sets.
         mip: of the stage's images.
-        stage: 0 needs no prior field, any other the fields of the one before.
-        checkpoint_name: tag of those fields.
-        fields_path: where they are, see `prior_path`.
+        stage: 0 needs no prior fields; any other needs fields of the previous stage.
+        checkpoint_name: tag of the prior fields.
+        fields_path: folder of the prior fields, see `prior_path`.
         verifies: whether checksums are checked, see `image_sets_at`.
 
     Raises:
-        DatasetError: no image set at that mip, images that are not
-            normalised, fields that are missing, belong to another place or
-            number of pairs or were made from other data, or every pair blank.
+        DatasetError: no image set has that mip, images are not normalised, every pair
+            is blank, or prior fields cannot be used, see `open_prior`.
     """
     pairs = []
     for images in image_sets_at(folder, mip, verifies=verifies):
@@ -147,19 +146,19 @@ def find_pairs(
 def open_prior(
     images: ImageSet, stage: int, checkpoint_name: str, fields_path: Path | None = None
 ) -> FieldSet:
-    """The fields that a stage's pairs start from.
+    """Open the prior fields of a stage's pairs, and check that they belong to them.
 
     Args:
-        images: the stage's images; where they check checksums, so do the fields.
-        stage: >= 1; the fields are those of the stage before.
+        images: the stage's images; if they check checksums, so do the fields.
+        stage: >= 1; the fields are of the previous stage.
         checkpoint_name: tag of the fields.
-        fields_path: where they are, see `prior_path`.
+        fields_path: folder of the fields, see `prior_path`.
 
     Raises:
-        DatasetError: they are missing, were made from other data than are there now,
-            belong to another place or number of pairs, have had a translation
-            taken out that the images do not have, or lack the fields of tgt that
-            those before them have.
+        DatasetError: the fields are missing, or were made from other data than the
+            folder holds now. Or they differ from the images in location, number of
+            pairs or removed translation. Or they lack the fields of tgt that the
+            fields before them have.
     """
     path = prior_path(images, stage, checkpoint_name, fields_path)
     if not path.is_file():
@@ -195,23 +194,24 @@ def open_prior(
 
 
 def check_sides(fields: FieldSet, folder: Path) -> None:
-    """Refuse fields of src alone where the stage before had fields of tgt too.
+    """Refuse fields of src only if the previous stage had fields of tgt too.
 
-    Version 1.0.0 wrote such: it saw tgt warped and left out by what.
+    Version 1.0.0 wrote such fields: it read tgt warped, and left out the field that
+    warped it.
 
     Args:
         fields: of any stage.
-        folder: where those of the stage before may lie, too.
+        folder: another folder in which the previous stage's fields may lie.
 
     Raises:
-        DatasetError: so.
+        DatasetError: the fields of tgt are missing.
     """
     name = fields.name
-    before = (name.stage - 1, name.place, name.tag)
-    for near in {fields.path.parent, folder}:
-        for path in near.glob(f"field_{name.stage - 1}_*.h5"):
+    previous = (name.stage - 1, name.place, name.tag)
+    for parent in {fields.path.parent, folder}:
+        for path in parent.glob(f"field_{name.stage - 1}_*.h5"):
             other = FieldSetName.parse(path.name)
-            if other is None or (other.stage, other.place, other.tag) != before:
+            if other is None or (other.stage, other.place, other.tag) != previous:
                 continue
             if fields.num_sides < FieldSet(path).num_sides:
                 raise DatasetError(
@@ -235,11 +235,11 @@ def _check_normalized(ref: PairRef) -> None:
 
 
 def split_pairs(pairs: Sequence[PairRef], num_validation: int) -> Split:
-    """Hold out the last pairs by name, and all that share a section with them.
+    """Hold out the last pairs, and drop the pairs that are too close to them.
 
-    Pairs are ordered by set and index; those held out are the last. A pair is
-    trained on only if none of its sections is one of those held out, or within
-    `GAP_SECTIONS` of one, over the same area.
+    Pairs are ordered by the name of their set, then by index. A pair is not trained
+    on if one of its sections is held out over the same area, or lies within
+    `GAP_SECTIONS` of a held-out section.
 
     Args:
         pairs: of all sets.
@@ -264,32 +264,32 @@ def split_pairs(pairs: Sequence[PairRef], num_validation: int) -> Split:
 
 def _too_close(ref: PairRef, held_out: PairRef) -> bool:
     a, b = ref.grid, held_out.grid
-    apart = a.end[0] <= b.x or b.end[0] <= a.x or a.end[1] <= b.y or b.end[1] <= a.y
-    nearest = min(
+    disjoint = a.end[0] <= b.x or b.end[0] <= a.x or a.end[1] <= b.y or b.end[1] <= a.y
+    sections_apart = min(
         abs(z - other)
         for z in ref.images.sections(ref.index)
         for other in held_out.images.sections(held_out.index)
     )
-    return not apart and nearest <= GAP_SECTIONS
+    return not disjoint and sections_apart <= GAP_SECTIONS
 
 
 def read_sample(ref: PairRef, crop: Grid) -> Sample:
     """Read the crop of a pair with its prior field and its defects.
 
-    A downloaded field set has a field for the tgt side too, and so have those that
-    stages make from it. It warps the tgt image here, so that src is aligned to a tgt
-    that is in place already.
+    A downloaded field set has a field of tgt too, and so have the field sets that
+    stages make from it. That field warps the tgt image here: src is aligned to a tgt
+    that is already aligned.
 
     Args:
         ref: the pair.
-        crop: its window; at the mip of the pair, inside of its grid.
+        crop: its window, at the mip of the pair and inside its grid.
 
     Returns:
         A sample of batch size 1.
     """
     if ref.moves_tgt:
         field = read_prior(ref, 1, crop)
-        area = reached(ref.grid, crop, field)
+        area = source_window(ref.grid, crop, field)
         sample = _warp_tgt(_read_images(ref, area), field, *window_of(crop, area))
     else:
         sample = _read_images(ref, crop)
@@ -299,21 +299,21 @@ def read_sample(ref: PairRef, crop: Grid) -> Sample:
 
 
 def read_prior(ref: PairRef, side: int, crop: Grid) -> Tensor:
-    """(1, 2, H, W): the prior field of src (0) or tgt (1) in a window of a pair."""
+    """Read the prior field of src (0) or tgt (1) in a window: (1, 2, H, W), px."""
     assert ref.prior is not None
     window = window_of(crop, ref.grid)
     return torch.from_numpy(ref.prior.read(ref.index, side, *window))[None]
 
 
-def reached(grid: Grid, crop: Grid, field: Tensor) -> Grid:
-    """The window of a patch that holds all that a field of a crop reads.
+def source_window(grid: Grid, crop: Grid, field: Tensor) -> Grid:
+    """The window of a patch that contains all pixels that a field of a crop reads.
 
     Args:
         grid: of the patch.
-        crop: inside of it.
+        crop: inside the grid.
         field: (1, 2, H, W) of the crop, pixels.
     """
-    # A pixel more: what lies between pixels is interpolated.
+    # One more pixel, for the interpolation between pixels.
     longest = field.nan_to_num().abs().amax((0, 2, 3)).tolist()
     more_cols, more_rows = (int(length) + 1 for length in longest)
     rows, cols = window_of(crop, grid)
@@ -323,28 +323,28 @@ def reached(grid: Grid, crop: Grid, field: Tensor) -> Grid:
 
 
 def window_of(crop: Grid, grid: Grid) -> tuple[slice, slice]:
-    """Rows and cols of a grid that a crop of it takes."""
+    """Rows and cols of a crop within its grid."""
     row, col = (crop.x - grid.x) >> crop.mip, (crop.y - grid.y) >> crop.mip
     return slice(row, row + crop.rows), slice(col, col + crop.cols)
 
 
-def _batch(image: np.ndarray) -> Tensor:
+def _as_batch(image: np.ndarray) -> Tensor:
     return torch.from_numpy(image)[None, None]
 
 
 def _read_images(ref: PairRef, crop: Grid) -> Sample:
     window = window_of(crop, ref.grid)
-    src, tgt = map(_batch, ref.images.read(ref.index, *window))
+    src, tgt = map(_as_batch, ref.images.read(ref.index, *window))
     masks = ref.images.read_defects(ref.index, *window)
-    defects = (None, None) if masks is None else tuple(map(_batch, masks))
+    defects = (None, None) if masks is None else tuple(map(_as_batch, masks))
     return Sample(src, tgt, None, (ref.name,), *defects)
 
 
 def _warp_tgt(sample: Sample, field: Tensor, rows: slice, cols: slice) -> Sample:
-    """A window of a sample, after tgt is warped by the field of that window."""
+    """Warp tgt by the field of a window, and cut the sample to that window."""
     height, width = sample.tgt.shape[-2:]
-    around = (cols.start, width - cols.stop, rows.start, height - rows.stop)
-    field = F.pad(field, around)  # what it is there does not show in the window
+    margins = (cols.start, width - cols.stop, rows.start, height - rows.stop)
+    field = F.pad(field, margins)  # its values outside the window are cut off below
     defects = sample.tgt_defects
     sample = sample._replace(
         tgt=_warp_tissue(sample.tgt, field),

@@ -1,4 +1,4 @@
-"""The batches of a phase, read ahead by processes that stay for all its epochs."""
+"""Read the batches of a phase ahead, by worker processes that serve all its epochs."""
 
 import functools
 import logging
@@ -17,15 +17,15 @@ from metroem.specs.schedule import Phase
 
 logger = logging.getLogger(__name__)
 
-# Epoch of the phase, and position in it.
-Place = tuple[int, int]
+# (epoch of the phase, position in the epoch)
+Position = tuple[int, int]
 
 
 class PhaseSamples(torch.utils.data.Dataset[Sample]):
-    """The samples of all epochs of a phase, by their place.
+    """The samples of all epochs of a phase, by epoch and position.
 
-    A process that reads them goes from epoch to epoch without being started anew,
-    and begins the next while the last is validated.
+    A worker process reads one epoch after the other without being started again. It
+    begins the next epoch while the last one is validated.
 
     Raises:
         DatasetError: see `TrainingEpoch`.
@@ -39,14 +39,19 @@ class PhaseSamples(torch.utils.data.Dataset[Sample]):
         *,
         update_size: int,
     ) -> None:
-        """`key`: of the epoch that is read first; `update_size`: pairs of an update,
-        of all batches that it has, over all ranks.
+        """Start at an epoch.
+
+        Args:
+            pairs: to train on.
+            phase: of the schedule.
+            key: of the epoch that is read first.
+            update_size: pairs of an update: of all its batches, over all ranks.
         """
         self.pairs, self.phase, self.update_size = pairs, phase, update_size
         self._epoch = TrainingEpoch(pairs, phase, key, batch_size=update_size)
 
-    def __getitem__(self, place: Place) -> Sample:
-        epoch, position = place
+    def __getitem__(self, index: Position) -> Sample:
+        epoch, position = index
         key = self._epoch.key
         if epoch != key.epoch:
             key = EpochSeed(key.seed, key.stage, key.phase, epoch)
@@ -57,59 +62,60 @@ class PhaseSamples(torch.utils.data.Dataset[Sample]):
 
     def batches(
         self, step: int, size: int, *, rank: int, ranks: int
-    ) -> Iterator[list[Place]]:
-        """One rank's share of each batch from an update of the first epoch on.
+    ) -> Iterator[list[Position]]:
+        """Yield one rank's part of each batch, from an update of the first epoch on.
 
         Args:
-            step: updates of the epoch that is read first that are done.
-            size: pairs of a batch over all ranks; divides those of an update.
+            step: number of updates that are already done in the first epoch.
+            size: pairs of a batch over all ranks; divides the pairs of an update.
             rank: of this process.
-            ranks: how many share each batch evenly.
+            ranks: number of ranks, which share each batch evenly.
         """
-        share = size // ranks
+        per_rank = size // ranks
         num_updates = num_steps(self.phase, len(self.pairs), self.update_size)
         for epoch in range(self._epoch.key.epoch, self.phase.num_epochs):
             begin, end = step * self.update_size, num_updates * self.update_size
-            for start in range(begin + rank * share, end, size):
-                yield [(epoch, start + i) for i in range(share)]
+            for start in range(begin + rank * per_rank, end, size):
+                yield [(epoch, start + i) for i in range(per_rank)]
             step = 0
 
 
-class _OrRefusals(torch.utils.data.Dataset[Sample | MetroEMError]):
-    """Samples, or why there is none.
+class _SamplesOrErrors(torch.utils.data.Dataset[Sample | MetroEMError]):
+    """Samples, or the error of one that cannot be read.
 
-    torch would wrap what a process raises into a traceback of it.
+    Errors are returned, since torch would add the worker's traceback to the message of
+    a raised one.
     """
 
     def __init__(self, samples: PhaseSamples) -> None:
         self.samples = samples
 
-    def __getitem__(self, place: Place) -> Sample | MetroEMError:
+    def __getitem__(self, index: Position) -> Sample | MetroEMError:
         try:
-            return self.samples[place]
+            return self.samples[index]
         except MetroEMError as error:
             return error
 
 
-class _ByPipe:
-    """A sample that a process hands over as bytes; it arrives as a `Sample`."""
+class _PipedSample:
+    """A sample that a worker sends as bytes; it arrives as a `Sample`."""
 
     def __init__(self, sample: Sample) -> None:
         self.sample = sample
 
     def __reduce__(self) -> tuple[Any, ...]:
         as_arrays = [v.numpy() if isinstance(v, Tensor) else v for v in self.sample]
-        return _from_pipe, (as_arrays,)
+        return _receive_piped, (as_arrays,)
 
 
-def _from_pipe(values: list[Any]) -> Sample:
-    _say_that_memory_is_short()
+def _receive_piped(values: list[Any]) -> Sample:
+    _warn_of_little_shared_memory()
     tensors = [torch.from_numpy(v) if isinstance(v, np.ndarray) else v for v in values]
     return Sample(*tensors)  # type: ignore[arg-type]
 
 
-@functools.cache  # once is enough
-def _say_that_memory_is_short() -> None:
+@functools.cache  # warns once
+def _warn_of_little_shared_memory() -> None:
     logger.warning(
         "/dev/shm, the shared memory, is too small for the samples of --num_workers, "
         "which take the slower way through pipes: give the container more "
@@ -117,58 +123,59 @@ def _say_that_memory_is_short() -> None:
     )
 
 
-def _stacked(
+def _collate(
     batch: list[Sample | MetroEMError],
-) -> Sample | _ByPipe | MetroEMError:
-    """One sample of all, ready to be handed over, or the first refusal."""
-    refusals = (one for one in batch if isinstance(one, MetroEMError))
-    if (refusal := next(refusals, None)) is not None:
-        return refusal
+) -> Sample | _PipedSample | MetroEMError:
+    """Stack samples to a batch that can be sent; or return the first error."""
+    errors = (item for item in batch if isinstance(item, MetroEMError))
+    if (error := next(errors, None)) is not None:
+        return error
     sample = stack_samples(batch)  # type: ignore[arg-type]
     if torch.utils.data.get_worker_info() is None:
         return sample
     try:
-        # Now: torch would do it in a thread that dies unseen where there is too little
-        # of it, as the 64 MB of a Docker container, and training would wait for ever.
+        # Move to shared memory here, where a failure raises. torch would do it in a
+        # thread that dies silently if there is too little, such as the 64 MB of a
+        # Docker container. Training would then wait for ever.
         for value in sample:
             if isinstance(value, Tensor):
                 value.share_memory_()
     except RuntimeError:
-        return _ByPipe(sample)
+        return _PipedSample(sample)
     return sample
 
 
 def make_loader(
     samples: PhaseSamples,
-    batches: Iterable[list[Place]],
+    batches: Iterable[list[Position]],
     *,
     num_workers: int,
     pin_memory: bool,
 ) -> Generator[Sample, None, None]:
-    """Read batches in their order.
+    """Read batches in order.
 
     Args:
-        samples: read from.
-        batches: places of the samples of each.
-        num_workers: processes that read ahead, two batches each; 0 reads when
-            asked. They end when this is closed.
-        pin_memory: into memory that a GPU copies from while it works.
+        samples: to read from.
+        batches: positions of the samples of each batch.
+        num_workers: worker processes, which read two batches each ahead. 0 reads a
+            batch when it is asked for. Workers end when this generator is closed.
+        pin_memory: read into memory that a GPU copies from while it works.
 
     Raises:
-        MetroEMError: a sample cannot be read, in whichever process.
-        ResourceError: the processes cannot be started.
-        RuntimeError: one of them was killed, as torch says it; see `enough_memory`.
+        MetroEMError: a sample cannot be read, in any process.
+        ResourceError: the worker processes cannot be started.
+        RuntimeError: a worker was killed; torch's own error, see `enough_memory`.
     """
     loader = torch.utils.data.DataLoader(
-        _OrRefusals(samples),
+        _SamplesOrErrors(samples),
         batch_sampler=batches,
-        collate_fn=_stacked,
+        collate_fn=_collate,
         num_workers=num_workers,
         pin_memory=pin_memory,
-        generator=torch.Generator(),  # else the global one is drawn from
+        generator=torch.Generator(),  # so that the global one is not drawn from
     )
     try:
-        read = iter(loader)
+        iterator = iter(loader)
     except OSError as error:
         raise ResourceError(
             f"--num_workers {num_workers}: the processes that read cannot be started "
@@ -177,7 +184,7 @@ def make_loader(
         ) from error
     while True:
         try:
-            sample = next(read)
+            sample = next(iterator)
         except StopIteration:
             return
         except (ConnectionError, EOFError) as error:

@@ -1,8 +1,8 @@
-"""What happens to a section: folds, cracks, missing tissue, stains.
+"""Paint defects on a section: folds, cracks, missing tissue, stains.
 
-They are drawn on one image, and each says where it hides the tissue. Sizes are
-px of the image, grey levels those of a normalised one. Where there is no data
-it stays so, and tissue becomes that in `remove_tissue` alone.
+Each is drawn on one image, and its mask says where it hides the tissue. Sizes are px
+of the image, grey levels are of a normalised image. "No data" stays "no data"; only
+`remove_tissue` makes more of it.
 """
 
 import math
@@ -17,7 +17,7 @@ from metroem.data.random_maps import pixel_grid, texture_noise, uniform
 from metroem.imaging.normalize import keep_no_data
 from metroem.specs.augmentations import Crack, Fold, Missing, Stain
 
-# Draws lie between this share of the largest size and that size.
+# Sizes are drawn between this fraction of the largest size and the largest size.
 _SMALLEST = 1 / 3
 
 
@@ -30,13 +30,13 @@ class Damaged(NamedTuple):
 
 @dataclass(frozen=True)
 class CurvedLine:
-    """A gently curved line through an image: a sine about a straight one.
+    """A gently curved line through an image: a straight line plus a sine.
 
     Attributes:
         normal: (along cols, along rows), unit vector across the straight line.
-        middle: (row, col) that the straight line runs through, px.
-        amplitude_px: how far the sine leaves it.
-        period_px: length of the sine.
+        middle: (row, col), a point of the straight line, px.
+        amplitude_px: amplitude of the sine.
+        period_px: period of the sine.
         phase: of the sine at the middle, radians.
     """
 
@@ -48,7 +48,7 @@ class CurvedLine:
 
     @classmethod
     def random(cls, shape: tuple[int, int], generator: Generator) -> "CurvedLine":
-        """A line in any direction, through the middle part of an (H, W) image."""
+        """Draw a line in any direction, through the middle part of an (H, W) image."""
         angle = uniform(0, 2 * math.pi, generator)
         side = max(shape)
         return cls(
@@ -63,13 +63,13 @@ class CurvedLine:
         )
 
     def distance(self, rows: Tensor, cols: Tensor) -> Tensor:
-        """How far points lie from the line along `normal`, px; signed.
+        """Distance of points from the line along `normal`, px; signed.
 
-        Moving a point along `normal` changes its distance by just as much.
+        Moving a point along `normal` changes its distance by the same amount.
 
         Args:
             rows: any shape, px.
-            cols: of a shape that goes with it, px.
+            cols: of a shape that broadcasts with `rows`, px.
         """
         d_rows, d_cols = rows - self.middle[0], cols - self.middle[1]
         angle = 2 * math.pi / self.period_px * self.position(rows, cols) + self.phase
@@ -77,19 +77,19 @@ class CurvedLine:
         return straight - self.amplitude_px * torch.sin(angle)
 
     def position(self, rows: Tensor, cols: Tensor) -> Tensor:
-        """Where points lie along the straight line, px from the middle; signed."""
+        """Position of points along the straight line, px from the middle; signed."""
         d_rows, d_cols = rows - self.middle[0], cols - self.middle[1]
         return self.normal[0] * d_rows - self.normal[1] * d_cols
 
 
 @dataclass(frozen=True)
 class Wedge:
-    """How far a crack is open along a line: wide, then closing to a tip.
+    """The opening of a crack along a line: wide, then closing to a tip.
 
     Attributes:
-        width_px: where it is open most.
-        tip_px: position at which it closes.
-        length_px: over which it does.
+        width_px: largest opening.
+        tip_px: position at which the crack is closed.
+        length_px: length over which it closes.
     """
 
     width_px: float
@@ -100,65 +100,65 @@ class Wedge:
     def random(
         cls, shape: tuple[int, int], width_px: float, generator: Generator
     ) -> "Wedge":
-        """A crack that enters an (H, W) image and may go through it."""
+        """Draw a crack that enters an (H, W) image and may go through it."""
         side = max(shape)
         length = side * uniform(0.5, 1.6, generator)
         return cls(width_px, length - 0.45 * side, length)
 
     def opening(self, position: Tensor) -> Tensor:
         """Width of the crack at positions along its line, px."""
-        share = (self.tip_px - position) / self.length_px
-        return self.width_px * share.clamp(0, 1)
+        fraction = (self.tip_px - position) / self.length_px
+        return self.width_px * fraction.clamp(0, 1)
 
 
 def paint_band(
     image: Tensor, hidden: Tensor, generator: Generator, *, dark: bool
 ) -> Tensor:
-    """Fill what a fold or a crack hides with its own grey.
+    """Fill the pixels that a fold or a crack hides with its own grey.
 
     Args:
         image: (1, 1, H, W), or (H, W), 0 = no data.
         hidden: bool of the same shape.
-        generator: what chance is drawn from.
-        dark: whether it is darker than tissue, as folds are, or brighter.
+        generator: random number generator.
+        dark: True for darker than tissue, as folds are; False for brighter.
 
     Returns:
-        The image, as it was outside of `hidden`.
+        The image, unchanged outside of `hidden`.
     """
     shape = (image.shape[-2], image.shape[-1])
     grey = uniform(1.5, 3.0, generator) * (-1 if dark else 1)
     coarse, fine = (texture_noise(shape, knot, generator) for knot in (24, 4))
     texture = (0.25 * coarse + 0.15 * fine).reshape(image.shape)
-    # Its border pixels are half tissue.
-    share = hidden.float().reshape(1, 1, *shape)
-    full = F.avg_pool2d(share, 3, 1, 1, count_include_pad=False)
-    band = torch.lerp(image, grey + texture, full.reshape(image.shape))
+    # Pixels at its border are half tissue.
+    opacity = hidden.float().reshape(1, 1, *shape)
+    opacity = F.avg_pool2d(opacity, 3, 1, 1, count_include_pad=False)
+    band = torch.lerp(image, grey + texture, opacity.reshape(image.shape))
     return keep_no_data(torch.where(hidden, band, image), image)
 
 
 def fold(image: Tensor, options: Fold, generator: Generator) -> Damaged:
-    """A dark band of one width along a curved line, all through the image.
+    """Paint a dark band of one width along a curved line through the whole image.
 
     Args:
         image: (1, 1, H, W), 0 = no data.
         options: its largest width.
-        generator: what chance is drawn from.
+        generator: random number generator.
     """
     shape = (image.shape[-2], image.shape[-1])
     line = CurvedLine.random(shape, generator)
     width = options.width_px * uniform(_SMALLEST, 1, generator)
-    from_line = line.distance(*pixel_grid(shape)) + _ragged(shape, generator)
-    hidden = (from_line.abs() <= width / 2) & (image != 0)
+    distance = line.distance(*pixel_grid(shape)) + _roughness(shape, generator)
+    hidden = (distance.abs() <= width / 2) & (image != 0)
     return Damaged(paint_band(image, hidden, generator, dark=True), hidden)
 
 
 def crack(image: Tensor, options: Crack, generator: Generator) -> Damaged:
-    """A bright wedge along a curved line, which closes to a tip.
+    """Paint a bright wedge along a curved line, which closes to a tip.
 
     Args:
         image: (1, 1, H, W), 0 = no data.
         options: its largest width.
-        generator: what chance is drawn from.
+        generator: random number generator.
     """
     shape = (image.shape[-2], image.shape[-1])
     line = CurvedLine.random(shape, generator)
@@ -166,39 +166,39 @@ def crack(image: Tensor, options: Crack, generator: Generator) -> Damaged:
     wedge = Wedge.random(shape, width, generator)
     rows, cols = pixel_grid(shape)
     opening = wedge.opening(line.position(rows, cols))
-    from_line = line.distance(rows, cols) + _ragged(shape, generator)
-    hidden = (from_line.abs() < opening / 2) & (image != 0)
+    distance = line.distance(rows, cols) + _roughness(shape, generator)
+    hidden = (distance.abs() < opening / 2) & (image != 0)
     return Damaged(paint_band(image, hidden, generator, dark=False), hidden)
 
 
 def remove_tissue(image: Tensor, options: Missing, generator: Generator) -> Damaged:
-    """A part beyond a ragged line is missing: it becomes 0, "no data".
+    """Set the part of an image beyond a ragged line to 0, "no data".
 
     Args:
         image: (1, 1, H, W), 0 = no data.
-        options: its largest share of the image.
-        generator: what chance is drawn from.
+        options: its largest fraction of the image.
+        generator: random number generator.
     """
     shape = (image.shape[-2], image.shape[-1])
     line, side = CurvedLine.random(shape, generator), max(shape)
-    share = options.share * uniform(_SMALLEST, 1, generator)
-    from_line = line.distance(*pixel_grid(shape))[None, None]
+    fraction = options.share * uniform(_SMALLEST, 1, generator)
+    distance = line.distance(*pixel_grid(shape))[None, None]
     for knot in (side / 12, side / 50):
-        from_line = from_line + knot / 5 * texture_noise(shape, max(knot, 1), generator)
-    # Every 16th pixel tells well enough how far the line has to move.
-    some = from_line[..., ::4, ::4].flatten()
-    last = some.kthvalue(max(1, round(share * some.numel()))).values
-    missing = (from_line <= last) & (image != 0)
+        distance = distance + knot / 5 * texture_noise(shape, max(knot, 1), generator)
+    # Every 16th pixel is enough to find how far the line has to move.
+    some = distance[..., ::4, ::4].flatten()
+    last = some.kthvalue(max(1, round(fraction * some.numel()))).values
+    missing = (distance <= last) & (image != 0)
     return Damaged(torch.where(missing, 0.0, image), missing)
 
 
 def stain(image: Tensor, options: Stain, generator: Generator) -> Damaged:
-    """One to three dark blobs with a texture and soft borders.
+    """Paint one to three dark blobs with a texture and soft borders.
 
     Args:
         image: (1, 1, H, W), 0 = no data.
         options: their largest radius.
-        generator: what chance is drawn from.
+        generator: random number generator.
     """
     shape = (image.shape[-2], image.shape[-1])
     rows, cols = pixel_grid(shape)
@@ -218,6 +218,6 @@ def stain(image: Tensor, options: Stain, generator: Generator) -> Damaged:
     return Damaged(stained, (cover > 0.7) & (image != 0))
 
 
-def _ragged(shape: tuple[int, int], generator: Generator) -> Tensor:
-    """What makes a border uneven, (1, 1, H, W) px."""
+def _roughness(shape: tuple[int, int], generator: Generator) -> Tensor:
+    """Draw noise that makes a border uneven, (1, 1, H, W) px."""
     return texture_noise(shape, 10, generator)

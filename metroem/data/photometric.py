@@ -1,7 +1,8 @@
-"""How a section was imaged: contrast, shading, noise, blur and the like.
+"""Change how a section was imaged: contrast, shading, noise, blur.
 
-Pure functions on one normalised image (1, 1, H, W), 0 = no data. Those that
-`augment_photometric` and `defocus` are made of leave "no data" to these two.
+Pure functions on one normalised image (1, 1, H, W), 0 = no data. Only
+`augment_photometric` and `defocus` keep "no data" at 0; the steps that they call do
+not.
 """
 
 import math
@@ -15,24 +16,25 @@ from metroem.data.random_maps import pixel_grid, texture_noise, uniform
 from metroem.imaging.normalize import DARKEST, keep_no_data, normalize
 from metroem.specs.augmentations import Defocus, Photometric
 
-# A defocused band fades over this share of its width.
+# A defocused band fades over this fraction of its width.
 _FADE = 0.15
 
 
 def augment_photometric(
     image: Tensor, options: Photometric, generator: Generator
 ) -> Tensor:
-    """The same tissue as another microscope or day would show it.
+    """Show the same tissue as another microscope would, or as on another day.
 
-    Blurred first, then through a grey curve, then shaded and with noise; greys
-    beyond -4...4 are cut off. It is normalised again over its tissue, and 0 where
-    it was 0 and nowhere else. What contrast and brightness leave after that is
-    how far the curve bends the greys, and how much of them noise covers.
+    The image is blurred, then its grey levels are changed, then shading and noise are
+    added. The grey curves clip to -4...4. The image is normalised again over its
+    tissue, and is 0 exactly where it was 0 before. Normalising undoes contrast and
+    brightness, except that they change what is clipped, how far gamma bends the greys,
+    and how strong the noise is.
 
     Args:
         image: (1, 1, H, W), normalised, 0 = no data.
         options: largest strengths.
-        generator: what chance is drawn from.
+        generator: random number generator.
 
     Returns:
         (1, 1, H, W).
@@ -56,10 +58,10 @@ def defocus(image: Tensor, options: Defocus, generator: Generator) -> Tensor:
     Args:
         image: (1, 1, H, W), normalised, 0 = no data.
         options: largest blur and width.
-        generator: what chance is drawn from.
+        generator: random number generator.
 
     Returns:
-        (1, 1, H, W), 0 where it was 0 and nowhere else.
+        (1, 1, H, W), 0 exactly where it was 0 before.
     """
     shape = (image.shape[-2], image.shape[-1])
     line = CurvedLine.random(shape, generator)
@@ -71,18 +73,18 @@ def defocus(image: Tensor, options: Defocus, generator: Generator) -> Tensor:
 
 
 def change_contrast(image: Tensor, factor: float) -> Tensor:
-    """Scale grey levels about their mean; what leaves the range is cut off."""
+    """Scale grey levels about their mean, and clip them to DARKEST...-DARKEST."""
     return (factor * image).clamp(DARKEST, -DARKEST)
 
 
 def adjust_gamma(image: Tensor, gamma: float) -> Tensor:
-    """Raise grey levels to a power, as a share of the range DARKEST...-DARKEST."""
-    share = (image / -DARKEST + 1) / 2
-    return (2 * share.clamp(0, 1) ** gamma - 1) * -DARKEST
+    """Raise grey levels to a power, as a fraction of the range DARKEST...-DARKEST."""
+    fraction = (image / -DARKEST + 1) / 2
+    return (2 * fraction.clamp(0, 1) ** gamma - 1) * -DARKEST
 
 
 def add_shading(image: Tensor, deviation: float, generator: Generator) -> Tensor:
-    """Brighten and darken over a third of the image and more."""
+    """Brighten and darken areas of a third of the image and more."""
     shape = (image.shape[-2], image.shape[-1])
     return image + deviation * texture_noise(shape, max(shape) / 3, generator)
 
@@ -93,11 +95,11 @@ def add_noise(image: Tensor, deviation: float, generator: Generator) -> Tensor:
 
 
 def blur(image: Tensor, sigma_px: float) -> Tensor:
-    """Blur by a Gaussian over what is tissue alone.
+    """Blur by a Gaussian that averages tissue only.
 
     Args:
         image: (1, 1, H, W), 0 = no data.
-        sigma_px: deviation of the Gaussian, px; below 0.1 nothing happens.
+        sigma_px: deviation of the Gaussian, px; below 0.1 the image is unchanged.
     """
     if sigma_px < 0.1:
         return image
@@ -105,24 +107,24 @@ def blur(image: Tensor, sigma_px: float) -> Tensor:
     blurred = _smooth(image, sigma_px)
     if bool(tissue.all()):
         return blurred
-    # What is no data counts as 0 above, so the rest of the weight is missing.
+    # "No data" counted as 0 above: divide by the weight of the tissue.
     return blurred / _smooth(tissue.float(), sigma_px).clamp(min=1e-3)
 
 
 def _smooth(image: Tensor, sigma_px: float) -> Tensor:
-    reach = math.ceil(3 * sigma_px)
-    offsets = torch.arange(-reach, reach + 1.0)
+    radius = math.ceil(3 * sigma_px)
+    offsets = torch.arange(-radius, radius + 1.0)
     kernel = torch.exp(-0.5 * (offsets / sigma_px) ** 2)
     weights = (kernel / kernel.sum()).tolist()
-    padded = F.pad(image, (reach,) * 4, mode="replicate")
-    return _weigh_windows(_weigh_windows(padded, weights, -1), weights, -2)
+    padded = F.pad(image, (radius,) * 4, mode="replicate")
+    return _convolve(_convolve(padded, weights, -1), weights, -2)
 
 
-def _weigh_windows(image: Tensor, weights: list[float], dim: int) -> Tensor:
+def _convolve(image: Tensor, weights: list[float], dim: int) -> Tensor:
     """Convolve along one axis, without its border.
 
-    Added up tap by tap: conv2d takes five times as long for one channel and a
-    blur of 1 px (256 px, one thread, 2026-11).
+    The taps are added one by one: conv2d takes five times as long for one channel and
+    a blur of 1 px (256 px, one thread, 2026-11).
     """
     size = image.shape[dim] - len(weights) + 1
     total = image.narrow(dim, 0, size) * weights[0]

@@ -1,4 +1,4 @@
-"""Numbers and maps drawn from a generator, which augmentations are made of."""
+"""Draw random numbers and smooth noise maps for augmentations."""
 
 import math
 
@@ -8,24 +8,24 @@ from torch import Generator, Tensor
 
 
 def uniform(low: float, high: float, generator: Generator) -> float:
-    """A number between `low` and `high`."""
+    """Draw a number between `low` and `high`."""
     return low + (high - low) * float(torch.rand((), generator=generator))
 
 
 def bernoulli(prob: float, generator: Generator) -> bool:
-    """True with probability `prob`; always one draw."""
+    """Return True with probability `prob`; always draws one number."""
     return float(torch.rand((), generator=generator)) < prob
 
 
 def smooth_noise(
     shape: tuple[int, int], knot_px: float, generator: Generator
 ) -> Tensor:
-    """Noise that varies smoothly over some pixels, as displacements do.
+    """Draw noise that varies smoothly over some pixels, for displacements.
 
     Args:
         shape: (H, W).
-        knot_px: distance of its independent values, px; at least 1.
-        generator: what chance is drawn from.
+        knot_px: spacing of its independent values, px; at least 1.
+        generator: random number generator.
 
     Returns:
         (1, 1, H, W), mean about 0, deviation somewhat below 1.
@@ -37,9 +37,9 @@ def smooth_noise(
 def texture_noise(
     shape: tuple[int, int], knot_px: float, generator: Generator
 ) -> Tensor:
-    """As `smooth_noise`, but bent at its knots: for greys and uneven borders.
+    """Draw noise as `smooth_noise`, but with kinks: for greys and uneven borders.
 
-    It takes a fifth of the time, 0.1 ms for 256 px.
+    It is interpolated bilinearly, which takes a fifth of the time, 0.1 ms for 256 px.
     """
     coarse = _knots(shape, knot_px, generator)
     return F.interpolate(coarse, size=shape, mode="bilinear", align_corners=True)
@@ -51,6 +51,6 @@ def _knots(shape: tuple[int, int], knot_px: float, generator: Generator) -> Tens
 
 
 def pixel_grid(shape: tuple[int, int]) -> tuple[Tensor, Tensor]:
-    """Row and col of each pixel, (H, 1) and (1, W) float32."""
+    """Return row and col of each pixel, (H, 1) and (1, W) float32."""
     rows, cols = torch.arange(float(shape[0])), torch.arange(float(shape[1]))
     return rows[:, None], cols[None]

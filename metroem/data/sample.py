@@ -1,4 +1,4 @@
-"""What one training step sees, and the chance that it is made from."""
+"""Define samples: what a training step reads; stack them; seed their randomness."""
 
 import hashlib
 from collections.abc import Sequence
@@ -11,7 +11,7 @@ from metroem.imaging.defects import find_defects
 
 
 class Sample(NamedTuple):
-    """A pair of images with the field of the stage before, and what is known of it."""
+    """A pair of images with its prior field, its defects and its ground truth."""
 
     src: Tensor  # (B, 1, H, W), normalised, 0 = no data
     tgt: Tensor  # (B, 1, H, W)
@@ -21,18 +21,18 @@ class Sample(NamedTuple):
     tgt_defects: Tensor | None = None  # (B, 1, H, W) bool
     truth: Tensor | None = None  # (B, 2, H, W), pixels: of a known warp of src
     truth_valid: Tensor | None = None  # (B, 1, H, W) bool
-    # Where the truth rests on what the network itself has found: the pixels that a
-    # score counts whatever that was, (B, 1, H, W) bool, and their truth where `truth`
-    # is not valid, (B, 2, H, W), pixels.
-    truth_due: Tensor | None = None
-    truth_lost: Tensor | None = None
-    # Where the truth is that of the warp alone: src before it, and its prior field;
-    # a blank src for samples whose natural field is 0.
+    # Set if the truth includes a pseudo-label, so that the network's own field decides
+    # where it is valid. `scored`: pixels that a score counts whatever that field is.
+    # `fallback_truth`: their truth where `truth` is not valid.
+    scored: Tensor | None = None  # (B, 1, H, W) bool
+    fallback_truth: Tensor | None = None  # (B, 2, H, W), pixels
+    # Set if the truth is the truth of the warp alone: src and prior field before the
+    # warp. src is blank for samples whose natural field is 0.
     unwarped_src: Tensor | None = None  # (B, 1, H, W)
     unwarped_prior: Tensor | None = None  # (B, 2, H, W), pixels
 
     def to(self, device: torch.device) -> "Sample":
-        """The sample on another device."""
+        """Copy the sample to another device."""
         return self._replace(
             **{
                 name: value.to(device, non_blocking=True)
@@ -42,7 +42,7 @@ class Sample(NamedTuple):
         )
 
     def window(self, rows: slice, cols: slice) -> "Sample":
-        """Some rows and cols of everything."""
+        """Take some rows and cols of all maps."""
         return self._replace(
             **{
                 name: value[..., rows, cols]
@@ -53,7 +53,7 @@ class Sample(NamedTuple):
 
 
 def with_defects(sample: Sample) -> Sample:
-    """The sample with the defects of both sides: its own, or those found in it."""
+    """Find the defects of each side that has no defect mask."""
     src, tgt = sample.src_defects, sample.tgt_defects
     return sample._replace(
         src_defects=find_defects(sample.src) if src is None else src,
@@ -62,18 +62,18 @@ def with_defects(sample: Sample) -> Sample:
 
 
 def stack_samples(samples: Sequence[Sample]) -> Sample:
-    """One batch of samples of the same size.
+    """Stack samples of the same size to one batch.
 
-    Where some have a defect mask and others have none, these have no defects.
+    If only some have a defect mask, the others get an empty one.
     """
     pair = tuple(name for sample in samples for name in sample.pair)
     stacked = {
-        name: _stacked(samples, name) for name in Sample._fields if name != "pair"
+        name: _stack_maps(samples, name) for name in Sample._fields if name != "pair"
     }
     return Sample(pair=pair, **stacked)  # type: ignore[arg-type]
 
 
-def _stacked(samples: Sequence[Sample], name: str) -> Tensor | None:
+def _stack_maps(samples: Sequence[Sample], name: str) -> Tensor | None:
     values: list[Tensor | None] = [getattr(sample, name) for sample in samples]
     if all(value is None for value in values):
         return None
@@ -86,10 +86,10 @@ def _stacked(samples: Sequence[Sample], name: str) -> Tensor | None:
 
 
 def seeded_generator(*key: int) -> torch.Generator:
-    """A generator that is a function of its key alone.
+    """Make a random number generator whose seed depends on a key only.
 
-    Keys are (seed, stage, phase, epoch, ...): a run that was killed and
-    resumed, or that runs on more ranks, draws the same chance.
+    Keys are (seed, stage, phase, epoch, ...): a run that was killed and resumed, or
+    that runs on more ranks, draws the same numbers.
     """
     digest = hashlib.sha256(repr(key).encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))

@@ -1,4 +1,4 @@
-"""The samples of one epoch: which pairs, in which order, cropped and augmented."""
+"""Choose the samples of one epoch, and read, crop and augment them."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -8,7 +8,13 @@ from msgspec.structs import replace
 from torch import Tensor
 
 from metroem.data.augment import augment, flip
-from metroem.data.dataset import PairRef, reached, read_prior, read_sample, window_of
+from metroem.data.dataset import (
+    PairRef,
+    read_prior,
+    read_sample,
+    source_window,
+    window_of,
+)
 from metroem.data.known_warp import known_warp
 from metroem.data.random_maps import bernoulli
 from metroem.data.rotation import Rotation, random_rotation, rotate_crop
@@ -21,18 +27,19 @@ from metroem.specs.schedule import Phase
 
 VALIDATION_CROP_PX = 2048
 NUM_KNOWN_WARPS = 4  # of each pair in validation
-# The error of a step shrinks by the slope of a field, far below 1, each time.
+# Each iteration multiplies the error of `_step_to_skipped` by the slope of a field, far
+# below 1.
 _ITERATIONS = 5
 
 
 def centred_crop(grid: Grid, size: tuple[int, int]) -> Grid:
-    """The window of at most `size` (rows, cols) in the middle of a grid."""
+    """Crop at most `size` (rows, cols) in the middle of a grid."""
     rows, cols = min(size[0], grid.rows), min(size[1], grid.cols)
     return grid.crop((grid.rows - rows) // 2, (grid.cols - cols) // 2, rows, cols)
 
 
 def random_crop(grid: Grid, size: tuple[int, int], generator: torch.Generator) -> Grid:
-    """A window of at most `size` (rows, cols) anywhere in a grid."""
+    """Crop at most `size` (rows, cols) anywhere in a grid."""
     rows, cols = min(size[0], grid.rows), min(size[1], grid.cols)
     row = int(torch.randint(grid.rows - rows + 1, (), generator=generator))
     col = int(torch.randint(grid.cols - cols + 1, (), generator=generator))
@@ -40,41 +47,41 @@ def random_crop(grid: Grid, size: tuple[int, int], generator: torch.Generator) -
 
 
 def following_pairs(pairs: Sequence[PairRef]) -> dict[str, PairRef]:
-    """For each pair, by its name, the one that goes on where it begins.
+    """Map the name of each pair to the pair that follows it in the stack.
 
-    The tgt of the pair that follows is the src of the pair: the same section,
-    read from the same place. Pairs that none follows are left out.
+    The tgt of the following pair is the src of the pair: the same section, read from
+    the same location. Pairs without a following pair are left out.
     """
     by_tgt = {(ref.images.path, ref.images.box(ref.index, 1)): ref for ref in pairs}
-    following = {}
+    found = {}
     for ref in pairs:
-        further = by_tgt.get((ref.images.path, ref.images.box(ref.index, 0)))
-        if further is not None and further.grid == ref.grid:
-            following[ref.name] = further
-    return following
+        following = by_tgt.get((ref.images.path, ref.images.box(ref.index, 0)))
+        if following is not None and following.grid == ref.grid:
+            found[ref.name] = following
+    return found
 
 
-def read_skipping(ref: PairRef, further: PairRef, crop: Grid) -> Sample:
-    """Read src of the pair that follows with tgt of a pair: a section is skipped.
+def read_skipping(ref: PairRef, following: PairRef, crop: Grid) -> Sample:
+    """Read tgt of a pair with src of the following pair: a section is skipped.
 
     Args:
-        ref: the pair that tgt is of.
-        further: the one that follows it, see `following_pairs`.
-        crop: its window.
+        ref: the pair, whose tgt is read.
+        following: the pair that follows it, see `following_pairs`; its src is read.
+        crop: their window.
 
     Returns:
-        A sample of batch size 1. Its prior field goes from src to the section
-        between and from there to tgt.
+        A sample of batch size 1. Its prior field is composed of the prior fields of
+        both pairs, through the skipped section.
     """
-    # The section between is read where the field of `ref` points to.
+    # The skipped section is read where the field of `ref` points to.
     area = crop
     if ref.prior is not None:
-        area = reached(ref.grid, crop, _first_step(ref, further, crop))
-    near, far = read_sample(ref, area), read_sample(further, area)
+        area = source_window(ref.grid, crop, _step_to_skipped(ref, following, crop))
+    near, far = read_sample(ref, area), read_sample(following, area)
     prior = far.prior_field
     if prior is not None:
-        prior = compose(_first_step(ref, further, area), prior)
-    z = further.images.sections(further.index)[0]
+        prior = compose(_step_to_skipped(ref, following, area), prior)
+    z = following.images.sections(following.index)[0]
     sample = Sample(
         far.src,
         near.tgt,
@@ -86,17 +93,17 @@ def read_skipping(ref: PairRef, further: PairRef, crop: Grid) -> Sample:
     return sample if area == crop else sample.window(*window_of(crop, area))
 
 
-def _first_step(ref: PairRef, further: PairRef, crop: Grid) -> Tensor:
-    """The field from the section between, as `further` sees it, to tgt of a pair.
+def _step_to_skipped(ref: PairRef, following: PairRef, crop: Grid) -> Tensor:
+    """The field between tgt of `ref` and the skipped section as `following` has it.
 
-    Where `further` sees it warped by a field of its own, that has to be undone:
-    compose(step, its field) is the prior field of `ref`. Both are equal in a
-    download, and the step is 0; what stages made of it differs little.
+    `following` may have a field of its own for the skipped section, its tgt. The step
+    is then defined by compose(step, own field) = prior field of `ref`. In a download
+    both fields are equal and the step is 0; the fields of later stages differ little.
     """
     field = read_prior(ref, 0, crop)
-    if not further.moves_tgt:
+    if not following.moves_tgt:
         return field
-    own = read_prior(further, 1, crop)
+    own = read_prior(following, 1, crop)
     step = field - own
     for _ in range(_ITERATIONS):
         step = field - warp(own, step, padding="border")
@@ -105,7 +112,7 @@ def _first_step(ref: PairRef, further: PairRef, crop: Grid) -> Tensor:
 
 @dataclass(frozen=True)
 class EpochSeed:
-    """Which epoch of a run; chance is drawn from it, see `seeded_generator`."""
+    """Identifies an epoch of a run, and seeds its random numbers."""
 
     seed: int
     stage: int
@@ -113,12 +120,12 @@ class EpochSeed:
     epoch: int
 
     def generator(self, *more: int) -> torch.Generator:
-        """The generator of this epoch, or of one of its samples."""
+        """Make the generator of this epoch, or of one of its samples."""
         return seeded_generator(self.seed, self.stage, self.phase, self.epoch, *more)
 
 
 def uses_defects(phase: Phase) -> bool:
-    """Whether a loss of a phase looks at defects."""
+    """Whether a loss of a phase uses defect masks."""
     if all(loss.type == "known_warp" for loss in phase.losses):
         return False
     rules = (phase.similarity_rules, phase.smoothness_rules)
@@ -130,25 +137,25 @@ def uses_defects(phase: Phase) -> bool:
 
 
 def num_steps(phase: Phase, num_pairs: int, batch_size: int) -> int:
-    """How many steps an epoch has; its last batch is filled with further pairs."""
+    """Number of steps of an epoch; its last batch is filled up with more pairs."""
     return -(-(phase.num_samples or num_pairs) // batch_size)
 
 
 class TrainingEpoch(torch.utils.data.Dataset[Sample]):
     """The samples of one epoch in their order: cropped and augmented.
 
-    Sample i is a function of the pairs, the phase and (key, i) alone, whoever
-    reads it. Pairs come in a random order, each as often as any other; the last
-    batch is full, so that every rank has the same number of steps. The samples of a
-    batch have one size: pairs whose patches allow the same one come together, and
-    the few batches that have others too take the size of their smallest.
+    Sample i depends only on the pairs, the phase and (key, i), not on the process that
+    reads it. Pairs come in a random order, each equally often. The last batch is full,
+    so every rank has the same number of steps. The samples of a batch have one size:
+    pairs whose patches allow the same size share batches. The few batches of mixed
+    sizes take the size of their smallest.
 
     Attributes:
         order: index of the pair of each sample.
         crop_sizes: (rows, cols) of the samples of each batch.
 
     Raises:
-        DatasetError: the phase skips sections, and no pairs follow one another.
+        DatasetError: the phase skips sections, and no pair follows another.
     """
 
     def __init__(
@@ -164,7 +171,7 @@ class TrainingEpoch(torch.utils.data.Dataset[Sample]):
         self.key = key
         self.batch_size = batch_size
         self.skips = [a for a in phase.augmentations if isinstance(a, SkipSection)]
-        self.turns = [a for a in phase.augmentations if isinstance(a, RandomTurn)]
+        self.rotations = [a for a in phase.augmentations if isinstance(a, RandomTurn)]
         self.following = following_pairs(pairs) if self.skips else {}
         if self.skips and not self.following:
             raise DatasetError(
@@ -172,41 +179,39 @@ class TrainingEpoch(torch.utils.data.Dataset[Sample]):
                 "sections, and no section that is trained on is src of one pair and "
                 "tgt of another; download more sections, or leave skip_section out"
             )
-        chance, length = (
-            key.generator(),
-            batch_size * num_steps(phase, len(pairs), batch_size),
-        )
+        generator = key.generator()
+        length = batch_size * num_steps(phase, len(pairs), batch_size)
         self.order: list[int] = []
         while len(self.order) < length:
-            self.order += torch.randperm(len(pairs), generator=chance).tolist()
+            self.order += torch.randperm(len(pairs), generator=generator).tolist()
         del self.order[length:]
-        self._join_by_size(chance)
+        self._join_by_size(generator)
         self.crop_sizes = [
             self._crop_size([pairs[index] for index in batch])
             for batch in self._batches()
         ]
 
     def _batches(self) -> list[list[int]]:
-        """The order, cut into batches."""
+        """Split the order into batches."""
         starts = range(0, len(self.order), self.batch_size)
         return [self.order[start : start + self.batch_size] for start in starts]
 
-    def _join_by_size(self, chance: torch.Generator) -> None:
-        """Bring pairs of one size into the same batches, which keep a random order."""
+    def _join_by_size(self, generator: torch.Generator) -> None:
+        """Put pairs of one size into the same batches; the batches stay shuffled."""
         sizes = [self._crop_size([ref]) for ref in self.pairs]
         if self.batch_size == 1 or len(set(sizes)) == 1:
             return
         self.order.sort(key=lambda index: sizes[index])
         batches = self._batches()
-        shuffled = torch.randperm(len(batches), generator=chance).tolist()
-        self.order = [index for place in shuffled for index in batches[place]]
+        shuffled = torch.randperm(len(batches), generator=generator).tolist()
+        self.order = [index for number in shuffled for index in batches[number]]
 
     def _crop_size(self, refs: Sequence[PairRef]) -> tuple[int, int]:
-        """The largest crop, up to that of the phase, that each of some pairs has."""
+        """The largest crop that fits into all pairs, at most the phase's crop size."""
         rows = min(self.phase.crop_size, *(ref.grid.rows for ref in refs))
         cols = min(self.phase.crop_size, *(ref.grid.cols for ref in refs))
-        turns = any(isinstance(a, RandomTranspose) for a in self.phase.augmentations)
-        if turns and self.batch_size > 1:  # some are transposed, others are not
+        kinds = [type(augmentation) for augmentation in self.phase.augmentations]
+        if RandomTranspose in kinds and self.batch_size > 1:  # not all are transposed
             rows = cols = min(rows, cols)
         return rows, cols
 
@@ -217,48 +222,46 @@ class TrainingEpoch(torch.utils.data.Dataset[Sample]):
         ref = self.pairs[self.order[position]]
         size = self.crop_sizes[position // self.batch_size]
         generator = self.key.generator(position)
-        further = self._pair_to_skip_to(ref, generator)
-        turn = self._turn_of(ref, size, generator)
-        if turn is not None:
-            sample = rotate_crop(_read(ref, further, turn.window), turn)
+        following = self._draw_skip(ref, generator)
+        rotation = self._draw_rotation(ref, size, generator)
+        if rotation is not None:
+            sample = rotate_crop(_read(ref, following, rotation.window), rotation)
         else:
             crop = random_crop(ref.grid, size, generator)
-            sample = _read(ref, further, crop)
+            sample = _read(ref, following, crop)
         if uses_defects(self.phase):
             sample = with_defects(sample)
         return augment(sample, self.phase.augmentations, generator)
 
-    def _pair_to_skip_to(
-        self, ref: PairRef, generator: torch.Generator
-    ) -> PairRef | None:
-        """The pair whose src is to be taken, if this sample skips a section."""
-        chances = [bernoulli(skip.prob, generator) for skip in self.skips]
-        return self.following.get(ref.name) if any(chances) else None
+    def _draw_skip(self, ref: PairRef, generator: torch.Generator) -> PairRef | None:
+        """The pair whose src is read instead, if this sample skips a section."""
+        skips = [bernoulli(skip.prob, generator) for skip in self.skips]
+        return self.following.get(ref.name) if any(skips) else None
 
-    def _turn_of(
+    def _draw_rotation(
         self, ref: PairRef, size: tuple[int, int], generator: torch.Generator
     ) -> Rotation | None:
-        """How this sample's crop lies, if it is not along rows and cols."""
-        for turn in self.turns:
-            if bernoulli(turn.prob, generator):
-                return random_rotation(ref.grid, size, turn, generator)
+        """Draw where this sample's crop lies, if it is to be rotated."""
+        for options in self.rotations:
+            if bernoulli(options.prob, generator):
+                return random_rotation(ref.grid, size, options, generator)
         return None
 
 
-def _read(ref: PairRef, further: PairRef | None, crop: Grid) -> Sample:
-    """Read a pair, or src of the one that follows with its tgt."""
-    if further is None:
+def _read(ref: PairRef, following: PairRef | None, crop: Grid) -> Sample:
+    """Read a pair, or its tgt with src of the following pair."""
+    if following is None:
         return read_sample(ref, crop)
-    return read_skipping(ref, further, crop)
+    return read_skipping(ref, following, crop)
 
 
 class ValidationPairs(torch.utils.data.Dataset[Sample]):
-    """The held-out pairs, centred crops, not augmented.
+    """The held-out pairs: centred crops, not augmented.
 
-    A phase that knows the truth of its warps knows it here too: each pair comes
-    `NUM_KNOWN_WARPS` times, warped by fields that are the same in every epoch, and
-    mirrored along neither axis, each and both: else a network that errs the same way
-    everywhere looks good on pairs whose tissue happens to move that way.
+    In a phase with known warps, each pair comes `NUM_KNOWN_WARPS` times, warped by
+    fields that are the same in every epoch. The four are mirrored along no axis, along
+    each, and along both. Otherwise a network with a constant error would look good on
+    pairs whose tissue happens to move in that direction.
     """
 
     def __init__(self, pairs: Sequence[PairRef], phase: Phase, seed: int) -> None:
@@ -270,7 +273,7 @@ class ValidationPairs(torch.utils.data.Dataset[Sample]):
         return len(self.pairs) * (NUM_KNOWN_WARPS if self.phase.known_warp else 1)
 
     def __getitem__(self, position: int) -> Sample:
-        which, index = divmod(position, len(self.pairs))
+        repetition, index = divmod(position, len(self.pairs))
         ref = self.pairs[index]
         size = (VALIDATION_CROP_PX, VALIDATION_CROP_PX)
         sample = read_sample(ref, centred_crop(ref.grid, size))
@@ -278,8 +281,8 @@ class ValidationPairs(torch.utils.data.Dataset[Sample]):
             sample = with_defects(sample)
         if (warp := self.phase.known_warp) is not None:
             for bit, dim in enumerate((-1, -2)):
-                sample = flip(sample, dim) if which >> bit & 1 else sample
+                sample = flip(sample, dim) if repetition >> bit & 1 else sample
             generator = seeded_generator(self.seed, position)
-            # As the pair is, not one section twice: that is the easier half.
+            # Never one section twice, since that is easier.
             sample = known_warp(sample, replace(warp, same=0.0), generator)
         return sample

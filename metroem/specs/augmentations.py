@@ -1,7 +1,7 @@
-"""Define what may be done to training samples: the `augmentations` of a phase.
+"""Define the options of augmentations: the `augmentations` of a phase.
 
-Each is {"type": ..., "prob": ..., more}; `metroem.data` applies them. Sizes are px of
-the sample, i.e. of the module's mip.
+Each is {"type": ..., "prob": ..., further keys}; `metroem.data` applies them. Sizes are
+px of the sample, i.e. of the module's mip.
 """
 
 from typing import Annotated, get_args
@@ -17,9 +17,11 @@ KNOWN_WARP_LEAST_PX = 9
 Probability = Annotated[float, Meta(ge=0, le=1, title="a probability, 0 to 1")]
 Pixels = Annotated[Positive, Meta(title="a number of pixels above 0")]
 Displacement = Annotated[Finite, Meta(title="a finite number of pixels")]
-# More of a sample may not be made "no data".
-Share = Annotated[float, Meta(gt=0, le=0.5, title="a share above 0 and up to 0.5")]
-# A sample as a network would see it two mips away, or less.
+# At most half of a sample may become "no data".
+Fraction = Annotated[
+    float, Meta(gt=0, le=0.5, title="a fraction above 0 and up to 0.5")
+]
+# 4 is a change of scale by two mips.
 Zoom = Annotated[float, Meta(ge=1, le=4, title="a factor from 1 to 4")]
 
 Prob = Annotated[Probability, "probability"]
@@ -33,9 +35,9 @@ class RandomTranspose(Spec, frozen=True, tag="random_transpose"):
 
 
 class RandomTurn(Spec, frozen=True, tag="random_turn"):
-    """Take a crop that lies at any angle in its patch, with probability `prob`."""
+    """Take a crop rotated by any angle in its patch, with probability `prob`."""
 
-    prob: Annotated[Probability, "probability; else rows stay rows"] = 1.0
+    prob: Annotated[Probability, "probability; otherwise the crop is not rotated"] = 1.0
     zoom: Annotated[
         Zoom, "the scale changes by up to this factor, or by its inverse"
     ] = 1.25
@@ -57,14 +59,14 @@ class RandomWarp(Spec, frozen=True, tag="warp"):
     """Warp tgt by a random field, with probability `prob`."""
 
     prob: Annotated[Probability, "probability of a warp"] = 1.0
-    difficulty: Annotated[Whole, "the field has 2**difficulty knots a side"] = 2
+    difficulty: Annotated[Whole, "the field has 2**difficulty knots per side"] = 2
     min_disp: Annotated[Displacement, "least displacement of a knot, px"] = 0.0
     max_disp: Annotated[Displacement, "largest displacement of a knot, px"] = 10.0
     randomize_d: Annotated[bool, "draw the difficulty from 0..difficulty"] = False
     random_epicenters: Annotated[
         bool,
-        "shift the knots by a random part of their distance. Without it they lie "
-        "evenly, and one knot (difficulty 0) is a shift of the whole tgt",
+        "shift the knots by a random fraction of their spacing. Otherwise they are not "
+        "shifted, and one knot (difficulty 0) is a shift of the whole tgt",
     ] = True
 
     def __post_init__(self) -> None:
@@ -81,19 +83,19 @@ class SkipSection(Spec, frozen=True, tag="skip_section"):
 
 
 class KnownWarp(Spec, frozen=True, tag="known_warp"):
-    """Warp src by a field that is known, for the loss `known_warp`.
+    """Warp src by a known field, for the loss `known_warp`.
 
-    The smooth part has waves of two lengths; the largest displacement is drawn
-    log-uniformly between `peak_px` / 50 and `peak_px`, and the waves are longer the
-    further they move, so that nothing folds over.
+    The smooth part has waves of one or two lengths. Its largest displacement is drawn
+    log-uniformly between `peak_px` / 50 and `peak_px`. Larger displacements have longer
+    waves, so the smooth part never folds.
     """
 
-    prob: Annotated[Probability, "probability; else the pair is left as it is"] = 0.95
+    prob: Annotated[Probability, "probability; otherwise src is not warped"] = 0.95
     peak_px: Annotated[Pixels, "largest displacement of the smooth part"] = 30.0
     knot_px: Annotated[
         Pixels,
-        "shortest distance of its knots; where the network's own field is used as "
-        "ground truth, the deviation of the Gaussian that smooths it",
+        "smallest spacing of its knots; where the network's own field is used as "
+        "ground truth, also the deviation of the Gaussian that smooths it",
     ] = 16.0
     shift_px: Annotated[Pixels, "largest shift along rows and along cols"] = 12.0
     degrees: Annotated[NotNegative, "largest rotation"] = 3.0
@@ -102,31 +104,31 @@ class KnownWarp(Spec, frozen=True, tag="known_warp"):
         Probability, "probability of a fold or a crack along which src is torn"
     ] = 0.25
     tear_px: Annotated[
-        Pixels, "width of the widest one, and how far tissue is moved along it"
+        Pixels, "largest width of a tear, and largest displacement of tissue beside it"
     ] = 40.0
     same: Annotated[
         Probability,
-        "probability that both sides show one section, that of tgt. Its truth is "
-        "exact whatever the stack",
+        "probability that both sides show the same section, tgt. Then the ground truth "
+        "is exact for any stack",
     ] = 0.3
     aligned: Annotated[
         bool,
-        "whether the pairs of the data set are aligned already, as in FIB-SEM. If "
+        "whether the pairs of the data set are already aligned, as in FIB-SEM. If "
         "not, the smooth part of the network's own field of the pair before the "
         "warp is used as ground truth",
     ] = False
     prior_px: Annotated[
         Pixels,
-        "largest error of the prior field that is made from the truth for stages "
-        "that have one",
+        "largest error of the prior field that is made from the ground truth, for "
+        "stages with a prior field",
     ] = 6.0
 
 
 class Photometric(Spec, frozen=True, tag="photometric"):
     """Change how a section was imaged; src and tgt draw their own.
 
-    Each strength is drawn between nothing and the value here; 0 leaves that
-    change out. Grey levels are those of a normalised image.
+    Each strength is drawn between 0 and its value here; 0 leaves the change out. Grey
+    levels are of a normalised image.
     """
 
     prob: SideProb = 0.8
@@ -163,16 +165,14 @@ class Crack(Spec, frozen=True, tag="crack"):
     """Paint a bright wedge into a section; src and tgt draw their own."""
 
     prob: SideProb = 0.1
-    width_px: Annotated[Pixels, "width of the widest crack where it is open most"] = (
-        30.0
-    )
+    width_px: Annotated[Pixels, "largest opening of the widest crack"] = 30.0
 
 
 class Missing(Spec, frozen=True, tag="missing"):
-    """Take a corner or an edge of a section away; src and tgt draw their own."""
+    """Remove a corner or an edge of a section; src and tgt draw their own."""
 
     prob: SideProb = 0.1
-    share: Annotated[Share, "largest fraction of the sample that is removed"] = 0.2
+    share: Annotated[Fraction, "largest fraction of the sample that is removed"] = 0.2
 
 
 class Stain(Spec, frozen=True, tag="stain"):

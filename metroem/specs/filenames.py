@@ -1,12 +1,12 @@
-"""Names of image sets and field sets: what they state, and back.
+"""Parse and make the file names of image sets and field sets.
 
     x200960_y136448_z8175_MIP5.h5                    image set
     x200960_y136448_z8175_MIP5_cleft.h5              with the suffix "cleft"
     field_0_x200960_y136448_z8175_MIP3_mine.h5       fields of stage 0 for it
 
-All mips of one place share a `place`, "x200960_y136448_z8175[_cleft]", which is
-how a field set is found for an image set. x, y and z are those of the first
-pair, mip-0 pixels, and may be negative.
+Sets of all mips of one location share a `place`, "x200960_y136448_z8175[_cleft]": by it
+a field set is found for an image set. x, y and z are mip-0 pixels of the first pair,
+and may be negative.
 """
 
 import re
@@ -15,9 +15,9 @@ from dataclasses import dataclass
 from metroem.errors import UsageError
 
 _MIP_MARK = re.compile(r"_MIP\d")
-# Free text that cannot be taken for a mip, and so cannot shift where a name splits.
+# Free text that cannot be mistaken for a mip, so that a name is split in one way only.
 _FREE = r"(?!MIP\d)(?:(?!_MIP\d)[^/])+?"
-# Numbers that int64 holds, and mips that 2^mip does something useful for.
+# Numbers that fit into int64, and stages and mips of at most two digits.
 _INT, _FEW = "-?[0-9]{1,18}", "[0-9]{1,2}"
 _IMAGE_SET = re.compile(
     rf"x(?P<x>{_INT})_y(?P<y>{_INT})_z(?P<z>{_INT})"
@@ -30,15 +30,15 @@ _FIELD_SET = re.compile(
 
 
 def check_tag(flag: str, value: str) -> None:
-    """Refuse a suffix or checkpoint name that a file name would not give back.
+    """Refuse a suffix or checkpoint name that cannot be parsed back from a file name.
 
     Args:
-        flag: where it came from, for the message: "--suffix".
+        flag: that gave it, for the message, for example "--suffix".
         value: the text.
 
     Raises:
-        UsageError: it is empty, holds "/" or a control character, or looks
-            like a mip ("MIP5", "a_MIP5").
+        UsageError: it is empty, contains "/" or a control character, or looks like a
+            mip ("MIP5", "a_MIP5").
     """
     if not value or "/" in value or not value.isprintable():
         raise UsageError(
@@ -52,32 +52,32 @@ def check_tag(flag: str, value: str) -> None:
 
 
 def check_checkpoint_name(value: str) -> None:
-    """Refuse a --checkpoint_name that names neither weights nor a folder of its own.
+    """Refuse a --checkpoint_name that cannot name weights and a folder.
 
     Raises:
-        UsageError: as `check_tag`, and for "." and "..".
+        UsageError: as for `check_tag`, and for "." and "..".
     """
     check_tag("--checkpoint_name", value)
     if value in (".", ".."):
         raise UsageError(
-            f"--checkpoint_name {value}: would be another folder's name; expected a "
-            "name of its own, for example first_try"
+            f"--checkpoint_name {value}: is the name of another folder; expected a "
+            "new name, for example first_try"
         )
 
 
 @dataclass(frozen=True)
 class ImageSetName:
-    """What the name of an image set states.
+    """The parts of an image set's file name.
 
     Attributes:
         x: mip-0 pixel of the corner along the volume's x.
         y: mip-0 pixel of the corner along the volume's y.
         z: src section of the first pair.
         mip: of the images.
-        suffix: free text that tells apart sets of one place, or None.
+        suffix: free text that distinguishes sets of one location, or None.
 
     Raises:
-        UsageError: the suffix would not be read back.
+        UsageError: the suffix could not be parsed back.
     """
 
     x: int
@@ -92,7 +92,7 @@ class ImageSetName:
 
     @property
     def place(self) -> str:
-        """What the sets of all mips of one place share."""
+        """The part of the name that is equal for all mips of one location."""
         place = f"x{self.x}_y{self.y}_z{self.z}"
         return place if self.suffix is None else f"{place}_{self.suffix}"
 
@@ -104,9 +104,9 @@ class ImageSetName:
 
     @classmethod
     def parse(cls, filename: str) -> "ImageSetName | None":
-        """Read a whole file name; None when it is not an image set's.
+        """Parse a whole file name; None if it is not the name of an image set.
 
-        The suffix may stand before the mip too, as some of the original's do.
+        The suffix may also stand before the mip, as in some of the original's files.
         """
         match = _IMAGE_SET.fullmatch(filename)
         if match is None or not filename.isprintable():
@@ -119,16 +119,16 @@ class ImageSetName:
 
 @dataclass(frozen=True)
 class FieldSetName:
-    """What the name of a field set states.
+    """The parts of a field set's file name.
 
     Attributes:
-        stage: whose output the fields are.
+        stage: that wrote the fields.
         place: `ImageSetName.place` of the images that they belong to.
         mip: of the fields.
         tag: checkpoint that made them, or suffix of a download, or None.
 
     Raises:
-        UsageError: place or tag would not be read back.
+        UsageError: place or tag could not be parsed back.
     """
 
     stage: int
@@ -149,7 +149,7 @@ class FieldSetName:
 
     @classmethod
     def parse(cls, filename: str) -> "FieldSetName | None":
-        """Read a whole file name; None when it is not a field set's."""
+        """Parse a whole file name; None if it is not the name of a field set."""
         match = _FIELD_SET.fullmatch(filename)
         if match is None or not filename.isprintable():
             return None

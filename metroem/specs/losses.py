@@ -1,8 +1,8 @@
-"""Define what a phase minimises: the `loss_spec` of a schedule.
+"""Define the losses that a phase minimises: the `loss_spec` of a schedule.
 
     {"type": "metric", "params": {"levels": [0], "pre_align_sample": 32}}
 
-or a list of such objects, whose losses are added, each times its `weight`.
+or a list of such objects. Their losses are multiplied by their `weight` and added.
 """
 
 from typing import Annotated, Any, Literal
@@ -43,7 +43,7 @@ class LossSpec(Spec, frozen=True):
         '"plain": similarity of the aligned images and rigidity. "metric": '
         "embeddings that differ before alignment and agree after it. "
         '"known_warp": distance from the truth of the augmentation `known_warp`. '
-        '"distil": distance from what the finetuner makes of the field',
+        '"distil": distance from the finetuned field',
     ] = "plain"
     levels: Annotated[
         Levels,
@@ -52,11 +52,11 @@ class LossSpec(Spec, frozen=True):
     ] = (0,)
     pre_align_sample: Annotated[
         Count | None,
-        "side of the tiles compared before alignment, px of the level; null "
-        "compares the whole images",
+        "side of the tiles that are compared before alignment, px of the level; null "
+        "compares whole images",
     ] = None
     pre_align_weight: Annotated[NotNegative, "weight of their difference"] = 0.7
-    norm_embeddings: Annotated[bool, "bring each feature to mean 0, std 1 first"] = True
+    norm_embeddings: Annotated[bool, "first bring each feature to mean 0, std 1"] = True
     sm_div: Annotated[bool, "divide smoothness by 2**level"] = False
     train_thru: Annotated[
         bool, "let the loss train the embeddings, not only the field"
@@ -66,16 +66,16 @@ class LossSpec(Spec, frozen=True):
         "measure the difference before alignment against a tgt that a random "
         "field of up to 50 px has moved, not against the tgt of the pair",
     ] = False
-    iterations: Annotated[Count, 'of "distil": steps of the finetuner, at most'] = 50
-    weight: Annotated[Positive, "factor, where losses are added"] = 1.0
+    iterations: Annotated[Count, 'of "distil": most steps of the finetuner'] = 50
+    weight: Annotated[Positive, "factor of this loss in the sum"] = 1.0
 
     @property
     def embedding_levels(self) -> tuple[int, ...]:
-        """Levels whose embeddings the loss looks at."""
+        """Levels whose embeddings the loss compares."""
         return self.levels if self.type == "metric" else ()
 
     def to_json(self) -> dict[str, Any]:
-        """The loss as a schedule has it, with all keys."""
+        """The loss as an entry of a schedule, with all keys."""
         tree = msgspec.json.decode(msgspec.json.encode(self))
         params = {key: tree[key] for key in PARAMS[self.type]}
         return {"type": self.type, "weight": self.weight, "params": params}
@@ -95,8 +95,8 @@ def parse_losses(spec: Any, where: str) -> tuple[LossSpec, ...]:
         where: its position, for messages.
 
     Raises:
-        UsageError: an unknown type or key, a value of the wrong kind or outside
-            of its range, or no loss at all.
+        UsageError: an unknown type or key, a value of the wrong kind or outside its
+            range, or an empty list.
     """
     if not isinstance(spec, list):
         return (_parse_loss(spec, where),)

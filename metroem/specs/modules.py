@@ -1,4 +1,4 @@
-"""The modules of a pyramid, as their directory names state them."""
+"""Find the modules of a pyramid, and parse their directory names."""
 
 import re
 from dataclasses import dataclass
@@ -17,8 +17,8 @@ class ModuleSpec:
     """One aligner of a pyramid, as its directory name states it.
 
     Attributes:
-        stage: place in the processing order, 0 first (coarsest mip).
-        in_mip: mip of the images it reads and of the field it writes.
+        stage: index in the processing order, 0 first (coarsest mip).
+        in_mip: mip of the images that it reads, and of its field.
         suffix: description for people; nothing depends on it.
         path: the module's directory.
     """
@@ -30,7 +30,7 @@ class ModuleSpec:
 
     @classmethod
     def from_path(cls, path: Path) -> "ModuleSpec":
-        """Parse a module directory's name; PyramidError if it is none."""
+        """Parse the name of a module directory; PyramidError if it is not one."""
         match = _MODULE_NAME.fullmatch(path.name)
         if match is None:
             raise PyramidError(f"{path}: not a module directory; expected {_RULE}")
@@ -43,20 +43,20 @@ class ModuleSpec:
 
     @property
     def weights_folder(self) -> Path:
-        """Where the module keeps its network spec and its checkpoints."""
+        """Folder of the module's network spec and checkpoints."""
         return self.path / "model"
 
     def spec(self) -> str | None:
-        """The text of the module's network spec; None if it has none."""
+        """Read the text of the module's network spec; None if it has none."""
         path = self.weights_folder / "model_spec.json"
         return path.read_text(errors="replace") if path.is_file() else None
 
 
 def find_modules(pyramid: Path) -> list[ModuleSpec]:
-    """The modules of a pyramid in processing order.
+    """Find the modules of a pyramid, in processing order.
 
-    Hidden folders and plain files (logs) are passed over; every other folder
-    must be a module.
+    Hidden folders and plain files (logs) are skipped; every other folder must be a
+    module.
 
     Args:
         pyramid: directory of modules.
@@ -65,8 +65,8 @@ def find_modules(pyramid: Path) -> list[ModuleSpec]:
         Stages 0, 1, 2, ... once each, with mips that do not rise.
 
     Raises:
-        PyramidError: no such directory, no module in it, a folder that is no
-            module, a stage that is missing or doubled, or a mip that rises.
+        PyramidError: no such directory, no module in it, a folder that is not a module,
+            a stage that is missing or occurs twice, or a mip that rises.
     """
     if not pyramid.is_dir():
         raise PyramidError(
@@ -96,7 +96,7 @@ def find_modules(pyramid: Path) -> list[ModuleSpec]:
 def select_stages(
     modules: list[ModuleSpec], stages: list[int] | None, flag: str
 ) -> list[ModuleSpec]:
-    """The modules that a flag such as --train_stages names; all for None.
+    """Select the modules that a flag such as --train_stages names; None selects all.
 
     Raises:
         PyramidError: a stage that the pyramid does not have.

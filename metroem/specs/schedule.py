@@ -1,13 +1,13 @@
-"""How a module is trained: phases, read from JSON (train_params).
+"""Read how a module is trained: its phases, from JSON (train_params).
 
-A schedule maps a mip to the phases that are run in turn:
+A schedule maps a mip to its phases, which are run in order:
 
     {"3": [{"lr": 3e-5, "num_epochs": 100, "smoothness": 15,
             "loss_spec": {"type": "plain"}}, ...], ...}
 
-Keys and meanings are the original's; an unknown key is refused. Keys of ours:
+Keys and meanings are the original's; an unknown key is an error. Our own keys are
 `crop_size`, `batch_size`, `accumulate`, `lr_schedule`, `warmup_steps`,
-`max_grad_norm`, `ema`.
+`max_grad_norm` and `ema`.
 """
 
 import json
@@ -45,14 +45,14 @@ from metroem.specs.parse_json import Count, NotNegative, Spec, Whole, parse, rea
 logger = logging.getLogger(__name__)
 
 MODES = ("scratch", "aligned", "finetune", "classic", "classic_finetune", "custom")
-FINETUNING_MODES = ("finetune", "classic_finetune")  # which begin from weights
+FINETUNING_MODES = ("finetune", "classic_finetune")  # start from existing weights
 DEFAULT_CROP_PX = 1024
-_LAST_SHARE = 0.01  # of the learning rate, at the end of a cosine
+_LAST_FRACTION = 0.01  # of the learning rate, at the end of a cosine
 _MOVES_IMAGES = (RandomTranspose, RandomFlip, RandomSrcTgtSwap, RandomWarp, KnownWarp)
 _DECAY = "0 <= decay < 1, such as 0.999"
 
 
-_KEYS = {  # where keys have names of the original
+_KEYS = {  # field -> key, if the key has the original's name
     "losses": "loss_spec",
     "similarity_rules": "mse_keys_to_apply",
     "smoothness_rules": "sm_keys_to_apply",
@@ -62,13 +62,12 @@ _KEYS = {  # where keys have names of the original
 class Phase(Spec, frozen=True, rename=_KEYS):
     """One entry of a stage's schedule."""
 
-    lr: Annotated[NotNegative, "learning rate of Adam, at its highest"]
+    lr: Annotated[NotNegative, "learning rate of Adam, its maximum"]
     num_epochs: Annotated[Count, "epochs: passes over the pairs"]
     smoothness: Annotated[NotNegative, "factor of rigidity in the loss"]
     num_samples: Annotated[
         Count | None,
-        "samples of an epoch, each pair as often as any other; null takes each "
-        "pair once",
+        "samples of an epoch, each pair equally often; null takes each pair once",
     ] = None
     print_every: Annotated[
         Count, "epochs from one log line and validation to the next"
@@ -80,8 +79,8 @@ class Phase(Spec, frozen=True, rename=_KEYS):
     ] = DEFAULT_CROP_PX
     batch_size: Annotated[
         Count | None,
-        "pairs of a batch over all ranks; null leaves it to `--batch_size`, "
-        "which goes before it",
+        "pairs of a batch over all ranks; null means one per rank. `--batch_size` "
+        "overrides it",
     ] = None
     accumulate: Annotated[
         Count,
@@ -93,8 +92,8 @@ class Phase(Spec, frozen=True, rename=_KEYS):
     ] = "constant"
     warmup_steps: Annotated[
         Whole,
-        "steps over which the rate rises from 0 first; a step is an update of the "
-        "weights, however many batches it is made of",
+        "first steps, over which the learning rate rises from 0; a step is one update "
+        "of the weights, of any number of batches",
     ] = 0
     max_grad_norm: Annotated[
         NotNegative | None, "gradients are clipped to this norm; null leaves them"
@@ -102,41 +101,41 @@ class Phase(Spec, frozen=True, rename=_KEYS):
     ema: Annotated[
         Annotated[float, Meta(ge=0, lt=1, title=_DECAY)] | None,
         "decay of a moving average of the weights, below 1, for example 0.999: "
-        "the average is validated, kept, and passed to the next phase. null "
-        "leaves the weights as they are; `--ema` goes before it",
+        "the average is validated, saved, and passed to the next phase. null "
+        "averages nothing; `--ema` overrides it",
     ] = None
     losses: Annotated[tuple[LossSpec, ...], "losses, whose sum is minimised"] = (
         LossSpec(),
     )
     similarity_rules: Annotated[MaskRules, "where similarity counts"] = SIMILARITY_RULES
     smoothness_rules: Annotated[MaskRules, "where rigidity counts"] = SMOOTHNESS_RULES
-    augmentations: Annotated[tuple[Augmentation, ...], "applied in turn"] = ()
+    augmentations: Annotated[tuple[Augmentation, ...], "applied in order"] = ()
 
     @property
     def embedding_levels(self) -> tuple[int, ...]:
-        """Levels whose embeddings the losses look at."""
+        """Levels whose embeddings the losses compare."""
         return tuple(
             sorted({level for loss in self.losses for level in loss.embedding_levels})
         )
 
     @property
     def known_warp(self) -> KnownWarp | None:
-        """The augmentation that gives samples their truth, if there is one."""
+        """The augmentation that gives samples their ground truth, if there is one."""
         warps = [a for a in self.augmentations if isinstance(a, KnownWarp)]
         return warps[0] if warps else None
 
     @property
     def least_px(self) -> int:
-        """Least side of a sample that its augmentations and losses can take."""
+        """Smallest side of a sample that the augmentations and losses can handle."""
         least = [1] if self.known_warp is None else [KNOWN_WARP_LEAST_PX]
         for loss in self.losses:
             if loss.type == "metric" and loss.pre_align_sample is not None:
-                # One whole tile of a level, whose last pixel may be a part of one.
+                # One whole tile of a level; its last pixel may be incomplete.
                 least.append((loss.pre_align_sample - 1) * 2 ** max(loss.levels) + 1)
         return max(least)
 
     def to_json(self) -> dict[str, Any]:
-        """The entry of a schedule that gives this phase, with all keys."""
+        """The phase as an entry of a schedule, with all keys."""
         return msgspec.json.decode(msgspec.json.encode(self)) | {
             "loss_spec": [loss.to_json() for loss in self.losses],
             "mse_keys_to_apply": self.similarity_rules.to_json(),
@@ -148,28 +147,28 @@ class Phase(Spec, frozen=True, rename=_KEYS):
         rate = self.lr * min(1.0, (step + 1) / (self.warmup_steps + 1))
         if self.lr_schedule == "constant":
             return rate
-        fall = (1 + math.cos(math.pi * step / max(num_steps, 1))) / 2
-        return rate * (_LAST_SHARE + (1 - _LAST_SHARE) * fall)
+        cosine = (1 + math.cos(math.pi * step / max(num_steps, 1))) / 2
+        return rate * (_LAST_FRACTION + (1 - _LAST_FRACTION) * cosine)
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """The phases of each mip, and where they were read from."""
+    """The phases of each mip, and the name of the file that they were read from."""
 
     source: str
     phases: Mapping[int, tuple[Phase, ...]] = field(default_factory=dict)
 
     def for_mip(self, mip: int, *, max_epochs: int | None = None) -> tuple[Phase, ...]:
-        """The phases of a mip; those of the nearest entry if it has none.
+        """The phases of a mip, or of the nearest mip that has an entry.
 
         Args:
             mip: of the module's images.
-            max_epochs: cap on the epochs of each phase.
+            max_epochs: maximum of the epochs of each phase.
         """
         nearest = min(self.phases, key=lambda entry: (abs(entry - mip), entry))
         if nearest != mip:
             logger.info(
-                "%s has no entry for mip %d: using that of mip %d",
+                "%s has no entry for mip %d: using the entry of mip %d",
                 self.source,
                 mip,
                 nearest,
@@ -186,13 +185,13 @@ def load_schedule(mode: str, path: Path | None) -> Schedule:
     """Read the schedule of a train mode.
 
     Args:
-        mode: one of `MODES`: a schedule of ours, or "custom".
-        path: JSON file, for "custom" alone.
+        mode: one of `MODES`: one of our schedules, or "custom".
+        path: JSON file, for "custom" only.
 
     Raises:
-        UsageError: a path without "custom" or the other way round, a file
-            that is missing or no JSON, an unknown key, or a value of the
-            wrong kind; the message says where.
+        UsageError: a path without "custom" or "custom" without a path, a file that is
+            missing or not JSON, an unknown key, or a value of the wrong kind. The
+            message says where.
     """
     if (mode == "custom") != (path is not None):
         raise UsageError(
@@ -208,7 +207,15 @@ def load_schedule(mode: str, path: Path | None) -> Schedule:
 
 
 def parse_schedule(tree: Any, source: str) -> Schedule:
-    """Check a decoded schedule and turn it into phases; UsageError if wrong."""
+    """Check a decoded schedule and turn it into phases.
+
+    Args:
+        tree: decoded JSON.
+        source: name of the file, for messages.
+
+    Raises:
+        UsageError: an unknown key, or a value of the wrong kind.
+    """
     if not isinstance(tree, dict) or not tree:
         raise UsageError(
             f"{source}: expected an object of mips, such as {{'3': [...]}}"
@@ -247,13 +254,13 @@ def _phase(entry: Any, where: str) -> Phase:
 
 
 def check_decay(decay: Any, flag: str) -> None:
-    """Refuse a decay of averaged weights that cannot be (UsageError)."""
+    """Refuse a decay of averaged weights that is not 0 <= decay < 1 (UsageError)."""
     if isinstance(decay, bool | str) or not 0 <= decay < 1:
         raise UsageError(f"{flag} {decay!r}: expected {_DECAY}")
 
 
 def _check_truth(phase: Phase, where: str) -> None:
-    """Refuse a loss without its truth, and what would spoil a truth."""
+    """Refuse a loss without its ground truth, and augmentations that invalidate it."""
     kinds = [type(a) for a in phase.augmentations]
     if any(loss.type == "known_warp" for loss in phase.losses) != (KnownWarp in kinds):
         raise UsageError(
@@ -261,11 +268,11 @@ def _check_truth(phase: Phase, where: str) -> None:
             "other; give both or none"
         )
     after = kinds[kinds.index(KnownWarp) + 1 :] if KnownWarp in kinds else []
-    spoiling = [kind.__name__ for kind in after if kind in _MOVES_IMAGES]
-    if spoiling:
+    misplaced = [kind.__name__ for kind in after if kind in _MOVES_IMAGES]
+    if misplaced:
         raise UsageError(
             f"{where}: augmentations: known_warp comes once, and after all that "
-            f"flips, swaps or warps a pair; after it came {spoiling}"
+            f"flips, swaps or warps a pair; after it came {misplaced}"
         )
 
 
@@ -274,7 +281,7 @@ def parse_mask_rules(spec: Any, where: str) -> MaskRules:
 
     Args:
         spec: {"src": [...], "tgt": [...]}, decoded JSON.
-        where: its place, for messages.
+        where: its position, for messages.
 
     Raises:
         UsageError: an unknown key, or a value of the wrong kind.

@@ -1,7 +1,7 @@
-"""Buffers of a network, such as the running statistics of BatchNorm.
+"""Protect the buffers of a network, such as the running statistics of BatchNorm.
 
-A pass in training mode writes into them. They are to be what the passes of updates have
-made of them, and no others.
+A pass in training mode writes into them. Only the passes of applied updates may change
+them; other passes are undone here.
 """
 
 from collections.abc import Iterator
@@ -10,34 +10,34 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-Kept = list[tuple[Tensor, Tensor]]  # each buffer, and what it held
+Saved = list[tuple[Tensor, Tensor]]  # each buffer, and a copy of its values
 
 
-def keep_buffers(net: nn.Module) -> Kept:
-    """What the buffers of a network hold now."""
+def save_buffers(net: nn.Module) -> Saved:
+    """Copy the values of a network's buffers."""
     return [(buffer, buffer.clone()) for buffer in net.buffers()]
 
 
 @torch.no_grad()
-def restore_buffers(kept: Kept) -> None:
-    """Write back what buffers held; they stay where they are in memory."""
-    for buffer, value in kept:
+def restore_buffers(saved: Saved) -> None:
+    """Write saved values back; the buffers stay where they are in memory."""
+    for buffer, value in saved:
         buffer.copy_(value)
 
 
 @contextmanager
 def buffers_kept(net: nn.Module) -> Iterator[None]:
-    """After the block the buffers of a network hold what they held before it."""
-    kept = keep_buffers(net)
+    """Restore the buffers of a network at the end of the block."""
+    saved = save_buffers(net)
     try:
         yield
     finally:
-        restore_buffers(kept)
+        restore_buffers(saved)
 
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """In the block a model is applied, not trained: its buffers stay as they are."""
+    """Put a model into evaluation mode within the block: its buffers do not change."""
     was_training = model.training
     model.eval()
     try:

@@ -1,15 +1,16 @@
-"""Keep the state that a training is resumed from, outside of the module directories.
+"""Save and load the state that a training is resumed from.
 
-Everything lies in `<pyramid>/.train/<checkpoint_name>/`, since modelhouse and
-corgie copy a whole module directory on every load:
+All files lie in `<pyramid>/.train/<checkpoint_name>/`, outside of the module
+directories, since modelhouse and corgie copy a whole module directory on every load:
 
-    stage_<s>.state.pt                   to resume from
-    stage_<s>_last.state.pth.tar         the last weights (the best ones are the
+    stage_<s>.state.pt                   the state to resume from
+    stage_<s>_last.state.pth.tar         the last weights (the best weights are the
                                          module's checkpoint)
-    stage_<s>_initial.state.pth.tar      the checkpoint that training began from
-    metrics.jsonl                        one object an epoch
-    quarantine.jsonl                     pairs whose loss went bad
-    tensorboard/stage_<s>/               the same and pictures, with --tensorboard
+    stage_<s>_initial.state.pth.tar      the checkpoint that training started from
+    stage_<s>_replaced.state.pth.tar     the checkpoint that --restart replaced
+    metrics.jsonl                        one object per report
+    quarantine.jsonl                     pairs whose loss was bad
+    tensorboard/stage_<s>/               metrics and pictures, with --tensorboard
 """
 
 import dataclasses
@@ -37,7 +38,7 @@ class RunFolder:
 
     @classmethod
     def of(cls, pyramid: Path, checkpoint_name: str) -> "RunFolder":
-        """The folder of a run; there is none before its training began."""
+        """Name the folder of a run; it does not exist before its training started."""
         return cls(pyramid / ".train" / checkpoint_name)
 
     def make(self) -> None:
@@ -45,31 +46,31 @@ class RunFolder:
         make_folder(self.path)
 
     def state(self, stage: int) -> Path:
-        """State to resume a stage from."""
+        """Path of the state that a stage is resumed from."""
         return self.path / f"stage_{stage}.state.pt"
 
     def weights(self, stage: int, which: str) -> Path:
-        """Weights kept beside the best ones: "last", "initial", "replaced"."""
+        """Path of other weights than the best: "last", "initial" or "replaced"."""
         return self.path / f"stage_{stage}_{which}.state.pth.tar"
 
     @property
     def metrics(self) -> Path:
-        """One JSON object an epoch."""
+        """Path of the metrics: one JSON object per report."""
         return self.path / "metrics.jsonl"
 
     @property
     def tensorboard(self) -> Path:
-        """Folder of what TensorBoard reads, if it is asked for."""
+        """Folder that --tensorboard writes to."""
         return self.path / "tensorboard"
 
     @property
     def quarantine(self) -> Path:
-        """One JSON object a pair whose loss went bad."""
+        """Path of the list of bad pairs: one JSON object per pair."""
         return self.path / "quarantine.jsonl"
 
 
 _NONE = type(None)
-# Of what else the values of a state are made, a training finds out when it begins.
+# Types of the values of a state. Their contents are checked when a training resumes.
 _KINDS: dict[str, Any] = {
     **{"fingerprint": dict, "phase": int, "epoch": int, "step": int, "net": dict},
     **{"sums": list, "recent_bad": list, "quarantine": list},
@@ -83,15 +84,16 @@ class TrainingState:
     """Where the training of a stage stands.
 
     Attributes:
-        fingerprint: of the training; one with another may not resume it.
-        phase: position in the schedule; its length when the stage is done.
-        epoch: position in the phase.
-        step: position in the epoch.
+        fingerprint: of the training; a training with another one may not resume it.
+        phase: index in the schedule; the number of phases when the stage is done.
+        epoch: index in the phase.
+        step: index in the epoch.
         best: best validation loss of the phase; None before the first.
-        sums: sums of the metrics since the last report, then how many steps each is of.
-        recent_bad: 1 for each bad one of the last steps, 0 for each good one.
-        quarantine: names of pairs whose loss went bad.
-        net: weights, as they are without averaging.
+        sums: sums of the metrics since the last report, then the number of steps in
+            each sum.
+        recent_bad: for each of the last steps, 1 if it was bad, else 0.
+        quarantine: names of pairs whose loss was bad.
+        net: weights, not averaged.
         optimizer: state of the optimizer; None at the start of a phase.
         rng: torch's global random state, for networks that draw from it.
         average: state of the averaged weights; None where there are none.
@@ -111,14 +113,14 @@ class TrainingState:
     average: dict[str, Any] | None = None
 
     def add_metrics(self, metrics: torch.Tensor) -> None:
-        """Count the metrics of a step; those that are not known are left out."""
+        """Add the metrics of a step to the sums; unknown ones are left out."""
         known = ~metrics.isnan()
         values = [*torch.where(known, metrics, 0.0).tolist(), *known.tolist()]
         sums = self.sums or [0.0] * len(values)
         self.sums = [a + b for a, b in zip(sums, values, strict=True)]
 
     def mean_metrics(self) -> list[float]:
-        """The mean of each metric since the last report; NaN if it is not known."""
+        """Average each metric since the last report; NaN if it is unknown."""
         half = len(self.sums) // 2
         return [
             value / count if count else float("nan")
@@ -127,7 +129,7 @@ class TrainingState:
 
 
 def save_state(path: Path, state: TrainingState) -> None:
-    """Write a state; the file is there whole or not at all."""
+    """Write a state; the file is complete or does not exist."""
     tree = {"version": format_versions.STATE, **vars(state)}
     buffer = io.BytesIO()
     torch.save(tree, buffer)
@@ -138,13 +140,14 @@ def load_state(path: Path) -> TrainingState | None:
     """Read the state that a training may be resumed from; None if there is none.
 
     Raises:
-        CheckpointError: the file cannot be read, is no state, or is of another version.
+        CheckpointError: the file cannot be read, is not a state, or has another
+            version.
     """
     if not path.is_file():
         return None
     try:
         tree = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises whatever its readers raise
+    except Exception as error:  # torch passes on any error of its readers
         raise CheckpointError(
             f"{path}: cannot be read ({error}); begin again with --restart"
         ) from error
@@ -178,7 +181,7 @@ def load_state(path: Path) -> TrainingState | None:
 
 
 def append_json_line(path: Path, record: Mapping[str, Any]) -> None:
-    """Add one JSON object as a line.
+    """Append one JSON object as a line.
 
     Raises:
         StorageError: the disk is full; the file is as it was.
@@ -192,13 +195,11 @@ def append_json_line(path: Path, record: Mapping[str, Any]) -> None:
 
 
 def keep_json_lines(path: Path, before: tuple[int, int, int]) -> None:
-    """Drop the lines of a stage that lie at or after a position.
-
-    A run that resumes writes them again.
+    """Delete the lines of a stage at or after a position: a resumed run repeats them.
 
     Args:
-        path: of records with "stage", "phase" and "epoch".
-        before: (stage, phase, epoch) that the run resumes at.
+        path: file of records with "stage", "phase" and "epoch".
+        before: (stage, phase, epoch) at which the run resumes.
     """
     if not path.is_file():
         return
@@ -206,9 +207,9 @@ def keep_json_lines(path: Path, before: tuple[int, int, int]) -> None:
     for line in path.read_text().splitlines():
         try:
             record = json.loads(line)
-        except ValueError:  # cut short by what stopped the machine
+        except ValueError:  # incomplete, since the machine stopped
             continue
-        place = (record["stage"], record["phase"], record["epoch"])
-        if place[0] != before[0] or place < before:
+        position = (record["stage"], record["phase"], record["epoch"])
+        if position[0] != before[0] or position < before:
             kept.append(line + "\n")
     replace_file(path, "".join(kept).encode())

@@ -1,4 +1,4 @@
-"""Networks compiled by torch.compile."""
+"""Compile networks with torch.compile, and say what to do if that fails."""
 
 import sys
 import time
@@ -13,8 +13,8 @@ from torch import Tensor
 from metroem.aligner import Aligner
 from metroem.errors import ResourceError, UsageError, first_line
 
-# What artificery runs its parsers under, which is no module that can be imported: the
-# compiler looks names of functions up there.
+# artificery runs its parsers under this module name, which cannot be imported. The
+# compiler looks up function names in that module.
 _PARSERS = "parser"
 
 
@@ -22,14 +22,14 @@ def check_compiler(device: torch.device) -> None:
     """Refuse a machine that cannot compile, before any work is done.
 
     Args:
-        device: that networks are to run on.
+        device: on which networks will run.
 
     Raises:
         UsageError: compiling a few operations fails there.
     """
 
-    # Not what was compiled earlier on this machine: torch keeps that, which would hide
-    # a compiler that is gone.
+    # A new number each time, since torch reuses what it compiled earlier on this
+    # machine. That would hide a compiler that is gone.
     unseen = float(time.time_ns() % 10**15)
 
     def probe(x: Tensor) -> Tensor:
@@ -37,7 +37,7 @@ def check_compiler(device: torch.device) -> None:
 
     try:
         torch.compile(probe, dynamic=False)(torch.zeros(16, device=device))
-    except Exception as error:  # the compiler raises whatever its parts raise
+    except Exception as error:  # the compiler passes on any error of its parts
         raise UsageError(
             "--compile: torch.compile does not work on this machine: "
             f"{first_line(error)}. It needs a C++ compiler and the headers of Python "
@@ -47,20 +47,28 @@ def check_compiler(device: torch.device) -> None:
 
 
 def check_compiles(aligner: Aligner, path: object) -> None:
-    """Refuse a network that does not compile; `path` of its module (UsageError)."""
+    """Refuse a network that cannot be compiled.
+
+    Args:
+        aligner: has the network.
+        path: of its module, for the message.
+
+    Raises:
+        UsageError: it has stock operators.
+    """
     if aligner.operators != "corrected":
         raise UsageError(
             f"--compile: {path} has stock operators, which torch.compile cannot take; "
             "leave the flag out, or say operators='corrected' in its create.py and "
-            "train it anew"
+            "train it again"
         )
 
 
 @contextmanager
 def compiler_failures_named() -> Iterator[None]:
-    """Say what a network that torch.compile fails on can do without (ResourceError).
+    """Turn a failure of torch.compile into a ResourceError that says what to do.
 
-    It compiles each size of samples when it first meets it, so a run may have begun.
+    torch compiles each sample size when it is first used, so training may have started.
     """
     try:
         yield
@@ -73,7 +81,7 @@ def compiler_failures_named() -> Iterator[None]:
         raise ResourceError(
             "--compile: torch.compile failed on the network "
             f"({type(cause).__name__}: {first_line(cause)}). The same command without "
-            "the flag goes on from the last save; another crop_size of the schedule or "
+            "the flag resumes from the last save; another crop_size of the schedule or "
             "another version of torch may compile"
         ) from error
 
@@ -81,8 +89,8 @@ def compiler_failures_named() -> Iterator[None]:
 def compile_network(aligner: Aligner, backend: Any = "inductor") -> None:
     """Let torch compile the network's forward pass when it is first called.
 
-    The network stays the object that it is: names of weights do not change. Networks
-    that this process compiled before are compiled once more if they are called again.
+    The network object and the names of its weights do not change. Networks that this
+    process compiled before are compiled once more if they are called again.
 
     Args:
         aligner: with corrected operators.
@@ -91,9 +99,9 @@ def compile_network(aligner: Aligner, backend: Any = "inductor") -> None:
     if _PARSERS not in sys.modules:
         sys.modules[_PARSERS] = types.ModuleType(_PARSERS)
     # torch compiles at most 8 kinds of calls (sizes; with and without gradients) and
-    # runs others as they are. All networks of a process share these: each stage of a
-    # pyramid begins anew.
+    # does not compile others. All networks of a process share these 8, so the count is
+    # reset for each stage of a pyramid.
     torch.compiler.reset()
-    # Each size by itself: with sizes as symbols the compiler of torch 2.13 fails on
-    # the network `correlation`.
+    # dynamic=False compiles each size separately: with symbolic sizes the compiler of
+    # torch 2.13 fails on the network `correlation`.
     aligner.net.compile(dynamic=False, backend=backend)

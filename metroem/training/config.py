@@ -1,4 +1,4 @@
-"""Describe the training of one stage: all that it is told."""
+"""Configure the training of one stage, and compare it with an earlier run's config."""
 
 import json
 from collections.abc import Iterator, Mapping
@@ -17,34 +17,34 @@ from metroem.specs.modules import ModuleSpec
 from metroem.specs.schedule import Phase
 from metroem.training.checkpoint import RunFolder, TrainingState
 
-# Keys of a fingerprint that are no flags.
+# Keys of a fingerprint that are not flags.
 SCHEDULE, PAIRS = "schedule", "training pairs"
 IMAGES, PRIORS = "images", "prior fields"
 
 
 @dataclass(frozen=True)
 class StageConfig:
-    """All that the training of one stage is told.
+    """The configuration of the training of one stage.
 
     Attributes:
         module: is trained.
-        phases: of its schedule, in turn.
+        phases: of its schedule, in order.
         split: its pairs.
         run: folder of the state.
         checkpoint_name: of the weights.
         device: of this rank.
         seed: of all randomness.
-        batch_size: pairs of a step, over all ranks; None leaves it to the phase.
-        num_workers: processes that read samples, per rank.
+        batch_size: pairs of a batch, over all ranks; None leaves it to the phase.
+        num_workers: data-loading processes per rank.
         precision: "fp32" or "bf16" inside the network.
         compiles: whether the network is compiled.
         checkpoints_activations: whether activations are computed a second time in the
             backward pass instead of being kept for it.
-        earlier: the modules of the stages before it.
+        earlier: the modules of the earlier stages.
         fields_path: folder that its fields are written to afterwards; None if they are
             not.
         rank: of this process.
-        num_ranks: how many processes train.
+        num_ranks: number of processes that train.
     """
 
     module: ModuleSpec
@@ -71,7 +71,7 @@ class StageConfig:
 
     @property
     def best_weights(self) -> Path:
-        """The module's checkpoint, which the best weights become."""
+        """Path of the module's checkpoint, to which the best weights are written."""
         return checkpoint_path(self.module.weights_folder, self.checkpoint_name)
 
     def batch_of(self, phase: Phase) -> int:
@@ -79,7 +79,7 @@ class StageConfig:
         return batch_size_of(phase, self.batch_size, self.num_ranks)
 
     def pairs_of_update(self, phase: Phase) -> int:
-        """Pairs of one update of the weights: those of all its batches."""
+        """Pairs of one update of the weights, over all its batches and ranks."""
         return self.batch_of(phase) * phase.accumulate
 
     def num_updates(self, phase: Phase) -> int:
@@ -88,25 +88,24 @@ class StageConfig:
         return num_steps(phase, num_pairs, self.pairs_of_update(phase))
 
     def epoch_seed(self, state: TrainingState) -> EpochSeed:
-        """Seed of the samples of the epoch at which a state stands."""
+        """Seed of the samples of a state's current epoch."""
         return EpochSeed(self.seed, self.stage, state.phase, state.epoch)
 
     def loss_seed(self, state: TrainingState) -> tuple[int, ...]:
         """Seed of the randomness inside the losses of a step."""
-        # Samples have the numbers from 0 up.
+        # Negative, since samples use the numbers from 0 up.
         return self.seed, self.stage, state.phase, state.epoch, -1 - state.step
 
     def fingerprint(self) -> dict[str, Any]:
-        """What must be equal for a training to be resumed, as JSON.
+        """All settings that must be equal for a training to be resumed, as JSON.
 
-        Phases have the keys of a schedule's JSON, with the values that are the default
-        where it has none.
+        Phases are written with all keys of a schedule, defaults too.
         """
         size = self.batch_size
         if size is None and not all(phase.batch_size for phase in self.phases):
-            # One pair a rank: with other ranks, steps would be of other pairs.
+            # One pair per rank: another number of ranks would change the steps.
             size = self.num_ranks if self.num_ranks > 1 else None
-        # Held-out pairs too: they say which weights are best.
+        # Held-out pairs too, since they decide which weights are best.
         refs = [*self.split.training, *self.split.validation]
         priors = {ref.prior.path: ref.prior for ref in refs if ref.prior is not None}
         return {
@@ -125,11 +124,11 @@ def batch_size_of(phase: Phase, batch_size: int | None, num_ranks: int) -> int:
 
     Args:
         phase: may have a batch size of its own.
-        batch_size: of the command, which goes before it.
-        num_ranks: share the batch.
+        batch_size: of --batch_size, which takes precedence over the phase.
+        num_ranks: number of ranks that share the batch.
 
     Raises:
-        UsageError: the ranks cannot share them evenly.
+        UsageError: the ranks cannot share the pairs evenly.
     """
     size = batch_size or phase.batch_size or num_ranks
     if size % num_ranks:
@@ -142,7 +141,7 @@ def batch_size_of(phase: Phase, batch_size: int | None, num_ranks: int) -> int:
 
 
 def describe_differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
-    """Say how two fingerprints differ, for a user; "" if they are equal."""
+    """Describe for a user how two fingerprints differ; "" if they are equal."""
     said = []
     for key in [*now, *(key for key in before if key not in now)]:
         old, new = before.get(key), now.get(key)
@@ -173,7 +172,7 @@ def _schedule_differences(before: list[Any], now: list[Any]) -> Iterator[str]:
 def _json_differences(
     before: Any, now: Any, where: str = ""
 ) -> Iterator[tuple[str, str, str]]:
-    """Where two JSON values differ, and both values there."""
+    """Yield each position where two JSON values differ, with both values."""
     if isinstance(before, dict) and isinstance(now, dict):
         for key in [*now, *(key for key in before if key not in now)]:
             inner = f"{where} {key}".strip()
@@ -203,7 +202,7 @@ def _pair_differences(before: list[str], now: list[str]) -> str:
 
 
 def _text(value: Any) -> str:
-    """A value as JSON has it, cut short."""
+    """Format a value as JSON, at most 100 characters."""
     if value is None:
         return "not given"
     text = json.dumps(value, default=str)

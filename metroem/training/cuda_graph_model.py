@@ -1,12 +1,13 @@
-"""Repeat the passes of a network as CUDA graphs.
+"""Record the passes of a network as CUDA graphs, and replay them.
 
-A pass is some thousand small operations, and starting them one by one takes a host
-longer than they take a GPU: forward and backward pass of `correlation`, 4 pairs of
-256 px, on an H100, 56 ms one by one and 13 recorded, with the same fields (2026-11).
+A pass consists of some thousand small operations. The CPU takes longer to start them
+one by one than the GPU takes to compute them. Forward and backward pass of
+`correlation` with 4 pairs of 256 px on an H100 take 56 ms, and 13 ms recorded, with
+the same fields (2026-11).
 
-Source: what torch.cuda.make_graphed_callables does. That one records while nothing
-else in the process may use the GPU, which threads that pin samples do, and gives
-gradients that the next pass writes over.
+Source: torch.cuda.make_graphed_callables works in the same way, but cannot be used.
+While it records, nothing else in the process may use the GPU, but threads that pin
+samples do. The next pass also writes over the gradients that it returns.
 """
 
 from collections import Counter
@@ -25,28 +26,28 @@ from metroem.utils.cuda_graphs import recording
 
 Predict = Callable[[Tensor, Tensor, Tensor | None, tuple[int, ...]], Prediction]
 
-# Passes of a kind before it is recorded: the first ones compile and allocate.
-_AS_THEY_ARE = 3
-# Larger batches keep a GPU busy, and what they keep for the backward pass would stay
-# in its memory between steps.
-_MOST_PX = 2**22
+# Passes of a kind that run before it is recorded: the first ones compile and allocate.
+_NUM_WARMUP_PASSES = 3
+# Larger batches keep a GPU busy without recording, and a recorded pass keeps its
+# activations in GPU memory between steps.
+_MAX_PX = 2**22
 
 
 class CudaGraphModel:
-    """A network's forward and backward passes, each kind recorded when it comes again.
+    """Runs the passes of a network, and records each kind of pass that is repeated.
 
-    Kinds differ in shapes, in what is wanted, and in whether gradients are. On a CPU,
-    of large batches and of inputs that want a gradient, passes are made as they are.
-    A recorded pass has to be followed by its backward pass before the next one.
+    Kinds differ in shapes, levels, training mode, and in whether gradients are wanted.
+    Passes are not recorded on a CPU, for large batches, or if an input needs a
+    gradient. The backward pass of a recorded pass must come before the next pass.
     """
 
     def __init__(self, predict: Predict, net: nn.Module) -> None:
-        """Nothing is recorded yet.
+        """Start without recorded passes.
 
         Args:
-            predict: makes src, tgt, prior and levels a prediction; a function of its
-                arguments and of the weights alone, which waits for no GPU.
-            net: whose weights those are; they stay where they are in memory.
+            predict: turns src, tgt, prior and levels into a prediction. It depends on
+                its arguments and the weights only, and never waits for the GPU.
+            net: has the weights, which must stay where they are in memory.
         """
         self._predict, self._net = predict, net
         self._seen: Counter[tuple[Any, ...]] = Counter()
@@ -56,26 +57,26 @@ class CudaGraphModel:
     def __call__(
         self, src: Tensor, tgt: Tensor, prior: Tensor | None, levels: tuple[int, ...]
     ) -> Prediction:
-        """The prediction; its tensors are the caller's, as if nothing were recorded.
+        """Predict; the tensors of the result are copies that the caller may keep.
 
         Raises:
-            ResourceError: the network does what cannot be recorded.
+            ResourceError: the network has operations that cannot be recorded.
         """
-        given = [src, tgt] if prior is None else [src, tgt, prior]
-        if not _is_worth_it(given):
+        inputs = [src, tgt] if prior is None else [src, tgt, prior]
+        if not _is_worth_recording(inputs):
             return self._predict(src, tgt, prior, levels)
-        shapes = tuple(x.shape for x in given)
+        shapes = tuple(x.shape for x in inputs)
         kind = shapes, levels, torch.is_grad_enabled(), self._net.training
         if kind not in self._recorded:
             self._seen[kind] += 1
-            if self._seen[kind] <= _AS_THEY_ARE:
+            if self._seen[kind] <= _NUM_WARMUP_PASSES:
                 return self._predict(src, tgt, prior, levels)
-            self._recorded[kind] = self._record(given, levels)
-        return self._recorded[kind](given)
+            self._recorded[kind] = self._record(inputs, levels)
+        return self._recorded[kind](inputs)
 
-    def _record(self, given: Sequence[Tensor], levels: tuple[int, ...]) -> "_Recorded":
+    def _record(self, inputs: Sequence[Tensor], levels: tuple[int, ...]) -> "_Recorded":
         if self._passes is None:
-            self._passes = _Passes(given[0].device)
+            self._passes = _Passes(inputs[0].device)
 
         def predict(
             src: Tensor, tgt: Tensor, prior: Tensor | None = None
@@ -83,109 +84,110 @@ class CudaGraphModel:
             return self._predict(src, tgt, prior, levels)
 
         try:
-            return _Recorded(predict, self._net, given, self._passes)
+            return _Recorded(predict, self._net, inputs, self._passes)
         except RuntimeError as error:
-            if "captur" not in str(error):  # as CUDA calls it
+            if "captur" not in str(error):  # CUDA says "capture" for recording
                 raise
             raise ResourceError(
                 "the GPU could not record the passes of this network "
                 f"({first_line(error)}); the same command with "
-                "--checkpoint_activations makes them one by one, and goes on from the "
-                "last save"
+                "--checkpoint_activations runs them without recording, and resumes "
+                "from the last save"
             ) from error
 
 
 class _Passes:
-    """What the recorded passes of one network share.
+    """Stream and memory that the recorded passes of one network share.
 
-    Their memory is one: what a pass keeps for its backward pass is written over by
-    the next pass, of whatever kind.
+    Since they share memory, each pass writes over the activations of the pass before,
+    of any kind.
     """
 
     def __init__(self, device: torch.device) -> None:
         self.stream = torch.cuda.Stream(device)
         self.memory = torch.cuda.graph_pool_handle()
-        self.made = 0
+        self.count = 0  # passes replayed so far
 
     def recording(self, graph: torch.cuda.CUDAGraph) -> AbstractContextManager[None]:
-        """`metroem.utils.cuda_graphs.recording` of one of them."""
+        """Record a graph in the block, with this stream and memory."""
         return recording(graph, self.stream, self.memory)
 
 
 class _Recorded:
-    """One kind of pass."""
+    """A recorded forward and backward pass of one kind."""
 
     def __init__(
         self,
         predict: Callable[..., Prediction],
         net: nn.Module,
-        given: Sequence[Tensor],
+        inputs: Sequence[Tensor],
         passes: _Passes,
     ) -> None:
         self.passes = passes
-        self.given = [x.clone() for x in given]
+        self.inputs = [x.clone() for x in inputs]
         self.forward, self.backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
-        # Others in the same memory: how the weights gather gradients may be tied to
-        # the stream of an earlier pass, which cannot be recorded along with this one.
+        # Use aliases, i.e. other parameters in the same memory. autograd may have tied
+        # the gradients of the weights to the stream of an earlier pass. That stream
+        # cannot be recorded together with this one.
         weights = [p for p in net.parameters() if p.requires_grad]
-        others = [nn.Parameter(p.detach()) for p in weights]
-        with _replaced(net, dict(zip(weights, others, strict=True))):
-            # In case that it has to be compiled for them. No update comes of this pass:
-            # it leaves no trace in statistics, nor in chance.
-            with buffers_kept(net), torch.random.fork_rng(_gpus(given)):
-                predict(*self.given)
+        aliases = [nn.Parameter(p.detach()) for p in weights]
+        with _replaced(net, dict(zip(weights, aliases, strict=True))):
+            # A compiled network may have to compile for the aliases first. No update
+            # uses this pass, so buffers and random states are restored.
+            with buffers_kept(net), torch.random.fork_rng(_gpus(inputs)):
+                predict(*self.inputs)
             with passes.recording(self.forward):
-                prediction = predict(*self.given)
-        made = _tensors(prediction)
-        self.has_gradient = [x.requires_grad for x in made]
-        with_gradient = [x for x in made if x.requires_grad]
-        self.slopes = [torch.zeros_like(x) for x in with_gradient]
+                prediction = predict(*self.inputs)
+        outputs = _tensors(prediction)
+        self.has_gradient = [x.requires_grad for x in outputs]
+        with_gradient = [x for x in outputs if x.requires_grad]
+        self.output_gradients = [torch.zeros_like(x) for x in with_gradient]
         self.weights: list[Tensor] = []
         self.gradients: list[Tensor] = []
-        if self.slopes:
+        if self.output_gradients:
             with passes.recording(self.backward):
                 gradients = torch.autograd.grad(
-                    with_gradient, others, self.slopes, allow_unused=True
+                    with_gradient, aliases, self.output_gradients, allow_unused=True
                 )
             for weight, gradient in zip(weights, gradients, strict=True):
                 if gradient is not None:
                     self.weights.append(weight)
                     self.gradients.append(gradient)
-        # Without what they were made from, which would stay in memory.
-        self.prediction = _each(prediction, Tensor.detach)
+        # Detached, since the autograd graph would keep its tensors in memory.
+        self.prediction = _map_tensors(prediction, Tensor.detach)
 
-    def __call__(self, given: Sequence[Tensor]) -> Prediction:
-        for ours, theirs in zip(self.given, given, strict=True):
+    def __call__(self, inputs: Sequence[Tensor]) -> Prediction:
+        for ours, theirs in zip(self.inputs, inputs, strict=True):
             ours.copy_(theirs)
-        made = iter(_Repeat.apply(self, *self.weights))  # type: ignore[no-untyped-call]
-        return _each(self.prediction, lambda _: next(made))  # type: ignore[no-any-return]
+        outputs = iter(_Replay.apply(self, *self.weights))  # type: ignore[no-untyped-call]
+        return _map_tensors(self.prediction, lambda _: next(outputs))  # type: ignore[no-any-return]
 
 
-class _Repeat(torch.autograd.Function):
-    """A recorded pass as autograd knows it: a function of the weights it depends on."""
+class _Replay(torch.autograd.Function):
+    """Replays a recorded pass, as a function of its weights for autograd."""
 
     @staticmethod
     def forward(ctx: Any, recorded: _Recorded, *weights: Tensor) -> tuple[Tensor, ...]:
-        recorded.passes.made += 1
-        ctx.recorded, ctx.number = recorded, recorded.passes.made
+        recorded.passes.count += 1
+        ctx.recorded, ctx.number = recorded, recorded.passes.count
         recorded.forward.replay()
-        made = [x.clone() for x in _tensors(recorded.prediction)]
-        pairs = zip(made, recorded.has_gradient, strict=True)
+        outputs = [x.clone() for x in _tensors(recorded.prediction)]
+        pairs = zip(outputs, recorded.has_gradient, strict=True)
         ctx.mark_non_differentiable(*(x for x, wanted in pairs if not wanted))
-        return tuple(made)
+        return tuple(outputs)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *slopes: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *output_gradients: Tensor) -> tuple[Tensor | None, ...]:
         recorded = ctx.recorded
-        if ctx.number != recorded.passes.made:
+        if ctx.number != recorded.passes.count:
             raise RuntimeError(
                 "the backward pass of a recorded pass came after another pass, which "
-                "has written over what it needs; expected it before that one"
+                "has written over its activations; expected it before that pass"
             )
-        pairs = zip(slopes, recorded.has_gradient, strict=True)
-        wanted = [slope for slope, has_gradient in pairs if has_gradient]
-        for ours, theirs in zip(recorded.slopes, wanted, strict=True):
+        pairs = zip(output_gradients, recorded.has_gradient, strict=True)
+        wanted = [gradient for gradient, has_gradient in pairs if has_gradient]
+        for ours, theirs in zip(recorded.output_gradients, wanted, strict=True):
             ours.copy_(theirs)
         recorded.backward.replay()
         return None, *(gradient.clone() for gradient in recorded.gradients)
@@ -195,44 +197,45 @@ class _Repeat(torch.autograd.Function):
 def _replaced(
     net: nn.Module, others: Mapping[nn.Parameter, nn.Parameter]
 ) -> Iterator[None]:
-    """The network has other weights until the block ends, wherever it has them."""
-    places = [
+    """Replace parameters of a network within the block, wherever it uses them."""
+    uses = [
         (module, name, parameter)
         for module in net.modules()
         for name, parameter in module.named_parameters(recurse=False)
         if parameter in others
     ]
-    for module, name, parameter in places:
+    for module, name, parameter in uses:
         setattr(module, name, others[parameter])
     try:
         yield
     finally:
-        for module, name, parameter in places:
+        for module, name, parameter in uses:
             setattr(module, name, parameter)
 
 
-def _is_worth_it(given: Sequence[Tensor]) -> bool:
-    src = given[0]
-    wants_gradient = torch.is_grad_enabled() and any(x.requires_grad for x in given)
-    return src.is_cuda and src.numel() <= _MOST_PX and not wants_gradient
+def _is_worth_recording(inputs: Sequence[Tensor]) -> bool:
+    src = inputs[0]
+    wants_gradient = torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
+    return src.is_cuda and src.numel() <= _MAX_PX and not wants_gradient
 
 
-def _gpus(given: Sequence[Tensor]) -> list[torch.device]:
-    return [given[0].device] if given[0].is_cuda else []
+def _gpus(inputs: Sequence[Tensor]) -> list[torch.device]:
+    return [inputs[0].device] if inputs[0].is_cuda else []
 
 
 def _tensors(prediction: Prediction) -> list[Tensor]:
+    """List the tensors of a prediction."""
     found: list[Tensor] = []
-    _each(prediction, lambda x: found.append(x) or x)
+    _map_tensors(prediction, lambda x: found.append(x) or x)
     return found
 
 
-def _each(made: Any, change: Callable[[Tensor], Tensor]) -> Any:
-    """A prediction with each of its tensors changed."""
-    if isinstance(made, Tensor):
-        return change(made)
-    if isinstance(made, dict):
-        return {key: _each(value, change) for key, value in made.items()}
-    if isinstance(made, tuple):
-        return type(made)(*(_each(value, change) for value in made))
-    return made
+def _map_tensors(tree: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """Apply a function to each tensor of a prediction."""
+    if isinstance(tree, Tensor):
+        return change(tree)
+    if isinstance(tree, dict):
+        return {key: _map_tensors(value, change) for key, value in tree.items()}
+    if isinstance(tree, tuple):
+        return type(tree)(*(_map_tensors(value, change) for value in tree))
+    return tree

@@ -25,17 +25,17 @@ logger = logging.getLogger(__name__)
 
 
 class TrainingModel(nn.Module):
-    """An aligner as DDP wants it: one forward that gives all a loss needs."""
+    """Wraps an aligner for DDP: one forward method returns all that a loss needs."""
 
     def __init__(
         self, aligner: Aligner, precision: str, *, is_recorded: bool = False
     ) -> None:
-        """Wrap it.
+        """Wrap an aligner.
 
         Args:
-            aligner: what is trained.
+            aligner: is trained.
             precision: "fp32" or "bf16" inside the network.
-            is_recorded: whether a GPU may repeat its passes by itself: see
+            is_recorded: whether its passes are recorded as CUDA graphs, see
                 `CudaGraphModel`.
         """
         super().__init__()
@@ -46,7 +46,7 @@ class TrainingModel(nn.Module):
         self._passes = CudaGraphModel(self._pass, self.net) if is_recorded else None
 
     def forward(self, sample: Sample, levels: tuple[int, ...]) -> Prediction:
-        """Field and embeddings of a batch; bf16 inside the network if asked."""
+        """Predict field and embeddings of a batch, float32 at any precision."""
         run = self._passes or self._pass
         return run(sample.src, sample.tgt, sample.prior_field, levels)
 
@@ -65,16 +65,16 @@ class TrainingModel(nn.Module):
 
 
 def load_aligner(config: StageConfig, *, is_fresh: bool) -> Aligner:
-    """Load the aligner that the training of a stage begins with.
+    """Load the aligner that the training of a stage starts from.
 
-    Fresh training keeps a copy of the weights that it begins with.
+    Fresh training keeps a copy of the weights that it starts from.
 
     Args:
         config: names module and checkpoint.
-        is_fresh: False where a state is about to be loaded.
+        is_fresh: False if a state is loaded afterwards.
 
     Raises:
-        CheckpointError: weights that do not fit.
+        CheckpointError: weights do not fit the network.
     """
     initial = config.best_weights
     if is_fresh and config.rank == 0 and initial.is_file():
@@ -91,28 +91,28 @@ def load_aligner(config: StageConfig, *, is_fresh: bool) -> Aligner:
     aligner: Aligner = loaded.aligner.to(config.device)  # type: ignore
     fits = getattr(aligner.net, "fits_any_stage", False)
     if is_fresh and fits and not initial.is_file():
-        _take_weights_before(aligner, config)
+        _load_previous_weights(aligner, config)
     return aligner
 
 
-def _take_weights_before(aligner: Aligner, config: StageConfig) -> None:
-    """Start a fresh network from the stage before, if that has the same one.
+def _load_previous_weights(aligner: Aligner, config: StageConfig) -> None:
+    """Start a fresh network from the previous stage's weights, if its spec is equal.
 
-    Tissue looks alike at neighbouring mips: 100 steps then do what fresh
-    weights need 450 for (FIB-SEM, mips 1 and 0, 2026-11).
+    Tissue looks alike at neighbouring mips: 100 steps from these weights do as much as
+    450 steps from fresh weights (FIB-SEM, mips 1 and 0, 2026-11).
     """
-    for before in config.earlier[-1:]:
-        weights = checkpoint_path(before.weights_folder, config.checkpoint_name)
-        if weights.is_file() and before.spec() == config.module.spec():
+    for previous in config.earlier[-1:]:
+        weights = checkpoint_path(previous.weights_folder, config.checkpoint_name)
+        if weights.is_file() and previous.spec() == config.module.spec():
             load_weights(aligner.net, weights)
             logger.info(
-                "stage %d: no weights yet; it starts from those of stage %d",
-                *(config.stage, before.stage),
+                "stage %d: no weights yet; it starts from the weights of stage %d",
+                *(config.stage, previous.stage),
             )
 
 
 def wrap_model(aligner: Aligner, config: StageConfig) -> nn.Module:
-    """Make the `TrainingModel` of an aligner, in DDP where there are several ranks."""
+    """Wrap an aligner in a `TrainingModel`, and in DDP if there are several ranks."""
     if config.checkpoints_activations:
         checkpoint_activations(aligner.net)
     if config.compiles:
@@ -120,8 +120,8 @@ def wrap_model(aligner: Aligner, config: StageConfig) -> nn.Module:
     model = TrainingModel(
         aligner,
         config.precision,
-        # Stock operators wait for the GPU; activations that are computed twice suit
-        # batches that keep it busy.
+        # Stock operators wait for the GPU, so they cannot be recorded. Activations are
+        # computed twice for large batches, which keep a GPU busy without recording.
         is_recorded=aligner.operators == "corrected"
         and not config.checkpoints_activations,
     )
@@ -130,28 +130,28 @@ def wrap_model(aligner: Aligner, config: StageConfig) -> nn.Module:
     return DistributedDataParallel(
         model,
         device_ids=[config.device] if config.device.type == "cuda" else None,
-        # Networks from elsewhere have layers that a plain loss does not reach.
+        # Networks of other programs have layers that a plain loss does not reach.
         find_unused_parameters=True,
     )
 
 
 def unwrap_model(model: nn.Module) -> TrainingModel:
-    """The `TrainingModel` that a model is, or that DDP has around it."""
+    """Return the `TrainingModel` itself, without DDP around it."""
     return getattr(model, "module", model)  # type: ignore[return-value]
 
 
 def checkpoint_activations(net: nn.Module) -> None:
-    """Let each block of a network keep its inputs, and no activations.
+    """Make each block of a network keep its inputs, but not its activations.
 
-    The backward pass computes them a second time, one block after the other. Blocks
-    are the encoder of each level and each of its steps. Values, gradients and the
-    names of weights stay the same.
+    The backward pass computes the activations a second time, one block after the
+    other. Blocks are the encoder of each level and each of its steps. Values,
+    gradients and the names of weights stay the same.
 
     Args:
         net: with `level_upmodules` and `level_downmodules`.
     """
     for block in _blocks(net):
-        block.forward = _recomputed(block)  # type: ignore[method-assign]
+        block.forward = _checkpointed(block)  # type: ignore[method-assign]
 
 
 def _blocks(net: nn.Module) -> Iterator[nn.Module]:
@@ -164,15 +164,17 @@ def _blocks(net: nn.Module) -> Iterator[nn.Module]:
                 yield block
 
 
-def _recomputed(block: nn.Module) -> Callable[..., Any]:
+def _checkpointed(block: nn.Module) -> Callable[..., Any]:
+    """A block's forward method whose activations are computed again for backward."""
     forward = block.forward
     has_buffers = any(True for _ in block.buffers())
 
-    def computed(*given: Any) -> Any:
-        more = {}
-        # Compiled, it writes into buffers once as it is; and takes no contexts.
+    def checkpointed(*inputs: Any) -> Any:
+        options = {}
+        # The second forward pass must not change buffers. A compiled block changes
+        # them only once anyway, and takes no contexts.
         if has_buffers and not torch.compiler.is_compiling():
-            more["context_fn"] = lambda: (nullcontext(), buffers_kept(block))
-        return checkpoint(forward, *given, use_reentrant=False, **more)
+            options["context_fn"] = lambda: (nullcontext(), buffers_kept(block))
+        return checkpoint(forward, *inputs, use_reentrant=False, **options)
 
-    return computed
+    return checkpointed

@@ -1,4 +1,4 @@
-"""Make what changes the weights: Adam, its learning rate, and a moving average."""
+"""Make the optimizer (Adam), set its learning rate, and average the weights."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -17,9 +17,9 @@ def make_optimizer(
     """Make the optimizer of a phase, and the average of the weights if it has one.
 
     Args:
-        net: its weights are changed and averaged.
-        phase: says how.
-        state: with the states of both where a phase is resumed.
+        net: its weights are optimised and averaged.
+        phase: learning rate, and decay of the average.
+        state: contains the states of both if the phase is resumed.
     """
     optimizer = torch.optim.Adam(net.parameters(), lr=phase.lr, fused=True)
     average = None if phase.ema is None else make_average(net, phase.ema)
@@ -37,10 +37,10 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
 
 
 def make_average(net: nn.Module, decay: float) -> AveragedModel:
-    """Make an exponential moving average of a network's weights, at its weights now.
+    """Make an exponential moving average that starts at a network's current weights.
 
-    The n-th update leaves a fraction min(decay, (1 + n) / (10 + n)) of the average,
-    n = 0, 1, ...: else the first weights, which know nothing, would count for long.
+    Update n = 0, 1, ... keeps a fraction min(decay, (1 + n) / (10 + n)) of the
+    average. With a fixed decay the first, untrained weights would count for long.
     `torch.optim.swa_utils.get_ema_multi_avg_fn` has a fixed decay, so it is not used.
 
     Args:
@@ -55,16 +55,16 @@ def make_average(net: nn.Module, decay: float) -> AveragedModel:
             averaged.lerp_(weight, 1 - fraction)
 
     average = AveragedModel(net, multi_avg_fn=update)
-    average.update_parameters(net)  # torch's first update copies, and counts as one
+    average.update_parameters(net)  # the first update only copies, but it is counted
     return average
 
 
 @contextmanager
 def averaged_weights(net: nn.Module, average: AveragedModel | None) -> Iterator[None]:
-    """In the block the network has the averages for weights; itself without any.
+    """Give the network its averaged weights within the block; do nothing without any.
 
     Weights stay where they are in memory, since recorded passes read them there.
-    Buffers stay those of the network.
+    Buffers are not changed.
     """
     if average is None:
         yield

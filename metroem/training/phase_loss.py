@@ -1,4 +1,4 @@
-"""Compute the loss of a batch: the sum of the losses of a phase."""
+"""Compute the loss of a batch: the weighted sum of the losses of a phase."""
 
 from dataclasses import replace
 
@@ -30,17 +30,17 @@ from metroem.specs.schedule import Phase
 
 # "Before alignment" of a metric loss with pure_emb, as in the original.
 _PURE_EMBEDDING_WARP = RandomWarp(difficulty=2, min_disp=-50, max_disp=50)
-# What a pixel counts whose truth is known, but which one of the images does not
-# show: a network has to guess there, from what lies around.
+# Weight of a pixel whose truth is known, but which one of the images does not show: the
+# network has to guess it from its surroundings.
 _UNSEEN_WEIGHT = 0.1
 
 
 def levels_wanted(phase: Phase, options: AlignerOptions) -> tuple[int, ...]:
-    """Levels whose embeddings the losses of a phase look at.
+    """Levels whose embeddings the losses of a phase need.
 
     Args:
         phase: has the losses.
-        options: of the module; say which level is finetuned on.
+        options: of the module; name the level that the finetuner works on.
     """
     finetuned = {
         options.finetune_level for loss in phase.losses if loss.type == "distil"
@@ -57,33 +57,35 @@ def phase_loss(
     *,
     is_score: bool = False,
 ) -> LossTerms:
-    """The loss that a phase minimises: the sum of its losses.
+    """Compute the loss that a phase minimises: the weighted sum of its losses.
 
-    A loss is taken over the pixels that the field leaves to compare. A score is taken
-    over those that the pair shows as its prior field has it, so that a field which
-    points out of the images gains nothing.
+    A loss is taken over the pixels that show tissue under the predicted field. A score
+    is taken over the pixels that show tissue under the prior field, so that a field
+    which points out of the images gains nothing.
 
     Args:
-        phase: what counts and how much.
-        sample: the batch, its truth complete.
-        prediction: field and embeddings of it.
-        generator: chance for `pure_emb`.
+        phase: its losses, their weights and mask rules.
+        sample: the batch, with complete truth.
+        prediction: its field and embeddings.
+        generator: random number generator, for `pure_emb`.
         options: how the module is finetuned, for "distil"; the defaults if None.
-        is_score: whether it is to say how good a network is. It is NaN where the pair
+        is_score: whether a score is computed instead of a loss. It is NaN if the pair
             shows nothing.
     """
     terms = []
     for spec in phase.losses:
         if spec.type == "distil":
             how = replace(options or AlignerOptions(), finetune_iter=spec.iterations)
-            target = _finetuned(sample, prediction, how, is_score)
-            terms.append(_endpoint(phase, prediction, target, is_score))
+            target = _distil_target(sample, prediction, how, is_score)
+            terms.append(_endpoint_loss(phase, prediction, target, is_score))
         else:
-            terms.append(_loss(spec, phase, sample, prediction, generator, is_score))
+            terms.append(
+                _one_loss(spec, phase, sample, prediction, generator, is_score)
+            )
     return sum_losses(terms, [spec.weight for spec in phase.losses])
 
 
-def _loss(
+def _one_loss(
     spec: LossSpec,
     phase: Phase,
     sample: Sample,
@@ -92,14 +94,16 @@ def _loss(
     is_score: bool,
 ) -> LossTerms:
     if spec.type == "known_warp":
-        return _endpoint(phase, prediction, _truth(sample, is_score), is_score)
+        return _endpoint_loss(
+            phase, prediction, _truth_target(sample, is_score), is_score
+        )
     maps = PairMasks(sample.src, sample.tgt, sample.src_defects, sample.tgt_defects)
     pair = PairLoss(
         prediction.field,
         pair_weights(phase.similarity_rules, maps),
         pair_weights(phase.smoothness_rules, maps),
         phase.smoothness,
-        _before(sample) if is_score else None,
+        _usable_prior(sample) if is_score else None,
     )
     if spec.type == "plain":
         return plain_loss(sample.src, sample.tgt, pair)
@@ -115,57 +119,57 @@ def _loss(
 
 
 def covered(sample: Sample, field: Tensor) -> Tensor:
-    """How much of what a pair shows a field leaves to compare, 0 to 1, scalar.
+    """Fraction of the pixels to compare that a field keeps in view, 0 to 1, scalar.
 
-    What the pair shows is what tgt and src have in common as the prior field has it, or
-    as they came where it shows nothing; NaN where that is nothing, too. Where the truth
-    rests on the field that the network found before a known warp, it is what that
-    leaves of the truth.
+    The pixels to compare are those where src under the prior field, and tgt, show
+    tissue. A pair that shows none under its prior field is compared unwarped. The
+    result is NaN if there are none then, either. If the truth includes a pseudo-label,
+    the result is the fraction of `sample.scored` where the truth is valid.
 
     Args:
-        sample: the batch, its truth complete.
+        sample: the batch, with complete truth.
         field: (B, 2, H, W), pixels.
     """
-    if sample.truth_due is None:
-        due = _shown(sample, _before(sample))
-        left = _shown(sample, field)
+    if sample.scored is None:
+        wanted = _shown(sample, _usable_prior(sample))
+        kept = _shown(sample, field)
     else:
         assert sample.truth_valid is not None
-        due, left = sample.truth_due, sample.truth_valid
-    return (due & left).sum() / due.sum()
+        wanted, kept = sample.scored, sample.truth_valid
+    return (wanted & kept).sum() / wanted.sum()
 
 
-def _before(sample: Sample) -> Tensor:
-    """The prior field, (B, 2, H, W); none for pairs that it shows nothing of."""
+def _usable_prior(sample: Sample) -> Tensor:
+    """The prior field, (B, 2, H, W); 0 for pairs that show no tissue under it."""
     prior = or_zeros(sample.prior_field, sample.src)
     shows = _shown(sample, prior).flatten(1).any(1)
     return torch.where(shows.view(-1, 1, 1, 1), prior, 0.0)
 
 
 def _shown(sample: Sample, field: Tensor) -> Tensor:
-    """Where tgt, and src as a field has it, show tissue, (B, 1, H, W) bool."""
+    """Find where tgt, and src warped by a field, show tissue, (B, 1, H, W) bool."""
     shown = warp(tissue_mask(sample.src).float(), field) > 0.999
     return shown & tissue_mask(sample.tgt)
 
 
-def _truth(sample: Sample, is_score: bool) -> Target:
-    """The truth of a batch, with what each pixel of tgt counts."""
+def _truth_target(sample: Sample, is_score: bool) -> Target:
+    """The truth of a batch, with the weight of each pixel of tgt."""
     assert sample.truth is not None and sample.truth_valid is not None
     truth, counts = sample.truth, sample.truth_valid
-    if is_score and sample.truth_due is not None:
-        assert sample.truth_lost is not None
-        truth = torch.where(counts, truth, sample.truth_lost)
-        counts = sample.truth_due
+    if is_score and sample.scored is not None:
+        assert sample.fallback_truth is not None
+        truth = torch.where(counts, truth, sample.fallback_truth)
+        counts = sample.scored
     seen = _shown(sample, truth)
     return Target(truth, torch.where(seen, 1.0, _UNSEEN_WEIGHT) * counts)
 
 
-def _finetuned(
+def _distil_target(
     sample: Sample, prediction: Prediction, options: AlignerOptions, is_score: bool
 ) -> Target:
-    """What the finetuner makes of a prediction, where both images show tissue.
+    """Finetune a prediction; the result counts where both images show tissue.
 
-    In a score the prior field is the target where the finetuner has lost the tissue.
+    In a score, the prior field is the target where the finetuner's field shows none.
     """
     field = prediction.field.detach()
     embedding = prediction.embeddings[options.finetune_level]
@@ -174,18 +178,19 @@ def _finetuned(
             sample.src, sample.tgt, (sample.src_defects, sample.tgt_defects), options
         )
         trust = prediction.trust
-        found = finetune(field, embedding, maps, options, trust=trust).field
-        shown = _shown(sample, found)
+        finetuned = finetune(field, embedding, maps, options, trust=trust).field
+        shown = _shown(sample, finetuned)
         if is_score:
-            before = _before(sample)
-            found, shown = torch.where(shown, found, before), _shown(sample, before)
-    return Target(found, shown.float())
+            prior = _usable_prior(sample)
+            finetuned = torch.where(shown, finetuned, prior)
+            shown = _shown(sample, prior)
+    return Target(finetuned, shown.float())
 
 
-def _endpoint(
+def _endpoint_loss(
     phase: Phase, prediction: Prediction, target: Target, is_score: bool
 ) -> LossTerms:
-    """Distance from the target field, and smoothness times rigidity if asked for."""
+    """Distance from the target field, plus smoothness times rigidity if asked for."""
     nothing = float("nan") if is_score else 0.0
     terms = endpoint_loss(prediction.field, prediction.coarse, target, nothing=nothing)
     if not phase.smoothness:

@@ -1,4 +1,4 @@
-"""Say what a training, or the writing of fields, is asked for."""
+"""Define the flags of train.py and of `metroem write-fields`."""
 
 import importlib.util
 from dataclasses import dataclass
@@ -29,14 +29,15 @@ class RunRequest(Request):
     checkpoint_name: str = _data("name of the weights", "checkpoint")
     verify: bool = _data(
         "check each pair's checksum before its first read: each worker of each rank "
-        "reads all of its pairs once more, whole",
+        "reads each of its pairs completely once more",
         False,
     )
     gpu: str | None = _run(
-        "GPUs, as 3 or 0,1,2: that many ranks", unset="the first, if there is one"
+        "GPUs, for example 3 or 0,1,2; one rank for each",
+        unset="the first, if there is one",
     )
     device: str = _run(
-        "auto takes a GPU if there is one", "auto", choices=("auto", "cpu", "cuda")
+        "auto uses a GPU if there is one", "auto", choices=("auto", "cpu", "cuda")
     )
 
     def __post_init__(self) -> None:
@@ -55,19 +56,19 @@ class RunRequest(Request):
 
     @property
     def gpus(self) -> list[int]:
-        """The GPUs of --gpu, none without it; as many ranks are started."""
+        """The GPUs of --gpu, each for one rank; empty without it."""
         return [] if self.gpu is None else [int(n) for n in self.gpu.split(",")]
 
     @property
     def ranks_to_launch(self) -> int:
-        """Ranks that are still to be started: 0 for this process alone."""
+        """Number of ranks to start; 0 if this process is the only one."""
         is_alone = len(self.gpus) < 2 or ranks.is_launched()
         return 0 if is_alone else len(self.gpus)
 
 
 @dataclass(frozen=True)
 class TrainRequest(RunRequest):
-    """What train.py is asked for."""
+    """The flags of train.py."""
 
     train_mode: str = _trained(
         "which schedule", "scratch", choices=MODES, read=str.lower
@@ -76,51 +77,55 @@ class TrainRequest(RunRequest):
         "schedule (JSON) of --train_mode custom", None
     )
     train_stages: list[int] | None = _trained(
-        "stages to train; without a number: none", unset="all", nargs="*"
+        "stages to train; none if no number is given", unset="all", nargs="*"
     )
     generate_field_stages: list[int] | None = _trained(
-        "stages to write fields of; without a number: none",
+        "stages to write fields of; none if no number is given",
         unset="all that can",
         nargs="*",
     )
     val_pairs: int = _trained("pairs held out for validation", 2, least=0)
     max_epochs: int | None = _trained("cap on the epochs of each phase", None, least=1)
-    max_minutes: float | None = _trained("minutes after which to stop cleanly", None)
+    max_minutes: float | None = _trained(
+        "minutes after which the run saves and stops", None
+    )
     restart: bool = _trained(
         "discard the training of the stages to train, and begin again", False
     )
-    port: int | None = _run("where the ranks of --gpu meet", unset="any that is free")
+    port: int | None = _run(
+        "port over which the ranks of --gpu connect", unset="any free one"
+    )
     seed: int = _run("random seed", 0)
     batch_size: int | None = _run(
-        "pairs of a step over all ranks",
-        unset="the schedule's, else one a rank",
+        "pairs of a batch over all ranks",
+        unset="the schedule's, else one per rank",
         least=1,
     )
     num_workers: int | None = _run(
-        "data-loading processes per rank", unset="up to 8 beside a GPU, else 0"
+        "data-loading processes per rank", unset="up to 8 with a GPU, else 0"
     )
     precision: str = _run(
         "number format inside the network", "fp32", choices=("fp32", "bf16")
     )
     ema: float | None = _run(
-        "decay of a moving average of the weights, which is what is saved; of all "
-        "phases",
+        "decay of a moving average of the weights, for all phases; the average is what "
+        "is saved",
         unset="the schedule's",
         metavar="DECAY",
     )
     compile: bool = _run(
-        "torch.compile the network: minutes a stage, for each size of its samples",
+        "torch.compile the network: takes minutes per stage and sample size",
         False,
     )
     checkpoint_activations: bool = _run(
-        "compute activations again instead of keeping them: less memory, more time",
+        "compute activations twice instead of keeping them: less memory, more time",
         False,
     )
     tensorboard: bool = _run(
-        "curves and pictures for TensorBoard in <pyramid>/.train", False
+        "write curves and pictures for TensorBoard into <pyramid>/.train", False
     )
     redirect_stdout: bool = _run(
-        "do not keep the log in <pyramid>/<checkpoint_name>.log",
+        "do not write the log to <pyramid>/<checkpoint_name>.log",
         True,
         names=("--no_redirect_stdout",),
     )
@@ -137,13 +142,13 @@ class TrainRequest(RunRequest):
         if self.restart and not self.trains:
             raise UsageError(
                 "--restart with --train_stages without a stage: there is no training "
-                "to begin anew; name its stage, or leave one of them out"
+                "to begin again; name its stage, or leave one of them out"
             )
         if self.restart and ranks.restarts_allowed():
             raise UsageError(
                 "--restart with torchrun --max_restarts: each restart of torchrun "
-                "would begin the training anew; leave --max_restarts out, or begin "
-                "anew by a first run with --restart and without it"
+                "would begin the training again; leave --max_restarts out, or begin "
+                "again by a first run with --restart and without it"
             )
         if self.max_minutes is not None and not self.max_minutes > 0:
             raise UsageError(f"--max_minutes {self.max_minutes}: expected more than 0")
@@ -162,22 +167,22 @@ class TrainRequest(RunRequest):
 
     @property
     def trains(self) -> bool:
-        """Whether any stage is to be trained; else fields are written alone."""
+        """Whether any stage is trained; otherwise only fields are written."""
         return self.train_stages != []
 
     @property
     def fields_folder(self) -> Path:
-        """Where the field sets are written."""
+        """Folder that the field sets are written to."""
         return self.fields_path or self.dataset_path
 
 
 @dataclass(frozen=True)
 class WriteFieldsRequest(RunRequest):
-    """What `metroem write-fields` is asked for."""
+    """The flags of `metroem write-fields`."""
 
     stages: list[int] | None = _data(
-        "stages to write the fields of; the first starts from the fields of the stage "
-        "before",
+        "stages to write fields of; the first starts from the fields of the previous "
+        "stage",
         unset="all",
     )
 
@@ -185,7 +190,7 @@ class WriteFieldsRequest(RunRequest):
         select_stages(find_modules(self.pyramid_path), self.stages, "--stages")
 
     def as_training(self) -> TrainRequest:
-        """The training that writes these fields and trains no stage."""
+        """Make the request of a training that only writes these fields."""
         return TrainRequest(
             pyramid_path=self.pyramid_path,
             dataset_path=self.dataset_path,

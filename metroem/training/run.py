@@ -45,23 +45,22 @@ from metroem.utils.stop_request import TIME_UP, Stopped, StopRequest
 
 logger = logging.getLogger(__name__)
 
-# By the default schedule an H100 trains on 230 samples of 256 px a second, and a core
-# beside it makes 50 (2026-11).
-_MOST_WORKERS = 8
+# With the default schedule an H100 trains on 230 samples of 256 px a second, and a CPU
+# core makes 50 (2026-11).
+_MAX_WORKERS = 8
 
 
 def train_pyramid(request: TrainRequest) -> None:
-    """Train a pyramid stage by stage, each on the fields of the one before.
+    """Train a pyramid stage by stage, each on the fields of the previous stage.
 
-    With no stage to train, only fields are written: weights and states stay as they
-    are. A run that was stopped, whatever stopped it, is resumed when it is called
-    again with the same flags.
+    Without a stage to train, only fields are written; weights and states do not change.
+    A stopped run, for whatever reason it stopped, is resumed by a call with the same
+    flags.
 
     Raises:
-        MetroEMError: what cannot work, before any training where possible.
+        MetroEMError: a stage cannot work; before any training if possible.
         StorageError: another run trains this pyramid under this name.
-        KeyboardInterrupt, SystemExit: on Ctrl-C and SIGTERM, once the state is
-            saved.
+        KeyboardInterrupt, SystemExit: on Ctrl-C and SIGTERM, after the state is saved.
     """
     plan = _plan(request)
     if request.redirect_stdout and distributed.rank() == 0:
@@ -73,7 +72,7 @@ def train_pyramid(request: TrainRequest) -> None:
         keep_freed_memory()
     with (
         distributed.process_group(device),
-        _claimed(request),
+        _locked(request),
         StopRequest(request.max_minutes) as stop,
         _tensorboard(request) as writer,
     ):
@@ -91,7 +90,7 @@ def train_pyramid(request: TrainRequest) -> None:
                 if module in plan.to_write:
                     write_fields(_fields_config(request, plan, module, device), stop)
         except Stopped as stopped:
-            logger.info("stopped; the same command goes on from here")
+            logger.info("stopped; the same command resumes from here")
             if stopped.code == cli.INTERRUPTED:
                 raise KeyboardInterrupt from None
             if stopped.code != TIME_UP:
@@ -102,8 +101,8 @@ def train_pyramid(request: TrainRequest) -> None:
 
 
 @contextmanager
-def _claimed(request: TrainRequest) -> Iterator[None]:
-    """Keep other runs from the state, the weights and the fields of this one."""
+def _locked(request: TrainRequest) -> Iterator[None]:
+    """Lock the state, the weights and the fields of this run against other runs."""
     paths = [request.fields_folder / f"field_{request.checkpoint_name}"]
     if request.trains:
         run = RunFolder.of(request.pyramid_path, request.checkpoint_name)
@@ -112,14 +111,14 @@ def _claimed(request: TrainRequest) -> Iterator[None]:
         if distributed.rank() == 0:
             for path in paths:
                 locks.enter_context(lock(lock_path(path)))
-        distributed.barrier()  # the other ranks write only what the first may
+        distributed.barrier()  # no rank writes before rank 0 has the locks
         yield
 
 
 def _tensorboard(
     request: TrainRequest,
 ) -> AbstractContextManager[TensorBoardWriter | None]:
-    """Where --tensorboard writes, on the first rank."""
+    """Make the writer of --tensorboard, on the first rank."""
     if not (request.tensorboard and request.trains) or distributed.rank() > 0:
         return nullcontext()
     run = RunFolder.of(request.pyramid_path, request.checkpoint_name)
@@ -127,21 +126,21 @@ def _tensorboard(
 
 
 class _Plan(NamedTuple):
-    """What is to be done."""
+    """The stages to train, and the stages to write fields of."""
 
-    modules: list[ModuleSpec]
+    modules: list[ModuleSpec]  # all of the pyramid
     to_train: list[ModuleSpec]
-    to_write: list[ModuleSpec]  # whose fields are written
+    to_write: list[ModuleSpec]  # modules whose fields are written
 
     def mip_of_fields(self, module: ModuleSpec) -> int:
-        """The mip that a module's fields are brought to: that of the next stage."""
+        """The mip of the fields that a module writes: the mip of the next stage."""
         return (self.modules[module.stage + 1 :] or [module])[0].in_mip
 
 
 def _prepare(
     request: TrainRequest, plan: _Plan, schedule: Schedule, device: torch.device
 ) -> dict[ModuleSpec, tuple[Phase, ...]]:
-    """Refuse, before hours of work, what a stage would fail for; clear for --restart.
+    """Check, before hours of work, that each stage can be trained; apply --restart.
 
     Returns:
         The phases of each module to train.
@@ -176,11 +175,11 @@ def _stage_config(
     phases: tuple[Phase, ...],
     device: torch.device,
 ) -> StageConfig:
-    """All that the training of a module is told."""
+    """Make the config of the training of a module."""
     split = _split(request, module)
     earlier = tuple(m for m in plan.modules if m.stage < module.stage)
     if any(ref.moves_tgt for ref in split.training):
-        earlier = ()  # priors come from a download, not from stage 0
+        earlier = ()  # prior fields come from a download, not from stage 0
     workers = request.num_workers
     return StageConfig(
         module=module,
@@ -205,7 +204,7 @@ def _stage_config(
 def _fields_config(
     request: TrainRequest, plan: _Plan, module: ModuleSpec, device: torch.device
 ) -> WriteFieldsConfig:
-    """Which fields of a module are to be written."""
+    """Make the config for writing the fields of a module."""
     return WriteFieldsConfig(
         module=module,
         mip=plan.mip_of_fields(module),
@@ -218,10 +217,11 @@ def _fields_config(
 
 
 def _plan(request: TrainRequest) -> _Plan:
-    """What is to be done; what a later stage would fail for is refused now.
+    """Plan which stages are trained and write fields; check that their images exist.
 
-    Where a training does not say which, fields are written by the modules that it
-    trains, and by others that have weights and find images. Without training, by all.
+    Without --generate_field_stages, a training writes fields of the modules that it
+    trains, and of others that have weights and images. Without training, fields of all
+    modules are written.
     """
     modules, folder = find_modules(request.pyramid_path), request.dataset_path
     to_train = select_stages(modules, request.train_stages, "--train_stages")
@@ -243,13 +243,13 @@ def _plan(request: TrainRequest) -> _Plan:
 
 
 def _can_write(request: TrainRequest, plan: _Plan, module: ModuleSpec) -> bool:
-    """Whether a module that is not to be trained can write fields; if not, say why."""
+    """Whether a module that is not trained now can write fields; if not, log why."""
     mips = {images.mip for images in find_image_sets(request.dataset_path)}
     weights = checkpoint_path(module.weights_folder, request.checkpoint_name)
     if not weights.is_file():
         why = "not trained"
     elif not {module.in_mip, plan.mip_of_fields(module)} <= mips:
-        why = f"no images at mip {module.in_mip}, or at that of its fields"
+        why = f"no images at mip {module.in_mip}, or at the mip of its fields"
     else:
         return True
     logger.info("stage %d: %s, writes no fields", module.stage, why)
@@ -259,54 +259,54 @@ def _can_write(request: TrainRequest, plan: _Plan, module: ModuleSpec) -> bool:
 def _check_prior_weights(
     request: TrainRequest, plan: _Plan, module: ModuleSpec
 ) -> None:
-    """Refuse prior fields that other weights wrote than the stage before has now.
+    """Refuse prior fields that were not written by the previous stage's weights.
 
     Raises:
-        DatasetError: so.
+        DatasetError: other weights wrote them.
     """
-    before = plan.modules[max(module.stage - 1, 0)]
-    weights = checkpoint_path(before.weights_folder, request.checkpoint_name)
-    if module.stage == 0 or before in plan.to_write or not weights.is_file():
+    previous = plan.modules[max(module.stage - 1, 0)]
+    weights = checkpoint_path(previous.weights_folder, request.checkpoint_name)
+    if module.stage == 0 or previous in plan.to_write or not weights.is_file():
         return
     digest = hashlib.sha256(weights.read_bytes()).hexdigest()
     for images in image_sets_at(request.dataset_path, module.in_mip):
         name, folder = request.checkpoint_name, request.fields_path
         path = prior_path(images, module.stage, name, folder)
-        request_of = FieldSet(path).request if path.is_file() else {}
-        if request_of.get("weights_sha256", digest) != digest:
+        made_from = FieldSet(path).request if path.is_file() else {}
+        if made_from.get("weights_sha256", digest) != digest:
             raise DatasetError(
                 f"{path}: written by other weights than {weights} has now; write those "
                 f"fields too: --generate_field_stages (--stages of write-fields) "
-                f"{before.stage} {module.stage}"
+                f"{previous.stage} {module.stage}"
             )
 
 
 def _check_weights(
     request: TrainRequest, to_train: list[ModuleSpec], run: RunFolder
 ) -> None:
-    """Refuse to finetune what has no weights; a run that goes on has its own."""
+    """Refuse to finetune modules without weights; a resumed run has its own."""
     if request.train_mode not in FINETUNING_MODES:
         return
     mode, path = request.train_mode, request.pyramid_path
-    a_copy = f"python -m metroem fetch {path} COPY, then --pyramid_path COPY"
-    to_begin = []
+    how_to_copy = f"python -m metroem fetch {path} COPY, then --pyramid_path COPY"
+    not_started = []
     for module in to_train:
-        has_begun = run.state(module.stage).is_file()
-        if not has_begun:
-            to_begin.append(module)
+        if not run.state(module.stage).is_file():
+            not_started.append(module)
         elif request.restart and not run.weights(module.stage, "initial").is_file():
             raise CheckpointError(
                 f"--train_mode {mode} --restart: stage {module.stage} began from fresh "
-                f"weights, and would begin there again; finetune a copy: {a_copy}"
+                f"weights, and would begin from them again; finetune a copy: "
+                f"{how_to_copy}"
             )
-    where = f"--train_mode {mode} (a run beside another: {a_copy})"
-    check_weights(to_begin, request.checkpoint_name, where)
+    where = f"--train_mode {mode} (for a second run: {how_to_copy})"
+    check_weights(not_started, request.checkpoint_name, where)
 
 
 def _phases(
     request: TrainRequest, schedule: Schedule, module: ModuleSpec
 ) -> tuple[Phase, ...]:
-    """The phases of a module, as the flags change them."""
+    """The phases of a module, with --max_epochs and --ema applied."""
     phases = schedule.for_mip(module.in_mip, max_epochs=request.max_epochs)
     if request.ema is None:
         return phases
@@ -314,7 +314,7 @@ def _phases(
 
 
 def _check_sizes(dataset: Path, module: ModuleSpec, phases: tuple[Phase, ...]) -> None:
-    """Refuse patches that a phase of a module cannot take."""
+    """Refuse patches that are too small for a phase of a module (DatasetError)."""
     least = max(phase.least_px for phase in phases)
     for images in image_sets_at(dataset, module.in_mip):
         if min(images.shape) < least:
@@ -327,7 +327,7 @@ def _check_sizes(dataset: Path, module: ModuleSpec, phases: tuple[Phase, ...]) -
 
 
 def _check_compile(modules: list[ModuleSpec], device: torch.device) -> None:
-    """Refuse --compile, before hours of work, where it cannot work."""
+    """Refuse --compile, before hours of work, if it cannot work."""
     check_compiler(device)
     for module in modules:
         loaded = load_module(module.path, checkpoint_name=None, finetune=False)
@@ -336,7 +336,7 @@ def _check_compile(modules: list[ModuleSpec], device: torch.device) -> None:
 
 
 def _split(request: TrainRequest, module: ModuleSpec) -> Split:
-    """The pairs of a stage, those held out written to the log."""
+    """Find and split the pairs of a stage; log which are held out."""
     pairs = find_pairs(
         request.dataset_path,
         module.in_mip,
@@ -347,7 +347,7 @@ def _split(request: TrainRequest, module: ModuleSpec) -> Split:
     )
     split = split_pairs(pairs, request.val_pairs)
     logger.info(
-        "stage %d mip %d: %d pairs to train on, %d unused beside those held out; "
+        "stage %d mip %d: %d pairs to train on, %d unused next to held-out ones; "
         "held out: %s",
         *(module.stage, module.in_mip, len(split.training)),
         len(pairs) - len(split.training) - len(split.validation),
@@ -357,8 +357,8 @@ def _split(request: TrainRequest, module: ModuleSpec) -> Split:
 
 
 def _workers_for(device: torch.device) -> int:
-    """How many processes read for a rank: those that its share of the cores can run."""
+    """Number of data-loading processes of a rank: one per core, at most 8."""
     if device.type == "cpu":
-        return 0  # its cores have the network to compute
-    cores = len(os.sched_getaffinity(0))  # a cluster may lend a part of them
-    return min(_MOST_WORKERS, max(1, cores // distributed.ranks_of_machine()))
+        return 0  # the cores compute the network
+    cores = len(os.sched_getaffinity(0))  # a cluster may give us only a part of them
+    return min(_MAX_WORKERS, max(1, cores // distributed.ranks_of_machine()))

@@ -59,9 +59,9 @@ from metroem.utils.stop_request import Stopped, StopRequest
 
 logger = logging.getLogger(__name__)
 
-# Steps between saves within an epoch; steps, since all ranks must agree on it.
+# Steps between saves within an epoch; not minutes, since all ranks must save together.
 SAVE_EVERY_STEPS = 200
-# The run ends when more than this fraction of the last steps went bad.
+# The run ends if more than this fraction of the last steps was bad.
 BAD_STEPS_LOOKED_AT, BAD_STEPS_ALLOWED = 50, 0.2
 # Below this mean change of the prior field a network does nothing, px.
 COLLAPSED_PX = 0.01
@@ -70,26 +70,26 @@ COLLAPSED_PX = 0.01
 def train_stage(
     config: StageConfig, stop: StopRequest, writer: TensorBoardWriter | None = None
 ) -> None:
-    """Train one module, from where an earlier call stopped.
+    """Train one module, or resume where an earlier call stopped.
 
-    The best weights of the last phase, by its validation loss, become the module's
-    checkpoint; state and last weights are kept in the folder of the run.
+    The best weights of the last phase, by validation loss, become the module's
+    checkpoint. State and last weights are kept in the folder of the run.
 
     Args:
-        config: module, phases, pairs, and how they are trained on.
-        stop: looked at before each step.
-        writer: is given the report of epochs, on the first rank.
+        config: module, phases, pairs and options.
+        stop: checked at each step.
+        writer: gets the epoch reports, on the first rank.
 
     Raises:
         Stopped: `stop` asked for it; the state is saved.
-        StorageError: a folder may not be written to.
-        DatasetError: too many steps went bad.
-        CheckpointError: a state that this training cannot resume.
-        ResourceError: memory does not suffice.
+        StorageError: a folder cannot be written to.
+        DatasetError: too many steps were bad.
+        CheckpointError: this training cannot resume the state that exists.
+        ResourceError: there is too little memory.
     """
     state = _load_state(config)
     if state is not None and state.phase >= len(config.phases):
-        logger.info("stage %d: trained already", config.stage)
+        logger.info("stage %d: already trained", config.stage)
         return
     model, earlier, state = _start_or_resume(config, state)
     net = unwrap_model(model).net
@@ -139,8 +139,8 @@ def train_stage(
                         _save(config, state, net, optimizer, average)
 
                 if (state.phase, epoch) == (0, 0):
-                    # A run that is killed without a state begins again: from the
-                    # weights it began from, not from the best that replace them now.
+                    # A run that is killed before its first save begins again. It must
+                    # begin from its first weights, which are replaced below.
                     _save(config, state, net, optimizer, average)
                 is_last = epoch + 1 == phase.num_epochs
                 if is_last or (epoch + 1) % phase.print_every == 0:
@@ -156,11 +156,15 @@ def train_stage(
         if average is not None:
             copy_weights(net, list(average.module.parameters()))
         state.phase, state.epoch, state.best = state.phase + 1, 0, None
-        _save(config, state, net)  # the next phase has an optimizer of its own
+        _save(config, state, net)  # without the optimizer: each phase has its own
 
 
 def _load_state(config: StageConfig) -> TrainingState | None:
-    """The state that a training may resume, the same on all ranks; None if none."""
+    """Load the state that a training may resume, on all ranks; None if there is none.
+
+    Raises:
+        CheckpointError: it belongs to other settings, or its weights are gone.
+    """
     if config.rank == 0:
         _remove_partial_files(config)
     path = config.run.state(config.stage)
@@ -182,23 +186,23 @@ def _load_state(config: StageConfig) -> TrainingState | None:
 
 
 def _check_fingerprint(config: StageConfig, state: TrainingState, path: Path) -> None:
-    """Refuse to resume what was begun with other settings (CheckpointError)."""
+    """Refuse to resume a run that was started with other settings (CheckpointError)."""
     before, now = state.fingerprint, config.fingerprint()
     if differences := describe_differences(before, now):
         is_other_data = any(before.get(k) != now[k] for k in (PAIRS, IMAGES, PRIORS))
-        apply = ". Fields of other data need no training: metroem write-fields"
+        hint = ". Fields of other data need no training: metroem write-fields"
         raise CheckpointError(
             f"{path}: this run was started with other settings: {differences}. "
-            "Use the same ones to go on with it, another --checkpoint_name for a run "
-            "beside it, or --restart to begin it anew (with --train_stages: that stage "
-            f"alone){apply if is_other_data else ''}"
+            "Use the same settings to resume it, another --checkpoint_name for a "
+            "second run, or --restart to begin it again (with --train_stages: only "
+            f"that stage){hint if is_other_data else ''}"
         )
 
 
 def _start_or_resume(
     config: StageConfig, state: TrainingState | None
 ) -> tuple[nn.Module, EarlierStages, TrainingState]:
-    """Load the model and the earlier stages, and a state if there is none yet."""
+    """Load the model and the earlier stages; make a state if there is none yet."""
     try_folders(config.module, config.run, config.fields_path, config.rank)
     aligner = load_aligner(config, is_fresh=state is None)
     earlier = EarlierStages(
@@ -214,7 +218,7 @@ def _start_or_resume(
             position = (config.stage, state.phase, state.epoch)
             keep_json_lines(config.run.metrics, position)
         logger.info(
-            "stage %d: going on at phase %d, epoch %d, step %d",
+            "stage %d: resumes at phase %d, epoch %d, step %d",
             *(config.stage, state.phase + 1, state.epoch + 1, state.step),
         )
     return wrap_model(aligner, config), earlier, state
@@ -223,7 +227,7 @@ def _start_or_resume(
 def _read_samples(
     config: StageConfig, phase: Phase, state: TrainingState
 ) -> Generator[Sample, None, None]:
-    """This rank's share of the batches of a phase, from the current step on."""
+    """Read this rank's part of the batches of a phase, from the current step on."""
     samples = PhaseSamples(
         config.split.training,
         phase,
@@ -243,11 +247,11 @@ def _read_samples(
 def _memory_advice(
     config: StageConfig, phase: Phase, state: TrainingState
 ) -> Iterator[None]:
-    """Say what to lower where memory does not suffice for a phase (ResourceError)."""
+    """Say what to lower if there is too little memory for a phase (ResourceError)."""
     with enough_memory(
         f"stage {config.stage}, phase {state.phase + 1}",
-        "give --checkpoint_activations, with which this run goes on from its "
-        "last save, or begin anew (--restart) with a lower --batch_size (now "
+        "give --checkpoint_activations, with which this run resumes from its "
+        "last save, or begin again (--restart) with a lower --batch_size (now "
         f"{config.batch_of(phase)}) or crop_size of the schedule (now "
         f"{phase.crop_size})",
     ):
@@ -257,7 +261,7 @@ def _memory_advice(
 def _quarantine(
     config: StageConfig, state: TrainingState, bad_pairs: Sequence[str]
 ) -> None:
-    """List the pairs of a bad step, those of all ranks."""
+    """Log and list the bad pairs of a step, of all ranks."""
     for name in distributed.all_gather_names(bad_pairs):
         logger.warning("bad loss, step skipped: %s", name)
         if name not in state.quarantine:
@@ -271,6 +275,7 @@ def _quarantine(
 
 
 def _refuse_bad_steps(config: StageConfig, state: TrainingState) -> None:
+    """End the run, since too many steps were bad (DatasetError)."""
     raise DatasetError(
         f"stage {config.stage}: {sum(state.recent_bad)} of the last "
         f"{len(state.recent_bad)} steps gave a loss that is not finite or too "
@@ -306,7 +311,7 @@ def _finish_epochs(
         rank=config.rank,
         num_ranks=config.num_ranks,
     )
-    # Without held-out pairs the last weights are the ones to keep.
+    # Without held-out pairs the last weights are kept.
     is_best = validation is None
     if validation is not None and validation.is_known:
         is_best = state.best is None or validation.loss < state.best
@@ -315,9 +320,9 @@ def _finish_epochs(
         return
     _log_epoch(config, phase, state, training, validation, seconds)
     if writer is not None:
-        before = sum(p.num_epochs for p in config.phases[: state.phase])
+        earlier_epochs = sum(p.num_epochs for p in config.phases[: state.phase])
         pair = first_held_out(model, held_out, earlier, device=config.device)
-        epochs = before + state.epoch + 1
+        epochs = earlier_epochs + state.epoch + 1
         report = EpochReport(config.stage, epochs, training, validation, pair)
         writer.write(report)
     net = unwrap_model(model).net
@@ -335,7 +340,7 @@ def _log_epoch(
     validation: StepMetrics | None,
     seconds: float,
 ) -> None:
-    """Write a line of the log and of the metrics file; warn of a collapse."""
+    """Write a line of the log and one of the metrics file; warn of a collapse."""
     stage, is_last = config.stage, state.epoch + 1 == phase.num_epochs
     num_pairs = phase.num_samples or len(config.split.training)
     logger.info(
@@ -374,13 +379,13 @@ def _log_epoch(
 
 
 def _warn_without_score(config: StageConfig, state: TrainingState) -> None:
-    """Say that a phase has no weights to keep; keep the last if there are none."""
+    """Warn if no epoch of a phase has a score; keep the last weights if none exist."""
     if not config.split.validation or state.best is not None:
         return
     best = config.best_weights
     logger.warning(
         "stage %d, phase %d: no epoch has a score on the held-out pairs: the "
-        "network has collapsed, or they show nothing that counts; begin anew "
+        "network has collapsed, or they show nothing that counts; begin again "
         "(--restart) with a lower lr, more epochs or other pairs. Kept are %s",
         *(config.stage, state.phase + 1),
         "the weights from before the phase" if best.is_file() else "the last weights",
@@ -391,7 +396,7 @@ def _warn_without_score(config: StageConfig, state: TrainingState) -> None:
 
 
 def _average_sums(config: StageConfig, state: TrainingState) -> None:
-    """Give each rank the mean of all ranks' sums."""
+    """Replace the sums of each rank by their mean over all ranks."""
     sums = torch.tensor(state.sums, dtype=torch.float64, device=config.device)
     state.sums = (distributed.all_reduce_sum(sums) / config.num_ranks).tolist()
 
@@ -403,7 +408,7 @@ def _save(
     optimizer: torch.optim.Optimizer | None = None,
     average: AveragedModel | None = None,
 ) -> None:
-    """Save where the training stands; all ranks take part, the first one writes."""
+    """Save the state; all ranks take part, the first one writes."""
     _average_sums(config, state)
     state.net = net.state_dict()
     state.optimizer = None if optimizer is None else optimizer.state_dict()
@@ -416,16 +421,16 @@ def _save(
 def try_folders(
     module: ModuleSpec, run: RunFolder, fields_path: Path | None, rank: int
 ) -> None:
-    """Make sure, on the first rank, that what a training writes can be written.
+    """Check, on the first rank, that the folders of a training can be written to.
 
     Args:
         module: is trained.
         run: folder of the state.
-        fields_path: where its fields are written; None if they are not.
+        fields_path: folder that its fields are written to; None if they are not.
         rank: of this process.
 
     Raises:
-        StorageError: a folder takes no files.
+        StorageError: a folder cannot be written to.
     """
     if rank > 0:
         return
@@ -436,19 +441,19 @@ def try_folders(
 
 
 def _remove_partial_files(config: StageConfig) -> None:
-    """Delete what a run that was killed had half written."""
-    kept = [config.run.weights(config.stage, which) for which in ("last", "initial")]
+    """Delete incomplete files that a killed run has left."""
+    others = [config.run.weights(config.stage, which) for which in ("last", "initial")]
     state, metrics = config.run.state(config.stage), config.run.metrics
-    for path in (state, metrics, config.best_weights, *kept):
+    for path in (state, metrics, config.best_weights, *others):
         remove_partial_files(path)
 
 
 def discard_training(module: ModuleSpec, run: RunFolder, checkpoint_name: str) -> None:
-    """Make the next training of a stage begin again (--restart).
+    """Discard the training of a stage, so that the next one begins again (--restart).
 
-    It begins from the checkpoint that the last training began from, or from fresh
-    weights if there was none. The weights that the module has now are kept in the
-    folder of the run as "replaced".
+    It starts from the checkpoint that the last training started from, or from fresh
+    weights if there was none. The current weights of the module are kept in the folder
+    of the run as "replaced".
     """
     if not run.state(module.stage).is_file():
         return

@@ -1,17 +1,21 @@
-"""Give a sample what it is trained towards: its prior field and its ground truth.
+"""Complete a warped sample: make its prior field and its ground truth.
 
-Prior fields. The fields that a stage writes are of the pairs as they came. A sample
-that a known warp has changed needs a prior field of its own, with the errors that the
-earlier stages really make. `EarlierStages` makes it with their networks.
+Prior fields. The fields that a stage writes belong to the pairs before any known warp.
+A warped sample needs a prior field of its own, with the errors that the earlier stages
+really make. `EarlierStages` makes it with their networks.
 
-Pseudo-labels. The natural field of a pair, between its two sections before the known
-warp, is unknown. The smooth part of the network's own field is used for it. Sections
-are cut and dried as smooth sheets, except at tears. But what they show moves by itself
+Pseudo-labels. The natural field of a pair leads from tgt to src before the known warp.
+Often it is unknown. Then the smooth part of the network's own field is used for it:
+
+    natural = smooth(network(src before the warp, tgt))
+    truth = compose(natural, truth of the known warp)
+
+Sections are deformed smoothly, except at tears. But the structures in them also move
 from one section to the next: where neurites run obliquely, by 1 to 2 px of 10 nm, in
-directions that change from place to place. A network that is told to follow what it
-followed before never learns to tell the two apart. With the smooth part as its label
-it does: 1.25 px off between neighbours after 300 steps of 4 samples, 1.94 px without
-(made tissue, 2026-11).
+directions that change from location to location. A network whose label is its own
+whole field never learns to ignore that motion. With the smooth part as its label it
+does: after 300 steps of 4 samples its error between neighbours is 1.25 px, otherwise
+1.94 px (synthetic tissue, 2026-11).
 """
 
 from collections.abc import Callable, Sequence
@@ -33,19 +37,18 @@ from metroem.specs.modules import ModuleSpec
 
 Predict = Callable[[Sample, tuple[int, ...]], Prediction]
 
-# A pixel whose field is further than this from its smooth part is torn or was not
-# found, and teaches nothing; as a fraction of the spacing of the knots of known warps.
+# If a pixel's field is further than this from its smooth part, the pixel is torn or
+# wrong, and has no label. As a fraction of `KnownWarp.knot_px`.
 _TORN = 1 / 4
 
 
 class EarlierStages:
-    """The trained networks of the stages before one.
+    """Makes prior fields with the trained networks of the earlier stages.
 
     Attributes:
         mip: of the stage whose samples get prior fields.
-        aligners: mip and network of each earlier stage, coarse first. Empty if
-            one of them has no weights, for example where fields that were
-            downloaded take its place.
+        aligners: mip and network of each earlier stage, coarse first. Empty if one of
+            them has no weights, for example because downloaded fields replace it.
     """
 
     def __init__(
@@ -55,10 +58,16 @@ class EarlierStages:
         checkpoint_name: str,
         device: torch.device,
     ) -> None:
-        """Load them.
+        """Load the networks.
+
+        Args:
+            mip: of the stage whose samples get prior fields.
+            modules: the earlier stages.
+            checkpoint_name: of their weights.
+            device: of the samples.
 
         Raises:
-            CheckpointError: weights that do not fit.
+            CheckpointError: weights do not fit their network.
         """
         self.mip = mip
         self.aligners: list[tuple[int, Aligner]] = []
@@ -73,11 +82,11 @@ class EarlierStages:
             self.aligners.append((module.in_mip, aligner))
 
     def add_prior(self, sample: Sample) -> Sample:
-        """Give a sample of a known warp the prior field that it would have.
+        """Replace the prior field of a warped sample by the earlier stages' field.
 
         Args:
-            sample: returned as it is where there is no earlier stage, or no warp has
-                changed it.
+            sample: returned unchanged if there is no earlier stage, or if it has no
+                truth, so that no known warp has changed it.
         """
         if not self.aligners or sample.truth is None:
             return sample
@@ -85,28 +94,27 @@ class EarlierStages:
         with torch.no_grad():
             for mip, aligner in self.aligners:
                 src, tgt = (
-                    _coarsened(image, mip - self.mip)
+                    _coarsen(image, mip - self.mip)
                     for image in (sample.src, sample.tgt)
                 )
                 if field is not None:
-                    field = _finer(field, field_mip - mip, src)
-                field, field_mip = (
-                    aligner.predict(src, tgt, field, levels=()).field,
-                    mip,
-                )
+                    field = _upsample(field, field_mip - mip, src)
+                field = aligner.predict(src, tgt, field, levels=()).field
+                field_mip = mip
             assert field is not None
             return sample._replace(
-                prior_field=_finer(field, field_mip - self.mip, sample.src)
+                prior_field=_upsample(field, field_mip - self.mip, sample.src)
             )
 
 
-def _coarsened(images: Tensor, levels: int) -> Tensor:
-    """Images as a coarser stage reads them, each normalised by itself."""
+def _coarsen(images: Tensor, levels: int) -> Tensor:
+    """Downsample images to a coarser stage, and normalise each of them again."""
     coarse = coarsen_image(images, levels)
     return torch.cat([normalize(image) for image in coarse.split(1)])
 
 
-def _finer(field: Tensor, levels: int, like: Tensor) -> Tensor:
+def _upsample(field: Tensor, levels: int, like: Tensor) -> Tensor:
+    """Upsample a field, and crop it to the size of a map."""
     rows, cols = like.shape[-2:]
     return upsample_field(field, levels)[..., :rows, :cols].contiguous()
 
@@ -116,20 +124,19 @@ def add_pseudo_label(
 ) -> Sample:
     """Complete the ground truth of samples whose true field is unknown.
 
-    The smooth part of the network's field before the known warp is taken for the
-    natural field of the pair; samples that show one section twice have none. A network
-    that knows nothing yet would learn its own noise: it has to be trained on samples
-    of the second kind first.
+    The natural field of a pair is the smooth part of the network's field before the
+    known warp. It is 0 for samples that show one section twice. A fresh network would
+    learn its own noise, so it has to be trained on such samples first.
 
-    What the network finds decides where the truth is known. So `truth_due` is where it
-    would be known had the network found the prior field (or nothing, where that
-    points out of the image), and `truth_lost` is the truth in that case: right for a
-    network that finds nothing, and far from a field that points out of the image.
+    The network's field decides where the truth is known. A score must not depend on
+    that, so two more maps are set. `scored` is where the truth would be known if the
+    natural field were the prior field (or 0, for pairs whose prior field shows no
+    tissue). `fallback_truth` is the truth in that case.
 
     Args:
-        sample: with `unwarped_src`; without it, it is returned as it is.
+        sample: returned unchanged if it has no `unwarped_src`.
         predict: the network; its gradients are not recorded.
-        options: of the known warps; natural fields bend as little as these.
+        options: of the known warps; their `knot_px` sets the smoothing.
     """
     src, prior = sample.unwarped_src, sample.unwarped_prior
     if src is None:
@@ -137,6 +144,7 @@ def add_pseudo_label(
     truth, valid = sample.truth, sample.truth_valid
     assert truth is not None and valid is not None and options is not None
     sample = sample._replace(unwarped_src=None, unwarped_prior=None)
+    # Samples whose natural field is unknown; for the others src is blank.
     unknown = tissue_mask(src).flatten(1).any(1).nonzero()[:, 0]
     if not len(unknown):
         return sample
@@ -144,21 +152,21 @@ def add_pseudo_label(
         prior = prior[unknown]
     before = Sample(src[unknown], sample.tgt[unknown], prior, sample.pair)
     natural, torn = torch.zeros_like(truth), torch.zeros_like(valid)
-    known = torch.zeros_like(truth)
+    fallback = torch.zeros_like(truth)
     with torch.no_grad():
-        found = predict(before, ()).field
-        shown = warp(tissue_mask(before.src).float(), found)
+        field = predict(before, ()).field
+        shown = warp(tissue_mask(before.src).float(), field)
         shown = shown * tissue_mask(before.tgt)
-        natural[unknown] = smooth_field(found, shown, options.knot_px)
-        off = (found - natural[unknown]).norm(dim=1, keepdim=True)
-        torn[unknown] = off > _TORN * options.knot_px
+        natural[unknown] = smooth_field(field, shown, options.knot_px)
+        deviation = (field - natural[unknown]).norm(dim=1, keepdim=True)
+        torn[unknown] = deviation > _TORN * options.knot_px
         if prior is not None:
             shown = warp(tissue_mask(before.src).float(), prior) > 0.999
             shows = (shown & tissue_mask(before.tgt)).flatten(1).any(1)
-            known[unknown] = torch.where(shows.view(-1, 1, 1, 1), prior, 0.0)
+            fallback[unknown] = torch.where(shows.view(-1, 1, 1, 1), prior, 0.0)
     return sample._replace(
         truth=compose(natural, truth),
         truth_valid=(warp(valid.float(), natural) > 0.999) & ~torn,
-        truth_due=warp(valid.float(), known) > 0.999,
-        truth_lost=compose(known, truth),
+        scored=warp(valid.float(), fallback) > 0.999,
+        fallback_truth=compose(fallback, truth),
     )

@@ -1,7 +1,7 @@
-"""Write how a training goes, for TensorBoard.
+"""Write metrics and pictures of a training for TensorBoard.
 
-Each stage is a run of its own, so that TensorBoard lays their curves over each other.
-The step is the number of the stage's epochs that are done.
+Each stage is a run of its own, so TensorBoard draws their curves in one plot. The step
+is the number of finished epochs of the stage.
 """
 
 from pathlib import Path
@@ -13,7 +13,7 @@ from metroem.training.validate import EpochReport, HeldOut
 
 
 class TensorBoardWriter:
-    """Writes the reports of epochs.
+    """Writes epoch reports.
 
     Args:
         folder: of the runs, stage_0, stage_1 and so on.
@@ -31,7 +31,7 @@ class TensorBoardWriter:
             writer.close()
 
     def write(self, report: EpochReport) -> None:
-        """Write the metrics, and a held-out pair before and after."""
+        """Write the metrics, and pictures of a held-out pair before and after."""
         writer = self._writer(report)
         for name, metrics in (
             ("training", report.training),
@@ -47,9 +47,9 @@ class TensorBoardWriter:
         writer.flush()
 
     def _writer(self, report: EpochReport) -> Any:
-        """The stage's writer; a run that resumes takes back what it will repeat."""
+        """The stage's writer; a resumed run purges the steps that it will repeat."""
         if report.stage not in self._writers:
-            # An extra: what does without it must not import it.
+            # An optional package, so it is imported only when it is needed.
             from torch.utils.tensorboard import SummaryWriter
 
             self._writers[report.stage] = SummaryWriter(
@@ -59,7 +59,10 @@ class TensorBoardWriter:
 
 
 def _pictures(held_out: HeldOut) -> dict[str, Any]:
-    """(H, W, 3) uint8 each, upright: src red, tgt cyan; and the field's colours."""
+    """Draw src (red) over tgt (cyan) before and after, and the field's colours.
+
+    Each picture is (H, W, 3) uint8, rows along y.
+    """
     sample, field = held_out
     src, tgt, warped = (
         image[0, 0].float().cpu().numpy()

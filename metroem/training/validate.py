@@ -1,4 +1,4 @@
-"""Measure a network on the held-out pairs."""
+"""Measure the metrics of a network on the held-out pairs."""
 
 from typing import NamedTuple
 
@@ -17,20 +17,20 @@ from metroem.utils.distributed import all_reduce_sum
 
 
 class HeldOut(NamedTuple):
-    """A held-out pair and the field that a network finds for it."""
+    """A held-out pair and the field that the network predicts for it."""
 
     sample: Sample
     field: Tensor  # (B, 2, H, W), px of the sample's mip
 
 
 class EpochReport(NamedTuple):
-    """What is known at the end of some epochs."""
+    """Metrics since the last report, and an example."""
 
     stage: int
-    epochs: int  # of the stage that are done, over all its phases
+    epochs: int  # number of finished epochs of the stage, over all its phases
     training: StepMetrics
-    validation: StepMetrics | None  # None without held-out pairs, as the next
-    held_out: HeldOut | None  # the first of them
+    validation: StepMetrics | None  # None without held-out pairs
+    held_out: HeldOut | None  # the first held-out pair; None without any
 
 
 def validate(
@@ -45,17 +45,19 @@ def validate(
 ) -> StepMetrics | None:
     """Average the metrics over the held-out pairs, which the ranks share.
 
-    Each is a mean over the pairs that have it, and NaN where none has.
+    Each metric is a mean over the pairs for which it is known; NaN if there is none.
 
     Args:
-        model: a `TrainingModel`, or DDP around one; left in the mode that it is in.
-        samples: held out, of the phase whose loss is measured; without any there
-            are no metrics.
-        earlier: make the prior fields of warped samples.
+        model: a `TrainingModel`, or DDP around one; its mode is not changed.
+        samples: held-out pairs, of the phase whose loss is measured.
+        earlier: makes the prior fields of warped samples.
         seed: of the randomness inside losses.
         device: of the model.
         rank: of this process.
-        num_ranks: how many share the pairs.
+        num_ranks: number of ranks that share the pairs.
+
+    Returns:
+        None without held-out pairs.
     """
     if not len(samples):
         return None
@@ -69,8 +71,8 @@ def validate(
             terms = phase_loss(
                 phase, sample, prediction, generator, net.options, is_score=True
             )
-            share = covered(sample, prediction.field)
-        metrics = batch_metrics(prediction, terms, sample.prior_field, share)
+            in_view = covered(sample, prediction.field)
+        metrics = batch_metrics(prediction, terms, sample.prior_field, in_view)
         known = ~metrics.isnan()
         sums += torch.stack((torch.where(known, metrics, 0.0), known))
     values, counts = all_reduce_sum(sums)
@@ -84,9 +86,13 @@ def first_held_out(
     *,
     device: torch.device,
 ) -> HeldOut | None:
-    """Predict the first held-out pair, on one rank alone; None without any.
+    """Predict the first held-out pair, on one rank only; None without any.
 
-    Arguments as `validate`.
+    Args:
+        model: as for `validate`, like the rest.
+        samples: held-out pairs.
+        earlier: makes the prior fields of warped samples.
+        device: of the model.
     """
     if not len(samples):
         return None
@@ -103,7 +109,7 @@ def _predict(
     earlier: EarlierStages,
     device: torch.device,
 ) -> tuple[Sample, Prediction]:
-    """A held-out sample, with prior field and truth, and its prediction."""
+    """Complete a held-out sample with prior field and truth, and predict it."""
     sample = earlier.add_prior(samples[index].to(device))
     sample = add_pseudo_label(sample, net, samples.phase.known_warp)
     return sample, net(sample, levels_wanted(samples.phase, net.options))

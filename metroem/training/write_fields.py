@@ -1,4 +1,4 @@
-"""Fields of one stage for every pair, written for the next stage to start from."""
+"""Write the fields of one stage for every pair, from which the next stage starts."""
 
 import hashlib
 import logging
@@ -40,21 +40,21 @@ logger = logging.getLogger(__name__)
 
 
 # Keys of requests that version 1.0.0 did not have.
-_ADDED = ("data", "place")
+_NEW_KEYS = ("data", "place")
 
 
 @dataclass(frozen=True)
 class WriteFieldsConfig:
-    """Which fields are to be made.
+    """Configuration of the fields to write.
 
     Attributes:
-        module: makes them.
-        mip: that they are brought to: the next stage's, or the module's.
+        module: makes the fields.
+        mip: of the written fields: the next stage's, or the module's if it is the last.
         dataset: folder of the image sets.
         fields_path: folder of the field sets.
         checkpoint_name: weights of the module, and tag of the field sets.
         device: of this rank.
-        verifies: whether the checksum of each pair is checked before it is read.
+        verifies: whether the checksum of each pair is checked before its first read.
     """
 
     module: ModuleSpec
@@ -67,24 +67,24 @@ class WriteFieldsConfig:
 
     @property
     def weights(self) -> Path:
-        """The checkpoint that the module runs with."""
+        """Path of the module's checkpoint."""
         return checkpoint_path(self.module.weights_folder, self.checkpoint_name)
 
 
 class _Sources(NamedTuple):
-    """What the fields of one place are made from, opened and checked once."""
+    """The sets that the fields of one location are made from, opened and checked."""
 
     images: ImageSet
-    prior: FieldSet | None  # of the stage before
-    target: ImageSet  # of the next stage's mip: where the fields are to lie
+    prior: FieldSet | None  # of the previous stage
+    target: ImageSet  # at the mip of the written fields: has their grids
 
     @property
     def num_sides(self) -> int:
-        """2 where tgt is warped when it is read: the next stage has to do so too."""
+        """2 if tgt is warped when it is read, as the next stage must do too; else 1."""
         return 1 if self.prior is None else self.prior.num_sides
 
-    def frame(self, index: int) -> PairLocation:
-        """Where the fields of a pair lie, and how far its images were moved."""
+    def location(self, index: int) -> PairLocation:
+        """Location of a pair's fields, and the translations of its images."""
         moved = self.target if self.num_sides == 1 else self.prior
         assert moved is not None
         return PairLocation(
@@ -97,21 +97,20 @@ class _Sources(NamedTuple):
 def write_fields(config: WriteFieldsConfig, stop: StopRequest) -> None:
     """Write the fields of one stage for all its image sets.
 
-    Each pair's field is finetuned and brought to the next stage's mip through
-    the recorded places of both. A set that is there already, made by the same
-    weights from the same data, is left alone, one that was made by others is
-    replaced; one that was begun goes on where it was. The ranks share the pairs,
-    each taking the next when it is done with one; rank 0 joins what they made.
+    Each pair's field is finetuned and resampled to the grid of the next stage's images.
+    A set that already exists is kept if the same weights made it from the same data;
+    otherwise it is replaced. An unfinished set is resumed. The ranks share the pairs:
+    each takes the next free pair. Rank 0 joins their results.
 
     Args:
         config: module and data.
-        stop: looked at after each pair.
+        stop: checked after each pair.
 
     Raises:
-        Stopped: `stop` asked for it; the pairs done are kept.
+        Stopped: `stop` asked for it; finished pairs are kept.
         CheckpointError: the module has no such checkpoint.
-        DatasetError: images or prior fields are missing, or a file of the
-            same name was not made by a training.
+        DatasetError: images or prior fields are missing, or a file of the same name was
+            not made by a training.
     """
     weights_of(config.module, config.checkpoint_name)
     sets = image_sets_at(config.dataset, config.module.in_mip, verifies=config.verifies)
@@ -127,12 +126,13 @@ def write_fields(config: WriteFieldsConfig, stop: StopRequest) -> None:
         sources = _Sources(images, prior, target)
         request = _request(config, sources, digest)
         path = _field_path(config, target)
-        # One answer for all ranks, of which some may not see a new file yet.
+        # One answer for all ranks, since some may not see a new file yet.
         done = torch.tensor([float(_is_done(path, request))], device=config.device)
         if distributed.all_reduce_max(done).item():
-            logger.info("%s: there already", path)
+            logger.info("%s: already exists", path)
             if distributed.rank() == 0:
-                ResumeStore.discard(parts_folder(path))  # of a run killed at its end
+                # Left by a run that was killed at its end.
+                ResumeStore.discard(parts_folder(path))
             continue
         if distributed.rank() == 0:
             try_writing(config.fields_path, "--fields_path")
@@ -141,10 +141,10 @@ def write_fields(config: WriteFieldsConfig, stop: StopRequest) -> None:
 
 
 def weights_of(module: ModuleSpec, checkpoint_name: str) -> Path:
-    """The checkpoint that a module writes fields with.
+    """Path of the checkpoint that a module writes fields with.
 
     Raises:
-        CheckpointError: there is none of that name.
+        CheckpointError: the module has no checkpoint of that name.
     """
     path = checkpoint_path(module.weights_folder, checkpoint_name)
     if not path.is_file():
@@ -164,17 +164,17 @@ def _sha256(path: Path) -> str:
 
 
 def target_sets(dataset: Path, sets: Sequence[ImageSet], mip: int) -> list[ImageSet]:
-    """The image set at another mip of each set's place.
+    """Find the image set of the same location at another mip, for each of some sets.
 
-    Where all of the sets check checksums, so do those found.
+    If all of the given sets check checksums, the found sets do so too.
 
     Raises:
-        DatasetError: a place has none, or another number of pairs, or its images
-            were moved by a field and those of the set were not.
+        DatasetError: a location has no set at that mip, or the sets of both mips differ
+            in number of pairs, resolution or translations.
     """
     verifies = all(images.verifies for images in sets)
-    there = image_sets_at(dataset, mip, verifies=verifies)
-    by_place = {images.name.place: images for images in there}
+    at_mip = image_sets_at(dataset, mip, verifies=verifies)
+    by_place = {images.name.place: images for images in at_mip}
     found = []
     for images in sets:
         target = by_place.get(images.name.place)
@@ -200,36 +200,35 @@ def _field_path(config: WriteFieldsConfig, target: ImageSet) -> Path:
 def _request(
     config: WriteFieldsConfig, sources: _Sources, digest: str
 ) -> dict[str, Any]:
-    """All that fields depend on: weights, data, and where they are to lie."""
-    prior, before = sources.prior, None
+    """All that fields depend on: weights, data and location, as the set records it."""
+    prior, prior_request = sources.prior, None
     if prior is not None:
-        # What it was made from is among the data of these fields.
-        known = {k: v for k, v in prior.request.items() if k not in _ADDED}
-        before = known or prior.path.name
+        # Without the keys for the prior's data, which "data" has too.
+        known = {k: v for k, v in prior.request.items() if k not in _NEW_KEYS}
+        prior_request = known or prior.path.name
     request = {
         "weights_sha256": digest,
         "images": sources.images.path.name,
         "target": sources.target.path.name,
         "finetune_iter": finetune_iterations(config.module.stage),
-        "prior": before,
+        "prior": prior_request,
         "data": origins(sources.images, prior),
         "place": place_digest(sources.target),
     }
-    # Version 1.0.0 left out the fields of tgt; what it made is made anew.
+    # Version 1.0.0 left out the fields of tgt, so its sets are made again.
     return request | ({"num_sides": 2} if sources.num_sides == 2 else {})
 
 
 def _is_done(path: Path, request: dict[str, Any]) -> bool:
-    """Whether the field set of a request is there.
+    """Whether the field set of a request already exists.
 
     Args:
         path: of the set.
-        request: what its fields depend on. Sets of version 1.0.0 do not say from
-            which data they were made: that is taken as equal where they lie where
-            they should.
+        request: all that its fields depend on. Sets of version 1.0.0 do not record
+            their data, which then counts as equal; their location is compared.
 
     Raises:
-        DatasetError: a file of that name was not made by a pyramid.
+        DatasetError: a file of that name was not made by a training.
     """
     if not path.is_file():
         return False
@@ -244,15 +243,15 @@ def _is_done(path: Path, request: dict[str, Any]) -> bool:
     made_by["place"] = place_digest(existing)
     if not describe_differences(made_by, request):
         return True
-    logger.info("%s: made by other weights or from other data, written again", path)
+    logger.info("%s: made by other weights or from other data; writing it again", path)
     return False
 
 
 def _load(config: WriteFieldsConfig, digest: str) -> Aligner:
-    """The module with the weights of a digest.
+    """Load the module, and check that its weights still have a digest.
 
     Raises:
-        CheckpointError: the weights are others by now.
+        CheckpointError: the weights were replaced meanwhile.
     """
     module = load_module(
         config.module.path,
@@ -287,52 +286,52 @@ def _write_set(
     started = time.monotonic()
     target = sources.target
     path = _field_path(config, target)
-    parts = _open_parts(path, request)
+    writer = _open_writer(path, request)
     rows, cols = sources.images.shape
     with enough_memory(
         f"fields of stage {config.module.stage}, of {rows} x {cols} px",
-        "give --device cpu, with which this run goes on, or take smaller patches",
+        "give --device cpu, with which this run resumes, or take smaller patches",
     ):
-        code = _make_share(config, aligner, sources, parts, stop)
+        code = _make_fields(config, aligner, sources, writer, stop)
     (code,) = distributed.all_reduce_max(
         torch.tensor([code], device=config.device)
     ).tolist()
     if code:
         raise Stopped(code)
-    joining = parts.join(path, _meta(config, sources, request))
+    joining = writer.join(path, _meta(config, sources, request))
     distributed.follow(joining, target.num_pairs)
     if distributed.rank() == 0:
-        parts.remove()
+        writer.remove()
     logger.info("%s: written, %.2f s", path, time.monotonic() - started)
 
 
-def _open_parts(path: Path, request: dict[str, Any]) -> FieldSetWriter:
-    """The parts of a field set; those of other weights or data are thrown away."""
+def _open_writer(path: Path, request: dict[str, Any]) -> FieldSetWriter:
+    """Open the writer of a field set; discard results of other weights or data."""
     folder = parts_folder(path)
     if distributed.rank() == 0:
         try:
             FieldSetWriter(folder, request)
         except DatasetError:
-            logger.info("%s: begun with other weights or data, begun again", folder)
+            logger.info("%s: started with other weights or data; starts again", folder)
             ResumeStore.discard(folder)
             FieldSetWriter(folder, request)
     distributed.barrier()
-    parts = FieldSetWriter(folder, request)
+    writer = FieldSetWriter(folder, request)
     distributed.check_shared(folder)
-    return parts
+    return writer
 
 
-def _make_share(
+def _make_fields(
     config: WriteFieldsConfig,
     aligner: Aligner,
     sources: _Sources,
-    parts: FieldSetWriter,
+    writer: FieldSetWriter,
     stop: StopRequest,
 ) -> int:
-    """Make the fields that are missing, with the other ranks; returns a stop code.
+    """Make the missing fields, together with the other ranks; return a stop code.
 
-    Packing one takes as long as a GPU takes for half of the next, so it is done
-    beside it, by a thread that python does not wait for.
+    Compressing a field takes half as long as computing the next one on a GPU. So a
+    thread compresses and writes it meanwhile.
     """
     total, gains = sources.images.num_pairs, []
     what = (
@@ -341,37 +340,38 @@ def _make_share(
     if distributed.world_size() > 1:
         what += " of rank 0"
     with ThreadPoolExecutor(1) as pool:
-        made, kept = None, None
+        result, writing = None, None
         for index in progress(distributed.work_queue(total), what, total=total):
-            if not parts.has(index):
+            if not writer.has(index):
                 sample = _read(config, sources, index)
-                # Not before: h5py reads and writes one after the other.
-                kept = _keep(pool, parts, made, kept)
+                # Write only after reading: h5py does one at a time.
+                writing = _start_writing(pool, writer, result, writing)
                 field, finetuned = _field_of(aligner, sources, sample, index)
-                made = index, _with_tgt_field(sources, index, field)
+                result = index, _with_tgt_field(sources, index, field)
                 gains += [finetuned] if finetuned else []
             if stop.code:
                 break
-        _keep(pool, parts, None, _keep(pool, parts, made, kept))
+        writing = _start_writing(pool, writer, result, writing)
+        _start_writing(pool, writer, None, writing)
     if gains:
-        logger.info("%s: %s", parts.folder.name, summary(gains))
+        logger.info("%s: %s", writer.folder.name, summary(gains))
     return stop.code
 
 
-def _keep(
+def _start_writing(
     pool: Executor,
-    parts: FieldSetWriter,
-    made: tuple[int, np.ndarray] | None,
-    kept: Future | None,
+    writer: FieldSetWriter,
+    result: tuple[int, np.ndarray] | None,
+    writing: Future | None,
 ) -> Future | None:
-    """Begin to keep a field that was made, once the one before it is kept."""
-    if kept is not None:
-        kept.result()
-    return None if made is None else pool.submit(parts.put, *made)
+    """Wait until the last field is written, then start to write the next, if any."""
+    if writing is not None:
+        writing.result()
+    return None if result is None else pool.submit(writer.put, *result)
 
 
 def _read(config: WriteFieldsConfig, sources: _Sources, index: int) -> Sample:
-    """A pair, whole, on this rank's device."""
+    """Read a whole pair, on this rank's device."""
     ref = PairRef(sources.images, sources.prior, index)
     return read_sample(ref, ref.grid).to(config.device)
 
@@ -379,7 +379,11 @@ def _read(config: WriteFieldsConfig, sources: _Sources, index: int) -> Sample:
 def _field_of(
     aligner: Aligner, sources: _Sources, sample: Sample, index: int
 ) -> tuple[np.ndarray, FinetuneResult | None]:
-    """The field of one pair, (2, H, W) on the target's grid, and what it gained."""
+    """Compute the field of one pair, (2, H, W) on the target's grid.
+
+    Returns:
+        The field, and the finetuner's result if it ran.
+    """
     field, finetuned = aligner.align_pair(
         sample.src,
         sample.tgt,
@@ -399,25 +403,25 @@ def _field_of(
 
 
 def _with_tgt_field(sources: _Sources, index: int, field: np.ndarray) -> np.ndarray:
-    """The field of src, and beside it what warped tgt, if anything did.
+    """Stack the field of src and the prior field of tgt, if there is one.
 
     Returns:
         (2, H, W) or (2 sides, 2, H, W) on the target's grid.
     """
     if sources.prior is None or sources.num_sides == 1:
         return field
-    of_tgt = torch.from_numpy(sources.prior.read(index, 1))[None]
-    of_tgt = resample_field(
-        of_tgt, sources.images.grid(index), sources.target.grid(index)
+    tgt_field = torch.from_numpy(sources.prior.read(index, 1))[None]
+    tgt_field = resample_field(
+        tgt_field, sources.images.grid(index), sources.target.grid(index)
     )
-    return np.stack([field, of_tgt[0].numpy()])
+    return np.stack([field, tgt_field[0].numpy()])
 
 
 def _meta(
     config: WriteFieldsConfig, sources: _Sources, request: dict[str, Any]
 ) -> FieldSetMeta:
     return FieldSetMeta(
-        frames=[sources.frame(index) for index in range(sources.target.num_pairs)],
+        frames=[sources.location(index) for index in range(sources.target.num_pairs)],
         source=f"{config.weights} sha256 {request['weights_sha256']}",
         command=" ".join(sys.argv),
         request=as_json(request),

@@ -58,9 +58,9 @@ BILINEAR_ERROR = 0.008
 
 def test_a_transposed_pair_still_fits_its_transposed_field(sample):
     assert misfit(sample) < BILINEAR_ERROR
-    turned = transpose(sample)
-    assert turned.src.shape[-2:] == (COLS, ROWS)
-    assert misfit(turned) < BILINEAR_ERROR
+    changed = transpose(sample)
+    assert changed.src.shape[-2:] == (COLS, ROWS)
+    assert misfit(changed) < BILINEAR_ERROR
 
 
 @pytest.mark.parametrize("dims", [(-2,), (-1,), (-2, -1)])
@@ -78,9 +78,9 @@ def test_a_flipped_pair_still_fits_its_flipped_field(sample, dims):
 def test_every_field_of_a_sample_turns_and_flips_as_the_prior_does(sample):
     prior = sample.prior_field
     known = sample._replace(truth=prior, unwarped_prior=prior)
-    for turned in (transpose(known), flip(known, -2), flip(known, -1)):
-        assert torch.equal(turned.truth, turned.prior_field)
-        assert torch.equal(turned.unwarped_prior, turned.prior_field)
+    for changed in (transpose(known), flip(known, -2), flip(known, -1)):
+        assert torch.equal(changed.truth, changed.prior_field)
+        assert torch.equal(changed.unwarped_prior, changed.prior_field)
 
 
 def test_flips_happen_along_rows_and_along_cols(sample):
@@ -119,12 +119,12 @@ def mask(*area):
 def test_defects_turn_and_swap_with_their_images(sample):
     src_defects, tgt_defects = mask(slice(4), slice(60)), mask(slice(9), slice(2))
     marked = sample._replace(src_defects=src_defects, tgt_defects=tgt_defects)
-    turned, swapped = transpose(marked), swap_src_tgt(marked)
+    changed, swapped = transpose(marked), swap_src_tgt(marked)
     mirrored = flip(marked, -1)
     assert torch.equal(mirrored.src_defects, src_defects.flip(-1))
     assert torch.equal(mirrored.tgt_defects, tgt_defects.flip(-1))
-    assert torch.equal(turned.src_defects, src_defects.transpose(-1, -2))
-    assert torch.equal(turned.tgt_defects, tgt_defects.transpose(-1, -2))
+    assert torch.equal(changed.src_defects, src_defects.transpose(-1, -2))
+    assert torch.equal(changed.tgt_defects, tgt_defects.transpose(-1, -2))
     assert torch.equal(swapped.src_defects, tgt_defects)
     assert torch.equal(swapped.tgt_defects, src_defects)
 
@@ -137,7 +137,7 @@ def test_a_warp_of_tgt_takes_its_defects_along(sample):
     marked = sample._replace(tgt=tgt, src_defects=band, tgt_defects=band)
     moved = warp_tgt(marked, options, seeded_generator(2))
     assert not torch.equal(moved.tgt_defects, band)
-    # Off the border, beyond which an image is 0 and a mask goes on.
+    # Away from the border, beyond which an image is 0 but a mask is repeated.
     inner = (..., slice(6, -6), slice(6, -6))
     assert torch.equal(moved.tgt_defects[inner], (moved.tgt == 0)[inner])
     assert torch.equal(moved.src_defects, band)
@@ -170,14 +170,14 @@ def test_each_side_draws_its_own_change(sample, options):
 
 def test_what_damage_hides_joins_the_defects_of_its_side(sample):
     marked = sample._replace(src_defects=mask(slice(5)))
-    chance = seeded_generator(3), seeded_generator(3)
-    damaged = change_section(marked, "src", Fold(width_px=8), chance[0])
-    hidden = fold(sample.src, Fold(width_px=8), chance[1]).hidden
+    generators = seeded_generator(3), seeded_generator(3)
+    damaged = change_section(marked, "src", Fold(width_px=8), generators[0])
+    hidden = fold(sample.src, Fold(width_px=8), generators[1]).hidden
     assert hidden.any() and torch.equal(
         damaged.src_defects, marked.src_defects | hidden
     )
     assert damaged.tgt_defects is None and torch.equal(damaged.tgt, sample.tgt)
-    assert change_section(sample, "tgt", Fold(), chance[0]).tgt_defects is not None
+    assert change_section(sample, "tgt", Fold(), generators[0]).tgt_defects is not None
 
 
 def test_the_images_of_a_batch_are_damaged_each_on_its_own(sample):
@@ -201,7 +201,7 @@ def test_a_random_field_has_its_size_and_range(difficulty, epicenters):
     assert steepest <= 20 / (33 / 2**difficulty)
 
 
-def test_chance_is_a_function_of_the_key_alone(sample):
+def test_random_numbers_depend_on_the_key_only(sample):
     augmentations = (
         RandomTranspose(0.5),
         RandomFlip(0.5),

@@ -1,4 +1,4 @@
-"""Known warps: the truth leads back to the section, wherever it says it does."""
+"""Test known warps: the truth leads back to the section wherever it is valid."""
 
 import pytest
 import torch
@@ -55,7 +55,7 @@ def shrink(mask, pixels):
 def shown_places(warped):
     """(1, 1, H, W) bool: pixels of the section that some pixel of src shows."""
     seen = (warped.image != 0) & ~warped.hidden
-    read = (pixel_positions(warped.pulled) + warped.pulled)[0].round().long()
+    read = (pixel_positions(warped.warp_field) + warped.warp_field)[0].round().long()
     inside = (read[0] >= 0) & (read[0] < COLS) & (read[1] >= 0) & (read[1] < ROWS)
     shown = torch.zeros(1, 1, ROWS, COLS, dtype=torch.bool)
     col, row = read[:, inside & seen[0, 0]]
@@ -76,7 +76,7 @@ def steps(field):
 )
 def test_the_way_back_undoes_the_warp(options, bound, seed):
     warped = warp_section(section(has_gaps=True), options, seeded_generator(seed))
-    left = compose(warped.field, warped.pulled).norm(dim=1, keepdim=True)
+    left = compose(warped.field, warped.warp_field).norm(dim=1, keepdim=True)
     assert warped.valid.float().mean() > 0.3
     assert left[warped.valid].max() < bound
     assert (left[warped.valid] > USUAL_ERROR_PX).float().mean() < 0.01
@@ -147,7 +147,7 @@ def test_no_data_stays_0_and_tissue_never_becomes_it(options, seed):
     # Grey levels that cross 0, as those of normalised images do.
     image = torch.where(image == 0, 0.0, image - 3 + 1e-3)
     warped = warp_section(image, options, seeded_generator(seed))
-    tissue = warp((image != 0).float(), warped.pulled) > 0.5
+    tissue = warp((image != 0).float(), warped.warp_field) > 0.5
     assert torch.equal(warped.image != 0, tissue)
     assert not warped.hidden[~tissue].any()
     assert warped.image.isfinite().all()
@@ -292,4 +292,4 @@ def test_a_warp_goes_no_further_than_asked(seed):
     # the corner turned by 1 degree (0.0175) and stretched by 0.01.
     corner = (ROWS**2 + COLS**2) ** 0.5 / 2
     furthest = 1.3 * 6 + 3 * 2**0.5 + corner * (0.0175 + 0.01)
-    assert 0 < warped.pulled.norm(dim=1).max() < furthest
+    assert 0 < warped.warp_field.norm(dim=1).max() < furthest

@@ -1,4 +1,4 @@
-"""Samples that processes read ahead, where shared memory is short."""
+"""Test samples that worker processes read ahead, with little shared memory."""
 
 import logging
 
@@ -48,7 +48,7 @@ def test_where_shared_memory_is_full_the_same_samples_come_through_pipes(
     # Also where torch would share it in the thread that sends it.
     monkeypatch.setattr(torch.Tensor, "share_memory_", full)
     monkeypatch.setattr(torch.UntypedStorage, "_share_fd_cpu_", full)
-    loader._say_that_memory_is_short.cache_clear()
+    loader._warn_of_little_shared_memory.cache_clear()
     found = read(tmp_path, 2)
     assert len(found) == len(expected) == 3
     for one, other in zip(found, expected, strict=True):

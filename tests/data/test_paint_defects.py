@@ -38,10 +38,10 @@ def image():
 @every_damage
 @every_seed
 def test_what_is_not_hidden_stays(image, damage, options, seed):
-    before, chance = image.clone(), torch.get_rng_state()
+    before, random_state = image.clone(), torch.get_rng_state()
     damaged = damage(image, options, seeded_generator(seed))
     assert torch.equal(image, before)
-    assert torch.equal(torch.get_rng_state(), chance)
+    assert torch.equal(torch.get_rng_state(), random_state)
     assert damaged.image.shape == damaged.hidden.shape == image.shape
     assert damaged.hidden.dtype == torch.bool
     assert not damaged.hidden[image == 0].any()

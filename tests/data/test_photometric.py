@@ -37,10 +37,10 @@ def image():
 )
 @pytest.mark.parametrize("seed", range(3))
 def test_an_image_stays_normalised_and_its_no_data_too(image, change, options, seed):
-    before, chance = image.clone(), torch.get_rng_state()
+    before, random_state = image.clone(), torch.get_rng_state()
     changed = change(image, options, seeded_generator(seed))
     assert torch.equal(image, before)
-    assert torch.equal(torch.get_rng_state(), chance)
+    assert torch.equal(torch.get_rng_state(), random_state)
     assert torch.equal(changed == 0, image == 0)
     tissue = changed[changed != 0]
     # Clamping at -4 shifts them a little.

@@ -29,7 +29,7 @@ def test_noise_varies_over_its_knots(make):
     assert noise.shape == (1, 1, 200, 330)
     assert abs(noise.mean()) < 0.2 and 0.5 < noise.std() < 1
     shifted = [noise[..., d:] - noise[..., : 330 - d] for d in (1, 60)]
-    # Neighbours hardly differ; three knots apart it is as if drawn anew.
+    # Neighbours hardly differ; three knots apart, values are independent.
     assert shifted[0].std() < 0.1 * shifted[1].std()
 
 

@@ -28,7 +28,7 @@ def test_out_of_memory_says_what_to_lower_and_keeps_the_state(zygote, place, hoo
             assert what in error
         check_whole(folder)
         done = zygote.run(folder, [*calm.command, "--checkpoint_activations"])
-        assert done["status"] == 0 and "going on at phase 1" in done["output"]
+        assert done["status"] == 0 and "resumes at phase 1" in done["output"]
         assert agree(folder, calm)
 
 
@@ -121,7 +121,7 @@ def test_a_signal_to_several_ranks_ends_all_and_saves(long, place):
             process.terminate()
             output = process.stdout.read()
             assert process.wait() == 143, output
-            assert "the same command goes on from here" in output
+            assert "the same command resumes from here" in output
             assert "Traceback" not in output, output
             assert not any(Path(f"/proc/{pid}").exists() for pid in ranks.values())
             check_whole(long)

@@ -28,7 +28,7 @@ def test_a_signal_ends_a_command_in_order_and_the_same_command_goes_on(
         assert "Exception ignored" not in done["output"]
         check_whole(folder)
         if name == "training" and "epoch" in done["output"]:
-            assert "the same command goes on from here" in done["output"]
+            assert "the same command resumes from here" in done["output"]
             assert (folder / "one/.train/ck/stage_0.state.pt").is_file()
         left = left_over(folder)
         assert not any(".tmp" in path or path.endswith(".lock") for path in left)

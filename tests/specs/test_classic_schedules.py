@@ -1,4 +1,4 @@
-"""The modes `classic` and `classic_finetune` are the original's schedules.
+"""Test that the modes `classic` and `classic_finetune` are the original's schedules.
 
 The values are those of `metroem/params/scratch.json` and `finetune.json` of the
 original's repository (seung-lab/metroem at eceffd74 and 9525e492); its packages on PyPI

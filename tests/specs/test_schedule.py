@@ -36,7 +36,7 @@ def test_a_mip_without_an_entry_takes_the_nearest_and_says_so(caplog):
     with caplog.at_level(logging.INFO, "metroem"):
         assert schedule.for_mip(0) == schedule.phases[3]
         assert schedule.for_mip(9) == schedule.phases[6]
-    assert "mine.json has no entry for mip 9: using that of mip 6" in caplog.text
+    assert "mine.json has no entry for mip 9: using the entry of mip 6" in caplog.text
 
 
 def test_max_epochs_caps_each_phase():

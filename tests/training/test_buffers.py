@@ -1,4 +1,4 @@
-"""BatchNorm's running statistics are those of the passes that updates are made of."""
+"""Test that only the passes of updates change BatchNorm's running statistics."""
 
 import json
 from contextlib import nullcontext
@@ -41,8 +41,8 @@ def statistics(net):
 
 
 def images(seed=0):
-    chance = torch.Generator().manual_seed(seed)
-    return tuple(torch.randn(2, 2, 1, ROWS, COLS, generator=chance) + 1)
+    generator = torch.Generator().manual_seed(seed)
+    return tuple(torch.randn(2, 2, 1, ROWS, COLS, generator=generator) + 1)
 
 
 def assert_equal(found, expected):
@@ -153,7 +153,7 @@ def third_is_bad(monkeypatch):
     monkeypatch.setattr(step, "phase_loss", loss)
 
 
-# Nor do the passes count that look for natural fields, nor those of held-out pairs.
+# Passes that make pseudo-labels do not count either, nor passes of held-out pairs.
 @pytest.mark.parametrize("flags", [(), ("--checkpoint_activations",)])
 def test_a_training_counts_the_passes_of_its_updates_alone(
     tmp_path, third_is_bad, flags

@@ -1,4 +1,4 @@
-"""--compile: networks compiled in place, and what is refused."""
+"""Test --compile: compiled networks, and the networks that are refused."""
 
 import json
 import shutil
@@ -90,8 +90,8 @@ def test_a_network_that_torch_cannot_compile_is_named(tmp_path):
 
 def passes(aligner, rows, cols):
     """Field and gradients of a pair."""
-    chance = torch.Generator().manual_seed(1)
-    src, tgt = torch.randn(2, 2, 1, rows, cols, generator=chance)
+    generator = torch.Generator().manual_seed(1)
+    src, tgt = torch.randn(2, 2, 1, rows, cols, generator=generator)
     aligner.zero_grad()
     prediction = aligner.predict(src, tgt, None, levels=(0,))
     loss = prediction.field.square().mean() + prediction.embeddings[0].src.abs().mean()

@@ -1,4 +1,4 @@
-"""Passes of a network that a GPU repeats by itself beside those that torch makes."""
+"""Compare recorded passes of a network with passes that are not recorded."""
 
 import pytest
 import torch
@@ -46,8 +46,8 @@ class Noted:
 
 
 def images(batch=1, *, seed=0):
-    chance = torch.Generator().manual_seed(seed)
-    return tuple(torch.randn(2, batch, 1, ROWS, COLS, generator=chance))
+    generator = torch.Generator().manual_seed(seed)
+    return tuple(torch.randn(2, batch, 1, ROWS, COLS, generator=generator))
 
 
 def test_on_a_cpu_each_pass_is_made_as_it_is():
@@ -61,7 +61,7 @@ def test_on_a_cpu_each_pass_is_made_as_it_is():
 
 
 def test_each_kind_of_pass_is_recorded_when_it_comes_the_fourth_time(monkeypatch):
-    monkeypatch.setattr(cuda_graph_model, "_is_worth_it", lambda given: True)
+    monkeypatch.setattr(cuda_graph_model, "_is_worth_recording", lambda given: True)
     monkeypatch.setattr(cuda_graph_model, "_Recorded", Noted)
     monkeypatch.setattr(cuda_graph_model, "_Passes", lambda device: None)
     monkeypatch.setattr(Noted, "made", [])
@@ -92,7 +92,7 @@ def test_a_network_that_cannot_be_recorded_is_an_error_that_says_what_to_do(
     def fails(*_):
         raise RuntimeError(f"{said}\nand more")
 
-    monkeypatch.setattr(cuda_graph_model, "_is_worth_it", lambda given: True)
+    monkeypatch.setattr(cuda_graph_model, "_is_worth_recording", lambda given: True)
     monkeypatch.setattr(cuda_graph_model, "_Recorded", fails)
     monkeypatch.setattr(cuda_graph_model, "_Passes", lambda device: None)
     net = Scales()

@@ -1,4 +1,4 @@
-"""Which device a run takes, and what it says where it cannot have it."""
+"""Test which device a run takes, and its messages if it cannot have that device."""
 
 import json
 import os

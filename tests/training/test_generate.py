@@ -1,4 +1,4 @@
-"""Fields of a stage; what comes before and after them is in tests/test_train.py."""
+"""Test the fields of a stage; tests/test_train.py tests the run around them."""
 
 import logging
 from types import SimpleNamespace

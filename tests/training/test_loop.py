@@ -1,4 +1,4 @@
-"""The loop of a training reads from top to bottom: few functions are around it."""
+"""Test that few functions lie between the command and a step of the optimizer."""
 
 import json
 import sys

@@ -1,4 +1,4 @@
-"""What scores say of networks that lose what they should be scored on."""
+"""Test scores of networks whose fields move the pixels to score out of view."""
 
 import json
 import math
@@ -60,15 +60,15 @@ def finds(field):
 
 
 def score(phase, sample, field):
-    prediction, chance = Prediction(field, {}), seeded_generator(1)
-    return phase_loss(phase, sample, prediction, chance, is_score=True)
+    prediction, generator = Prediction(field, {}), seeded_generator(1)
+    return phase_loss(phase, sample, prediction, generator, is_score=True)
 
 
 def test_a_field_that_points_out_of_the_image_scores_its_length():
     # It is the same before and after the warp: consistent, and all lost.
     out = shift(300.0)
     sample = warped(finds(out))
-    assert not sample.truth_valid.any() and sample.truth_due.float().mean() > 0.5
+    assert not sample.truth_valid.any() and sample.scored.float().mean() > 0.5
     assert float(covered(sample, out)) == 0
     epe = float(score(phase_of("known_warp"), sample, out).epe)
     assert epe == pytest.approx(300, abs=WARP.peak_px + 2 * WARP.shift_px + 1)
@@ -97,8 +97,8 @@ def test_what_is_lost_of_a_truth_on_a_prior_field_is_measured_from_there():
     assert epe == pytest.approx(300, abs=WARP.peak_px + 2 * WARP.shift_px + 1)
 
 
-def test_a_prior_field_that_shows_nothing_leaves_the_pair_as_it_came():
-    # Of a stage before that has collapsed: the pair itself is what is due.
+def test_a_prior_field_that_shows_nothing_leaves_the_pair_unwarped():
+    # The prior field of a collapsed earlier stage: the unwarped pair is scored.
     prior = shift(300.0)
     sample = warped(finds(shift(0.0)), prior)
     assert float(covered(sample, shift(0.0))) == 1

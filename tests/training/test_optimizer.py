@@ -1,4 +1,4 @@
-"""Optimizer and averages; gradients accumulated, activations computed twice."""
+"""Test optimizer, averages, accumulated gradients and checkpointed activations."""
 
 import json
 from importlib import resources
@@ -47,9 +47,9 @@ def samples_of(count):
     """Samples of known warps, none like another; (1, 1, 32, 48)."""
     made = []
     for index in range(count):
-        chance = seeded_generator(7, index)
-        src, tgt = torch.randn(2, 1, 1, 32, 48, generator=chance)
-        truth = torch.randn(1, 2, 1, 1, generator=chance).expand(1, 2, 32, 48)
+        generator = seeded_generator(7, index)
+        src, tgt = torch.randn(2, 1, 1, 32, 48, generator=generator)
+        truth = torch.randn(1, 2, 1, 1, generator=generator).expand(1, 2, 32, 48)
         valid = torch.ones(1, 1, 32, 48, dtype=torch.bool)
         sample = Sample(src, tgt, None, (str(index),), truth=truth, truth_valid=valid)
         made.append(sample)

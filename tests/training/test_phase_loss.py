@@ -1,4 +1,4 @@
-"""What a phase minimises, on fields whose errors are known."""
+"""Test the losses of a phase on fields whose errors are known."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""Prior fields of warped samples, made by the stages before."""
+"""Test the prior fields that earlier stages make for warped samples."""
 
 import pytest
 import torch
@@ -19,7 +19,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture
 def modules(tmp_path):
-    """Three stages of weights of chance: mips 3, 1 and 0."""
+    """Three stages of random weights: mips 3, 1 and 0."""
     for path in init_pyramid(tmp_path / "pyramid", [3, 1, 0]):
         write_spec(path / "model", scalenet(4, 6))
         torch.manual_seed(path.name.encode()[0])

@@ -38,7 +38,7 @@ class Line(nn.Module):
 
 
 def times(factor):
-    """A batch whose loss is the weight, so many times."""
+    """A batch whose loss is a multiple of the weight."""
     image = torch.full((1, 1, 3, 4), factor)
     return Sample(image, torch.ones(1, 1, 3, 4), None, (f"pair {factor}",))
 

@@ -1,4 +1,4 @@
-"""What becomes of the natural field of a pair that is not aligned as it came."""
+"""Test pseudo-labels of pairs whose natural field is unknown."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""train.py --tensorboard, read back as TensorBoard reads it."""
+"""Test train.py --tensorboard, reading its files as TensorBoard does."""
 
 import importlib.util
 import json

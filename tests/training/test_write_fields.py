@@ -1,4 +1,4 @@
-"""Fields of a trained pyramid for any data set, and for the data that are there now."""
+"""Test fields of a trained pyramid for other data sets, and for replaced data."""
 
 import hashlib
 import json
@@ -50,7 +50,7 @@ COARSE, FINE = "x0_y0_z1_MIP1.h5", "x0_y0_z1_MIP0.h5"
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
-    """A pyramid of two stages with weights of chance, and pairs at both mips."""
+    """A pyramid of two stages with random weights, and pairs at both mips."""
     folder = tmp_path_factory.mktemp("made")
     for stage, module in enumerate(init_pyramid(folder / "pyramid", [1, 0])):
         (module / "model" / "model_spec.json").write_text(json.dumps(NET))
@@ -418,7 +418,7 @@ def test_a_data_set_that_is_read_only_is_trained_on(place, monkeypatch):
 
 
 def refuse(monkeypatch, folder):
-    """Let a folder take no files, whoever asks."""
+    """Make a folder refuse files, for root too."""
     make = files.tempfile.TemporaryFile
 
     def made(*, dir):
@@ -465,15 +465,15 @@ def test_figures_that_cannot_be_written_are_named_before_the_pairs_are_aligned(
         )
 
 
-def begin_anew(place):
-    """Forget the weights, so that a training begins from chance."""
+def remove_weights(place):
+    """Forget the weights, so that a training starts from random weights."""
     for weights in place.glob("pyramid/*/model/ck.state.pth.tar"):
         weights.unlink()
 
 
 @pytest.mark.parametrize("share", ["finished", "half"])
 def test_a_training_does_not_go_on_with_other_images(place, share):
-    begin_anew(place)
+    remove_weights(place)
     zero = ("--train_stages", "0", "--generate_field_stages")
     run_train(place, *zero, *(("--max_minutes", "1e-9") if share == "half" else ()))
     change_images(place / "data" / COARSE, pairs=2)
@@ -507,7 +507,7 @@ def test_a_training_does_not_go_on_with_other_prior_fields(place):
 
 
 def test_held_out_pairs_are_part_of_what_a_training_is_of(place):
-    begin_anew(place)
+    remove_weights(place)
     write_pairs(place / "data", mips=(1,), num_pairs=4, shape=SHAPE)
     zero = ("--train_stages", "0", "--generate_field_stages", "--val_pairs", "1")
     run_train(place, *zero)
