@@ -237,9 +237,9 @@ def _check_normalized(ref: PairRef) -> None:
 def split_pairs(pairs: Sequence[PairRef], num_validation: int) -> Split:
     """Hold out the last pairs, and drop the pairs that are too close to them.
 
-    Pairs are ordered by the name of their set, then by index. A pair is not trained
-    on if one of its sections is held out over the same area, or lies within
-    `GAP_SECTIONS` of a held-out section.
+    Pairs are ordered by the name of their set, then by index. A pair is too close if
+    one of its sections lies within `GAP_SECTIONS` of a held-out section, over the same
+    area. It is not trained on.
 
     Args:
         pairs: of all sets.

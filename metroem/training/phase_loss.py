@@ -60,8 +60,8 @@ def phase_loss(
     """Compute the loss that a phase minimises: the weighted sum of its losses.
 
     A loss is taken over the pixels that show tissue under the predicted field. A score
-    is taken over the pixels that show tissue under the prior field, so that a field
-    which points out of the images gains nothing.
+    is taken over the pixels that show tissue under the prior field. So a field that
+    points out of the images does not get a better score.
 
     Args:
         phase: its losses, their weights and mask rules.

@@ -130,8 +130,8 @@ def add_pseudo_label(
 
     The network's field decides where the truth is known. A score must not depend on
     that, so two more maps are set. `scored` is where the truth would be known if the
-    natural field were the prior field (or 0, for pairs whose prior field shows no
-    tissue). `fallback_truth` is the truth in that case.
+    natural field were the prior field. `fallback_truth` is the truth in that case.
+    If the prior field shows no tissue, 0 takes its place.
 
     Args:
         sample: returned unchanged if it has no `unwarped_src`.
