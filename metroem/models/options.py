@@ -137,7 +137,7 @@ class AlignerOptions:
     def refining(self) -> GaussNewtonOptions:
         """How a field is finetuned where there are `finetune_knots`."""
         return GaussNewtonOptions(
-            knots_px=tuple(self.finetune_knots),
+            spacing_px=tuple(self.finetune_knots),
             smoothness=self.finetune_sm,
             num_iter=self.finetune_iter,
             border=self.crop,
