@@ -33,7 +33,7 @@ from metroem.models.build import (
 )
 from metroem.models.finetuning import Defects, find_pair_masks, finetune
 from metroem.models.options import AlignerOptions
-from metroem.models.tiling import predict_by_tiles
+from metroem.models.tiling import predict_tiled
 from metroem.models.types import (
     Alignment,
     Embedding,
@@ -352,11 +352,11 @@ class Aligner(nn.Module):
         embeddings = {
             level: Embedding.of(state, (rows, cols), level) for level in levels
         }
-        coarse, trust = {}, None
+        coarse, confidence = {}, None
         if getattr(self.net, "gives_whole_fields", False) and self.pass_field:
-            coarse, trust = Prediction.coarse_and_trust(state, (rows, cols))
+            coarse, confidence = Prediction.coarse_and_confidence(state, (rows, cols))
         field = field[..., :rows, :cols].float()
-        return Prediction(field, embeddings, coarse, trust), state
+        return Prediction(field, embeddings, coarse, confidence), state
 
     def _run(
         self, src: Tensor, tgt: Tensor, prior: Tensor | None, tile_px: int | None
@@ -429,18 +429,23 @@ class Aligner(nn.Module):
         level = options.finetune_level
         levels = (level,) if options.finetune else ()
         tiling, state = options.tiling, {}  # tiles leave no state: it takes much memory
-        if tiling is None or not tiling.cuts(src.shape[-2:]):
+        if tiling is None or not tiling.splits(src.shape[-2:]):
             found, state = self._predict(src, tgt, prior, levels)
-        elif self.pass_field and getattr(self.net, "takes_tiles", False):
+        elif self.pass_field and getattr(self.net, "supports_tiling", False):
             found = self._predict(src, tgt, prior, levels, tiling.tile_px)[0]
         else:
-            found = predict_by_tiles(self.predict, (src, tgt), prior, tiling, levels)
+            found = predict_tiled(self.predict, (src, tgt), prior, tiling, levels)
         if not options.finetune:
             return found.field, None, state
-        maps = find_pair_masks(src, tgt, defects, options)
-        features = found.embeddings.pop  # none are kept here while that is at work
-        tuned = finetune(found.field, features(level), maps, options, trust=found.trust)
-        return tuned.field, tuned, state
+        masks = find_pair_masks(src, tgt, defects, options)
+        result = finetune(
+            found.field,
+            found.embeddings.pop(level),  # dropped here: they take much memory
+            masks,
+            options,
+            confidence=found.confidence,
+        )
+        return result.field, result, state
 
 
 @contextmanager

@@ -173,8 +173,8 @@ def _finetuned(
         maps = find_pair_masks(
             sample.src, sample.tgt, (sample.src_defects, sample.tgt_defects), options
         )
-        trust = prediction.trust
-        found = finetune(field, embedding, maps, options, trust=trust).field
+        confidence = prediction.confidence
+        found = finetune(field, embedding, maps, options, confidence=confidence).field
         shown = _shown(sample, found)
         if is_score:
             before = _before(sample)
