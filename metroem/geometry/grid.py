@@ -95,7 +95,7 @@ class Grid:
         return Grid(self.mip, self.x + row * scale, self.y + col * scale, rows, cols)
 
     def at_mip(self, mip: int) -> "Grid":
-        """The smallest grid of another mip with the same corner that covers this one."""
+        """The smallest grid of a mip, from the same corner, that covers this one."""
         rows, cols = (
             -(-(size << self.mip) >> mip) if mip > self.mip else size << self.mip >> mip
             for size in self.shape

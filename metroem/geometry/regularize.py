@@ -5,8 +5,9 @@ and by the pixels' weights w, and takes its value a there. With moments over off
 
     n = sum g w,   r, c = sum g w x,   rr, cc, rc = sum g w x x',
 
-the normal equations [[n, r, c], [r, rr, rc], [c, rc, cc]] [a, b_r, b_c] = sums of v are
-solved for a. A Gaussian is separable, so each moment is a product with two matrices.
+the normal equations [[n, r, c], [r, rr, rc], [c, rc, cc]] [a, b_r, b_c] = moments of
+the field are solved for a. A Gaussian is separable, so each moment is a product with
+two matrices.
 """
 
 import torch

@@ -176,8 +176,8 @@ class AlignerOptions:
         known = [field.name for field in fields(self)]
         if unknown := sorted(given.keys() - set(known)):
             raise UsageError(
-                f"{', '.join(unknown)}: no option of an aligner; expected some of "
-                f"{', '.join(known)}. Correct what hands it over: create.py, or the "
+                f"{', '.join(unknown)}: not an option of an aligner; expected some of "
+                f"{', '.join(known)}. Correct the caller: create.py, or the "
                 "params of the call"
             )
         return self.updated(given)

@@ -38,7 +38,7 @@ class Embedding(NamedTuple):
         up = state["up"]
         if str(level) not in up:
             raise PyramidError(
-                f"features of level {level} are wanted (`finetune_level` of the "
+                f"features of level {level} are asked for (`finetune_level` of the "
                 f"module's create.py); its network has levels {', '.join(up)}: name "
                 "one of them"
             )
