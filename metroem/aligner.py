@@ -1,9 +1,8 @@
-"""One module at work: a network and a prior field in, a field out.
+"""Apply one module: its network and a prior field give the field of a pair.
 
-`Aligner` is what a module's `create.py` makes. `predict` and `align` take and
-give plain tensors, (B, C, H, W), any H and W. `forward` is the boundary to
-corgie and to other code written for the original: keyword arguments of many
-forms in, a torchfields `Field` out.
+A module's `create.py` makes an `Aligner`. `predict` and `align` take and return plain
+tensors, (B, C, H, W), any H and W. corgie and code written for the original call
+`forward`. It takes keyword arguments of many forms and returns a torchfields `Field`.
 """
 
 import logging
@@ -33,7 +32,7 @@ from metroem.models.build import (
 )
 from metroem.models.finetuning import Defects, find_pair_masks, finetune
 from metroem.models.options import AlignerOptions
-from metroem.models.tiling import predict_by_tiles
+from metroem.models.tiling import predict_tiled
 from metroem.models.types import (
     Alignment,
     Embedding,
@@ -49,15 +48,15 @@ logger = logging.getLogger(__name__)
 
 
 class Aligner(nn.Module):
-    """The network of one module and how it is applied.
+    """The network of one module, with the options for applying it.
 
     Attributes:
         net: the network.
-        model_folder: holds `model_spec.json` and the checkpoints. modelhouse
-            loads a copy, so this may be gone once the module is loaded.
-        checkpoint_name: of the weights, also of those that `save_checkpoint` writes.
-        pass_field: whether the network gets the prior field (True), or an src
-            already warped by it (False).
+        model_folder: folder of `model_spec.json` and the checkpoints. modelhouse loads
+            a copy, so it may not exist any more once the module is loaded.
+        checkpoint_name: name of the weights, also for `save_checkpoint`.
+        pass_field: whether the network gets the prior field (True), or src warped by
+            the prior field (False).
         operators: "corrected" or "stock", see `metroem.models.build`.
         options: see `AlignerOptions`.
     """
@@ -73,23 +72,23 @@ class Aligner(nn.Module):
     ) -> None:
         """Build the network and load its weights.
 
-        Weights that are not there are fresh ones, with a warning: corgie and others
-        build modules that way, to train them or by mistake.
+        If there is no file of weights, the network stays untrained, with a warning.
+        corgie and others build such modules, to train them or by mistake.
 
         Args:
             model_folder: folder of `model_spec.json`.
-            pass_field: see above.
-            checkpoint_name: weights are `<checkpoint_name>.state.pth.tar`; None:
-                fresh weights, to be saved as "checkpoint".
+            pass_field: see `Aligner`.
+            checkpoint_name: the weights are `<checkpoint_name>.state.pth.tar`; None:
+                untrained weights, to be saved as "checkpoint".
             operators: "corrected" or "stock".
-            **options: any of `AlignerOptions`. Modules of the original, which have
-                stock operators, are finetuned unless `finetune` says otherwise, as
-                by metroem 0.1.2 and 0.1.3.
+            **options: any of `AlignerOptions`. Fields of modules with stock operators
+                (modules of the original) are finetuned unless `finetune` is given, as
+                in metroem 0.1.2 and 0.1.3.
 
         Raises:
-            UsageError: an option that is not known, or cannot be.
+            UsageError: an option is unknown, or has a value that is not allowed.
             PyramidError: the spec is missing or cannot be built.
-            CheckpointError: weights that do not fit the network.
+            CheckpointError: the weights do not fit the network.
         """
         super().__init__()
         self.model_folder = Path(model_folder)
@@ -102,7 +101,7 @@ class Aligner(nn.Module):
         except UsageError as error:
             raise UsageError(f"{self.model_folder}: {error}") from None
         if defaults.finetune and options.get("finetune") is None:
-            logger.info("fields are finetuned, as by the original: none said otherwise")
+            logger.info("fields are finetuned, as by the original: finetune not given")
         spec_path = self.model_folder / "model_spec.json"
         # float32, whatever torch's default is.
         self.net: Any = build_net(spec_path, operators=operators).float()
@@ -114,8 +113,8 @@ class Aligner(nn.Module):
         logger.info("%s operators, %s", operators, weights)
         if checkpoint_name is not None and not loaded:
             logger.warning(
-                "%s: not there, so the network is UNTRAINED and its fields are worth "
-                "nothing; give the checkpoint_name of weights that are there",
+                "%s: no such file, so the network is UNTRAINED and its fields are "
+                "useless; give the checkpoint_name of weights that exist",
                 path,
             )
 
@@ -127,17 +126,17 @@ class Aligner(nn.Module):
         *,
         levels: tuple[int, ...] = (0,),
     ) -> Prediction:
-        """The network's field and embeddings; gradients flow if enabled.
+        """Run the network; gradients flow if enabled.
 
         Args:
             src: (B, 1, H, W), normalised, 0 = no data.
             tgt: (B, 1, H, W).
-            prior: field of the stage before, (B, 2, H, W), pixels of src.
-            levels: levels of the embeddings wanted.
+            prior: field of the earlier stage, (B, 2, H, W), pixels of src.
+            levels: levels of the embeddings to return.
 
         Returns:
-            The whole field, prior included, and embeddings of src and tgt,
-            neither of them warped.
+            The whole field, prior included, and embeddings of src and tgt; src is
+            not warped for them.
         """
         return self._predict(src, tgt, prior, levels)[0]
 
@@ -150,7 +149,7 @@ class Aligner(nn.Module):
         options: AlignerOptions | None = None,
         defects: Defects = (None, None),
     ) -> Tensor:
-        """The field of `align_pair` alone."""
+        """Return only the field of `align_pair`."""
         return self.align_pair(src, tgt, prior, options=options, defects=defects).field
 
     def align_pair(
@@ -162,19 +161,19 @@ class Aligner(nn.Module):
         options: AlignerOptions | None = None,
         defects: Defects = (None, None),
     ) -> Alignment:
-        """Align src to tgt, finetuned if the options say so; no gradients.
+        """Align src to tgt, and finetune the field if the options say so; no gradients.
 
         Args:
             src: (B, 1, H, W), normalised, 0 = no data.
             tgt: (B, 1, H, W).
-            prior: field of the stage before, (B, 2, H, W), pixels of src.
+            prior: field of the earlier stage, (B, 2, H, W), pixels of src.
             options: the module's own if None.
-            defects: masks of src and tgt, (B, 1, H, W) bool, True on defects;
-                for the finetuner, which finds its own where they are None.
+            defects: masks of src and tgt, (B, 1, H, W) bool, True on defects, for the
+                finetuner; it finds defects itself where a mask is None.
 
         Returns:
-            (B, 2, H, W), pixels; the prior (or zeros) for a pair of which
-            one side is blank.
+            The field, (B, 2, H, W), pixels, and the finetuner's result. For a pair with
+            a blank image the field is the prior, or zeros.
         """
         options = options or self.options
         with _no_inference_mode():
@@ -193,38 +192,43 @@ class Aligner(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """Align src to tgt, and tgt to src; no gradients.
 
-        Modules finetuned both ways search once a direction: the two fields are the
-        means of one and the inverse of the other, so that they undo each other.
+        With `finetune_both_ways`, each direction is searched once. Each result is the
+        mean of its own field and the inverse of the other, so that the two undo each
+        other.
 
         Args:
-            src: as `align_pair` takes it, and all others.
-            tgt: likewise.
-            priors: of src to tgt and of tgt to src.
-            options: likewise.
-            defects: likewise.
+            src: as in `align_pair`.
+            tgt: as in `align_pair`.
+            priors: prior fields of src to tgt and of tgt to src.
+            options: as in `align_pair`.
+            defects: as in `align_pair`.
 
         Returns:
-            (B, 2, H, W) each: the field of `align_pair`, bit by bit, and that of tgt
-            to src; modules finetuned both ways start it from the first prior's inverse.
+            (B, 2, H, W) each: the field of `align_pair`, bit by bit, and the field of
+            tgt to src. With `finetune_both_ways` the search for the second one starts
+            from the inverse of the first prior.
         """
         options = options or self.options
         with _no_inference_mode():
             src, tgt = finite_or_no_data(src), finite_or_no_data(tgt)
             priors = _finite(priors[0]), _finite(priors[1])
-        alive = has_tissue(src) & has_tissue(tgt)
-        both = options.finetune and options.finetune_both_ways and bool(alive.any())
+        has_data = has_tissue(src) & has_tissue(tgt)
+        both = options.finetune and options.finetune_both_ways and bool(has_data.any())
         if not both:
             swapped = defects[1], defects[0]
-            there = self.align(src, tgt, priors[0], options=options, defects=defects)
-            back = self.align(tgt, src, priors[1], options=options, defects=swapped)
-            return there, back
+            forward = self.align(src, tgt, priors[0], options=options, defects=defects)
+            backward = self.align(tgt, src, priors[1], options=options, defects=swapped)
+            return forward, backward
         with _no_inference_mode():
             found = self._search(src, tgt, priors[0], options, defects)
             assert found.backward is not None
-            there = self._finished(found.forward, found.backward)
-            back = self._finished(found.backward, found.forward)
+            forward = self._regularize(found.forward, found.backward)
+            backward = self._regularize(found.backward, found.forward)
         before = or_zeros(priors[0], src), or_zeros(priors[1], src)
-        return torch.where(alive, there, before[0]), torch.where(alive, back, before[1])
+        return (
+            torch.where(has_data, forward, before[0]),
+            torch.where(has_data, backward, before[1]),
+        )
 
     def forward(
         self,
@@ -234,30 +238,29 @@ class Aligner(nn.Module):
         tgt_agg_field: Tensor | None = None,
         **given: Any,
     ) -> Any:
-        """The boundary to corgie and to code written for the original.
+        """Align a pair for corgie and for code written for the original.
 
         Args:
             src_img: (H, W) to (B, 1, H, W), any dtype and layout, tensor or array.
-            tgt_img: likewise.
+            tgt_img: the same form as src_img.
             src_agg_field: prior field, (2, H, W) or (B, 2, H, W), pixels, or
                 None.
             tgt_agg_field: not used, as in the original.
-            **given: `src_defects`, `tgt_defects` (masks, not 0 on defects);
-                `finetune`, `finetune_iter`, `finetune_lr`, `finetune_sm`,
-                `train`, `normalize` instead of the module's own;
-                `final_stage` makes the field 10 times as stiff where
-                `finetune_sm` is not given and modules are finetuned as the
-                original's; `return_state`. Others are ignored: callers pass
-                every layer they have.
+            **given: `src_defects`, `tgt_defects` (masks, not 0 on defects); any
+                `AlignerOptions`, for example `finetune`, `finetune_iter`,
+                `finetune_lr`, `finetune_sm`, `train`, `normalize`, in place of the
+                module's own; `final_stage`, which multiplies the smoothness by 10 if
+                neither `finetune_sm` is given nor `finetune_knots` are set;
+                `return_state`. Others are ignored: callers pass every layer they have.
 
         Returns:
-            The whole field, prior included, as a torchfields `Field`,
-            (B, 2, H, W), pixels; with `return_state` a tuple of it and the
-            network's state, {} for blank pairs.
+            The whole field, prior included, as a torchfields `Field`, (B, 2, H, W),
+            pixels. With `return_state` a tuple of the field and the network's state;
+            the state is {} for blank pairs.
 
         Raises:
-            UsageError: images, or masks, that are none or differ in shape.
-            FieldError: a prior that is no field of the images.
+            UsageError: images or masks are not images or masks, or differ in shape.
+            FieldError: the prior is not a field of the images' shape.
         """
         with _no_inference_mode(torch.is_grad_enabled()):
             options, (src, tgt), prior, defects = parse_forward_args(
@@ -273,7 +276,7 @@ class Aligner(nn.Module):
 
     @torch.no_grad()
     def has_features(self) -> bool:
-        """Whether the network gives what fields can be finetuned on; runs it once."""
+        """Whether the network has features to finetune fields on; runs it once."""
         blank = torch.zeros(1, 1, 1, 1, device=next(self.net.parameters()).device)
         return has_features(
             self._predict(blank, blank, None, ())[1], self.options.finetune_level
@@ -282,12 +285,12 @@ class Aligner(nn.Module):
     def get_embeddings(
         self, img: Tensor, level: int = 0, preserve_zeros: bool = False
     ) -> Tensor:
-        """The features of one image, without the image itself.
+        """Compute the features of one image, without the image itself.
 
         Args:
             img: (H, W) to (1, 1, H, W).
             level: level of the network.
-            preserve_zeros: 0 where a pixel of the image has no data.
+            preserve_zeros: set features to 0 where a pixel of the image has no data.
 
         Returns:
             (C - 1, H / 2**level, W / 2**level), rounded up.
@@ -309,14 +312,14 @@ class Aligner(nn.Module):
     def load_checkpoint(
         self, checkpoint_folder: str | Path, map_location: Any = "cpu"
     ) -> bool:
-        """Load `<checkpoint_name>.state.pth.tar` if it is there.
+        """Load `<checkpoint_name>.state.pth.tar` if it exists.
 
         Args:
-            checkpoint_folder: where it lies.
-            map_location: as torch.load takes it.
+            checkpoint_folder: folder of the file.
+            map_location: as in torch.load.
 
         Returns:
-            Whether it was there.
+            Whether it exists.
 
         Raises:
             CheckpointError: it does not fit the network.
@@ -335,7 +338,7 @@ class Aligner(nn.Module):
         levels: tuple[int, ...],
         tile_px: int | None = None,
     ) -> tuple[Prediction, State]:
-        """`predict`, and the state of the network, padded as it ran."""
+        """Run `predict`, and return the state of the network too, still padded."""
         rows, cols = src.shape[-2:]
         pad = padding((rows, cols), self._multiple, square=self.operators == "stock")
         src, tgt = F.pad(src, pad), F.pad(tgt, pad)
@@ -347,24 +350,24 @@ class Aligner(nn.Module):
             found, state = self._run(warp(src, prior), tgt, None, tile_px)
             field = compose(found, prior)
             if levels:
-                # That state is of the warped src; the embeddings are not.
+                # That state is for the warped src; embeddings are for src itself.
                 state = self.net.up_path(torch.cat((src, tgt), 1), 0, False, {})
         embeddings = {
             level: Embedding.of(state, (rows, cols), level) for level in levels
         }
-        coarse, trust = {}, None
+        coarse, confidence = {}, None
         if getattr(self.net, "gives_whole_fields", False) and self.pass_field:
-            coarse, trust = Prediction.coarse_and_trust(state, (rows, cols))
+            coarse, confidence = Prediction.coarse_and_confidence(state, (rows, cols))
         field = field[..., :rows, :cols].float()
-        return Prediction(field, embeddings, coarse, trust), state
+        return Prediction(field, embeddings, coarse, confidence), state
 
     def _run(
         self, src: Tensor, tgt: Tensor, prior: Tensor | None, tile_px: int | None
     ) -> tuple[Tensor, State]:
-        """Call the network, and take its state off it.
+        """Call the network, and remove its state.
 
-        The state holds every activation: left there, it would keep the memory
-        of one call until the next one is done.
+        The state refers to every activation. Left in the network, it would keep the
+        memory of one call until the end of the next one.
         """
         quiet = stock_operators_at_work if self.operators == "stock" else nullcontext
         given = {} if tile_px is None else {"tile_px": tile_px}
@@ -382,12 +385,13 @@ class Aligner(nn.Module):
         options: AlignerOptions,
         defects: Defects,
     ) -> tuple[Alignment, State]:
-        before, alive = or_zeros(prior, src), has_tissue(src) & has_tissue(tgt)
-        if not bool(alive.any()):
+        """Find, finetune and regularise the field; blank pairs keep their prior."""
+        before, has_data = or_zeros(prior, src), has_tissue(src) & has_tissue(tgt)
+        if not bool(has_data.any()):
             return Alignment(before.clone(), None), {}
         found = self._search(src, tgt, prior, options, defects)
-        field = self._finished(found.forward, found.backward)
-        return Alignment(torch.where(alive, field, before), found.tuned), found.state
+        field = self._regularize(found.forward, found.backward)
+        return Alignment(torch.where(has_data, field, before), found.tuned), found.state
 
     def _search(
         self,
@@ -397,27 +401,27 @@ class Aligner(nn.Module):
         options: AlignerOptions,
         defects: Defects,
     ) -> ForwardBackward:
-        """The field of each direction that the options want, by itself."""
-        if options.finetune:  # found once, for both ways
-            maps = find_pair_masks(src, tgt, defects, options)
-            defects = maps.src_defects, maps.tgt_defects
-        field, tuned, state = self._directed(src, tgt, prior, options, defects)
+        """Find the field of src to tgt and, if the options say so, of tgt to src."""
+        if options.finetune:  # defects are found once, for both directions
+            masks = find_pair_masks(src, tgt, defects, options)
+            defects = masks.src_defects, masks.tgt_defects
+        field, tuned, state = self._search_one_way(src, tgt, prior, options, defects)
         backward = None
         if options.finetune and options.finetune_both_ways:
             back = None if prior is None else invert(prior)
             swapped = defects[1], defects[0]
-            backward = self._directed(tgt, src, back, options, swapped)[0]
+            backward = self._search_one_way(tgt, src, back, options, swapped)[0]
         return ForwardBackward(field, backward, tuned, state)
 
-    def _finished(self, field: Tensor, other: Tensor | None) -> Tensor:
-        """A field of one direction made to agree with the other, without folds."""
+    def _regularize(self, field: Tensor, other: Tensor | None) -> Tensor:
+        """Make a field agree with the other direction's, and remove its folds."""
         if other is not None:
             field = make_inverse_consistent(field, other)
         if self.operators == "corrected":  # stock modules keep their numbers
             field = remove_folds(field)
         return field
 
-    def _directed(
+    def _search_one_way(
         self,
         src: Tensor,
         tgt: Tensor,
@@ -425,44 +429,49 @@ class Aligner(nn.Module):
         options: AlignerOptions,
         defects: Defects,
     ) -> tuple[Tensor, FinetuneResult | None, State]:
-        """The field from src to tgt alone, finetuned if the options say so."""
+        """Find the field from src to tgt, and finetune it if the options say so."""
         level = options.finetune_level
         levels = (level,) if options.finetune else ()
-        tiling, state = options.tiling, {}  # tiles leave no state: it takes much memory
-        if tiling is None or not tiling.cuts(src.shape[-2:]):
+        tiling, state = options.tiling, {}  # no state with tiles: it takes much memory
+        if tiling is None or not tiling.splits(src.shape[-2:]):
             found, state = self._predict(src, tgt, prior, levels)
-        elif self.pass_field and getattr(self.net, "takes_tiles", False):
+        elif self.pass_field and getattr(self.net, "supports_tiling", False):
             found = self._predict(src, tgt, prior, levels, tiling.tile_px)[0]
         else:
-            found = predict_by_tiles(self.predict, (src, tgt), prior, tiling, levels)
+            found = predict_tiled(self.predict, (src, tgt), prior, tiling, levels)
         if not options.finetune:
             return found.field, None, state
-        maps = find_pair_masks(src, tgt, defects, options)
-        features = found.embeddings.pop  # none are kept here while that is at work
-        tuned = finetune(found.field, features(level), maps, options, trust=found.trust)
-        return tuned.field, tuned, state
+        masks = find_pair_masks(src, tgt, defects, options)
+        result = finetune(
+            found.field,
+            found.embeddings.pop(level),  # dropped here: they take much memory
+            masks,
+            options,
+            confidence=found.confidence,
+        )
+        return result.field, result, state
 
 
 @contextmanager
 def _no_inference_mode(records: bool = False) -> Iterator[None]:
-    """Let the finetuner take gradients, which torch.inference_mode forbids.
+    """Leave torch.inference_mode, which would forbid the finetuner's gradients.
 
     Args:
-        records: whether gradients are recorded outside of the finetuner too.
+        records: whether gradients are recorded outside of the finetuner, too.
     """
     with torch.inference_mode(False), torch.set_grad_enabled(records):
         yield
 
 
 def _finite(prior: Tensor | None) -> Tensor | None:
-    """A prior field, finite, that gradients may be taken beside."""
+    """Make a prior field finite, and copy it if it is an inference tensor."""
     if prior is None:
         return None
     return fill_not_finite(prior.clone() if prior.is_inference() else prior)
 
 
 class ForwardArgs(NamedTuple):
-    """One call of a module, as plain tensors."""
+    """The arguments of one call of a module, as plain tensors."""
 
     options: AlignerOptions
     images: list[Tensor]  # src and tgt, (B, 1, H, W) float32
@@ -476,17 +485,17 @@ def parse_forward_args(
     prior: Any,
     given: dict[str, Any],
 ) -> ForwardArgs:
-    """The arguments of `metroem.aligner.Aligner.forward`, in the forms it works on.
+    """Convert the arguments of `Aligner.forward` to plain tensors.
 
     Args:
-        options: the module's own.
+        options: options of the module.
         images: src and tgt.
-        prior: field, or None.
+        prior: prior field, or None.
         given: keyword arguments.
 
     Raises:
-        UsageError: images, or masks, that are none or differ in shape.
-        FieldError: a prior that is no field of the images.
+        UsageError: images or masks are not images or masks, or differ in shape.
+        FieldError: the prior is not a field of the images' shape.
     """
     options = options.updated(given)
     is_default = given.get("finetune_sm") is None and not options.finetune_knots
@@ -512,15 +521,15 @@ def parse_forward_args(
 
 
 def read_image(image: Any, name: str) -> Tensor:
-    """An image as (B, 1, H, W), what is not finite 0 ("no data").
+    """Make an image a tensor (B, 1, H, W); pixels that are not finite become 0.
 
     Args:
-        image: (H, W) to (B, 1, H, W), of any kind of numbers and any layout; a tensor,
-            an array, or what numpy makes one of.
-        name: for messages.
+        image: (H, W) to (B, 1, H, W), numbers of any type, any layout; a tensor, or
+            anything that `as_array` takes.
+        name: name of the image, for messages.
 
     Raises:
-        UsageError: no image.
+        UsageError: it is not an image.
     """
     if not isinstance(image, Tensor):
         image = torch.from_numpy(as_array(image, name))
@@ -533,24 +542,24 @@ def read_image(image: Any, name: str) -> Tensor:
             "(B, 1, H, W), with pixels"
         )
     if batch.dtype in (torch.uint16, torch.uint32, torch.uint64):
-        batch = batch.long()  # torch cannot do much with those
+        batch = batch.long()  # torch has few operators for these types
     return finite_or_no_data(batch)
 
 
 def as_array(image: Any, name: str) -> np.ndarray:
-    """What somebody takes for an image as an array that torch takes.
+    """Make an image of any form an array that torch can read.
 
     Args:
-        image: array, masked array (masked: 0, "no data"), tensor, PIL image, or list;
-            any byte order and layout.
-        name: for messages.
+        image: array, masked array (masked pixels become 0, "no data"), tensor, PIL
+            image, or list; any byte order and layout.
+        name: name of the image, for messages.
 
     Returns:
-        Contiguous, writable, in native byte order; uint8, int8, int16, int32 (of
+        Contiguous, writable, in native byte order; uint8, int8, int16, int32 (from
         uint16), int64, float32 or float64.
 
     Raises:
-        UsageError: no grey levels.
+        UsageError: its values are not grey levels.
     """
     if isinstance(image, Tensor):
         image = image.detach().cpu()
@@ -581,13 +590,15 @@ def as_array(image: Any, name: str) -> np.ndarray:
 
 
 def _not_grey_levels(name: str, dtype: Any) -> str:
+    """Write the message for values that are not grey levels."""
     return (
-        f"{name}: is {dtype}, which are no grey levels; expected whole numbers or "
+        f"{name}: is {dtype}, which are not grey levels; expected whole numbers or "
         "floats, 0 = no data"
     )
 
 
 def _prior(prior: Any, image: Tensor) -> Tensor:
+    """Read a prior field, (2, H, W) or (B, 2, H, W), for images (B, 1, H, W)."""
     if not isinstance(prior, Tensor):
         prior = torch.from_numpy(as_array(prior, "src_agg_field")).to(image.device)
     field, (batch, _, *size) = as_bchw(prior).float(), image.shape
@@ -600,6 +611,7 @@ def _prior(prior: Any, image: Tensor) -> Tensor:
 
 
 def _mask(mask: Any, name: str, image: Tensor) -> Tensor | None:
+    """Read a mask of an image, (B, 1, H, W); not 0 is masked."""
     if mask is None:
         return None
     if not isinstance(mask, Tensor):

@@ -1,12 +1,11 @@
-"""A field optimised directly on the features of its pair.
+"""Finetune a field through the original's interface, for code that calls it.
 
-Minimises similarity + smoothness * rigidity + l2 * mean(field^2) by Adam on what is
-added to the field, at several scales at once (`metroem.finetune.adam`), each sample of
-a batch for itself. The best field seen is kept, so the result is never worse by this
-loss than the field it started from.
+The work is done by `metroem.finetune.adam`. It minimises similarity + smoothness *
+rigidity + l2 * mean(field^2) by Adam, at several scales at once, each sample of a batch
+independently. The best field found is kept, so its loss is never above the start's.
 
 Source: the original's `finetuner.py`, whose loss and clipping are kept. Its search, at
-one scale, needs three to six times the steps.
+one scale, needs three to six times as many steps.
 """
 
 import json
@@ -51,28 +50,28 @@ def optimize_pre_post_ups(
     verbose: bool = False,
     max_bad: int = 15,
 ) -> Tensor:
-    """`finetune_adam` in the form the original gives it, for code that calls it.
+    """Run `finetune_adam` with the arguments of the original.
 
     Args:
         src: (B, C, H, W) features.
         tgt: (B, C, H, W).
-        initial_res: field to start from, (B, 2, H, W), pixels.
+        initial_res: start field, (B, 2, H, W), pixels.
         sm: factor of rigidity.
         lr: rate of the first steps, pixels a step.
-        num_iter: at most so many steps of the original's; fewer are made where they
-            end lower, see `FinetuneOptions.num_steps`.
+        num_iter: limit of steps, as the original counts them; fewer are made where they
+            end lower, see `AdamOptions.num_steps`.
         src_defects: mask of defects, (H, W) to (B, 1, H, W), or None.
-        tgt_defects: likewise.
+        tgt_defects: mask of defects of tgt, in the same form.
         src_zeros: mask of "no data", (H, W) to (B, 1, H, W).
-        tgt_zeros: likewise.
+        tgt_zeros: mask of "no data" of tgt, in the same form.
         opt_params: {"momentum": ...} for `opt_mode` "sgd".
         opt_mode: "adam" or "sgd".
         crop: border left out of the loss, px.
         noimpr_period: steps without a new best after which lr is halved.
-        opt_res_coarsness: change the field so many levels coarser.
+        opt_res_coarsness: level of the change to the field, see `AdamOptions`.
         wd: weight decay.
         l2: factor of the mean squared displacement.
-        normalize: bring the features to mean 0 and, all together, std 1 first.
+        normalize: normalise the features first, see `normalize_jointly`.
         sm_keys_to_apply: mask rules of rigidity, as in a schedule.
         mse_keys_to_apply: mask rules of similarity.
         verbose: log the losses.
@@ -98,33 +97,33 @@ def optimize_pre_post_ups(
     )
     src, tgt, field = (as_bchw(t).float() for t in (src, tgt, initial_res))
     no_data = [as_bchw(mask) != 0 for mask in (src_zeros, tgt_zeros)]
-    maps = PairMasks(
-        _marked(src, no_data[0]),
-        _marked(tgt, no_data[1]),
+    masks = PairMasks(
+        _mark_no_data(src, no_data[0]),
+        _mark_no_data(tgt, no_data[1]),
         *(None if d is None else as_bchw(d) != 0 for d in (src_defects, tgt_defects)),
     )
     similarity_weight = pair_weights(
-        mask_rules(mse_keys_to_apply, "mse_keys_to_apply"), maps
+        mask_rules(mse_keys_to_apply, "mse_keys_to_apply"), masks
     )
     smoothness_weight = pair_weights(
-        mask_rules(sm_keys_to_apply, "sm_keys_to_apply"), maps
+        mask_rules(sm_keys_to_apply, "sm_keys_to_apply"), masks
     )
     if normalize:
         src = normalize_jointly(src, ~no_data[0])
         tgt = normalize_jointly(tgt, ~no_data[1])
-    tuned = finetune_adam(
+    result = finetune_adam(
         src, tgt, field, similarity_weight, smoothness_weight, options
     )
     log = logger.info if verbose else logger.debug
-    before, after = tuned.loss_before.tolist(), tuned.loss_after.tolist()
-    log("finetuned: loss %s -> %s in %d steps", before, after, tuned.iterations)
-    return as_torchfields(tuned.field)
+    before, after = result.loss_before.tolist(), result.loss_after.tolist()
+    log("finetuned: loss %s -> %s in %d steps", before, after, result.iterations)
+    return as_torchfields(result.field)
 
 
 def normalize_jointly(features: Tensor, mask: Tensor) -> Tensor:
     """Shift each feature to mean 0 and scale all of them together to std 1.
 
-    A feature that varies little stays of little account, unlike with
+    A feature that varies little keeps its small weight, unlike with
     `metroem.loss.normalize_features`.
 
     Args:
@@ -146,6 +145,7 @@ def normalize_jointly(features: Tensor, mask: Tensor) -> Tensor:
 
 
 def _momentum(mode: str, params: dict[str, Any]) -> float | None:
+    """Read the momentum of gradient descent; None for Adam."""
     known = {"adam": (), "sgd": ("momentum",)}
     if mode not in known or set(params) - set(known[mode]):
         raise UsageError(
@@ -155,14 +155,14 @@ def _momentum(mode: str, params: dict[str, Any]) -> float | None:
     return None if mode == "adam" else float(params.get("momentum", 0.0))
 
 
-def _marked(features: Tensor, no_data: Tensor) -> Tensor:
-    """The features, with exactly 0 in channel 0 where there is no data only."""
+def _mark_no_data(features: Tensor, no_data: Tensor) -> Tensor:
+    """Make channel 0 exactly 0 where there is no data, and nowhere else."""
     tiny = torch.finfo(features.dtype).tiny
     first = torch.where(features[:, :1] == 0, tiny, features[:, :1])
     return torch.cat((torch.where(no_data, 0.0, first), features[:, 1:]), 1)
 
 
 def mask_rules(spec: dict[str, Any] | None, where: str) -> MaskRules:
-    """Mask rules as callers of the original write them; see `parse_mask_rules`."""
+    """Read mask rules as callers of the original write them, see `parse_mask_rules`."""
     # Through JSON, since callers write tuples where a schedule has lists.
     return parse_mask_rules(json.loads(json.dumps(spec or {})), where)

@@ -1,8 +1,8 @@
-"""What makes a field good: terms of a loss, tensors in, numbers out.
+"""Compute losses of a field: similarity, rigidity, metric and endpoint loss.
 
-Similarity is a masked mean of squared grey levels (or features), rigidity one of
-squared changes of length, px^2. Both leave a border out, where the field
-points outside the images.
+Similarity is a weighted mean of squared differences of grey levels or features.
+Rigidity is a weighted mean of squared changes of length, px^2. Both leave out a border,
+where the field points outside the images.
 """
 
 from collections.abc import Mapping, Sequence
@@ -18,24 +18,24 @@ from metroem.imaging.loss_weights import PairWeight
 from metroem.specs.losses import LossSpec
 
 BORDER_PX = 32
-# Weight of the field of a level against that of the next finer one.
+# Weight of a level's field relative to the next finer level's.
 COARSER = 0.3
-# Below this an endpoint error is minimised as its square, px of the finest level.
+# Endpoint errors well below this are minimised as squares, px of the finest level.
 _SOFT_PX = 0.01
 
 
 class LossTerms(NamedTuple):
-    """A loss and the terms it is made of, scalars; NaN for those it is not."""
+    """A loss and its terms, scalars; NaN for terms that it does not have."""
 
-    total: Tensor  # what is minimised
+    total: Tensor  # the value to minimise
     similarity: Tensor  # of the aligned images or embeddings
     rigidity: Tensor  # px^2, before it is multiplied by smoothness
-    before: Tensor  # similarity of the unaligned embeddings; 0 for plain
+    before: Tensor  # similarity of the unaligned embeddings; 0 for the plain loss
     epe: Tensor  # px, mean distance from the target field
 
 
 def sum_losses(terms: Sequence[LossTerms], weights: Sequence[float]) -> LossTerms:
-    """The sum of losses, each times its weight; other terms are averaged."""
+    """Add up losses, each times its weight; average the other terms."""
     total = sum(w * t.total for w, t in zip(weights, terms, strict=True))
     columns = list(zip(*terms, strict=True))[1:]
     means = [torch.stack(column).detach().nanmean() for column in columns]
@@ -43,10 +43,10 @@ def sum_losses(terms: Sequence[LossTerms], weights: Sequence[float]) -> LossTerm
 
 
 class Target(NamedTuple):
-    """The field that a network is to find."""
+    """The field that a network should find."""
 
     field: Tensor  # (B, 2, H, W), px
-    weight: Tensor  # (B, 1, H, W): what each pixel counts
+    weight: Tensor  # (B, 1, H, W)
 
 
 def endpoint_loss(
@@ -56,17 +56,17 @@ def endpoint_loss(
     *,
     nothing: float = 0.0,
 ) -> LossTerms:
-    """Distance from a target field, of the field of each level.
+    """Compute the mean distance of each level's field from a target field.
 
-    It is the endpoint error itself, not its square, so that places where the
-    truth cannot be seen do not outweigh the others; the field of a coarser
-    level counts `COARSER` times as much as that of the level after it.
+    The distance is not squared, so that regions where the images do not show the truth
+    do not dominate. Each coarser level has `COARSER` times the weight of the next
+    finer one.
 
     Args:
         field: (B, 2, H, W), px.
         coarse: level -> (B, 2, >= H / 2**level, >= W / 2**level), px of the
             level; `field` is the finest of them, upsampled. May be empty.
-        target: what they are compared with, at the size of the finest.
+        target: the field to compare with, at the size of `field`.
         nothing: see `weighted_mean`.
 
     Returns:
@@ -76,7 +76,7 @@ def endpoint_loss(
     finest = min(levels)
     truth = downsample_field(target.field, finest)
     rows, cols = truth.shape[-2:]
-    # A coarse pixel counts as much as the least of its pixels.
+    # The weight of a coarse pixel is the minimum of its pixels.
     weight = target.weight
     if finest:
         weight = -F.max_pool2d(-weight, 2**finest, ceil_mode=True)
@@ -86,8 +86,8 @@ def endpoint_loss(
         square = ((at_finest - truth) ** 2).sum(1, keepdim=True)
         length = (square + _SOFT_PX**2).sqrt() * 2**finest
         errors[level] = weighted_mean(length, weight, nothing=nothing)
-    shares = {level: COARSER ** (level - finest) for level in errors}
-    total = sum(shares[level] * error for level, error in errors.items())
+    factors = {level: COARSER ** (level - finest) for level in errors}
+    total = sum(factors[level] * error for level, error in errors.items())
     unknown = torch.full_like(errors[finest].detach(), float("nan"))
     return LossTerms(
         total,  # type: ignore[arg-type]
@@ -99,9 +99,9 @@ def endpoint_loss(
 
 
 def border_of(shape: torch.Size) -> int:
-    """Border left out of a loss: `BORDER_PX`, or an eighth of a small image.
+    """Choose the border to leave out: `BORDER_PX`, or an eighth of a small image.
 
-    The original always leaves out 32 px, which is all of a 64 px image.
+    The original always leaves out 32 px, which leaves nothing of a 64 px image.
     """
     return min(BORDER_PX, min(shape[-2:]) // 8)
 
@@ -113,17 +113,17 @@ def weighted_mean(
     border: int = 0,
     nothing: float = 0.0,
 ) -> Tensor:
-    """Mean of a map over its weights, a border left out.
+    """Compute the weighted mean of a map without its border.
 
-    Each sample is averaged by itself, so that a batch gives the same loss
-    whether one process or several share it.
+    Each sample is averaged separately. So the loss of a batch is the same for one
+    process and for several.
 
     Args:
         values: (B, C, H, W).
         weight: (B, 1, H, W), or None for 1 everywhere.
         border: pixels left out on each side.
-        nothing: value of a sample where nothing counts: 0 in a loss, which then has
-            no slope there, and NaN in a score.
+        nothing: value of a sample whose weights are all 0: 0 in a loss, which then has
+            no gradient, and NaN in a score.
 
     Returns:
         Scalar.
@@ -143,7 +143,7 @@ def weighted_mean(
 def similarity(
     warped_src: Tensor, tgt: Tensor, weight: Tensor | None = None, *, border: int
 ) -> Tensor:
-    """Weighted mean of (tgt - warped src)^2.
+    """Compute the weighted mean of (tgt - warped src)^2.
 
     Args:
         warped_src: (B, C, H, W), grey levels or features.
@@ -158,7 +158,7 @@ def similarity(
 
 
 def rigidity(field: Tensor, power: float = 2, diagonal_mult: float = 1.0) -> Tensor:
-    """`rigidity_map` in the form the original gives it, for code that calls it.
+    """Compute `rigidity_map` through the original's interface, for code that calls it.
 
     Args:
         field: (B, 2, H, W), pixels.
@@ -191,19 +191,20 @@ def normalize_features(features: Tensor, mask: Tensor) -> Tensor:
 
 
 class PairLoss(NamedTuple):
-    """What a loss needs of a batch beside its images or embeddings."""
+    """Field and weights of a batch, for a loss."""
 
     field: Tensor  # (B, 2, H, W), pixels
     similarity_weight: PairWeight
     smoothness_weight: PairWeight
     smoothness: float  # factor of rigidity
-    # In a score, the field before, (B, 2, H, W): what it lets count is due, and what
-    # `field` loses of that counts as unlike. A loss is taken over what is left.
+    # For a score: the earlier field, (B, 2, H, W), pixels. Its weights are used, and
+    # weight that `field` loses counts as unlike. None for a loss, which uses the
+    # weights of `field`.
     due_along: Tensor | None = None
 
 
 def plain_loss(src: Tensor, tgt: Tensor, pair: PairLoss) -> LossTerms:
-    """Similarity of the aligned images plus smoothness times rigidity.
+    """Compute similarity of the aligned images plus smoothness times rigidity.
 
     Args:
         src: (B, C, H, W), grey levels or features.
@@ -220,7 +221,7 @@ def plain_loss(src: Tensor, tgt: Tensor, pair: PairLoss) -> LossTerms:
     if pair.due_along is not None:
         due = pair.similarity_weight.along(pair.due_along)
         kept = torch.where(due > 0, torch.minimum(weight / due, due.new_ones(())), 0.0)
-        # Images with nothing in common differ by the power of both.
+        # Unrelated images differ by the sum of both powers, about 2 * tgt^2.
         difference = kept * difference + (1 - kept) * 2 * tgt**2
         weight, nothing = due, float("nan")
         strain_weight = pair.smoothness_weight.along(pair.due_along)
@@ -234,31 +235,33 @@ def plain_loss(src: Tensor, tgt: Tensor, pair: PairLoss) -> LossTerms:
 def unaligned_similarity(
     src: Tensor, tgt: Tensor, weight: Tensor, *, sample_px: int | None
 ) -> Tensor:
-    """How much two images differ before they are aligned.
+    """Compute how much two images differ before they are aligned.
 
-    Taken over square tiles that are more than half valid, those between the
-    15th percentile and the median of tile differences: neither the tiles that
-    show nothing nor those that will never agree.
+    The mean is taken over square tiles that are more than half valid, with differences
+    between their 15th percentile and their median. This leaves out tiles without
+    content and tiles that will never agree.
 
     Args:
         src: (B, C, H, W) features.
         tgt: (B, C, H, W).
         weight: (B, 1, H, W).
-        sample_px: side of a tile; None takes the whole image instead.
+        sample_px: side of a tile, px; None takes the whole image.
 
     Returns:
-        Scalar; a sample of which fewer than 10 tiles are valid adds 0.
+        Scalar; a sample with fewer than 10 valid tiles adds 0.
     """
     if sample_px is None:
         return similarity(src, tgt, weight, border=border_of(src.shape))
-    share = F.avg_pool2d(weight, sample_px)
-    tiles = F.avg_pool2d((src - tgt) ** 2 * weight, sample_px) / (share + 1e-8)
-    valid = (share > 0.5).expand_as(tiles) & (tiles != 0)
+    valid_fraction = F.avg_pool2d(weight, sample_px)
+    tiles = F.avg_pool2d((src - tgt) ** 2 * weight, sample_px)
+    tiles = tiles / (valid_fraction + 1e-8)
+    valid = (valid_fraction > 0.5).expand_as(tiles) & (tiles != 0)
     per_sample = [_typical(t[v]) for t, v in zip(tiles, valid, strict=True)]
     return torch.stack(per_sample).mean()
 
 
 def _typical(differences: Tensor) -> Tensor:
+    """Average the differences between their 15th percentile and median."""
     if differences.numel() < 10:
         return differences.new_zeros(())
     low, high = differences.detach().quantile(differences.new_tensor([0.15, 0.5]))
@@ -274,9 +277,8 @@ def metric_loss(
 ) -> LossTerms:
     """Reward embeddings that differ before alignment and agree after it.
 
-    For each level: the plain loss of the embeddings, less
-    `spec.pre_align_weight` times how much the unaligned ones differ; averaged
-    over the levels.
+    The loss of a level is the plain loss of the embeddings minus
+    `spec.pre_align_weight` times the difference of the unaligned ones.
 
     Args:
         levels: (level, src, tgt) with (B, C, H / 2**level, W / 2**level)
@@ -284,7 +286,7 @@ def metric_loss(
         pair: field and weights at level 0.
         spec: options of the loss.
         moved: field that warps tgt for "before alignment", (B, 2, H, W),
-            pixels of level 0; None takes the pair as it came.
+            pixels of level 0; None leaves tgt unchanged.
 
     Returns:
         The terms, averaged over the levels.
@@ -310,8 +312,10 @@ def metric_loss(
 
 
 def _at_level(pair: PairLoss, level: int, divide_smoothness: bool) -> PairLoss:
+    """Bring field and weights to a level."""
+
     def coarsen(weight: PairWeight) -> PairWeight:
-        # A coarse pixel counts only as much as the worst of its pixels.
+        # The weight of a coarse pixel is the minimum of its pixels.
         size = 2**level
         return PairWeight(
             *(-F.max_pool2d(-side, size, ceil_mode=True) for side in weight)

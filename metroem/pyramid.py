@@ -1,4 +1,4 @@
-"""A whole pyramid applied to one pair of images."""
+"""Apply all stages of a pyramid to one pair of images."""
 
 import operator
 import os
@@ -25,31 +25,30 @@ from metroem.models.tiling import Tiling
 from metroem.models.weights import check_weights
 from metroem.specs.modules import find_modules
 
-# The threads of a process do not live on in its forks, which would wait for them for
-# ever: multiprocessing.Pool around `align` is many processes of one thread each.
+# A fork does not have its parent's threads and would wait for them for ever. So each
+# fork, for example of a multiprocessing.Pool around `align`, gets one thread.
 os.register_at_fork(after_in_child=lambda: torch.set_num_threads(1))
 
-# What is done to a whole section is done to so many rows at a time.
+# Whole sections are coarsened, normalised and resampled in bands of this many rows.
 _BAND_ROWS = 512
 
 
 class StageInput(NamedTuple):
-    """A pair as one stage reads it."""
+    """A pair, as input of one stage."""
 
     sample: Sample  # of batch size 1, at the stage's mip
-    grid: Grid  # where it lies
+    grid: Grid  # its location
 
 
 @dataclass(frozen=True)
 class Pyramid:
-    """The modules of a pyramid, loaded.
+    """A pyramid with its modules loaded.
 
     Attributes:
         mips: mip of each stage's images, coarse first.
-        aligners: the stages.
-        device: where they run.
-        tiling: how a network is shown images that are larger than a tile; None: all
-            at once.
+        aligners: the aligner of each stage.
+        device: device of the aligners.
+        tiling: how images larger than a tile are split for the networks; None: never.
     """
 
     mips: tuple[int, ...]
@@ -68,14 +67,13 @@ class Pyramid:
 
         Args:
             path: directory of the pyramid.
-            checkpoint_name: of the weights; None: untrained networks, whose weights
-                are torch's next random numbers (`torch.manual_seed`).
-            device: where they run.
+            checkpoint_name: name of the weights; None: untrained networks, whose
+                weights are torch's next random numbers (`torch.manual_seed`).
+            device: device of the aligners.
 
         Raises:
-            PyramidError: a directory that is no pyramid, or a broken module.
-            CheckpointError: weights that some module does not have, or that do not
-                fit.
+            PyramidError: the directory is not a pyramid, or a module is broken.
+            CheckpointError: a module does not have these weights, or they do not fit.
         """
         modules = find_modules(Path(path))
         if checkpoint_name is not None:
@@ -100,32 +98,32 @@ class Pyramid:
     def align(
         self, src: ArrayLike, tgt: ArrayLike, mip: int = 0, finetune: bool = True
     ) -> np.ndarray:
-        """The field that warps src onto tgt.
+        """Find the field that warps src onto tgt.
 
         Args:
-            src: (H, W) raw grey levels at `mip`, 0 = no data, as are NaN, infinite and
-                masked pixels; an array, tensor, PIL image or list of any kind of
-                whole numbers or floats.
-            tgt: (H, W), likewise.
-            mip: of the images.
+            src: (H, W) raw grey levels at `mip`; an array, tensor, PIL image or list of
+                whole numbers or floats of any type. 0 = no data, as are NaN, infinite
+                and masked pixels.
+            tgt: (H, W), the same form as src.
+            mip: mip of the images.
             finetune: let each stage improve its field on the pair itself.
 
         Returns:
             (2, H, W) float32, pull, pixels of `mip`, channel 0 along cols.
 
         Raises:
-            UsageError: images that are no grey levels, not 2-d, without pixels, or
-                that differ in shape; or a mip that is no whole number >= 0.
-            PyramidError: a stage that needs a finer mip than `mip`.
+            UsageError: the images are not grey levels, not 2-d, without pixels, or
+                differ in shape; or `mip` is not a whole number >= 0.
+            PyramidError: a stage needs a finer mip than `mip`.
         """
         inputs, full = self._inputs(src, tgt, mip)
         found = self.run(inputs, finetune)[-1]
-        return _moved(found, inputs[-1].grid, full)[0].cpu().numpy()
+        return _resample_by_bands(found, inputs[-1].grid, full)[0].cpu().numpy()
 
     def fields(
         self, src: ArrayLike, tgt: ArrayLike, mip: int = 0, finetune: bool = True
     ) -> list[np.ndarray]:
-        """What each stage makes of a pair; arguments and errors as `align`.
+        """Find the field of each stage; arguments and errors as in `align`.
 
         Returns:
             One (2, H, W) float32 field a stage, pixels of `mip`; the last is
@@ -133,20 +131,20 @@ class Pyramid:
         """
         inputs, full = self._inputs(src, tgt, mip)
         return [
-            _moved(field, stage.grid, full)[0].cpu().numpy()
+            _resample_by_bands(field, stage.grid, full)[0].cpu().numpy()
             for field, stage in zip(self.run(inputs, finetune), inputs, strict=True)
         ]
 
     def run(self, inputs: Sequence[StageInput], finetune: bool = True) -> list[Tensor]:
-        """What each stage makes of a pair whose mips lie where they lie.
+        """Find the field of each stage, each with its own input of the pair.
 
         Args:
-            inputs: the pair as each stage reads it; prior fields are not read.
+            inputs: the input of each stage; prior fields in it are not used.
             finetune: let each stage improve its field on the pair itself.
 
         Returns:
-            One field a stage, (1, 2, H, W), on the grid and in the pixels of its
-            own input, on the pyramid's device.
+            One field a stage, (1, 2, H, W), on the grid of its own input, in its
+            pixels, on the pyramid's device.
         """
         found: list[Tensor] = []
         for aligner, given, prior in self._stages(inputs, found):
@@ -164,22 +162,22 @@ class Pyramid:
     def run_both_ways(
         self, inputs: Sequence[StageInput], finetune: bool = True
     ) -> tuple[list[Tensor], list[Tensor]]:
-        """What each stage makes of a pair, and of the pair swapped.
+        """Find the field of each stage, for a pair and for the pair swapped.
 
-        Modules that are finetuned both ways are searched once a direction, see
+        With `finetune_both_ways`, each direction is searched once, see
         `Aligner.align_both_ways`.
 
         Args:
-            inputs: as `run` takes them.
-            finetune: likewise.
+            inputs: as in `run`.
+            finetune: as in `run`.
 
         Returns:
-            The fields of `run`, bit by bit, and those of tgt to src.
+            The fields of `run`, bit by bit, and the fields of tgt to src.
         """
-        there: list[Tensor] = []
-        back: list[Tensor] = []
+        forward: list[Tensor] = []
+        backward: list[Tensor] = []
         for one, other in zip(
-            self._stages(inputs, there), self._stages(inputs, back), strict=True
+            self._stages(inputs, forward), self._stages(inputs, backward), strict=True
         ):
             aligner, given, priors = one[0], one[1], (one[2], other[2])
             sample = given.sample.to(self.device)
@@ -190,9 +188,9 @@ class Pyramid:
                 options=self._options(aligner, finetune),
                 defects=(sample.src_defects, sample.tgt_defects),
             )
-            there.append(fields[0])
-            back.append(fields[1])
-        return there, back
+            forward.append(fields[0])
+            backward.append(fields[1])
+        return forward, backward
 
     def _options(self, aligner: Aligner, finetune: bool) -> AlignerOptions:
         return replace(aligner.options, finetune=finetune, tiling=self.tiling)
@@ -200,17 +198,19 @@ class Pyramid:
     def _stages(
         self, inputs: Sequence[StageInput], found: Sequence[Tensor]
     ) -> Iterator[tuple[Aligner, StageInput, Tensor | None]]:
-        """Each stage, and the prior that it has of what has been found so far."""
+        """Iterate over stages: aligner, input, and prior from the last field found."""
         for stage, given in enumerate(inputs):
             prior = None
             if stage:
-                prior = _moved(found[-1], inputs[stage - 1].grid, given.grid)
+                prior = _resample_by_bands(
+                    found[-1], inputs[stage - 1].grid, given.grid
+                )
             yield self.aligners[stage], given, prior
 
     def _inputs(
         self, src: ArrayLike, tgt: ArrayLike, mip: int
     ) -> tuple[list[StageInput], Grid]:
-        """What each stage reads of a raw pair, and the grid of the pair."""
+        """Make the input of each stage from a raw pair, and the grid of the pair."""
         try:
             mip = operator.index(mip)
         except TypeError:
@@ -220,15 +220,18 @@ class Pyramid:
             for image, name in ((src, "src"), (tgt, "tgt"))
         ]
         self._check(images[0].shape, images[1].shape, mip)
-        images = [_raw(image) for image in images]
+        images = [_to_float(image) for image in images]
         inputs = []
         for stage_mip in self.mips:
-            at_mip = [_image_at(image, stage_mip - mip) for image in images]
+            at_mip = [
+                _coarsen_and_normalize(image, stage_mip - mip) for image in images
+            ]
             grid = Grid(stage_mip, 0, 0, *at_mip[0].shape[-2:])
             inputs.append(StageInput(Sample(at_mip[0], at_mip[1], None, ()), grid))
         return inputs, Grid(mip, 0, 0, *images[0].shape)
 
     def _check(self, src: Sequence[int], tgt: Sequence[int], mip: int) -> None:
+        """Refuse shapes and mips that the stages cannot read."""
         if len(src) != 2 or src != tgt or 0 in src:
             raise UsageError(
                 f"src {tuple(src)} and tgt {tuple(tgt)}: expected two images [rows, "
@@ -243,18 +246,18 @@ class Pyramid:
             )
 
 
-def _raw(image: Tensor) -> Tensor:
-    """Grey levels as float32, or as float64 where float32 tells fewer apart.
+def _to_float(image: Tensor) -> Tensor:
+    """Convert grey levels to float32, or to float64 for 64-bit types.
 
-    What float32 cannot hold (NaN, infinite, 1e39) is no data.
+    Values that are not finite in float32 (NaN, infinite, 1e39) become 0, "no data".
     """
     is_long = image.dtype in (torch.int64, torch.float64)
     image = image.double() if is_long else image.float()
     return torch.where(torch.isfinite(image.float()), image, 0.0)
 
 
-def _image_at(image: Tensor, levels: int) -> Tensor:
-    """A raw image (H, W) as a stage reads it: coarsened, then normalised."""
+def _coarsen_and_normalize(image: Tensor, levels: int) -> Tensor:
+    """Make the input of a stage, (1, 1, h, w), from a raw image, (H, W)."""
     rows = _BAND_ROWS << levels
     bands = [coarsen_image(band[None, None], levels) for band in image.split(rows)]
     coarse = torch.cat(bands, -2) if levels else image[None, None]
@@ -265,13 +268,13 @@ def _image_at(image: Tensor, levels: int) -> Tensor:
     return torch.cat(bands, -2)
 
 
-def _moved(field: Tensor, source: Grid, target: Grid) -> Tensor:
-    """`resample_field`, bit by bit, some rows at a time."""
+def _resample_by_bands(field: Tensor, source: Grid, target: Grid) -> Tensor:
+    """Do the same as `resample_field`, bit by bit, in bands of rows."""
     if source == target:
         return field
-    moved = field.new_empty(*field.shape[:2], *target.shape)
+    resampled = field.new_empty(*field.shape[:2], *target.shape)
     for row in range(0, target.rows, _BAND_ROWS):
         num_rows = min(_BAND_ROWS, target.rows - row)
         band = target.crop(row, 0, num_rows, target.cols)
-        moved[..., row : row + num_rows, :] = resample_field(field, source, band)
-    return moved
+        resampled[..., row : row + num_rows, :] = resample_field(field, source, band)
+    return resampled

@@ -139,7 +139,7 @@ def palette(image):
 @pytest.mark.parametrize(
     ("change", "match"),
     [
-        (lambda image: image > 9, "src: is bool, which are no grey levels"),
+        (lambda image: image > 9, "src: is bool, which are not grey levels"),
         (lambda image: image * 1j, "src: is complex128"),
         (lambda image: image.astype(str), "src: is <U3"),
         (lambda image: image.astype(object), "src: is object"),

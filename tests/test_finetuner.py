@@ -4,7 +4,12 @@ import pytest
 import torch
 
 from metroem.errors import FieldError, UsageError
-from metroem.finetune.adam import FieldAdam, _coarser, _finer, finetune_adam
+from metroem.finetune.adam import (
+    FieldAdam,
+    _upsample,
+    _upsample_transpose,
+    finetune_adam,
+)
 from metroem.finetune.analytic_loss import AdamOptions, AnalyticLoss
 from metroem.finetuner import optimize_pre_post_ups
 from metroem.geometry.field import warp
@@ -281,9 +286,9 @@ def test_what_is_coarser_gets_the_gradient_of_what_is_finer():
     change = torch.randn(2, 2, 10, 15, dtype=torch.float64, requires_grad=True)
     like, pull = torch.empty(1, 1, 38, 57), torch.randn(2, 2, 38, 57).double()
 
-    (expected,) = torch.autograd.grad(_finer(change, 2, like=like), change, pull)
+    (expected,) = torch.autograd.grad(_upsample(change, 2, like=like), change, pull)
 
-    torch.testing.assert_close(_coarser(pull, 2), expected)
+    torch.testing.assert_close(_upsample_transpose(pull, 2), expected)
 
 
 def test_the_gradient_knows_how_weights_that_move_change_the_means():
@@ -315,7 +320,7 @@ def test_a_search_that_leaves_nothing_to_compare_is_not_kept(monkeypatch):
     def runs_away(search, loss):
         search.best_loss = torch.zeros(1)
 
-    monkeypatch.setattr(FieldAdam, "judge", runs_away)
+    monkeypatch.setattr(FieldAdam, "update_best", runs_away)
     monkeypatch.setattr(FieldAdam, "best_field", property(lambda _: nothing() + 400.0))
     src, tgt = texture(), texture(shift=(1.5, -1.0))
     tuned = finetune_adam(src, tgt, start, weight, ones(), OPTIONS)

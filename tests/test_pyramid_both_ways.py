@@ -65,13 +65,13 @@ def test_the_forward_fields_are_those_of_the_pair_alone(pyramid, inputs):
 def test_each_direction_is_searched_once(pyramid, inputs, monkeypatch):
     calls = []
     aligner = pyramid.aligners[0]
-    search = type(aligner)._directed
+    search = type(aligner)._search_one_way
 
     def counted(self, *given):
         calls.append(self)
         return search(self, *given)
 
-    monkeypatch.setattr(type(aligner), "_directed", counted)
+    monkeypatch.setattr(type(aligner), "_search_one_way", counted)
     pyramid.run_both_ways(inputs)
     assert len(calls) == 2 * len(pyramid.aligners)
 

@@ -40,7 +40,7 @@ from metroem.evaluation.tables import print_evaluation, write_json
 from metroem.geometry.field import resample_field
 from metroem.io.files import try_writing
 from metroem.io.h5 import ImageSet, find_image_sets
-from metroem.models.weights import check_weights, weights_there
+from metroem.models.weights import check_weights, weight_names
 from metroem.pyramid import Pyramid, StageInput
 from metroem.specs.augmentations import KnownWarp, Photometric
 from metroem.specs.modules import ModuleSpec, find_modules
@@ -152,7 +152,7 @@ def _checkpoint_name(
 ) -> str | None:
     """Choose the weights; None for a pyramid that is not trained yet."""
     name = request.checkpoint_name
-    if name == EvaluateRequest.checkpoint_name and not weights_there(modules):
+    if name == EvaluateRequest.checkpoint_name and not weight_names(modules):
         logger.warning(
             "%s: no module has weights: these figures are of UNTRAINED networks",
             request.pyramid_path,

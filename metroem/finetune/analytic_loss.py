@@ -1,9 +1,25 @@
-"""The loss of a field on the features of its pair, with its gradient written out.
+"""Compute the loss of a field on the features of its pair, and its gradient.
 
-Everything that a step reads of src lies in one table, which is gathered from once: the
-four neighbours of a place give the value there and both of its slopes. On a CPU this
-goes by blocks of rows that stay in its cache. Nothing waits for the host, so that a GPU
-is kept busy.
+For a field f, features src_c and tgt_c, and weights w_s (of similarity) and w_r (of
+rigidity):
+
+    e_c(p)  = src_c(p + f(p)) - tgt_c(p)
+    w(p)    = w_src(p + f(p)) * w_tgt(p)                           for both weights
+    S       = sum_p w_s(p) sum_c e_c(p)^2 / (C sum_p w_s(p))       similarity
+    R       = sum_p w_r(p) strain(p) / (8 sum_p w_r(p))            rigidity
+    loss    = S + smoothness * R + l2 * mean(f^2)
+
+strain(p) is the sum of stretch^2 over the 8 springs of a pixel
+(`metroem.geometry.rigidity`), 0 within 2 px of the border. Autograd is not used:
+
+    dS/df(p) = 2 w_s(p) sum_c e_c(p) grad src_c(p + f(p)) / (C sum w_s)
+               + (sum_c e_c(p)^2 / C - S) / sum w_s * grad w_s(p)
+
+and R likewise gets a second term from the slope of w_r.
+
+All maps of src lie in one table. The four pixels around a location give the value and
+its slopes along cols and rows. A CPU works on blocks of rows that stay in its cache.
+Nothing waits for the host, so a GPU is kept busy.
 """
 
 import logging
@@ -27,30 +43,30 @@ from metroem.imaging.loss_weights import PairWeight
 
 logger = logging.getLogger(__name__)
 
-# Beyond the outermost pixels and their neighbours all places read the same.
+# Width of the border of the table, px. All locations further out read the same.
 _PAD = 2
-# Rows of 512 px and 9 maps at which a CPU is fastest: 16 and 64 take 1.1 times as
-# long, all rows at once 1.5 times (2026-11).
+# Pixels of a block, for the speed of a CPU: 32 rows of 512 px with 9 maps. 16 and 64
+# rows take 1.1 times as long, all rows at once 1.5 times (2026-11).
 _BLOCK_PX = 32 * 512
-_FEW_STEPS = 10
+_MIN_STEPS = 10  # at several scales
 
 
 @dataclass(frozen=True)
 class AdamOptions:
-    """How a field is finetuned.
+    """Options of finetuning by Adam.
 
     Attributes:
         smoothness: factor of rigidity.
         rate_px: rate of the first steps, pixels a step.
-        num_iter: at most so many steps.
+        num_iter: limit of steps, as the original counts them; see `num_steps`.
         border: px left out of the loss on each side.
         l2: factor of the mean squared displacement.
         patience: steps without a new best after which the rate is halved.
-        max_halvings: a sample ends after so many.
+        max_halvings: a sample is finished after this number of halvings.
         max_grad_norm: gradients are clipped to this norm, per sample.
-        coarseness: what is added to the field is found so many levels coarser,
-            so that it bends over 2**coarseness pixels; `rate_px` is then in
-            those coarser pixels. Detail of the field itself stays.
+        coarseness: level of the change that is added to the field. The change bends
+            over 2**coarseness pixels, and `rate_px` is in pixels of that level. Detail
+            of the start field stays.
         weight_decay: of the field, as torch.optim.Adam has it.
         momentum: None for Adam; a number for gradient descent with it.
     """
@@ -69,30 +85,31 @@ class AdamOptions:
 
     @property
     def at_several_scales(self) -> bool:
-        """Whether changes of several scales are searched for at once.
+        """Whether changes of several scales are optimised at once.
 
-        By Adam, unless a coarseness is asked for.
+        Adam does so unless `coarseness` is given.
         """
         return self.momentum is None and self.coarseness == 0
 
     @property
     def num_steps(self) -> int:
-        """Steps that are made for `num_iter`.
+        """Number of steps for `num_iter`.
 
-        Those at several scales go so far that a third of them end lower
-        (`metroem.finetune.adam`); few are made as they are.
+        At several scales a third of `num_iter` ends lower than all of them at one scale
+        (`metroem.finetune.adam`). At least 10 are made, if `num_iter` allows.
         """
         if not self.at_several_scales:
             return self.num_iter
-        return min(self.num_iter, max(_FEW_STEPS, -(-self.num_iter // 3)))
+        return min(self.num_iter, max(_MIN_STEPS, -(-self.num_iter // 3)))
 
 
 class AnalyticLoss:
     """Similarity + smoothness * rigidity + l2 * mean(field^2), per sample.
 
-    The same numbers as `metroem.loss` gives for a batch of one. The weights of src
-    follow the field, and their slopes are part of the gradient, as in the original:
-    without them the search ended up to 4 % above it (512 px, 2026-11).
+    See the equations at the head of the file. For a batch of one, `metroem.loss` gives
+    the same numbers. The weights of src move with the field, and their slopes are part
+    of the gradient, as in the original. Without the slopes the search ended up to 4 %
+    above the original's (512 px, 2026-11).
     """
 
     def __init__(
@@ -101,47 +118,50 @@ class AnalyticLoss:
         weights: tuple[PairWeight, PairWeight],
         options: AdamOptions,
     ) -> None:
-        """Keep what is constant over the search.
+        """Prepare the maps that are constant over a search.
 
         Args:
-            features: of src and tgt, (B, C, H, W), float32 or float64.
-            weights: of similarity and of rigidity.
+            features: features of src and tgt, (B, C, H, W), float32 or float64.
+            weights: weights of similarity and of rigidity.
             options: see `AdamOptions`.
         """
         src, tgt = features
         self.options = options
         self._num_features = src.shape[1]
-        # Features first, then the samples: a block of rows is whole planes then.
+        # Channels first, then samples: a block of rows is contiguous in each channel.
         self._tgt = tgt.transpose(0, 1).contiguous()
         similarity, smoothness = weights
         inside = [inside_border(w.tgt, options.border) for w in weights]
-        # Where the rigidity of the original is 0 it counts in the mean.
+        # The original sets rigidity to 0 near the border, but counts it in the mean.
         self._defined = inside_border(torch.ones_like(inside[1]), RIGIDITY_BORDER_PX)
         self._tgt_weights = torch.cat(inside, 1).transpose(0, 1).contiguous()
         src_weights = torch.cat((similarity.src, smoothness.src), 1)
-        # Whole tissue is the rule, and warping ones gives ones.
-        self._moving = not bool((src_weights == 1).all())
-        self._table = _table(src, src_weights if self._moving else None)
-        self._places = _places(src)
+        # Weights of src are often all 1. Warping them then changes nothing.
+        self._has_moving_weights = not bool((src_weights == 1).all())
+        moving = src_weights if self._has_moving_weights else None
+        self._table = _make_table(src, moving)
+        self._pixels = _table_positions(src)
 
     def with_gradient(self, field: Tensor) -> tuple[Tensor, Tensor]:
-        """Loss, (B,), of a field, (B, 2, H, W) px, and its gradient."""
+        """Compute the loss of a field, (B, 2, H, W) px: (B,), and its gradient."""
         if can_use_triton(field):
-            return self._by_kernels(field)
+            return self._with_gradient_triton(field)
         with torch.no_grad():
             options = self.options
-            found = self._compare(field)
-            totals = found.weights.sum((2, 3))
-            shares = 1 / torch.where(totals > 0, totals, 1.0)
-            shares[0] /= self._num_features
-            shares[1] *= options.smoothness / NUM_NEIGHBOURS
-            gradient = found.gradient.mul_(per_sample(2 * shares[0]))
-            share = found.weights[1][:, None] * self._defined
-            strain, pull = weighted_rigidity(field, share, found.strain)
-            gradient += pull.mul_(per_sample(2 * shares[1]))
-            costs = torch.stack((found.value, strain)) * shares
-            if self._moving:
-                self._add_slopes(gradient, found, shares, costs)
+            terms = self._pixel_terms(field)
+            totals = terms.weights.sum((2, 3))
+            factors = 1 / torch.where(totals > 0, totals, 1.0)
+            factors[0] /= self._num_features
+            factors[1] *= options.smoothness / NUM_NEIGHBOURS
+            gradient = terms.gradient.mul_(per_sample(2 * factors[0]))
+            rigidity_weight = terms.weights[1][:, None] * self._defined
+            strain, half_gradient = weighted_rigidity(
+                field, rigidity_weight, terms.strain
+            )
+            gradient += half_gradient.mul_(per_sample(2 * factors[1]))
+            costs = torch.stack((terms.value, strain)) * factors
+            if self._has_moving_weights:
+                self._add_weight_slopes(gradient, terms, factors, costs)
             value = costs.sum(0)
             if options.l2:
                 size = field[0].numel()
@@ -150,57 +170,60 @@ class AnalyticLoss:
                 value += options.l2 * squares
             return value, gradient
 
-    def _by_kernels(self, field: Tensor) -> tuple[Tensor, Tensor]:
+    def _with_gradient_triton(self, field: Tensor) -> tuple[Tensor, Tensor]:
         from metroem.finetune import triton_kernels
 
         tgt = self._tgt, self._tgt_weights
         pair = triton_kernels.Constants(
-            self._table, *tgt, self._defined, _PAD, self._moving
+            self._table, *tgt, self._defined, _PAD, self._has_moving_weights
         )
         options = self.options
         factors = triton_kernels.Factors(options.smoothness, NUM_NEIGHBOURS, options.l2)
         return triton_kernels.loss_and_gradient(field, pair, factors)
 
-    def _add_slopes(
-        self, gradient: Tensor, found: "_Compared", shares: Tensor, costs: Tensor
+    def _add_weight_slopes(
+        self, gradient: Tensor, terms: "_PixelTerms", factors: Tensor, costs: Tensor
     ) -> None:
-        """Add what the loss changes by where the weights move.
+        """Add the gradient of both means by the weights, which move with the field.
 
-        A mean changes with a weight by how far the pixel is above the mean.
+        A weighted mean changes with a pixel's weight in proportion to the pixel's
+        value minus the mean.
 
         Args:
             gradient: (B, 2, H, W), pixels; added to.
-            found: of the field.
-            shares: of a weighed pixel in each mean, (2, B).
-            costs: both means, (2, B), as they are in the loss.
+            terms: terms of the field.
+            factors: factor of a weighted pixel in each mean, (2, B).
+            costs: both means, (2, B), with their factors in the loss.
         """
-        strain = found.strain[:, 0].mul_(self._defined[:, 0])
-        totals = found.weights.sum((2, 3))
+        strain = terms.strain[:, 0].mul_(self._defined[:, 0])
+        totals = terms.weights.sum((2, 3))
         means = costs / torch.where(totals > 0, totals, 1.0)
-        for which, squares in enumerate((found.squares, strain)):
-            above = squares.mul_(shares[which][:, None, None])
-            above -= means[which][:, None, None]
-            gradient.addcmul_(above[:, None], found.slopes[which])
+        for which, squares in enumerate((terms.squares, strain)):
+            above_mean = squares.mul_(factors[which][:, None, None])
+            above_mean -= means[which][:, None, None]
+            gradient.addcmul_(above_mean[:, None], terms.slopes[which])
 
-    def _compare(self, field: Tensor) -> "_Compared":
-        """src as the field has it beside tgt."""
-        maps = field.new_zeros if self._moving else field.new_empty
-        size = field.shape[-2:] if self._moving else (0, 0)
-        found = _Compared(
+    def _pixel_terms(self, field: Tensor) -> "_PixelTerms":
+        """Compare src, warped by the field, with tgt; `strain` is left 0."""
+        moving = self._has_moving_weights
+        maps = field.new_zeros if moving else field.new_empty
+        size = field.shape[-2:] if moving else (0, 0)
+        terms = _PixelTerms(
             field.new_zeros(len(field)),
             torch.empty_like(field),
-            torch.empty_like(self._tgt_weights) if self._moving else self._tgt_weights,
+            torch.empty_like(self._tgt_weights) if moving else self._tgt_weights,
             maps(len(field), *size),
             maps(len(field), 1, *size),
             maps(2, len(field), 2, *size),
         )
         for block in row_blocks(field, _BLOCK_PX):
-            self._compare_block(field, block, found)
-        return found
+            self._compare_block(field, block, terms)
+        return terms
 
     def _compare_block(
-        self, field: Tensor, block: tuple[slice, slice], found: "_Compared"
+        self, field: Tensor, block: tuple[slice, slice], terms: "_PixelTerms"
     ) -> None:
+        """Fill the terms of one block of rows."""
         samples, rows = block
         num = self._num_features
         sampled, d_cols, d_rows = self._read(field, block)
@@ -208,29 +231,29 @@ class AnalyticLoss:
         difference = sampled[:num]
         difference -= self._tgt[:, samples, rows]
         weights = tgt_weights
-        if self._moving:
-            weights = found.weights[:, samples, rows]
+        if self._has_moving_weights:
+            weights = terms.weights[:, samples, rows]
             torch.mul(sampled[num:], tgt_weights, out=weights)
-            found.squares[samples, rows] = difference.square().sum(0)
+            terms.squares[samples, rows] = difference.square().sum(0)
             for axis, slope in enumerate((d_cols, d_rows)):
-                slopes = found.slopes[:, samples, axis, rows]
+                slopes = terms.slopes[:, samples, axis, rows]
                 torch.mul(slope[num:], tgt_weights, out=slopes)
         weighted = difference * weights[0]
-        found.gradient[samples, 0, rows] = d_cols[:num].mul_(weighted).sum(0)
-        found.gradient[samples, 1, rows] = d_rows[:num].mul_(weighted).sum(0)
+        terms.gradient[samples, 0, rows] = d_cols[:num].mul_(weighted).sum(0)
+        terms.gradient[samples, 1, rows] = d_rows[:num].mul_(weighted).sum(0)
         dots = _dot(weighted.transpose(0, 1), difference.transpose(0, 1))
-        found.value[samples] += dots
+        terms.value[samples] += dots
 
     def _read(
         self, field: Tensor, block: tuple[slice, slice]
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """src, and its weights, where a block of the field points.
+        """Interpolate src, and its weights, where a block of the field points.
 
         Returns:
             Features and weights, (C or C + 2, b, h, W), and their slopes along cols
-            and rows, likewise.
+            and along rows, both of the same shape.
         """
-        index, col, row = self._nearest(field, block)
+        index, col, row = self._table_index(field, block)
         width = field.shape[-1] + 2 * _PAD
 
         def pick(ahead: int) -> Tensor:
@@ -249,19 +272,19 @@ class AnalyticLoss:
         d_above.addcmul_(d_below, row)
         return above, d_above, below
 
-    def _nearest(
+    def _table_index(
         self, field: Tensor, block: tuple[slice, slice]
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Where in the table to read.
+        """Find where in the table to read.
 
         Returns:
-            The pixel above and left of each place, flat, and how far along cols and
-            rows the place lies beyond it, (b, h, W) each.
+            The flat index of the pixel above and left of each location, and the
+            distances from that pixel along cols and rows, (b, h, W) each.
         """
         samples, rows = block
         height, width = (size + 2 * _PAD for size in field.shape[-2:])
-        place = field[samples, :, rows] + self._places[:, :, rows]
-        col, row = place.nan_to_num_(0.0).unbind(1)
+        location = field[samples, :, rows] + self._pixels[:, :, rows]
+        col, row = location.nan_to_num_(0.0).unbind(1)
         left = col.clamp_(0, width - 2).floor()
         top = row.clamp_(0, height - 2).floor()
         col -= left
@@ -275,34 +298,34 @@ class AnalyticLoss:
         return index.flatten(), col, row
 
 
-class _Compared(NamedTuple):
-    """What comes of comparing src as a field has it with tgt, before means are taken.
+class _PixelTerms(NamedTuple):
+    """Terms of the loss at each pixel, before means are taken.
 
-    The last three are empty where the weights do not move.
+    The last three are empty if the weights of src are all 1.
     """
 
-    value: Tensor  # (B,) weighed squares
-    gradient: Tensor  # (B, 2, H, W) half of theirs, but for the weights' own
+    value: Tensor  # (B,) sum of weighted squared differences
+    gradient: Tensor  # (B, 2, H, W) half the gradient of `value`, weights held fixed
     weights: Tensor  # (2, B, H, W) of similarity and of rigidity
-    squares: Tensor  # (B, H, W) of the features, their sum
+    squares: Tensor  # (B, H, W) squared differences, summed over features
     strain: Tensor  # (B, 1, H, W) sum over springs, filled in by `weighted_rigidity`
-    slopes: Tensor  # (2, B, 2, H, W) of both weights, along cols and rows
+    slopes: Tensor  # (2, B, 2, H, W) slopes of both weights, along cols and rows
 
 
 def per_sample(values: Tensor) -> Tensor:
-    """Shape one number a sample, (B,), so that it multiplies maps: (B, 1, 1, 1)."""
+    """Reshape one number per sample to multiply maps: (B,) -> (B, 1, 1, 1)."""
     return values.view(-1, 1, 1, 1)
 
 
 def _dot(a: Tensor, b: Tensor) -> Tensor:
-    """(B, C, h, w) twice -> (B,)."""
+    """Sum products: two tensors (B, C, h, w) -> (B,)."""
     return torch.linalg.vecdot(a.flatten(1), b.flatten(1))
 
 
-def _table(src: Tensor, weights: Tensor | None) -> Tensor:
-    """What is read of src, (C or C + 2, B * padded pixels).
+def _make_table(src: Tensor, weights: Tensor | None) -> Tensor:
+    """Make the table of src and its weights, (C or C + 2, B * padded pixels).
 
-    Beyond the border features are 0 and weights go on.
+    Beyond the border features are 0 and weights repeat their border.
     """
     around = (_PAD,) * 4
     maps = F.pad(src, around)
@@ -312,8 +335,8 @@ def _table(src: Tensor, weights: Tensor | None) -> Tensor:
     return maps.transpose(0, 1).flatten(1).contiguous()
 
 
-def _places(like: Tensor) -> Tensor:
-    """(1, 2, H, W): col and row of each pixel in the padded map."""
+def _table_positions(like: Tensor) -> Tensor:
+    """Make (1, 2, H, W): col and row of each pixel in the padded map."""
     rows, cols = (
         torch.arange(size, device=like.device, dtype=like.dtype) + _PAD
         for size in like.shape[-2:]
@@ -323,19 +346,19 @@ def _places(like: Tensor) -> Tensor:
 
 
 def can_use_triton(field: Tensor) -> bool:
-    """Whether kernels can be used for a field, (B, 2, H, W), where it is."""
+    """Whether Triton kernels can run for a field, (B, 2, H, W), on its device."""
     is_float = field.dtype == torch.float32
     return field.is_cuda and is_float and _kernels_work(field.device)
 
 
 @cache
 def _kernels_work(device: torch.device) -> bool:
-    """Triton comes with torch for GPUs, but needs a C compiler beside it."""
+    """Whether Triton runs on a device. It also needs a C compiler."""
     try:
         from metroem.finetune import triton_kernels
 
-        triton_kernels.coarser(torch.zeros(1, 2, 2, 2, device=device), 2)
-    except Exception as error:  # it raises whatever its parts raise
+        triton_kernels.upsample_transpose(torch.zeros(1, 2, 2, 2, device=device), 2)
+    except Exception as error:  # Triton may raise anything
         logger.warning(
             "fields are finetuned 6 to 13 times slower than they could be, since "
             "Triton does not work on this machine: %s. It needs a C compiler, for "

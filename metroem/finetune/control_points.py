@@ -1,30 +1,44 @@
-"""Fields that are given at knots and bilinear between them, and how they bend."""
+"""Interpolate fields between control points, and compute how much they bend.
+
+With R, (H, h), and C, (W, w), the matrices of linear interpolation along rows and cols:
+
+    interpolate(v)           = R v C^T        control points -> pixels
+    interpolate_transpose(x) = R^T x C        pixels -> control points
+
+The bending energy of a field f, in pixels, with the weights w of control points is
+
+    mean of w * (f_rr^2 + 2 f_rc^2 + f_cc^2) * (32 px)^2,
+
+summed over both components. Second derivatives are differences of neighbours, which are
+matrix products too. So the energy is quadratic: its gradient is a matrix times f.
+"""
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# Over how many pixels the bending counts the change of a field's gradient.
+# Bending is the change of a field's gradient over this distance.
 _BENDING_PX = 32
 
 
 class ControlPoints:
-    """Knots over a grid of pixels, one in the middle of each block of them.
+    """Control points on a grid of pixels, one in the middle of each block.
 
-    Bilinear between the knots and constant beyond the outermost, as
-    `metroem.geometry.field.upsample_field`, but for any spacing.
+    Values are bilinear between control points and constant beyond the outermost.
+    `metroem.geometry.field.upsample_field` does the same for powers of 2.
 
     Attributes:
-        shape: (h, w), how many knots there are.
+        spacing: distance of the control points, px.
+        shape: (h, w), number of control points.
     """
 
     def __init__(self, shape: tuple[int, int], spacing: int, like: Tensor) -> None:
-        """Knots `spacing` px apart over (H, W) pixels.
+        """Place control points `spacing` px apart over (H, W) pixels.
 
         Args:
             shape: (H, W) of the pixels.
-            spacing: of the knots, px.
-            like: has the device.
+            spacing: distance of the control points, px.
+            like: tensor on the device to use.
         """
         rows, cols = shape
         self.spacing = spacing
@@ -32,62 +46,71 @@ class ControlPoints:
         self._rows = _interpolation(rows, spacing).to(like.device)
         self._cols = _interpolation(cols, spacing).to(like.device)
 
-    def expand(self, values: Tensor) -> Tensor:
-        """(B, C, h, w) at the knots -> (B, C, H, W)."""
+    def interpolate(self, values: Tensor) -> Tensor:
+        """Interpolate between control points: (B, C, h, w) -> (B, C, H, W)."""
         return self._rows @ values @ self._cols.mT
 
-    def gather(self, values: Tensor) -> Tensor:
-        """(B, C, H, W) -> (B, C, h, w): the transpose of `expand`."""
+    def interpolate_transpose(self, values: Tensor) -> Tensor:
+        """Apply the transpose of `interpolate`: (B, C, H, W) -> (B, C, h, w)."""
         return self._rows.mT @ values @ self._cols
 
-    def gather_squares(self, values: Tensor) -> Tensor:
-        """The diagonal of expanding, multiplying by (B, C, H, W) and gathering."""
-        return self._rows.mT.square() @ values @ self._cols.square()
+    def weighted_diagonal(self, weight: Tensor) -> Tensor:
+        """Compute the diagonal of a product of three matrices.
+
+        They interpolate, multiply by `weight`, and apply `interpolate_transpose`.
+
+        Args:
+            weight: (B, C, H, W).
+
+        Returns:
+            (B, C, h, w).
+        """
+        return self._rows.mT.square() @ weight @ self._cols.square()
 
     def mean(self, values: Tensor) -> Tensor:
-        """(B, C, H, W) -> (B, C, h, w): the mean around each knot."""
-        return self.gather(values) / self.gather(torch.ones_like(values[:1, :1]))
+        """Average around each control point: (B, C, H, W) -> (B, C, h, w)."""
+        ones = torch.ones_like(values[:1, :1])
+        return self.interpolate_transpose(values) / self.interpolate_transpose(ones)
 
-    def least(self, values: Tensor) -> Tensor:
-        """(B, C, H, W) -> (B, C, h, w): the least value in the block of each knot."""
+    def minimum(self, values: Tensor) -> Tensor:
+        """Find the minimum of each block: (B, C, H, W) -> (B, C, h, w)."""
         return -F.max_pool2d(-values, self.spacing, ceil_mode=True)
 
 
 class BendingEnergy:
-    """How much a field at knots bends: mean squared second derivatives.
+    """Weighted mean of squared second derivatives of a field at control points.
 
-    For a field f in pixels, the weighted mean over the knots of
-    (f_rr^2 + 2 f_rc^2 + f_cc^2) * (32 px)^2, both components together: what its
-    gradient changes over 32 px, squared. Shifts, turns and shears cost nothing.
+    See the equations at the head of the file. Shifts, rotations and shears cost
+    nothing.
     """
 
     def __init__(self, weight: Tensor, spacing_px: float) -> None:
-        """What is constant over a search.
+        """Prepare the matrices, which are constant over a search.
 
         Args:
-            weight: (B, 1, h, w), what bending at each knot counts; >= 0.
-            spacing_px: of the knots, in the pixels of the field.
+            weight: (B, 1, h, w), weight of the bending at each control point; >= 0.
+            spacing_px: distance of the control points, in pixels of the field.
         """
         rows, cols = weight.shape[-2:]
         scale = _BENDING_PX / spacing_px**2
-        self._bend_rows = scale * _differences(_differences_of(rows, weight))
-        self._bend_cols = scale * _differences(_differences_of(cols, weight))
-        self._slope_rows = scale * _differences_of(rows, weight)
-        self._slope_cols = _differences_of(cols, weight)
+        self._bend_rows = scale * _differences(_difference_matrix(rows, weight))
+        self._bend_cols = scale * _differences(_difference_matrix(cols, weight))
+        self._slope_rows = scale * _difference_matrix(rows, weight)
+        self._slope_cols = _difference_matrix(cols, weight)
         weight = weight / (rows * cols)
-        # A second derivative counts as its least knot does.
+        # The weight of a second derivative is the least of its control points.
         self._weights = (
-            _least_of(weight, (3, 1)),
-            _least_of(weight, (1, 3)),
-            2 * _least_of(weight, (2, 2)),
+            _least_weight(weight, (3, 1)),
+            _least_weight(weight, (1, 3)),
+            2 * _least_weight(weight, (2, 2)),
         )
 
     def value(self, field: Tensor) -> Tensor:
-        """(B, 2, h, w), pixels, at the knots -> (B,)."""
+        """Compute the energy: (B, 2, h, w), pixels, at the control points -> (B,)."""
         return (self.half_gradient(field) * field).sum((1, 2, 3))
 
     def half_gradient(self, field: Tensor) -> Tensor:
-        """Half the gradient of `value` by the field, which is linear in it."""
+        """Compute half the gradient of `value`; linear in the field, (B, 2, h, w)."""
         rows, cols, both = self._weights
         bend_rows, bend_cols = self._bend_rows, self._bend_cols
         slope_rows, slope_cols = self._slope_rows, self._slope_cols
@@ -98,7 +121,7 @@ class BendingEnergy:
         )
 
     def diagonal(self) -> Tensor:
-        """(B, 1, h, w): the diagonal of `half_gradient` as a matrix."""
+        """Compute the diagonal of the matrix of `half_gradient`: (B, 1, h, w)."""
         rows, cols, both = self._weights
         return (
             self._bend_rows.square().mT @ rows
@@ -108,7 +131,7 @@ class BendingEnergy:
 
 
 def _interpolation(size: int, spacing: int) -> Tensor:
-    """(size, number of knots): what each knot is worth at each pixel."""
+    """Make a matrix of linear interpolation: (size, number of control points)."""
     count = -(-size // spacing)
     pixels = torch.arange(size, dtype=torch.float32)
     position = ((pixels + 0.5) / spacing - 0.5).clamp(0, count - 1)
@@ -116,8 +139,8 @@ def _interpolation(size: int, spacing: int) -> Tensor:
     return (1 - distance.abs()).clamp(min=0)
 
 
-def _differences_of(count: int, like: Tensor) -> Tensor:
-    """(count - 1, count): differences of neighbours."""
+def _difference_matrix(count: int, like: Tensor) -> Tensor:
+    """Make the matrix that subtracts neighbours: (count - 1, count)."""
     return _differences(torch.eye(count, dtype=torch.float32, device=like.device))
 
 
@@ -125,8 +148,8 @@ def _differences(matrix: Tensor) -> Tensor:
     return matrix[1:] - matrix[:-1]
 
 
-def _least_of(weight: Tensor, size: tuple[int, int]) -> Tensor:
-    """The least weight of the knots that each difference is made of."""
+def _least_weight(weight: Tensor, size: tuple[int, int]) -> Tensor:
+    """Find the least weight among the control points of each difference."""
     if weight.shape[-2] < size[0] or weight.shape[-1] < size[1]:
         rows, cols = (
             max(n - s + 1, 0) for n, s in zip(weight.shape[-2:], size, strict=True)

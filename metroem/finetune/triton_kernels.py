@@ -1,12 +1,18 @@
 """Triton kernels: loss and gradient in one pass over memory.
 
-They compute the loss of a field with its gradient, as `metroem.finetune.analytic_loss`
-defines it, and the gradient by a coarser change (`metroem.finetune.adam`). Sums are
-made block by block and then over the blocks, always in the same order, so that a search
-ends with the same bits each time.
+They compute the loss of a field and its gradient; the equations are at the head of
+`metroem.finetune.analytic_loss`. For `metroem.finetune.adam`, `upsample_transpose`
+computes the gradient by a coarser change. Sums are taken within blocks of pixels, then
+over the blocks, always in the same order. So a search gives the same bits each time.
 
-Kernels are compiled once, for a second or two, whatever the sizes; Triton, which comes
-with torch for GPUs, keeps them on disk.
+Three kernels make the loss and its gradient:
+
+1. `_compare` warps src, compares it with tgt, and writes the terms of each pixel.
+2. `_strain` computes the springs of each pixel and half their gradient.
+3. `_combine` multiplies the terms by their factors and adds them up.
+
+Triton compiles a kernel once, for all sizes, in one or two seconds, and caches it on
+disk. Triton comes with torch for GPUs.
 """
 
 # Kernels are written in Triton's language, whose types are not Python's.
@@ -25,26 +31,26 @@ _BLOCK = 256
 
 
 class Constants(NamedTuple):
-    """What does not change over a search."""
+    """Maps that are constant over a search."""
 
-    table: Tensor  # (C or C + 2, B * (H + 2 pad) * (W + 2 pad)): src, and its weights
+    table: Tensor  # (C or C + 2, B * (H + 2 pad) * (W + 2 pad)): src and weights
     tgt: Tensor  # (C, B, H, W)
     tgt_weights: Tensor  # (2, B, H, W)
-    is_defined: Tensor  # (B, 1, H, W), 0 where there is no rigidity
+    is_defined: Tensor  # (B, 1, H, W), 0 where rigidity is not defined
     pad: int
     are_weights_moving: bool
 
 
 class Factors(NamedTuple):
-    """Of the parts of the loss."""
+    """Factors of the terms of the loss."""
 
     smoothness: float
     num_springs: int
     l2: float
 
 
-def _where_it_lies(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Run on the GPU of the first argument: Triton takes the one that is current."""
+def _on_device_of_argument(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Run on the GPU of the first argument: Triton uses torch's current GPU."""
 
     @functools.wraps(function)
     def run(tensor: Tensor, *args: Any) -> Any:
@@ -54,19 +60,19 @@ def _where_it_lies(function: Callable[..., Any]) -> Callable[..., Any]:
     return run
 
 
-@_where_it_lies
+@_on_device_of_argument
 def loss_and_gradient(
     field: Tensor, constants: Constants, factors: Factors
 ) -> tuple[Tensor, Tensor]:
-    """The loss of a field and its gradient, on the GPU where the field is.
+    """Compute the loss of a field and its gradient, on the GPU of the field.
 
     Args:
         field: (B, 2, H, W), pixels, float32.
-        constants: of the pair.
-        factors: of the parts.
+        constants: maps of the pair.
+        factors: factors of the terms of the loss.
 
     Returns:
-        (B,) and (B, 2, H, W).
+        The loss, (B,), and its gradient, (B, 2, H, W).
     """
     batch, _, rows, cols = field.shape
     field = field.contiguous()
@@ -89,13 +95,13 @@ def loss_and_gradient(
         rows, cols, batch * blocks, MOVING=moving, BLOCK=_BLOCK,
     )  # fmt: skip
     value, similarity_total, rigidity_total, strained, squares = sums.sum(2)
-    shares = torch.stack((similarity_total, rigidity_total))
-    totals = torch.where(shares > 0, shares, 1.0)
-    shares = 1 / totals
-    shares[0] /= len(constants.tgt)
-    shares[1] *= factors.smoothness / factors.num_springs
-    costs = torch.stack((value, strained)) * shares
-    scalars = torch.cat((shares, costs / totals)).contiguous()
+    totals = torch.stack((similarity_total, rigidity_total))
+    totals = torch.where(totals > 0, totals, 1.0)
+    inverse = 1 / totals
+    inverse[0] /= len(constants.tgt)
+    inverse[1] *= factors.smoothness / factors.num_springs
+    costs = torch.stack((value, strained)) * inverse
+    scalars = torch.cat((inverse, costs / totals)).contiguous()
     l2 = factors.l2 / (2 * size)
     _combine[grid](
         field, maps, scalars, gradient, size, batch * size, batch, 2 * l2,
@@ -104,28 +110,29 @@ def loss_and_gradient(
     return costs.sum(0) + l2 * squares, gradient
 
 
-@_where_it_lies
-def coarser(gradient: Tensor, scale: int) -> Tensor:
-    """The gradient by a change that is so many times coarser, as bilinear has it.
+@_on_device_of_argument
+def upsample_transpose(gradient: Tensor, scale: int) -> Tensor:
+    """Turn a gradient by a change into the gradient by a coarser change.
 
-    torch adds up in an order of chance there.
+    This is the transpose of bilinear interpolation. torch's own version adds up in
+    random order on a GPU.
 
     Args:
-        gradient: (B, 2, H, W), by the finer change, float32.
-        scale: how many times.
+        gradient: gradient by the finer change, (B, 2, H, W), float32.
+        scale: pixels of the finer change in one of the coarser, along each axis.
 
     Returns:
         (B, 2, H / scale, W / scale), rounded up.
     """
     rows, cols = gradient.shape[-2:]
     size = [-(-rows // scale), -(-cols // scale)]
-    found = gradient.new_empty(*gradient.shape[:2], *size)
+    coarse = gradient.new_empty(*gradient.shape[:2], *size)
     grid = (triton.cdiv(size[0] * size[1], _BLOCK), gradient.shape[0] * 2)
-    _coarsen[grid](
-        gradient.contiguous(), found, rows, cols, *size,
+    _upsample_transpose[grid](
+        gradient.contiguous(), coarse, rows, cols, *size,
         SCALE=scale, BLOCK=_BLOCK,
     )  # fmt: skip
-    return found
+    return coarse
 
 
 _SIZES = ["rows", "cols", "size", "step", "sums_step", "batch"]
@@ -138,14 +145,15 @@ def _compare(
     FEATURES: tl.constexpr, PAD: tl.constexpr, MOVING: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """src where the field points beside tgt.
+    """Compare src, warped by the field, with tgt at each pixel of a block.
 
-    maps: half the gradient (2), and where weights move, squares, slopes of the first
-    weight along cols and rows, of the second, the strain (left to `_strain`), and the
-    weights. sums: squares weighed, and both weights.
+    Writes into `maps`: half the gradient of similarity (2 maps). If weights move, also:
+    squared differences; slopes of the similarity weight along cols and rows; slopes of
+    the rigidity weight; a map that `_strain` fills; both weights.
+    Writes into `sums`: weighted squared differences, and both weights.
     """
     size = rows * cols
-    step = step.to(tl.int64)  # 10 maps of a large section are more than an int counts
+    step = step.to(tl.int64)  # 10 maps of a large section need 64-bit offsets
     sample = tl.program_id(1)
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = at < size
@@ -154,8 +162,8 @@ def _compare(
     to_col = tl.load(field + sample.to(tl.int64) * 2 * size + at, inside, 0.0)
     to_row = tl.load(field + sample.to(tl.int64) * 2 * size + size + at, inside, 0.0)
     height, width = rows + 2 * PAD, cols + 2 * PAD
-    x = _place(to_col + (col + PAD).to(tl.float32), width)
-    y = _place(to_row + (row + PAD).to(tl.float32), height)
+    x = _clamp_to_table(to_col + (col + PAD).to(tl.float32), width)
+    y = _clamp_to_table(to_row + (row + PAD).to(tl.float32), height)
     left, top = tl.floor(x), tl.floor(y)
     x -= left
     y -= top
@@ -196,15 +204,15 @@ def _compare(
 
 
 @triton.jit
-def _place(place, size):
-    """A place within a padded map; that of what is no number is 0."""
-    place = tl.where(place == place, place, 0.0)
-    return tl.minimum(tl.maximum(place, 0.0), (size - 2).to(tl.float32))
+def _clamp_to_table(location, size):
+    """Clamp a location along one axis to the padded map; NaN becomes 0."""
+    location = tl.where(location == location, location, 0.0)
+    return tl.minimum(tl.maximum(location, 0.0), (size - 2).to(tl.float32))
 
 
 @triton.jit
 def _read(at, width, x, y, inside):
-    """A map between four pixels, and its slopes along cols and rows."""
+    """Interpolate a map between four pixels: value, slopes along cols and rows."""
     above = tl.load(at, inside, 0.0)
     d_above = tl.load(at + 1, inside, 0.0) - above
     below = tl.load(at + width, inside, 0.0)
@@ -216,13 +224,14 @@ def _read(at, width, x, y, inside):
 
 @triton.jit(do_not_specialize=_SIZES)
 def _strain(
-    field, share, is_defined, strain, gradient, sums,
+    field, weights, is_defined, strain, gradient, sums,
     rows, cols, sums_step, MOVING: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """The springs of each pixel.
+    """Compute the springs of each pixel of a block.
 
-    gradient: half of that of what they cost. strain: what they cost a pixel, weight
-    left aside. sums: weighed; and squares of the field.
+    Writes half the gradient of their weighted strain into `gradient`. If weights move,
+    writes the strain of each pixel, without its weight, into `strain`. Writes into
+    `sums`: weighted strain, and squares of the field.
     """
     size = rows * cols
     sample = tl.program_id(1)
@@ -233,7 +242,7 @@ def _strain(
     field += sample.to(tl.int64) * 2 * size
     to_col = tl.load(field + at, inside, 0.0)
     to_row = tl.load(field + size + at, inside, 0.0)
-    weight = tl.load(share + here + at, inside, 0.0)
+    weight = tl.load(weights + here + at, inside, 0.0)
     weight *= tl.load(is_defined + here + at, inside, 0.0)
     pull_col = tl.zeros((BLOCK,), tl.float32)
     pull_row = tl.zeros((BLOCK,), tl.float32)
@@ -246,7 +255,7 @@ def _strain(
                 exists = exists & (col + d_col >= 0) & (col + d_col < cols)
                 x = tl.load(field + there, exists, 0.0) - to_col + d_col
                 y = tl.load(field + size + there, exists, 0.0) - to_row + d_row
-                other = tl.load(share + here + there, exists, 0.0)
+                other = tl.load(weights + here + there, exists, 0.0)
                 other *= tl.load(is_defined + here + there, exists, 0.0)
                 square = tl.maximum(x * x + y * y, 1e-12)
                 rest = 1.0 if d_row * d_col == 0 else 1.4142135623730951
@@ -270,9 +279,9 @@ def _combine(
     field, maps, scalars, gradient, size, step, batch, l2,
     MOVING: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """The gradient from its parts, which are halves; in place of that of springs.
+    """Add up the terms of the gradient, in place of the springs' half gradient.
 
-    scalars: by sample, shares of similarity and of rigidity, and means of both.
+    scalars: for each sample, factors of similarity and of rigidity, then both means.
     """
     step = step.to(tl.int64)
     sample = tl.program_id(1)
@@ -280,19 +289,19 @@ def _combine(
     inside = at < size
     here = sample.to(tl.int64) * size + at
     both = sample.to(tl.int64) * 2 * size + at
-    share0 = tl.load(scalars + sample)
-    share1 = tl.load(scalars + batch + sample)
-    along_cols = tl.load(maps + here, inside, 0.0) * (2 * share0)
-    along_rows = tl.load(maps + step + here, inside, 0.0) * (2 * share0)
-    along_cols += tl.load(gradient + both, inside, 0.0) * (2 * share1)
-    along_rows += tl.load(gradient + both + size, inside, 0.0) * (2 * share1)
+    factor0 = tl.load(scalars + sample)
+    factor1 = tl.load(scalars + batch + sample)
+    along_cols = tl.load(maps + here, inside, 0.0) * (2 * factor0)
+    along_rows = tl.load(maps + step + here, inside, 0.0) * (2 * factor0)
+    along_cols += tl.load(gradient + both, inside, 0.0) * (2 * factor1)
+    along_rows += tl.load(gradient + both + size, inside, 0.0) * (2 * factor1)
     if MOVING:
-        # A mean changes with a weight by how far the pixel is above the mean.
-        above = tl.load(maps + 2 * step + here, inside, 0.0) * share0
+        # A mean changes with a weight by the pixel's value minus the mean.
+        above = tl.load(maps + 2 * step + here, inside, 0.0) * factor0
         above -= tl.load(scalars + 2 * batch + sample)
         along_cols += above * tl.load(maps + 3 * step + here, inside, 0.0)
         along_rows += above * tl.load(maps + 4 * step + here, inside, 0.0)
-        above = tl.load(maps + 7 * step + here, inside, 0.0) * share1
+        above = tl.load(maps + 7 * step + here, inside, 0.0) * factor1
         above -= tl.load(scalars + 3 * batch + sample)
         along_cols += above * tl.load(maps + 5 * step + here, inside, 0.0)
         along_rows += above * tl.load(maps + 6 * step + here, inside, 0.0)
@@ -303,11 +312,11 @@ def _combine(
 
 
 @triton.jit(do_not_specialize=["rows", "cols", "coarse_rows", "coarse_cols"])
-def _coarsen(
+def _upsample_transpose(
     fine, coarse, rows, cols, coarse_rows, coarse_cols,
     SCALE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Each coarse pixel adds up what the fine ones take from it, times the scale."""
+    """Sum the fine pixels that each coarse pixel contributes to, times the scale."""
     plane = tl.program_id(1).to(tl.int64)
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = at < coarse_rows * coarse_cols
@@ -316,21 +325,21 @@ def _coarsen(
     total = tl.zeros((BLOCK,), tl.float32)
     for i in range(2 * SCALE):
         y = row * SCALE - SCALE // 2 + i
-        part = tl.zeros((BLOCK,), tl.float32)
+        row_sum = tl.zeros((BLOCK,), tl.float32)
         for j in range(2 * SCALE):
             x = col * SCALE - SCALE // 2 + j
             exists = inside & (y >= 0) & (y < rows) & (x >= 0) & (x < cols)
             value = tl.load(fine + y * cols + x, exists, 0.0)
-            part += value * _share(x, col, coarse_cols, SCALE)
-        total += part * _share(y, row, coarse_rows, SCALE)
+            row_sum += value * _linear_weight(x, col, coarse_cols, SCALE)
+        total += row_sum * _linear_weight(y, row, coarse_rows, SCALE)
     tl.store(coarse + plane * coarse_rows * coarse_cols + at, total * SCALE, inside)
 
 
 @triton.jit
-def _share(fine, coarse, size, SCALE: tl.constexpr):
-    """What of a fine pixel is that of a coarse one, along one axis of so many."""
-    place = tl.maximum((fine + 0.5) / SCALE - 0.5, 0.0)
-    before = tl.floor(place)
-    share = tl.where(before == coarse, 1 - (place - before), 0.0)
+def _linear_weight(fine, coarse, size, SCALE: tl.constexpr):
+    """Weight of a coarse pixel at a fine one, along an axis of `size` coarse pixels."""
+    location = tl.maximum((fine + 0.5) / SCALE - 0.5, 0.0)
+    before = tl.floor(location)
+    weight = tl.where(before == coarse, 1 - (location - before), 0.0)
     after = tl.minimum(before + 1, size - 1)
-    return share + tl.where(after == coarse, place - before, 0.0)
+    return weight + tl.where(after == coarse, location - before, 0.0)

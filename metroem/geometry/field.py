@@ -1,4 +1,4 @@
-"""Displacement fields: warp, compose, invert, change of mip.
+"""Warp, compose, invert and resample displacement fields.
 
 A field is (B, 2, H, W), pull, pixels of its own mip: channel 0 is the
 displacement along cols (W), channel 1 along rows (H). With w for warp:
@@ -7,8 +7,8 @@ displacement along cols (W), channel 1 along rows (H). With w for warp:
     compose(f, g)(p)      = f(p) + g(p + f(p))
     w(image, compose(f, g)) = w(w(image, g), f)
 
-Outside its grid a field is continued by its border and an image by zeros ("no
-data"). Coordinates are those of pixel centres (torch: align_corners=False).
+Outside its grid a field repeats its border, and an image is 0 ("no data"). Coordinates
+are those of pixel centres (torch: align_corners=False).
 """
 
 import numpy as np
@@ -20,7 +20,8 @@ from torch import Tensor
 from metroem.errors import FieldError
 from metroem.geometry.grid import Grid
 
-# In units of half an image from its centre: more than a pixel off any image.
+# Distance from the centre in units of half an image: more than a pixel outside any
+# image.
 _OUTSIDE = 4.0
 
 
@@ -41,14 +42,14 @@ def warp(
     Args:
         image: (B, C, H, W), any floating dtype; B may be 1 for all.
         field: (B, 2, H, W), pixels of the image.
-        padding: what lies outside the image: "zeros" or "border".
+        padding: values outside the image: "zeros" or "border".
         mode: "bilinear", or "bicubic", which blurs less and may overshoot.
 
     Returns:
         (B, C, H, W) in the dtype of `image`: image(p + field(p)).
 
     Raises:
-        FieldError: `field` is no field, or its (H, W) is not the image's.
+        FieldError: `field` is not a field, or its (H, W) is not the image's.
 
     Source: the sampler of Jaderberg et al. 2015 (arXiv:1506.02025).
     """
@@ -70,11 +71,11 @@ def sample(
     padding: str = "zeros",
     mode: str = "bilinear",
 ) -> Tensor:
-    """Values of a map at positions in its own pixels.
+    """Read a map at positions in its own pixels.
 
     Args:
         image: (B, C, H, W) floating; B may be 1 for all.
-        like: tensor whose batch size the result has.
+        like: tensor with the batch size of the result.
         positions: (B, 2, h, w), channel 0 col, channel 1 row; B may be 1.
         padding: "zeros" or "border".
         mode: "bilinear" or "bicubic".
@@ -83,13 +84,14 @@ def sample(
         (B, C, h, w) in the dtype of `image`.
     """
     rows, cols = image.shape[-2:]
-    # float32 throughout: in bf16 a position beyond 256 px is off by a pixel.
-    # Written where it is: a tensor of Python's numbers makes the host wait for a GPU.
+    # float32 throughout: in bf16 a position beyond 256 px is off by a pixel. The tensor
+    # is filled on its device: one of Python's numbers would make the host wait for a
+    # GPU.
     size = torch.full((2,), float(cols), dtype=torch.float32, device=image.device)
     size[1].fill_(rows)
     grid = (2 * positions.float().permute(0, 2, 3, 1) + 1) / size - 1
-    # Positions far outside all read the same, but torch 2.13 on a CPU crashes in
-    # the backward pass of those that are not finite or overflow an int.
+    # Positions far outside all read the same. They are clamped, because torch 2.13 on a
+    # CPU crashes in the backward pass if positions are not finite or overflow an int.
     grid = grid.nan_to_num(nan=_OUTSIDE).clamp(-_OUTSIDE, _OUTSIDE)
     batch = like.shape[0]
     sampled = F.grid_sample(
@@ -103,7 +105,7 @@ def sample(
 
 
 def pixel_positions(field: Tensor) -> Tensor:
-    """(1, 2, H, W) float32: col and row of each pixel of a (B, C, H, W) map."""
+    """Make (1, 2, H, W) float32: col and row of each pixel of a (B, C, H, W) map."""
     rows, cols = field.shape[-2:]
     row, col = torch.meshgrid(
         torch.arange(rows, device=field.device, dtype=torch.float32),
@@ -114,7 +116,7 @@ def pixel_positions(field: Tensor) -> Tensor:
 
 
 def compose(f: Tensor, g: Tensor) -> Tensor:
-    """The field that warps by `g` first and by `f` after: f(p) + g(p + f(p)).
+    """Compose fields, to warp by `g` first, then by `f`: f(p) + g(p + f(p)).
 
     Args:
         f: (B, 2, H, W), pixels.
@@ -124,25 +126,24 @@ def compose(f: Tensor, g: Tensor) -> Tensor:
         (B, 2, H, W).
 
     Raises:
-        FieldError: one of them is no field, or their sizes differ.
+        FieldError: one of them is not a field, or their sizes differ.
     """
     check_field(g)
     return f + warp(g, f, padding="border")
 
 
 def invert(field: Tensor, *, iterations: int = 30) -> Tensor:
-    """The field h with compose(h, field) = 0, by fixed-point iteration.
+    """Find the field h with compose(h, field) = 0, by fixed-point iteration.
 
-    Converges where the field's derivatives stay below 1 in absolute value
-    (smooth fields without folds); the error then shrinks by that factor an
-    iteration.
+    Converges where the field's derivatives stay below 1 in absolute value (smooth
+    fields without folds). Each iteration then multiplies the error by that value.
 
     Args:
         field: (B, 2, H, W), pixels.
         iterations: steps of h <- -field(p + h).
 
     Returns:
-        (B, 2, H, W): field(p + h(p)) = -h(p), so h is the way back.
+        (B, 2, H, W): h, with field(p + h(p)) = -h(p).
 
     Source: Chen et al. 2008, doi:10.1118/1.2816107.
     """
@@ -167,10 +168,10 @@ def upsample_field(field: Tensor, levels: int) -> Tensor:
         itself when `levels` is 0.
 
     Raises:
-        FieldError: `field` is no field, or `levels` is negative.
+        FieldError: `field` is not a field, or `levels` is negative.
 
-    Source: pixel-centre grid of Jaderberg et al. 2015 (arXiv:1506.02025) as
-    torch has it with align_corners=False.
+    Source: pixel-centre grid of Jaderberg et al. 2015 (arXiv:1506.02025), in torch
+    align_corners=False.
     """
     check_field(field)
     if levels < 0:
@@ -188,14 +189,14 @@ def downsample_field(field: Tensor, levels: int) -> Tensor:
 
     Args:
         field: (B, 2, H, W), pixels of its own mip; finite everywhere.
-        levels: how many mips coarser, >= 0; odd borders are averaged over
-            the pixels that are there.
+        levels: how many mips coarser, >= 0; at odd borders, existing pixels are
+            averaged.
 
     Returns:
         (B, 2, ceil(H / 2**levels), ceil(W / 2**levels)), pixels of that mip.
 
     Raises:
-        FieldError: `field` is no field, or `levels` is negative.
+        FieldError: `field` is not a field, or `levels` is negative.
     """
     check_field(field)
     if levels < 0:
@@ -206,15 +207,15 @@ def downsample_field(field: Tensor, levels: int) -> Tensor:
 
 
 def resample_field(field: Tensor, source: Grid, target: Grid) -> Tensor:
-    """Bring a field from one grid to another: other mip, corner or size.
+    """Resample a field to another grid: other mip, corner or size.
 
-    Both grids state where they lie in the volume, so nothing is guessed. Where
-    `target` reaches beyond `source` the field is continued by its border.
+    Both grids state their location in the volume. Where `target` reaches beyond
+    `source`, the field repeats its border.
 
     Args:
         field: (B, 2, H, W), pixels of source.mip; finite everywhere.
         source: grid of `field`.
-        target: grid wanted.
+        target: grid of the result.
 
     Returns:
         (B, 2, target.rows, target.cols), pixels of target.mip.
@@ -244,29 +245,29 @@ def resample_field(field: Tensor, source: Grid, target: Grid) -> Tensor:
 
 
 def fill_not_finite(field: Tensor) -> Tensor:
-    """A field whose NaN and infinite vectors are the nearest finite ones.
+    """Replace the NaN and infinite vectors of a field by the nearest finite ones.
 
     Args:
         field: (B, 2, H, W).
 
     Returns:
-        (B, 2, H, W), 0 throughout where no vector of a sample is finite.
+        (B, 2, H, W), all 0 for a sample without finite vectors.
     """
     broken = ~torch.isfinite(field).all(1)
     if not bool(broken.any()):
         return field
     filled = torch.zeros_like(field)
-    for at in (~broken).flatten(1).any(1).nonzero().flatten().tolist():
+    for index in (~broken).flatten(1).any(1).nonzero().flatten().tolist():
         nearest = ndimage.distance_transform_edt(
-            broken[at].cpu().numpy(), return_distances=False, return_indices=True
+            broken[index].cpu().numpy(), return_distances=False, return_indices=True
         )
         rows, cols = torch.from_numpy(np.asarray(nearest, np.int64)).to(field.device)
-        filled[at] = field[at][:, rows, cols]
+        filled[index] = field[index][:, rows, cols]
     return filled
 
 
 def jacobian_determinant(field: Tensor) -> Tensor:
-    """Determinant of d(p + field(p)) / dp by central differences.
+    """Compute the determinant of d(p + field(p)) / dp by central differences.
 
     Args:
         field: (B, 2, H, W), pixels; H and W >= 3.

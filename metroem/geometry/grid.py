@@ -1,4 +1,4 @@
-"""Where the pixels of an array lie in the volume, and how large they are."""
+"""Locate the pixels of an array in the volume, and give their size."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,20 +9,20 @@ Resolution = tuple[float, float, float]  # nm of a voxel along x, y, z
 
 
 def nm_of(values: Sequence[float]) -> Resolution:
-    """Three numbers as a resolution."""
+    """Turn three numbers into a resolution."""
     x, y, z = (float(value) for value in values)
     return x, y, z
 
 
 def in_nm(resolution: Resolution | None) -> str:
-    """A resolution in words, "8x8x40 nm"."""
+    """Describe a resolution in words, "8x8x40 nm"."""
     if resolution is None:
         return "not known"
     return "x".join(f"{nm:g}" for nm in resolution) + " nm"
 
 
 def same_resolution(one: Resolution | None, other: Resolution | None) -> bool:
-    """Whether two resolutions agree to 1 %; one that is not known agrees with any."""
+    """Whether two resolutions agree to 1 %; an unknown one agrees with any."""
     if one is None or other is None:
         return True
     return all(abs(a - b) <= 0.01 * abs(b) for a, b in zip(one, other, strict=True))
@@ -32,9 +32,9 @@ def same_resolution(one: Resolution | None, other: Resolution | None) -> bool:
 class Grid:
     """The pixel grid of an image or a field: its mip, corner and shape.
 
-    Rows run along the volume's x and cols along its y (no transpose between
-    volume, file and network). Pixel (i, j) covers the mip-0 pixels from
-    (x + i * 2**mip, y + j * 2**mip) on, 2**mip of them in each direction.
+    Rows run along the volume's x and cols along its y (no transpose between volume,
+    file and network). Pixel (i, j) covers 2**mip x 2**mip mip-0 pixels; the first one
+    is (x + i * 2**mip, y + j * 2**mip).
 
     Attributes:
         mip: image level, >= 0.
@@ -44,7 +44,7 @@ class Grid:
         cols: number of cols, W.
 
     Raises:
-        DatasetError: a negative mip, or no pixel.
+        DatasetError: a negative mip, or no pixels.
     """
 
     mip: int
@@ -83,7 +83,7 @@ class Grid:
         )
 
     def overlap(self, other: "Grid") -> "Grid | None":
-        """What two grids of one mip, whose pixels coincide, share; None if nothing."""
+        """The common part of two grids of one mip whose pixels coincide, or None."""
         x, y = max(self.x, other.x), max(self.y, other.y)
         x_end, y_end = (min(a, b) for a, b in zip(self.end, other.end, strict=True))
         rows, cols = (x_end - x) >> self.mip, (y_end - y) >> self.mip
@@ -95,7 +95,7 @@ class Grid:
         return Grid(self.mip, self.x + row * scale, self.y + col * scale, rows, cols)
 
     def at_mip(self, mip: int) -> "Grid":
-        """The grid of another mip with the same corner that just covers this."""
+        """The smallest grid of a mip, from the same corner, that covers this one."""
         rows, cols = (
             -(-(size << self.mip) >> mip) if mip > self.mip else size << self.mip >> mip
             for size in self.shape
@@ -103,11 +103,11 @@ class Grid:
         return Grid(mip, self.x, self.y, rows, cols)
 
     def cover(self, mip: int, *, margin_px: int = 0) -> "Grid":
-        """The grid of another mip that covers this, on whole pixels of that mip.
+        """The grid of another mip that covers this one, on whole pixels of that mip.
 
         Args:
-            mip: of the new grid.
-            margin_px: pixels of `mip` more on each side.
+            mip: mip of the new grid.
+            margin_px: pixels of `mip` to add on each side.
         """
         x, y = ((at >> mip) - margin_px for at in (self.x, self.y))
         x_end, y_end = (-(-at >> mip) + margin_px for at in self.end)

@@ -4,13 +4,16 @@ A spring along the unit step d joins pixel p to p + d. A field moves its ends, s
 
     vector = d + field(p + d) - field(p),    stretch = |vector| - |d|.
 
-`rigidity_map` gives the mean of |stretch|^power over the springs of each pixel, and has
-a gradient for autograd. `weighted_rigidity` gives the weighted sum of stretch^2 and its
-gradient at once, block by block, for the finetuner, which needs it hundreds of times.
-`kernels/search.py` does the same on a GPU. Tests hold that the three agree.
+`rigidity_map` gives the mean of |stretch|^power over the springs of each pixel, with a
+gradient for autograd. `weighted_rigidity` gives the weighted sum of stretch^2 and its
+gradient, block by block; the finetuner calls it hundreds of times.
+`metroem.finetune.triton_kernels` does the same on a GPU. Tests check that the three
+agree. The gradient of stretch^power by a spring's far end is
 
-Gradients are written out: autograd would keep a dozen maps for each spring, and take
-three times as long (fields of 512 px, 2 cores, 2026-11).
+    power * sign(stretch) * |stretch|^(power - 1) * vector / |vector|,
+
+and its negative by the near end. It is written out because autograd would store a dozen
+maps for each spring, and take three times as long (fields of 512 px, 2 cores, 2026-11).
 """
 
 from collections.abc import Iterator
@@ -21,16 +24,16 @@ from torch import Tensor
 
 from metroem.geometry.field import check_field
 
-# (cols, rows) from a pixel to four of its neighbours; the springs to the other four are
-# those neighbours' own.
+# (cols, rows) from a pixel to four of its neighbours. The springs to the other four
+# begin at these neighbours.
 _SPRINGS = ((0, 1), (1, 0), (1, 1), (1, -1))
-# The same springs, each from its upper end.
+# The same springs, each beginning at its upper end.
 _SPRINGS_DOWN = ((0, 1), (1, 0), (1, 1), (-1, 1))
 NUM_NEIGHBOURS = 2 * len(_SPRINGS)
 BORDER_PX = 2  # the original does not define the rigidity there
-# Rows of 512 px at which a CPU is fastest (2026-11).
+# Pixels of a block, for the speed of a CPU: 128 rows of 512 px (2026-11).
 _BLOCK_PX = 4 * 32 * 512
-_SHORTEST = 1e-6  # px: length of a spring whose direction is not known
+_SHORTEST = 1e-6  # px: least length, so that a spring has a direction
 
 
 def rigidity_map(
@@ -49,7 +52,7 @@ def rigidity_map(
         px^power; a border of 2 px is 0.
 
     Raises:
-        FieldError: `field` is no field.
+        FieldError: `field` is not a field.
 
     Source: the original's `loss.py`, whose values are kept.
     """
@@ -60,22 +63,24 @@ def rigidity_map(
 class _Spring(NamedTuple):
     """All springs of one direction."""
 
-    near: tuple[Any, ...]  # index of the pixels that they begin at
-    far: tuple[Any, ...]  # and of those that they end at
-    vector: Tensor  # (B, 2, h, w) px, from one to the other
+    near: tuple[Any, ...]  # index of the pixels where they begin
+    far: tuple[Any, ...]  # index of the pixels where they end
+    vector: Tensor  # (B, 2, h, w) px, from near to far
     length: Tensor  # (B, 1, h, w) px
-    stretch: Tensor  # (B, 1, h, w) px, beyond the length at rest
-    share: float  # of the mean over the springs of a pixel
+    stretch: Tensor  # (B, 1, h, w) px, length minus rest length
+    fraction: float  # weight in the mean over the springs of a pixel
 
 
 class _Rigidity(torch.autograd.Function):
+    """`rigidity_map` with its gradient."""
+
     @staticmethod
     def forward(ctx: Any, field: Tensor, power: float, diagonal_mult: float) -> Tensor:
         ctx.save_for_backward(field)
         ctx.power, ctx.diagonal_mult = power, diagonal_mult
         total = torch.zeros_like(field[:, :1])
         for spring in _springs(field, diagonal_mult):
-            strain = _powered(spring.stretch, power).mul_(spring.share)
+            strain = _powered(spring.stretch, power).mul_(spring.fraction)
             total[spring.near] += strain
             total[spring.far] += strain
         return inside_border(total, BORDER_PX)
@@ -88,7 +93,7 @@ class _Rigidity(torch.autograd.Function):
         for spring in _springs(field, ctx.diagonal_mult):
             pull = weight[spring.near] + weight[spring.far]
             slope = _powered(spring.stretch, ctx.power - 1)
-            pull *= slope.copysign_(spring.stretch).mul_(ctx.power * spring.share)
+            pull *= slope.copysign_(spring.stretch).mul_(ctx.power * spring.fraction)
             vector = spring.vector.mul_(pull.div_(spring.length))
             total[spring.far] += vector
             total[spring.near] -= vector
@@ -96,26 +101,27 @@ class _Rigidity(torch.autograd.Function):
 
 
 def _springs(field: Tensor, diagonal_mult: float) -> Iterator[_Spring]:
+    """Stretch the springs of each direction by a field."""
     rows = field.shape[-2]
     for d_cols, d_rows in _SPRINGS:
         near, far = _ends(field.shape[-2:], slice(0, rows), (d_cols, d_rows))
         vector = field[far] - field[near]
         vector[:, 0] += d_cols
         vector[:, 1] += d_rows
-        # hypot, since vector_norm over 2 channels took 80 times as long.
+        # vector_norm over 2 channels took 80 times as long as hypot.
         length = torch.hypot(vector[:, :1], vector[:, 1:]).clamp_(min=_SHORTEST)
         mult = diagonal_mult if d_rows and d_cols else 1.0
         stretch = length - float(d_cols**2 + d_rows**2) ** 0.5
-        share = mult / (4 + 4 * diagonal_mult)
-        yield _Spring(near, far, vector, length, stretch, share)
+        fraction = mult / (4 + 4 * diagonal_mult)
+        yield _Spring(near, far, vector, length, stretch, fraction)
 
 
 def _powered(stretch: Tensor, power: float) -> Tensor:
-    """|stretch|^power, in memory of its own."""
+    """Compute |stretch|^power in a new tensor."""
     if power == 2:
         return stretch.square()
-    size = stretch.abs()
-    return size if power == 1 else size.pow_(power)
+    absolute = stretch.abs()
+    return absolute if power == 1 else absolute.pow_(power)
 
 
 def inside_border(values: Tensor, border: int) -> Tensor:
@@ -134,9 +140,9 @@ def weighted_rigidity(
 
     Args:
         field: (B, 2, H, W), pixels.
-        weight: (B, 1, H, W), 0 at the very border.
-        strain: (B, 1, H, W), to which the sum of each pixel without its weight is
-            added; or empty.
+        weight: (B, 1, H, W), 0 in the outermost row and col on each side.
+        strain: (B, 1, H, W): the sum of each pixel, without its weight, is added to it;
+            or an empty tensor.
 
     Returns:
         The sum, (B,), and half its gradient, (B, 2, H, W).
@@ -176,7 +182,7 @@ def weighted_rigidity(
 def _ends(
     shape: torch.Size, block: slice, spring: tuple[int, int]
 ) -> tuple[tuple, tuple]:
-    """Index the pixels p of some rows, and p + spring, where both exist."""
+    """Index the pixels p of a block of rows, and p + spring, where both exist."""
     rows, cols = shape
     d_cols, d_rows = spring
     low, high = max(block.start, -d_rows), min(block.stop, rows - d_rows)
@@ -191,11 +197,14 @@ def _ends(
 
 
 def row_blocks(field: Tensor, size_px: int) -> Iterator[tuple[slice, slice]]:
-    """Split a batch into samples and rows that stay in the cache of a CPU.
+    """Split a batch into blocks of rows that stay in the cache of a CPU.
 
     Args:
         field: (B, C, H, W).
-        size_px: pixels of a block; on a GPU there is one block of all.
+        size_px: pixels of a block; on a GPU there is one block.
+
+    Yields:
+        Samples and rows of each block.
     """
     batch, _, rows, cols = field.shape
     if field.device.type != "cpu":

@@ -1,4 +1,4 @@
-"""Convert fields to torchfields, which corgie takes, and tensors back."""
+"""Convert fields to torchfields for corgie, and tensors of any form to plain ones."""
 
 from typing import Any
 
@@ -6,13 +6,17 @@ from torch import Tensor
 
 
 def as_bchw(values: Tensor) -> Tensor:
-    """(H, W) to (B, C, H, W), any layout or subclass -> contiguous (B, C, H, W)."""
+    """Make a tensor (B, C, H, W), contiguous and plain.
+
+    Args:
+        values: (H, W) to (B, C, H, W), any layout or subclass of Tensor.
+    """
     values = values.as_subclass(Tensor)
     return values.reshape((1,) * (4 - values.ndim) + tuple(values.shape)).contiguous()
 
 
 def as_torchfields(field: Tensor) -> Any:
-    """A field as the torchfields `Field` that corgie and its like expect."""
-    import torchfields  # costs a second, and only this boundary needs it
+    """Make a torchfields `Field`, as corgie expects it, of (B, 2, H, W), pixels."""
+    import torchfields  # takes a second, and is needed here only
 
     return torchfields.Field(field)

@@ -8,43 +8,28 @@ from torch import Tensor
 
 from metroem.imaging.masks import tissue_mask
 
-# What `find_bands` takes for a defect, in standard deviations of tissue and pixels.
-# Measured 2026-11 on 45 FIB-SEM and 20 TEM sections, and 40 with planted defects:
-# 0.01 % of clean pixels taken, at most 0.5 % of a section; of dark folds 98 %, of
-# cracks 75 %, of stains 60 % of the pixels found.
+# Limits of `find_bands`. Measured 2026-11 on 45 FIB-SEM and 20 TEM sections, and 40
+# with planted defects: it marks 0.01 % of clean pixels, at most 0.5 % of a section. It
+# finds 98 % of the pixels of dark folds, 75 % of cracks, 60 % of stains.
 _SMOOTHING_PX = 1.5
-
-
-_LIKELY, _SURE = 1.4, 2.1
-
-
-_SURE_SHARE = 0.45
-
-
+_LIKELY, _SURE = 1.4, 2.1  # deviation, in standard deviations of tissue
+_SURE_FRACTION = 0.45  # of a blob's pixels
 _MIN_BLOB_PX = 300
-
-
-_MIN_LENGTH = 0.4  # of the shorter side of the image
-
-
+_MIN_LENGTH = 0.4  # fraction of the shorter side of the image
 _MIN_LENGTH_PX = 150
-
-
 _MAX_WIDTH_PX = 45
-
-
-_REACH_PX = 4
+_MARGIN_PX = 4  # around sure pixels of a blob
 
 
 def find_defects(
     image: Tensor, *, min_thickness: int = 70, min_px: int = 400
 ) -> Tensor:
-    """Folds, cracks, stains and holes of sections; see `find_gaps`, `find_bands`.
+    """Find folds, cracks, stains and holes, by `find_gaps` and `find_bands`.
 
     Args:
         image: (B, 1, H, W), 0 = no data.
-        min_thickness: gaps of the tissue up to this many pixels are taken.
-        min_px: gaps of at most so many pixels are left out.
+        min_thickness: gaps of the tissue up to this many pixels wide are marked.
+        min_px: gaps of at most this many pixels are left out.
 
     Returns:
         (B, 1, H, W) bool.
@@ -54,15 +39,15 @@ def find_defects(
 
 
 def find_gaps(image: Tensor, *, min_thickness: int, min_px: int) -> Tensor:
-    """Folds, cracks and holes that show as "no data" inside the tissue.
+    """Find folds, cracks and holes that show as "no data" inside the tissue.
 
-    They are the zeros that a morphological closing of the tissue fills, in
-    connected components above a size.
+    A morphological closing of the tissue fills them. Connected components of the
+    filled pixels are marked if they are large enough.
 
     Args:
         image: (B, 1, H, W), 0 = no data.
-        min_thickness: gaps up to this many pixels are closed.
-        min_px: components of at most so many pixels are left out.
+        min_thickness: gaps up to this many pixels wide are closed.
+        min_px: components of at most this many pixels are left out.
 
     Returns:
         (B, 1, H, W) bool.
@@ -78,27 +63,27 @@ def find_gaps(image: Tensor, *, min_thickness: int, min_px: int) -> Tensor:
 
 
 def find_bands(image: Tensor) -> Tensor:
-    """Folds, cracks and stains that show as darker or brighter than tissue.
+    """Find folds, cracks and stains that are darker or brighter than tissue.
 
-    Dark and bright areas, once membranes are smoothed away, are taken if they
-    are as long and thin as a fold, or mostly beyond what tissue reaches: a
-    mitochondrion is neither. Bands less than 6 px wide are not found.
+    Membranes are smoothed away. Then dark and bright areas are marked if they are long
+    and thin like a fold, or if most of their pixels are too dark or bright for tissue.
+    A mitochondrion is neither. Bands less than 6 px wide are not found.
 
     Args:
         image: (B, 1, H, W), any scale of grey levels, 0 = no data.
 
     Returns:
-        (B, 1, H, W) bool, in blocks of 2 x 2 px; never "no data".
+        (B, 1, H, W) bool, in blocks of 2 x 2 px; False at "no data".
     """
     rows, cols = image.shape[-2:]
     tissue = tissue_mask(image)
-    share = F.avg_pool2d(tissue.float(), 2, ceil_mode=True)
-    grey = F.avg_pool2d(image.float(), 2, ceil_mode=True) / share.clamp(min=0.25)
+    fraction = F.avg_pool2d(tissue.float(), 2, ceil_mode=True)
+    grey = F.avg_pool2d(image.float(), 2, ceil_mode=True) / fraction.clamp(min=0.25)
     bands = np.stack(
         [
-            _bands(one_grey, one_share > 0.5)
-            for one_grey, one_share in zip(
-                grey[:, 0].cpu().numpy(), share[:, 0].cpu().numpy(), strict=True
+            _bands(one_grey, one_fraction > 0.5)
+            for one_grey, one_fraction in zip(
+                grey[:, 0].cpu().numpy(), fraction[:, 0].cpu().numpy(), strict=True
             )
         ]
     )
@@ -108,10 +93,10 @@ def find_bands(image: Tensor) -> Tensor:
 
 
 def _bands(grey: np.ndarray, tissue: np.ndarray) -> np.ndarray:
-    """`find_bands` of one image, (H, W), at half its size."""
+    """Find bands in one image, (H, W), at half its size."""
     if not tissue.any():
         return np.zeros_like(tissue)
-    # "No data" becomes ordinary tissue, so that smoothing makes no edge of it.
+    # "No data" is filled with mean tissue, so that smoothing makes no edge there.
     filled = np.where(tissue, grey, grey[tissue].mean())
     smooth = ndimage.gaussian_filter(filled, _SMOOTHING_PX / 2, truncate=3)
     low, middle, high = np.percentile(smooth[tissue][::3], (16, 50, 84))
@@ -126,19 +111,19 @@ def _bands(grey: np.ndarray, tissue: np.ndarray) -> np.ndarray:
 
 
 def _large_areas(deviation: np.ndarray, tissue: np.ndarray) -> np.ndarray:
-    """What of an image, (H, W) at half its size, is too far off to be tissue.
+    """Mark areas of an image, (H, W) at half its size, that are not tissue.
 
     Args:
-        deviation: from the median, in spreads (standard deviations of tissue).
-        tissue: bool.
+        deviation: deviation from the median, in standard deviations of tissue.
+        tissue: (H, W) bool.
     """
-    likely = _opened(tissue & (deviation > _LIKELY))
+    likely = _open(tissue & (deviation > _LIKELY))
     sure = likely & (deviation > _SURE)
     labels = _labels(likely)
     area = np.bincount(labels.ravel())
     count = len(area) - 1
     num_sure = np.bincount(labels[sure], minlength=count + 1)
-    extreme = num_sure > np.maximum(_SURE_SHARE * area, _MIN_BLOB_PX / 4)
+    extreme = num_sure > np.maximum(_SURE_FRACTION * area, _MIN_BLOB_PX / 4)
     extreme[0] = False
     long = np.zeros(count + 1, bool)
     for label, (rows, cols) in enumerate(ndimage.find_objects(labels), 1):
@@ -147,16 +132,17 @@ def _large_areas(deviation: np.ndarray, tissue: np.ndarray) -> np.ndarray:
         long[label] = length >= needed and area[label] < length * _MAX_WIDTH_PX / 2
     if not extreme.any():
         return long[labels]
-    # What touches an extreme area is tissue again, some pixels away from it.
-    reach = 2 * (_REACH_PX // 2) + 1
-    beside = np.asarray(ndimage.maximum_filter(sure, reach), bool)
-    return (long & ~extreme)[labels] | (extreme[labels] & beside)
+    # Only the surroundings of sure pixels are marked: further away, an extreme area may
+    # touch tissue.
+    size = 2 * (_MARGIN_PX // 2) + 1
+    near_sure = np.asarray(ndimage.maximum_filter(sure, size), bool)
+    return (long & ~extreme)[labels] | (extreme[labels] & near_sure)
 
 
-def _opened(mask: np.ndarray) -> np.ndarray:
-    """What of a mask, (H, W), squares of 3 x 3 px fit into.
+def _open(mask: np.ndarray) -> np.ndarray:
+    """Open a mask, (H, W), with a square of 3 x 3 px.
 
-    Row by row and column by column: scipy takes ten times as long.
+    Erosion and dilation go along rows, then along cols: scipy takes ten times as long.
     """
     for combine in (np.logical_and, np.logical_or):
         padded = np.pad(mask, 1)
@@ -166,7 +152,8 @@ def _opened(mask: np.ndarray) -> np.ndarray:
 
 
 def _gaps(tissue: np.ndarray, radius: int, min_px: int) -> np.ndarray:
-    # Padded by what is tissue at the border, so that closing does not eat it.
+    """Find gaps in one tissue mask, (H, W)."""
+    # Padded by repeating the border, so that closing does not erode it.
     padded = np.pad(tissue, radius, mode="edge")
     closed = ndimage.binary_closing(padded, iterations=max(radius, 1))
     inside = closed[radius:, radius:][: tissue.shape[0], : tissue.shape[1]]
@@ -177,5 +164,5 @@ def _gaps(tissue: np.ndarray, radius: int, min_px: int) -> np.ndarray:
 
 
 def _labels(mask: np.ndarray) -> np.ndarray:
-    """(H, W) int64: number of the connected component of each pixel, 0 for none."""
+    """Number connected components: (H, W) int64, 0 for no component."""
     return np.asarray(ndimage.label(mask)[0], dtype=np.int64)  # type: ignore[index]

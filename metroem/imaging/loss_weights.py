@@ -11,7 +11,7 @@ from metroem.imaging.masks import dilate, tissue_mask
 
 
 class PairMasks(NamedTuple):
-    """What mask rules of one batch may look at."""
+    """Images and masks that mask rules read, of one batch."""
 
     src: Tensor  # (B, C, H, W) image, 0 = no data
     tgt: Tensor  # (B, C, H, W)
@@ -19,7 +19,7 @@ class PairMasks(NamedTuple):
     tgt_defects: Tensor | None = None  # (B, 1, H, W) bool
 
     def named(self, name: str) -> Tensor | None:
-        """The map of one of `MAP_NAMES`, (B, C, H, W) float; None if not given."""
+        """Look up one of `MAP_NAMES`: (B, C, H, W) float; None if not given."""
         if name.endswith("_zeros"):
             image = self.src if name.startswith("src") else self.tgt
             return (~tissue_mask(image[:, :1])).float()
@@ -28,22 +28,24 @@ class PairMasks(NamedTuple):
 
 
 class PairWeight(NamedTuple):
-    """Weights of one loss term, made once for a pair."""
+    """Weights of one loss term for a pair."""
 
     src: Tensor  # (B, 1, H, W), pixels of src
     tgt: Tensor  # (B, 1, H, W), pixels of tgt
 
     def along(self, field: Tensor) -> Tensor:
-        """The weight of each tgt pixel once src is warped by `field`."""
+        """Compute the weight of each pixel of tgt when src is warped by `field`."""
         return warp(self.src, field, padding="border") * self.tgt
 
 
 def pair_weights(rules: MaskRules, maps: PairMasks) -> PairWeight:
-    """The weights that `rules` give a pair; a map that is absent masks nothing.
+    """Compute the weights that mask rules give a pair.
+
+    A map that is not given masks nothing.
 
     Args:
-        rules: of one loss term.
-        maps: of the pair, (B, C, H, W) each.
+        rules: rules of one loss term.
+        maps: images and masks of the pair, (B, C, H, W) each.
 
     Returns:
         Weights of src and tgt, each (B, 1, H, W) float32.
@@ -61,20 +63,20 @@ def pair_weights(rules: MaskRules, maps: PairMasks) -> PairWeight:
 
 
 def rule_weight(rule: MaskRule, values: Tensor) -> Tensor:
-    """Weight map (B, 1, H, W) that a rule gives for its map `values` (B, C, H, W)."""
+    """Compute the weights, (B, 1, H, W), of a rule from its map, (B, C, H, W)."""
     if rule.channel is not None and values.shape[1] > 1:
         values = values[:, rule.channel : rule.channel + 1]
-    masked = ~_counts(rule, values).all(dim=1, keepdim=True)
+    masked = ~_is_unmasked(rule, values).all(dim=1, keepdim=True)
     weight = torch.where(masked, rule.mask_value, 1.0).float()
     for pixels, ring_weight in rule.rings:
-        grown = dilate(masked, pixels)
-        weight = torch.where(grown & ~masked & (weight == 1), ring_weight, weight)
-        masked = grown
+        dilated = dilate(masked, pixels)
+        weight = torch.where(dilated & ~masked & (weight == 1), ring_weight, weight)
+        masked = dilated
     return weight
 
 
-def _counts(rule: MaskRule, values: Tensor) -> Tensor:
-    """Bool map: where `values` (B, C, H, W) lets a pixel count in full."""
+def _is_unmasked(rule: MaskRule, values: Tensor) -> Tensor:
+    """Mark where a map, (B, C, H, W), gives a pixel its full weight; bool."""
     low, high = rule.bounds
     match rule.strategy:
         case "eq":

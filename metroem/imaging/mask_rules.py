@@ -1,4 +1,7 @@
-"""Say where a loss counts: mask rules, as schedules have them, without torch."""
+"""Define mask rules, which say where a loss counts; no torch is needed.
+
+Schedules have them in JSON. `metroem.imaging.loss_weights` turns them into weights.
+"""
 
 from typing import Annotated, Any
 
@@ -9,8 +12,7 @@ from metroem.errors import UsageError
 
 STRATEGIES = ("eq", "neq", "lt", "gt", "between", "not_between")
 MAP_NAMES = ("src", "tgt", "src_zeros", "tgt_zeros", "src_defects", "tgt_defects")
-
-
+# Attribute of a rule -> its key in JSON, flattened.
 _KEYS = {
     "channel": "fm",
     "strategy": "binarization: strat",
@@ -21,9 +23,9 @@ _KEYS = {
 
 
 class MaskRule(msgspec.Struct, frozen=True, forbid_unknown_fields=True, rename=_KEYS):
-    """Where one map keeps a loss from counting.
+    """A rule that masks a loss by one map.
 
-    A pixel counts in full where the binarised map is 1.
+    A pixel has full weight where the binarised map is 1.
 
     Raises:
         UsageError: unknown name or strategy.
@@ -67,7 +69,7 @@ class MaskRule(msgspec.Struct, frozen=True, forbid_unknown_fields=True, rename=_
 
     @staticmethod
     def flatten_json(rule: Any, where: str) -> Any:
-        """Name the keys of "binarization" as this class does; the rest is left."""
+        """Flatten "binarization" of a rule's JSON; other keys stay."""
         if not isinstance(rule, dict):
             return rule
         flat = {k: v for k, v in rule.items() if (k, v) != ("coarsen_ranges", None)}
@@ -79,7 +81,7 @@ class MaskRule(msgspec.Struct, frozen=True, forbid_unknown_fields=True, rename=_
         return flat | {f"binarization: {key}": value for key, value in inner.items()}
 
     def to_json(self) -> dict[str, Any]:
-        """The rule as a schedule has it, with all keys."""
+        """Write the rule as in a schedule, with all keys."""
         tree = msgspec.json.decode(msgspec.json.encode(self))
         nested = [key for key in tree if key.startswith("binarization: ")]
         inner = {key.partition(": ")[2]: tree.pop(key) for key in nested}
@@ -87,13 +89,13 @@ class MaskRule(msgspec.Struct, frozen=True, forbid_unknown_fields=True, rename=_
 
 
 class MaskRules(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """The rules of one loss term, for each side of a pair."""
+    """The rules of one loss term, for src and for tgt."""
 
     src: tuple[MaskRule, ...] = ()
     tgt: tuple[MaskRule, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
-        """The rules as a schedule has them, with all keys."""
+        """Write the rules as in a schedule, with all keys."""
         return {
             "src": [rule.to_json() for rule in self.src],
             "tgt": [rule.to_json() for rule in self.tgt],
@@ -110,9 +112,9 @@ def _defects(side: str) -> MaskRule:
     return MaskRule(f"{side}_defects", strategy="eq", rings=((1, 0.0),))
 
 
-# The finetuner's rules in the original (`aligner.py`), also of schedules that name
-# none: no similarity at "no data" and defects, free tearing at both. It leaves the
-# defects of tgt out, as if a fold of tgt had something to be aligned to.
+# The finetuner's rules, also used by schedules without rules: no similarity at "no
+# data" and defects, and no smoothness there. The original (`aligner.py`) has the same
+# rules without the defects of tgt, although a fold of tgt has no counterpart in src.
 SIMILARITY_RULES = MaskRules(
     src=(_no_data("src"), _defects("src")), tgt=(_no_data("tgt"), _defects("tgt"))
 )

@@ -1,29 +1,26 @@
-"""Where a loss counts: masks from grey levels, and weights from masks.
-
-A weight map is (B, 1, H, W) float32, 1 where a pixel counts in full. Weights of
-src are given in src's own pixels and are warped along with it.
-"""
+"""Make tissue masks, and dilate or warp masks."""
 
 from torch import Tensor
 
 from metroem.geometry.field import warp
 
-# Of a warped pixel, so that a line of one pixel is not lost between two.
-_MASKED_SHARE = 0.4
+# Fraction of a warped pixel from which it is masked. Below 0.5, so that a line one
+# pixel wide is not lost when it falls between two pixels.
+_MASKED_FRACTION = 0.4
 
 
 def tissue_mask(image: Tensor) -> Tensor:
-    """True where an image has data, i.e. is not exactly 0; any shape."""
+    """Mark where an image, of any shape, has data, i.e. is not exactly 0; bool."""
     return image != 0
 
 
 def has_tissue(image: Tensor) -> Tensor:
-    """Which images of a batch have any data, (B, C, H, W) -> (B, 1, 1, 1) bool."""
+    """Whether each image of a batch has data, (B, C, H, W) -> (B, 1, 1, 1) bool."""
     return tissue_mask(image).flatten(1).any(1).view(-1, 1, 1, 1)
 
 
 def dilate(mask: Tensor, pixels: int) -> Tensor:
-    """Grow a mask by some pixels in all 8 directions.
+    """Dilate a mask by some pixels in all 8 directions.
 
     Args:
         mask: (B, 1, H, W) bool.
@@ -32,26 +29,26 @@ def dilate(mask: Tensor, pixels: int) -> Tensor:
     Returns:
         (B, 1, H, W) bool.
     """
-    # Along rows, then along cols: a pooling of floats takes ten times as long.
+    # One axis after the other: max pooling of floats takes ten times as long.
     for dim in (-2, -1):
         size = mask.shape[dim]
-        grown = mask.clone()
+        dilated = mask.clone()
         for step in range(1, min(pixels, size - 1) + 1):
             rest = size - step
-            grown.narrow(dim, 0, rest).logical_or_(mask.narrow(dim, step, rest))
-            grown.narrow(dim, step, rest).logical_or_(mask.narrow(dim, 0, rest))
-        mask = grown
+            dilated.narrow(dim, 0, rest).logical_or_(mask.narrow(dim, step, rest))
+            dilated.narrow(dim, step, rest).logical_or_(mask.narrow(dim, 0, rest))
+        mask = dilated
     return mask
 
 
 def warp_mask(mask: Tensor, field: Tensor) -> Tensor:
-    """Move a mask along a field.
+    """Warp a mask by a field.
 
     Args:
-        mask: (B, 1, H, W) bool; beyond its border it goes on as at it.
+        mask: (B, 1, H, W) bool; beyond its border it repeats the border.
         field: (B, 2, H, W), pixels.
 
     Returns:
-        (B, 1, H, W) bool: where more than 0.4 of what the field reads is masked.
+        (B, 1, H, W) bool: True where the interpolated mask is above 0.4.
     """
-    return warp(mask.float(), field, padding="border") > _MASKED_SHARE
+    return warp(mask.float(), field, padding="border") > _MASKED_FRACTION

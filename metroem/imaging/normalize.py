@@ -1,4 +1,4 @@
-"""Grey levels as the networks want them: mean 0, std 1 over tissue, 0 no data."""
+"""Normalise grey levels for networks: mean 0, std 1 over tissue, 0 = no data."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -7,12 +7,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# The original's reader takes anything darker as "no data" (`dataset.py`).
+# The original's reader treats darker pixels as "no data" (`dataset.py`).
 DARKEST = -4.0
-# Normalised by a reference area, tissue may be off mean 0 and std 1, but not as far
-# as grey levels of 0..255 or 0..1 are.
-_LARGEST_MEAN, _STD_RANGE = 1.5, (0.3, 3.0)
-# What a tissue pixel at the mean becomes, so that it is not taken for "no data".
+# Tissue that is normalised by a reference area may differ from mean 0 and std 1, but
+# less than grey levels of 0..255 or 0..1 do.
+_MAX_MEAN, _STD_RANGE = 1.5, (0.3, 3.0)
+# Value of tissue pixels that would become 0, so that they are not "no data".
 _MEAN_GREY = 1e-4
 
 
@@ -24,24 +24,24 @@ class GreyStatistics(NamedTuple):
 
 
 def looks_normalized(statistics: GreyStatistics) -> bool:
-    """Whether tissue with these statistics may be that of a normalised image."""
+    """Whether an image with these statistics of its tissue may be normalised."""
     low, high = _STD_RANGE
-    return abs(statistics.mean) <= _LARGEST_MEAN and low < statistics.std < high
+    return abs(statistics.mean) <= _MAX_MEAN and low < statistics.std < high
 
 
 def tissue_statistics(image: Tensor) -> GreyStatistics | None:
-    """Mean and standard deviation over the finite pixels that are not 0.
+    """Compute mean and standard deviation over finite pixels that are not 0.
 
     Args:
         image: any shape, raw grey levels, 0 = no data.
 
     Returns:
-        The statistics, or None where there is no tissue or no contrast.
+        The statistics, or None if there is no tissue or no contrast.
     """
     if image.dtype == torch.uint8:
-        return _statistics_of_levels(image)
+        return _histogram_statistics(image)
     is_tissue = (image != 0) & torch.isfinite(image)
-    # Picking pixels takes longer than all the rest: mostly there is nothing to pick.
+    # Selecting pixels takes most of the time, and most images need no selection.
     tissue = image.flatten() if bool(is_tissue.all()) else image[is_tissue]
     tissue = tissue.double()
     if tissue.numel() < 2 or not (std := float(tissue.std(correction=0))) > 0:
@@ -50,14 +50,14 @@ def tissue_statistics(image: Tensor) -> GreyStatistics | None:
 
 
 def normalize(image: Tensor, statistics: GreyStatistics | None = None) -> Tensor:
-    """Shift and scale the tissue of an image; where it is 0 it stays 0.
+    """Shift and scale the tissue of an image; 0 stays 0.
 
-    Tissue is kept at or above `DARKEST` and off exact 0, since both mean "no
-    data" to a reader.
+    Tissue does not go below `DARKEST` and does not become 0, since readers treat both
+    as "no data".
 
     Args:
         image: any shape, raw grey levels, 0 = no data.
-        statistics: of the area to be normalised by; the image's own if None.
+        statistics: mean and std to normalise by; the image's own if None.
 
     Returns:
         float32 of the same shape; all 0 for an image without tissue.
@@ -66,7 +66,7 @@ def normalize(image: Tensor, statistics: GreyStatistics | None = None) -> Tensor
     if statistics is None:
         return torch.zeros_like(image, dtype=torch.float32)
     if image.dtype == torch.uint8:
-        # Each grey level once, not each pixel.
+        # Normalise each grey level once, then look up the pixels.
         levels = torch.arange(256, dtype=torch.float32, device=image.device)
         greys = normalize(levels, statistics)
         return greys.index_select(0, image.flatten().int()).view(image.shape)
@@ -75,12 +75,12 @@ def normalize(image: Tensor, statistics: GreyStatistics | None = None) -> Tensor
 
 
 def normalize_if_raw(images: Sequence[Tensor], wanted: bool | str) -> list[Tensor]:
-    """Normalise images of one volume that somebody hands over, if it is wanted.
+    """Normalise images of one volume, if the caller asks for it.
 
-    "raw" normalises what is not normalised yet. Integers never are. Floats are taken
-    for raw where none is below 0, or where they vary too much for tissue of std 1.
-    They are judged together: a small image of a normalised volume may be brighter
-    than the mean of its section all over, two sections seldom are.
+    "raw" normalises images that are not normalised yet. Integers are raw. Floats are
+    raw if no tissue is below 0, or if they vary too much for tissue of std 1. All
+    floats are judged together: one small image of a normalised volume may be brighter
+    than the mean of its section everywhere, but two sections seldom are.
 
     Args:
         images: (B, C, H, W) each, of any dtype, 0 = no data.
@@ -102,48 +102,48 @@ def normalize_if_raw(images: Sequence[Tensor], wanted: bool | str) -> list[Tenso
 
 
 def finite_or_no_data(image: Tensor) -> Tensor:
-    """An image of any shape and type, 0 ("no data") where it is NaN or infinite."""
+    """Set NaN and infinite pixels to 0 ("no data"); any shape and type."""
     if not image.is_floating_point():
         return image
     return torch.where(torch.isfinite(image), image, 0.0)
 
 
 def keep_no_data(changed: Tensor, image: Tensor) -> Tensor:
-    """A changed image, exactly 0 where it was before and nowhere else.
+    """Make a changed image exactly 0 where it was 0 before, and nowhere else.
 
     Args:
-        changed: any shape, normalised.
-        image: the same before the change, 0 = no data.
+        changed: the image after a change, any shape, normalised.
+        image: the image before the change, 0 = no data.
     """
     changed = torch.where(changed == 0, _MEAN_GREY, changed)
     return torch.where(image == 0, 0.0, changed)
 
 
 def coarsen_image(image: Tensor, levels: int) -> Tensor:
-    """Average an image to a coarser mip over its tissue pixels alone.
+    """Average an image to a coarser mip, over tissue pixels only.
 
-    A coarse pixel of which less than half is tissue becomes 0 ("no data").
+    In each halving, a pixel with less than half tissue becomes 0 ("no data").
 
     Args:
         image: (B, C, H, W) float, 0 = no data.
-        levels: how many mips coarser, >= 0; odd borders are averaged over the
-            pixels that are there.
+        levels: how many mips coarser, >= 0; at odd borders, existing pixels are
+            averaged.
 
     Returns:
         (B, C, ceil(H / 2**levels), ceil(W / 2**levels)).
     """
     for _ in range(levels):
         tissue = (image != 0).to(image.dtype)
-        image, share = (
+        image, fraction = (
             F.avg_pool2d(t, 2, ceil_mode=True, count_include_pad=False)
             for t in (image, tissue)
         )
-        image = torch.where(share >= 0.5, image / share.clamp(min=0.5), 0.0)
+        image = torch.where(fraction >= 0.5, image / fraction.clamp(min=0.5), 0.0)
     return image
 
 
-def _statistics_of_levels(image: Tensor) -> GreyStatistics | None:
-    """`tissue_statistics` of uint8, by how often each grey level comes."""
+def _histogram_statistics(image: Tensor) -> GreyStatistics | None:
+    """Compute `tissue_statistics` of uint8 from its histogram."""
     counts = torch.bincount(image.flatten(), minlength=256).double()
     counts[0] = 0  # no data
     if (num_pixels := float(counts.sum())) < 2:
@@ -155,7 +155,7 @@ def _statistics_of_levels(image: Tensor) -> GreyStatistics | None:
 
 
 def _looks_raw(images: Sequence[Tensor]) -> bool:
-    """Whether floats of one volume are surely not normalised."""
+    """Whether floats of one volume are certainly not normalised."""
     if not images:
         return False
     grey = torch.cat([image.flatten() for image in images])

@@ -1,4 +1,4 @@
-"""A network from its `model_spec.json`."""
+"""Build a network from its `model_spec.json`."""
 
 import contextlib
 import io
@@ -20,7 +20,7 @@ from metroem.errors import PyramidError
 from metroem.models.operators import CORRECTED_PARSERS
 
 OPERATORS = ("corrected", "stock")
-_SHRINKING = (nn.AvgPool2d, nn.MaxPool2d, nn.Conv2d)  # by their stride
+_STRIDED = (nn.AvgPool2d, nn.MaxPool2d, nn.Conv2d)  # layers that may shrink maps
 
 
 def build_net(spec_path: Path, *, operators: str) -> nn.Module:
@@ -29,15 +29,15 @@ def build_net(spec_path: Path, *, operators: str) -> nn.Module:
     Args:
         spec_path: `model_spec.json` of a module.
         operators: "corrected" (ours) or "stock" (artificery's own, for
-            checkpoints that were trained with them).
+            checkpoints that were trained with those).
 
     Returns:
         The network; `net(x=(B, 2, H, W), in_field=(B, 2, H, W) or None)` gives
         a field in pixels and leaves its embeddings in `net.state`.
 
     Raises:
-        PyramidError: no such file, no JSON, not what artificery knows, or
-            unknown operators.
+        PyramidError: the file does not exist, is not JSON, or describes a network that
+            artificery does not know; or the operators are unknown.
     """
     if operators not in OPERATORS:
         raise PyramidError(f"operators {operators!r}: expected one of {OPERATORS}")
@@ -50,7 +50,7 @@ def build_net(spec_path: Path, *, operators: str) -> nn.Module:
             return _without_in_place(builder.parse(spec_path.name))
     except PyramidError as error:
         raise PyramidError(f"{spec_path}: {error}") from error
-    except Exception as error:  # artificery has no errors of its own
+    except Exception as error:  # artificery does not define errors
         raise PyramidError(
             f"{spec_path}: artificery cannot build this network: {error!r}"
         ) from error
@@ -58,10 +58,10 @@ def build_net(spec_path: Path, *, operators: str) -> nn.Module:
 
 @contextlib.contextmanager
 def stock_operators_at_work() -> Iterator[None]:
-    """Let stock operators find torch as they need it, and keep it quiet on them.
+    """Set torch's default type for stock operators, and hide their warnings.
 
-    They leave align_corners to its default in each call of grid_sample, and make
-    tensors of torch's default type, which must be that of the network.
+    They call grid_sample without align_corners, which warns each time. They also make
+    tensors of torch's default type, which must be the type of the network.
     """
     default = torch.get_default_dtype()
     with warnings.catch_warnings():
@@ -75,10 +75,10 @@ def stock_operators_at_work() -> Iterator[None]:
 
 
 class _ReLU(nn.ReLU):
-    """A ReLU that leaves what it is given, and does not need what it gave.
+    """A ReLU that works out of place, and does not need its output again.
 
-    Values and gradients are those of ReLU, which keeps its output for the backward
-    pass: `convblock` adds to that in place.
+    Values and gradients are the same. nn.ReLU stores its output for the backward pass,
+    but `convblock` adds to that output in place.
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -86,7 +86,7 @@ class _ReLU(nn.ReLU):
 
 
 def _without_in_place(net: nn.Module) -> nn.Module:
-    """Let no layer write into what others may still need."""
+    """Make all layers work out of place, so that they keep their inputs."""
     for module in net.modules():
         if type(module) is nn.ReLU:
             module.__class__ = _ReLU
@@ -103,9 +103,9 @@ def _refuse_mask(spec: dict[str, Any], create_module: Any) -> nn.Module:
 
 
 class _Builder(Artificery):
-    """artificery's builder, with files looked up beside the spec alone.
+    """artificery's builder, which reads files beside the spec only.
 
-    The original prefers a file of that name in the working directory, and takes
+    artificery itself prefers a file of that name in the working directory, and reads
     files from anywhere.
     """
 
@@ -115,13 +115,13 @@ class _Builder(Artificery):
         self._root = self._folder = Path(os.path.normpath(folder))
 
     def parse(self, params_file: str) -> nn.Module:
-        places = [self._folder / params_file, self._root / params_file]
-        for place in places:
-            if not Path(os.path.normpath(place)).is_relative_to(self._root):
+        paths = [self._folder / params_file, self._root / params_file]
+        for path in paths:
+            if not Path(os.path.normpath(path)).is_relative_to(self._root):
                 raise PyramidError(f"{params_file!r} leads out of the spec's folder")
-        path = next((p for p in places if p.is_file()), None)
+        path = next((p for p in paths if p.is_file()), None)
         if path is None:
-            raise PyramidError(f"no file {places[0]}")
+            raise PyramidError(f"no file {paths[0]}")
         spec: dict[str, Any] = json.loads(path.read_text())
         outer, self._folder = self._folder, path.parent
         try:
@@ -131,14 +131,14 @@ class _Builder(Artificery):
 
 
 def size_divisor(net: nn.Module, spec_path: Path) -> int:
-    """How many pixels one pixel of the coarsest level of a network spans.
+    """Compute how many pixels a pixel of a network's coarsest level spans.
 
     Args:
-        net: as `build_net` makes it.
-        spec_path: of it, for the message.
+        net: a network from `build_net`.
+        spec_path: its spec, for the message.
 
     Raises:
-        PyramidError: it has no levels.
+        PyramidError: the network does not have levels.
     """
     levels = _levels(net)
     if not levels:
@@ -146,45 +146,46 @@ def size_divisor(net: nn.Module, spec_path: Path) -> int:
             f"{spec_path}: no levels; expected a net of type scalenet with "
             "upmodules and downmodules"
         )
-    return _shrinks(net) if isinstance(net, ScaleNet) else 2 ** max(levels)
+    return _shrink_factor(net) if isinstance(net, ScaleNet) else 2 ** max(levels)
 
 
 def _levels(net: nn.Module) -> list[int]:
+    """List the levels of a network."""
     parts = ("level_upmodules", "level_downmodules")
     return [int(level) for part in parts for level in getattr(net, part, {})]
 
 
-def _shrinks(module: nn.Module) -> int:
-    """How many times smaller than its input the smallest map in a module is."""
+def _shrink_factor(module: nn.Module) -> int:
+    """Compute how many times smaller than its input a module's smallest map is."""
     if isinstance(module, ScaleNet):
         coarsest = max(_levels(module), default=0)
         nested = [
-            2 ** int(level) * _shrinks(part)
+            2 ** int(level) * _shrink_factor(part)
             for kind in ("upmodules", "downmodules", "skiplinks")
             for level, part in getattr(module, f"level_{kind}").items()
             if int(level) <= coarsest
         ]
         return max(nested, default=1)
-    if isinstance(module, _SHRINKING):
+    if isinstance(module, _STRIDED):
         stride = module.stride
         return max(stride) if isinstance(stride, tuple) else stride
-    parts = [_shrinks(part) for part in module.children()]
-    in_turn = isinstance(module, nn.Sequential)
-    return math.prod(parts) if in_turn else max(parts, default=1)
+    parts = [_shrink_factor(part) for part in module.children()]
+    is_sequential = isinstance(module, nn.Sequential)
+    return math.prod(parts) if is_sequential else max(parts, default=1)
 
 
 def padding(
     shape: tuple[int, int], multiple: int, *, square: bool
 ) -> tuple[int, int, int, int]:
-    """What to pad an image on the right and below, as F.pad takes it.
+    """Compute the padding of an image on the right and below, for F.pad.
 
-    To whole pixels of the coarsest level, at least 4 of them: a stock net takes a
-    width of 2 for the two channels of a field.
+    It pads to whole pixels of the coarsest level, at least 4 of them: a stock network
+    mistakes a width of 2 for the two channels of a field.
 
     Args:
         shape: (H, W).
         multiple: see `size_divisor`.
-        square: pad both sides to the longer one, as stock operators need it.
+        square: pad both sides to the longer one, which stock operators need.
     """
     wanted = (max(shape), max(shape)) if square else shape
     rows, cols = (max(4, -(-side // multiple)) * multiple for side in wanted)

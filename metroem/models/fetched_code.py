@@ -1,7 +1,7 @@
-"""What of a fetched module would run, for people to read before they keep it.
+"""List the code that a fetched module would run, so that people can read it first.
 
-A module is code: its create.py is run by everyone who loads it, with whatever that
-imports from beside it, and a network spec may hold code of its own (custom_layer).
+A module is code. Loading it runs its create.py and the files beside it that create.py
+imports. A network spec may contain code, too (custom_layer).
 """
 
 import hashlib
@@ -10,20 +10,20 @@ from collections.abc import Iterator, Mapping
 from pathlib import PurePosixPath
 from typing import Any, NamedTuple
 
-# What python imports; the last are machine code, of which nothing can be shown.
+# Files that python imports; compiled ones cannot be shown as text.
 _SOURCE, _COMPILED = (".py",), (".pyc", ".so", ".pyd")
 
 
 class Code(NamedTuple):
-    """Something that would run."""
+    """A file with code."""
 
     path: str  # within the pyramid
     sha256: str  # of the file
     text: str | None  # None if it cannot be shown
 
 
-def code_in(modules: Mapping[str, Mapping[str, bytes]]) -> list[Code]:
-    """All that modules could run, sorted by path.
+def find_code(modules: Mapping[str, Mapping[str, bytes]]) -> list[Code]:
+    """Find all code that modules could run, sorted by path.
 
     Args:
         modules: module name -> path inside it -> content.
@@ -33,19 +33,19 @@ def code_in(modules: Mapping[str, Mapping[str, bytes]]) -> list[Code]:
         for inside, content in files.items():
             suffix = PurePosixPath(inside).suffix
             text = content.decode(errors="replace") if suffix in _SOURCE else None
-            # A spec may name any other file as a part of it, whatever its name.
+            # A spec may include a file of any name as one of its parts.
             if suffix in (*_SOURCE, *_COMPILED) or (text := _custom_layers(content)):
                 digest = hashlib.sha256(content).hexdigest()
                 found.append(Code(f"{module}/{inside}", digest, text))
     return sorted(found)
 
 
-def shown(code: list[Code], *, known: str) -> str:
-    """The code as text for a terminal, in which it cannot move the cursor.
+def describe_code(code: list[Code], *, known: str) -> str:
+    """Write code as text for a terminal, without control characters.
 
     Args:
-        code: of `code_in`.
-        known: a create.py that need not be shown, as `metroem init` writes it.
+        code: result of `find_code`.
+        known: a create.py of `metroem init`, which need not be shown.
     """
     parts = []
     for path, digest, text in code:
@@ -54,12 +54,15 @@ def shown(code: list[Code], *, known: str) -> str:
         elif _without_mip(text) == _without_mip(known):
             about = "as metroem init writes it"
         else:
-            about = "\n" + "\n".join("    " + _plain(line) for line in text.split("\n"))
-        parts.append(f"{_plain(path)} (sha256 {digest[:16]}): {about}")
+            about = "\n" + "\n".join(
+                "    " + _escape(line) for line in text.split("\n")
+            )
+        parts.append(f"{_escape(path)} (sha256 {digest[:16]}): {about}")
     return "\n".join(parts)
 
 
 def _without_mip(text: str) -> list[str]:
+    """Drop the lines of a create.py that set MIP."""
     return [line for line in text.split("\n") if not _states_mip(line)]
 
 
@@ -68,12 +71,13 @@ def _states_mip(line: str) -> bool:
     return name == "MIP" and value.strip().isdigit()
 
 
-def _plain(line: str) -> str:
+def _escape(line: str) -> str:
+    """Escape characters that a terminal would not print."""
     return "".join(c if c.isprintable() or c == "\t" else repr(c)[1:-1] for c in line)
 
 
 def _custom_layers(content: bytes) -> str:
-    """The custom_layers of a spec, with their code; nothing of other files."""
+    """List the custom_layers of a spec, with their code; "" for other files."""
     if content.lstrip()[:1] != b"{":
         return ""
     try:
@@ -86,8 +90,9 @@ def _custom_layers(content: bytes) -> str:
 
 
 def _layers(tree: Any) -> Iterator[dict[str, Any]]:
+    """Iterate over the custom_layers in a tree of JSON."""
     if isinstance(tree, dict):
-        # In any case, as artificery takes it.
+        # Upper or lower case, as in artificery.
         if str(tree.get("type")).lower() == "custom_layer":
             yield tree
         tree = list(tree.values())

@@ -1,4 +1,4 @@
-"""How an aligner's field is finetuned on the embeddings that its network made."""
+"""Finetune an aligner's field on the embeddings of its network."""
 
 import torch.nn.functional as F
 from torch import Tensor
@@ -18,14 +18,14 @@ Defects = tuple[Tensor | None, Tensor | None]
 def find_pair_masks(
     src: Tensor, tgt: Tensor, defects: Defects, options: AlignerOptions
 ) -> PairMasks:
-    """The images and the defects of a pair; those that are not given are found.
+    """Collect the masks of a pair; find the defects that are not given.
 
     Args:
         src: (B, 1, H, W), normalised, 0 = no data.
         tgt: (B, 1, H, W).
         defects: masks of src and tgt, (B, 1, H, W) bool, or None.
-        options: modules that are finetuned as in the original find what it
-            found, gaps of the tissue.
+        options: options of the aligner. Without `finetune_knots` only gaps of the
+            tissue are found, as in the original.
     """
     find = find_defects if options.finetune_knots else find_gaps
     src_defects, tgt_defects = (
@@ -47,49 +47,53 @@ def finetune(
     maps: PairMasks,
     options: AlignerOptions,
     *,
-    trust: Tensor | None = None,
+    confidence: Tensor | None = None,
 ) -> FinetuneResult:
     """Finetune a field on the embeddings, without their image channel.
 
     Args:
         field: (B, 2, H, W), pixels.
-        embedding: of src and tgt at `options.finetune_level`.
-        maps: of the pair.
-        options: of the aligner.
-        trust: what a pixel of tgt is worth in the comparison, (B, 1, H, W), where
-            the network has learned it: what moves from section to section as
-            neurites do is worth little (3 % off the error between neighbours, 20 %
-            within a section, 2026-11). Not for modules that are finetuned as in
-            the original.
+        embedding: embeddings of src and tgt at `options.finetune_level`.
+        maps: masks of the pair.
+        options: options of the aligner.
+        confidence: weight of each pixel of tgt in the comparison, (B, 1, H, W), if the
+            network has learned it. It is low where neurites move from section to
+            section. It lowers the error between neighbours by 3 %, within a section by
+            20 % (2026-11). Not used without `finetune_knots`.
+
+    Returns:
+        The finetuned field, with its loss before and after.
     """
     level = options.finetune_level
-    # Modules that are finetuned as the original's compare what it compared.
+    # Without `finetune_knots` features are normalised as in the original.
     scale = normalize_features if options.finetune_knots else normalize_jointly
     src, tgt = (
         scale(side[:, 1:].float(), _tissue_at(image, level))
         for side, image in zip(embedding, (maps.src, maps.tgt), strict=True)
     )
-    del embedding  # as large as what is made of it
+    del embedding  # as large as src and tgt together
     similarity = pair_weights(options.similarity_rules, maps)
     smoothness = pair_weights(options.smoothness_rules, maps)
     if not options.finetune_knots:
-        return finetune_adam(src, tgt, field, similarity, smoothness, options.tuning)
-    if trust is not None:
-        similarity = similarity._replace(tgt=similarity.tgt * trust)
+        return finetune_adam(
+            src, tgt, field, similarity, smoothness, options.adam_options
+        )
+    if confidence is not None:
+        similarity = similarity._replace(tgt=similarity.tgt * confidence)
     weights = (similarity, smoothness)
     return finetune_gauss_newton(
-        (src, tgt), field, weights, options.refining, level=level
+        (src, tgt), field, weights, options.gauss_newton_options, level=level
     )
 
 
 def _tissue_at(image: Tensor, level: int) -> Tensor:
-    """Where a pixel of a level is tissue all over."""
+    """Mark the pixels of a level that are tissue all over, (B, 1, h, w) bool."""
     blank = (~tissue_mask(image)).float()
     return F.max_pool2d(blank, 2**level, ceil_mode=True) == 0
 
 
 def finetune_iterations(stage: int) -> int:
-    """Steps of the finetuner between stages: 300, halved from stage to stage.
+    """Compute the finetuner's steps after a stage: 300, halved from stage to stage.
 
     Source: the original's `train.py`.
     """

@@ -1,4 +1,4 @@
-"""Modules loaded through modelhouse, as corgie loads them, without its traces."""
+"""Load modules through modelhouse, as corgie does, and undo its side effects."""
 
 import logging
 import os
@@ -23,31 +23,31 @@ def load_module(
 ) -> nn.Module:
     """Load a module directory: run its `create.py` on a copy, by modelhouse.
 
-    Not cached (modelhouse's own cache returns the object of the first call,
-    trained or not). Working directory, `sys.path`, `sys.modules` and
-    modelhouse's temporary files are left as they were, whatever happens. Not
-    for threads: modelhouse changes the working directory of the process.
+    The result is not cached: modelhouse's own cache returns the object of the first
+    call, even if that was trained since. The working directory, `sys.path`,
+    `sys.modules` and modelhouse's temporary files are restored in any case. Not for
+    threads: modelhouse changes the working directory of the process.
 
     Args:
         path: module directory, local or any path cloud-files opens.
-        checkpoint_name: which weights; fresh ones, with a warning, where they are not
-            there, and without one for None.
+        checkpoint_name: name of the weights. If they do not exist, the network is
+            untrained, with a warning; for None, without one.
         **params: further arguments of its `create`.
 
     Returns:
-        The module; its `aligner` is what is trained and applied.
+        The module; its `aligner` is the part to train and apply.
 
     Raises:
-        PyramidError: no `create.py`, one that fails, or a module without
+        PyramidError: there is no `create.py`, it fails, or its module does not have an
             `aligner`.
-        CheckpointError: weights that do not fit.
+        CheckpointError: the weights do not fit.
     """
     local = Path(path)
     if local.is_dir() and not (local / "create.py").is_file():
         raise PyramidError(f"{path}: no create.py; expected a module directory")
     _check_files(local)
     logger.info("loading %s", path)
-    with _modelhouse_traces_removed() as copies:
+    with _modelhouse_side_effects_undone() as copies:
         import modelhouse.loading  # after HOME is known to be writable
 
         try:
@@ -55,13 +55,14 @@ def load_module(
                 str(path), checkpoint_name=checkpoint_name, **params
             )
         except MetroEMError as error:
-            # It names the copy, which is gone soon.
-            told = re.sub(
+            # The message names the copy, which is deleted soon: name the module
+            # instead.
+            message = re.sub(
                 rf"{re.escape(copies)}/[^/]+", lambda _: str(path), str(error)
             )
-            raise type(error)(told) from error
+            raise type(error)(message) from error
         except BaseException as error:  # create.py may raise anything
-            if _is_asked_to_end(error):
+            if _is_stop_request(error):
                 raise
             raise PyramidError(
                 f"{path}: its create.py does not make a module: {error!r}"
@@ -77,7 +78,7 @@ def load_module(
 
 
 def _check_files(folder: Path) -> None:
-    """Refuse what cannot be copied: a pipe would be waited for, for ever."""
+    """Refuse files that cannot be copied: reading a pipe would wait for ever."""
     for at, _, names in os.walk(folder):
         for name in names:
             path = Path(at, name)
@@ -88,16 +89,16 @@ def _check_files(folder: Path) -> None:
                 )
 
 
-def _is_asked_to_end(error: BaseException) -> bool:
-    """Whether it is Ctrl-C or SIGTERM, not a create.py that ends the process."""
+def _is_stop_request(error: BaseException) -> bool:
+    """Whether Ctrl-C or SIGTERM raised it, not a create.py that exits."""
     if isinstance(error, SystemExit):
         return error.code == 128 + signal.SIGTERM
     return isinstance(error, KeyboardInterrupt)
 
 
 @contextmanager
-def _modelhouse_traces_removed() -> Iterator[str]:
-    """The folder below which modelhouse copies the module, on its way out."""
+def _modelhouse_side_effects_undone() -> Iterator[str]:
+    """Let modelhouse copy modules below a temporary folder; restore all afterwards."""
     try:
         import modelhouse
     except OSError as error:
@@ -119,9 +120,9 @@ def _modelhouse_traces_removed() -> Iterator[str]:
 
 
 def _forget_modules_below(folder: str) -> None:
-    """Drop helpers that a create.py imported from its own directory.
+    """Remove helpers that a create.py imported from its own directory.
 
-    Another module's helper of the same name would be taken for it.
+    Otherwise another module would get them for its own helpers of the same name.
     """
     for name, module in list(sys.modules.items()):
         file = getattr(module, "__file__", None)

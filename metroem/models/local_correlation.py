@@ -1,9 +1,16 @@
-"""How alike each place of one map is to a window of places of another.
+"""Correlate each pixel of one map with a window of pixels of another.
 
-Plain torch would read the second map once per place of the window, or copy it as
-often. Here rows are cut into tiles, and one matrix product a row of the window
-compares all columns of a tile with all that its windows reach; of the product
-only the diagonals that lie within the window are kept.
+    correlation(p, d) = sum_c a_c(p) b_c(p + d),    d within a square window
+
+Plain torch would read the second map once for each d, or copy it as often. Here each
+row of `a` is split into tiles of columns. For each row of the window, one matrix
+product multiplies all columns of a tile by all columns of `b` that the tile's windows
+contain. Entry (i, i + k) of the product belongs to column i and to offset k. So the
+window is a band of diagonals; the other entries are dropped:
+
+    product, (tile, tile + 2 * radius)    ->    band, (tile, 2 * radius + 1)
+
+The backward pass writes the gradient into such a band, and multiplies by `b` and `a`.
 """
 
 from typing import Any
@@ -12,8 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# Columns compared in one product: longer tiles compute more that is not kept
-# (fastest of 16, 32, 64 on an Intel Xeon with AMX, 2026-11).
+# Columns of a tile: longer tiles compute more entries that are dropped (fastest of 16,
+# 32, 64 on an Intel Xeon with AMX, 2026-11).
 TILE = 32
 
 
@@ -23,26 +30,25 @@ def local_correlation(a: Tensor, b: Tensor, radius: int) -> Tensor:
     Args:
         a: (B, C, H, W), any floating dtype.
         b: (B, C, H, W), the same dtype.
-        radius: of the square window, pixels.
+        radius: radius of the square window, pixels.
 
     Returns:
         (B, (2 * radius + 1)**2, H, W) in channels-last memory, in the dtype of
         `a`: d runs over rows first, then cols, from -radius to radius, as in
-        `window_offsets`. Places outside of `b` count as 0.
+        `window_offsets`. Pixels outside of `b` are 0.
     """
     return _correlation(a, b, radius)  # type: ignore[no-any-return]
 
 
 def window_offsets(radius: int, device: torch.device) -> Tensor:
-    """The d of `local_correlation` in order: ((2 * radius + 1)**2, 2), cols, rows."""
+    """List the d of `local_correlation`: ((2 * radius + 1)**2, 2), cols, rows."""
     steps = torch.arange(-radius, radius + 1, device=device, dtype=torch.float32)
     rows, cols = torch.meshgrid(steps, steps, indexing="ij")
     return torch.stack((cols.flatten(), rows.flatten()), 1)
 
 
-# Operations of their own, which torch.compile calls as they are: written out, with a
-# product for each row of a window, each took it half a minute, not 3 s (torch 2.13,
-# 2026-11).
+# Custom operators, which torch.compile calls without compiling them. Compiling the loop
+# over the rows of a window took half a minute for each, not 3 s (torch 2.13, 2026-11).
 @torch.library.custom_op("metroem::local_correlation", mutates_args=())
 def _correlation(a: Tensor, b: Tensor, radius: int) -> Tensor:
     rows, side = a.shape[-2], 2 * radius + 1
@@ -67,12 +73,12 @@ def _correlation_backward(
 ) -> tuple[Tensor, Tensor]:
     batch, channels, rows, cols = a.shape
     ours, theirs = _tiles(a, b, radius)
-    side, tile, reach = 2 * radius + 1, ours.shape[1], theirs.shape[3]
+    side, tile, width = 2 * radius + 1, ours.shape[1], theirs.shape[3]
     num_tiles = theirs.shape[2]
     missing = num_tiles * tile - cols
     gradient = F.pad(gradient.permute(2, 0, 3, 1), (0, 0, 0, missing))
     gradient = gradient.reshape(len(ours), tile, side, side).to(ours.dtype)
-    product = gradient.new_zeros(len(ours), tile, reach)
+    product = gradient.new_zeros(len(ours), tile, width)
     band = _band(product, side)
     # Sums in float32: a bf16 sum would lose the smaller terms.
     by_a = torch.zeros_like(ours, dtype=torch.float32)
@@ -80,13 +86,13 @@ def _correlation_backward(
     for row in range(side):
         band.copy_(gradient[:, :, row])
         near = slice(row, row + rows)
-        by_a += torch.bmm(product, theirs[near].view(len(ours), reach, channels))
+        by_a += torch.bmm(product, theirs[near].view(len(ours), width, channels))
         by_near = torch.bmm(product.transpose(1, 2), ours)
         by_windows[near] += by_near.view(theirs[near].shape)
     by_b = by_a.new_zeros(len(theirs), batch, num_tiles * tile + 2 * radius, channels)
     for index in range(num_tiles):
         first = index * tile
-        by_b[:, :, first : first + reach] += by_windows[:, :, index]
+        by_b[:, :, first : first + width] += by_windows[:, :, index]
     by_b = by_b[radius : radius + rows, :, radius : radius + cols]
     by_a = by_a.view(rows, batch, -1, channels)[:, :, :cols]
     return _like_maps(by_a, a), _like_maps(by_b, b)
@@ -111,7 +117,7 @@ _correlation.register_autograd(_backward, setup_context=_keep_inputs)
 
 
 def _tiles(a: Tensor, b: Tensor, radius: int) -> tuple[Tensor, Tensor]:
-    """(H * B * tiles, tile, C) of `a`, and the `_windows` of `b`."""
+    """Split `a` into tiles, (H * B * tiles, tile, C), and `b` into `_windows`."""
     cols, channels = a.shape[-1], a.shape[1]
     tile = min(TILE, cols)
     missing = -(-cols // tile) * tile - cols
@@ -120,20 +126,20 @@ def _tiles(a: Tensor, b: Tensor, radius: int) -> tuple[Tensor, Tensor]:
 
 
 def _as_maps(found: Tensor, a: Tensor) -> Tensor:
-    """(H * B * tiles, tile, side, side) -> (B, side**2, H, W), for the shape of `a`."""
+    """Join tiles: (H * B * tiles, tile, side, side) -> (B, side**2, H, W)."""
     batch, _, rows, cols = a.shape
     found = found.view(rows, batch, -1, found.shape[2] ** 2)
     return found[:, :, :cols].permute(1, 3, 0, 2)
 
 
 def _like_maps(gradient: Tensor, x: Tensor) -> Tensor:
-    """(H, B, W, C) -> (B, C, H, W), in the dtype of `x`, its memory its own."""
+    """Permute and copy: (H, B, W, C) -> (B, C, H, W), in the dtype of `x`."""
     found = gradient.permute(1, 3, 0, 2)
     return found.to(x.dtype, memory_format=torch.channels_last, copy=True)
 
 
 def _windows(b: Tensor, radius: int, tile: int, missing: int) -> Tensor:
-    """(H + 2 * radius, B, tiles, tile + 2 * radius, C): what each tile may see."""
+    """Copy the columns of each tile: (H + 2 radius, B, tiles, tile + 2 radius, C)."""
     padded = F.pad(
         b.permute(2, 0, 3, 1),
         (0, 0, radius, missing + radius, 0, 0, radius, radius),
@@ -142,6 +148,6 @@ def _windows(b: Tensor, radius: int, tile: int, missing: int) -> Tensor:
 
 
 def _band(product: Tensor, side: int) -> Tensor:
-    """View (N, tile, side) of (N, tile, tile + side - 1): entries (i, i + k)."""
-    num, tile, reach = product.shape
-    return product.as_strided((num, tile, side), (tile * reach, reach + 1, 1))
+    """View the band (i, i + k) of a product: (N, tile, width) -> (N, tile, side)."""
+    num, tile, width = product.shape
+    return product.as_strided((num, tile, side), (tile * width, width + 1, 1))

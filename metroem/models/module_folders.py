@@ -1,4 +1,4 @@
-"""Pyramids made from a template, or copied from wherever they are kept."""
+"""Make pyramids from a template, or copy them from another place."""
 
 import logging
 import os
@@ -10,7 +10,7 @@ from pathlib import Path, PurePosixPath
 
 from metroem.errors import PyramidError
 from metroem.io.files import make_folder, writing
-from metroem.models.fetched_code import code_in, shown
+from metroem.models.fetched_code import describe_code, find_code
 from metroem.models.requests import TEMPLATES, FetchRequest, InitRequest
 from metroem.specs.modules import ModuleSpec
 
@@ -26,15 +26,15 @@ def init_pyramid(
 
     Args:
         path: directory of the pyramid; must not exist, or be empty.
-        mips: mip of each stage, in processing order; they must not rise.
+        mips: mip of each stage, in processing order; they must not increase.
         template: one of `metroem.models.requests.templates()`.
 
     Returns:
         The module directories, `<STAGE>_mip<MIP>in_<template>`.
 
     Raises:
-        UsageError: no mips, a negative or rising one, or an unknown template.
-        PyramidError: there is something at `path` already.
+        UsageError: no mips, a negative or increasing mip, or an unknown template.
+        PyramidError: `path` already exists.
     """
     InitRequest(path, list(mips), template).check_paths()
     names = [f"{stage}_mip{mip}in_{template}" for stage, mip in enumerate(mips)]
@@ -53,27 +53,26 @@ def fetch(
     Args:
         source: a directory, local or at any path that cloud-files opens
             (gs://, s3://, https://, file://).
-        path: pyramid to copy into; made if it is missing.
-        is_trusted: asked once, with the code that the modules would run as text,
-            whether to keep them.
+        path: pyramid to copy into; created if it is missing.
+        is_trusted: called once with the code of the modules as text; says whether to
+            keep them.
 
     Returns:
-        The module directories copied.
+        The copied module directories.
 
     Raises:
-        PyramidError: `source` cannot be read or holds no module, one of its
-            modules is in `path` already, or it is not trusted; then nothing is
-            copied.
+        PyramidError: `source` cannot be read or contains no module, `path` already has
+            one of its modules, or it is not trusted; then nothing is copied.
     """
     FetchRequest(source, path).check_paths()
     modules = _modules_of(source, _read_files(source))
-    there = [name for name in modules if (path / name).exists()]
-    if there:
+    existing = [name for name in modules if (path / name).exists()]
+    if existing:
         raise PyramidError(
-            f"{path}: has {', '.join(there)} already; fetch into another "
+            f"{path}: has {', '.join(existing)} already; fetch into another "
             "directory, or delete it first"
         )
-    if not is_trusted(shown(code_in(modules), known=_create_py(0))):
+    if not is_trusted(describe_code(find_code(modules), known=_create_py(0))):
         raise PyramidError(
             f"{source}: not trusted, nothing is copied; a module's code runs whenever "
             "it is loaded. Look at it, then answer y or give --trust"
@@ -96,6 +95,7 @@ def fetch(
 
 
 def _write_module(folder: Path, mip: int, template: str) -> None:
+    """Write the files of an untrained module."""
     (folder / "model").mkdir(parents=True)
     (folder / "create.py").write_text(_create_py(mip))
     spec = (TEMPLATES / f"{template}.json").read_bytes()
@@ -103,13 +103,14 @@ def _write_module(folder: Path, mip: int, template: str) -> None:
 
 
 def _create_py(mip: int) -> str:
+    """Make the text of a create.py for a mip."""
     text = (TEMPLATES / "create.py").read_text()
     return text.replace("MIP = 0", f"MIP = {mip}", 1)
 
 
 @contextmanager
 def _built_beside(path: Path) -> Iterator[Path]:
-    """A temporary folder that becomes `path` once all of it is written."""
+    """Make a temporary folder that becomes `path` once it is complete."""
     make_folder(path.parent)
     with writing(path):
         folder = Path(tempfile.mkdtemp(prefix=f".{path.name}.tmp-", dir=path.parent))
@@ -129,14 +130,15 @@ def _umask() -> int:
 
 
 def _read_files(source: str) -> list[tuple[str, bytes]]:
+    """Read all files below a path: their paths and contents."""
     from modelhouse.storage import get_files_and_contents  # writes below HOME
 
-    from metroem.io.cloud_retry import prepare_storage  # a second, which init needs not
+    from metroem.io.cloud_retry import prepare_storage  # slow; init does not need it
 
     prepare_storage()
     try:
         return get_files_and_contents(source)
-    except Exception as error:  # each store raises errors of its own
+    except Exception as error:  # each store has its own errors
         raise PyramidError(
             f"{source}: cannot be read ({type(error).__name__}: {error}); check the "
             "path and the credentials of that store. Plain web servers cannot list "
@@ -145,7 +147,7 @@ def _read_files(source: str) -> list[tuple[str, bytes]]:
 
 
 def _modules_of(source: str, files: list[tuple[str, bytes]]) -> Files:
-    """Sort the files of `source` by module; what belongs to none is left."""
+    """Sort the files of `source` by module; leave out all others."""
     paths = {PurePosixPath(name): content for name, content in files}
     unsafe = [str(p) for p in paths if p.is_absolute() or ".." in p.parts]
     if unsafe:

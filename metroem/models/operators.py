@@ -1,18 +1,18 @@
-"""Operators of our networks: artificery's and scalenet's, put right.
+"""Define corrected operators for networks of artificery and scalenet.
 
-Each takes the place of a parser of artificery, so that a `model_spec.json` and
-its checkpoints fit both. They differ in numbers:
+Each replaces a parser of artificery, so that a `model_spec.json` and its checkpoints
+fit both. Their results differ ("stock" is artificery's):
 
-- a level's field is composed with the one before as out(p) + in(p + out(p)),
-  so that warping by the result equals warping by `in` and then by `out`
-  (stock: in(p) + out(p + in(p)));
-- fields are continued by their border, not by zeros;
-- a warp moves by exactly the pixels asked for (stock: S / (S - 1) times as far
-  for a side of S);
-- a prior field keeps its detail: each level refines what the levels before it
-  found beyond the prior, and only the sum is composed with the prior (stock:
-  the prior goes through the coarsest level, which smooths it);
-- height and width are free, and all of it compiles.
+- A level's field `out` is composed with the earlier field `in` as
+  out(p) + in(p + out(p)), so that warping by the result equals warping by `in` and then
+  by `out` (stock: in(p) + out(p + in(p))).
+- Outside its grid a field repeats its border (stock: 0).
+- A warp moves by exactly the pixels of the field (stock: S / (S - 1) times as far for a
+  side of S).
+- A prior field keeps its detail. Levels refine the displacement relative to the prior,
+  and the final one is composed with the prior (stock: the prior goes through the
+  coarsest level, which smooths it).
+- Any height and width are possible, and torch.compile works.
 """
 
 from collections.abc import Callable
@@ -41,7 +41,7 @@ class WarpSource(nn.Module):
 
 
 class RefineField(nn.Module):
-    """Compose what the inner module finds with the level's field before it."""
+    """Compose the inner module's field with the input field of the level."""
 
     def __init__(self, inner_module: nn.Module) -> None:
         super().__init__()
@@ -55,7 +55,7 @@ class RefineField(nn.Module):
 
 
 class UpsampleField(nn.Module):
-    """Bring a field to the next finer level."""
+    """Resample a field to the next finer level."""
 
     def forward(self, field: Tensor, **_: Any) -> Tensor:
         """(B, 2, H, W) -> (B, 2, 2H, 2W), pixels of the finer level."""
@@ -71,14 +71,14 @@ class ApplyToEach(nn.Module):
         self.fm_range = fm_range
 
     def forward(self, x: Tensor, *_: Any, **__: Any) -> Tensor:
-        """(B, n * fm_range, H, W) -> (B, n * what the module gives, H, W)."""
+        """(B, n * fm_range, H, W) -> (B, n * C of the module's result, H, W)."""
         batch, _channels, rows, cols = x.shape
         out = self.module(x.reshape(-1, self.fm_range, rows, cols))
         return out.reshape(batch, -1, *out.shape[-2:])
 
 
 class SplitProcessor(nn.Module):
-    """Give ranges of channels to modules of their own; join what they return."""
+    """Apply a different module to each range of channels; join the results."""
 
     def __init__(self, processors: list[nn.Module], ranges: list[list[list[int]]]):
         super().__init__()
@@ -95,14 +95,14 @@ class SplitProcessor(nn.Module):
 
 
 class RefiningScaleNet(ScaleNet):
-    """A ScaleNet whose prior field is refined, not passed through the levels."""
+    """A ScaleNet that refines its prior field, and does not pass it through levels."""
 
     def down_path(self, state: State, in_field: Tensor | None = None) -> Tensor:
-        """From the coarsest level to the finest: (B, 2, H, W), pixels of level 0.
+        """Run from the coarsest level to the finest: (B, 2, H, W), pixels of level 0.
 
         Args:
-            state: as left by `up_path`; "down" is filled in, its fields
-                without the prior.
+            state: result of `up_path`; "down" is filled in, with fields relative to
+                the prior.
             in_field: prior field, (B, 2, H, W), pixels of level 0.
         """
         state["down"] = {}
@@ -156,7 +156,7 @@ def _parse_split(spec: Spec, create_module: CreateModule) -> nn.Module:
 
 def _parse_scalenet(spec: Spec, create_module: CreateModule) -> nn.Module:
     net = RefiningScaleNet(max_level=spec.get("max_level", 14))
-    # In the order of the stock parser, so that a seed gives the same weights.
+    # Same order as the stock parser, so that a seed gives the same weights.
     for kind in ("downmodule", "upmodule", "uplink", "downlink", "skiplink"):
         _set_parts(net, kind, spec.get(f"{kind}s", {}), create_module)
     _set_parts(net, "combiner", spec.get("combiners", {}), create_module)
@@ -166,6 +166,7 @@ def _parse_scalenet(spec: Spec, create_module: CreateModule) -> nn.Module:
 def _set_parts(
     net: ScaleNet, kind: str, parts: Spec, create_module: CreateModule
 ) -> None:
+    """Set the parts of one kind, each at its level, or one for all levels."""
     if "all" in parts and not kind.endswith("module"):
         getattr(net, f"set_all_{kind}s")(create_module(parts["all"]))
         return
@@ -175,11 +176,11 @@ def _set_parts(
 
 def _refuse(spec: Spec, create_module: CreateModule) -> nn.Module:
     raise PyramidError(
-        f"{spec['type']} has no corrected form; say operators='stock' in create.py"
+        f"{spec['type']} has no corrected form; set operators='stock' in create.py"
     )
 
 
-# Parser name of artificery -> what takes its place; "correlation" is ours alone.
+# Name of an artificery type -> its corrected parser; "correlation" is only ours.
 CORRECTED_PARSERS = {
     "rollback_warp": _parse_warp,
     "warp_with_input_downmodule": _parse_refine,

@@ -1,4 +1,4 @@
-"""How a module is applied: what its callers may set, by the original's names."""
+"""Options of a module that its callers may set, by the original's names."""
 
 from dataclasses import dataclass, fields, replace
 from typing import Any
@@ -20,45 +20,46 @@ from metroem.models.tiling import Tiling
 
 @dataclass(frozen=True)
 class AlignerOptions:
-    """How a module works; the names are those of the original.
+    """Options of a module; the names are those of the original.
 
     Attributes:
         finetune: improve each field on the embeddings of its pair.
-        finetune_iter: at most so many steps.
+        finetune_iter: limit of steps.
         finetune_lr: rate of the first steps, px.
         finetune_sm: smoothness of the finetuned field.
-        finetune_coarseness: the change to a field is found so many levels
-            coarser; not in the original, which has 0.
-        finetune_knots: distances, px, of the knots that the change to a field is
-            given at, coarse first: finetune by `metroem.finetune.gauss_newton`, of
-            which `finetune_sm` is the smoothness. () finetunes as the original.
-        finetune_level: level of the embeddings that are compared; the original's
-            finetuner takes 0 alone.
+        finetune_coarseness: level of the change that Adam adds to a field, see
+            `AdamOptions`; not in the original, which has 0.
+        finetune_knots: distances of control points, px, coarse first: finetune by
+            `metroem.finetune.gauss_newton`, with `finetune_sm` as the smoothness. ()
+            finetunes as the original does.
+        finetune_level: level of the embeddings to compare. Without `finetune_knots` it
+            has to be 0, as in the original.
         finetune_both_ways: finetune the swapped pair, too, and make the two fields
             agree (`metroem.geometry.regularize`); not in the original.
-        sm_defect_coarsening: (pixels, weight) in turn: rings around defects
-            and their weight in the smoothness.
-        mse_defect_coarsening: likewise in the similarity.
+        sm_defect_coarsening: (pixels, weight), one after the other: rings around
+            defects and their weight in the smoothness.
+        mse_defect_coarsening: the same for the similarity.
         sm_mask_value: weight of the smoothness where src has no data.
-        sm_keys_to_apply: mask rules of the smoothness, as in a schedule, in place of
-            those that the two options for it above make.
-        mse_keys_to_apply: likewise of the similarity.
-        min_defect_thickness: gaps of the tissue up to so many pixels wide are
-            taken for defects, where none are given.
-        min_defect_px: smaller ones are not.
+        sm_keys_to_apply: mask rules of the smoothness, as in a schedule. They replace
+            `sm_defect_coarsening` and `sm_mask_value`.
+        mse_keys_to_apply: mask rules of the similarity. They replace
+            `mse_defect_coarsening`.
+        min_defect_thickness: where no defects are given, gaps of the tissue up to this
+            many pixels wide are taken as defects.
+        min_defect_px: gaps of at most this many pixels are not.
         train: record gradients in `forward` unless the call says otherwise.
         crop: border left out by the finetuner, px.
-        normalize: whether `forward` brings images to mean 0 and std 1 over their
-            tissue first: True, False, or "raw" for those that are not normalised
-            yet (`metroem.imaging.normalize.normalize_if_raw`). Modules of ours have
-            "raw"; the original never does.
-        tiling: how the network is shown images larger than a tile; None: at once.
-        skip_initial_prediction: refused. In the original it acts with `train` alone,
-            and then drops the prior field.
+        normalize: whether `forward` normalises images to mean 0 and std 1 over their
+            tissue: True, False, or "raw" for images that are not normalised yet
+            (`metroem.imaging.normalize.normalize_if_raw`). Our own modules have "raw";
+            the original never normalises.
+        tiling: how images larger than a tile are split for the network; None: never.
+        skip_initial_prediction: refused. In the original it has an effect with `train`
+            only, where it drops the prior field.
 
     Raises:
-        UsageError: options that cannot be, or of which one would leave another without
-            effect.
+        UsageError: an option has a value that is not allowed, or one option would leave
+            another without effect.
     """
 
     finetune: bool = False
@@ -83,8 +84,8 @@ class AlignerOptions:
     skip_initial_prediction: bool = False
 
     @property
-    def tuning(self) -> AdamOptions:
-        """How a field is finetuned, whether or not `finetune` says to."""
+    def adam_options(self) -> AdamOptions:
+        """Options of the finetuner without `finetune_knots`."""
         return AdamOptions(
             smoothness=self.finetune_sm,
             rate_px=self.finetune_lr,
@@ -113,7 +114,7 @@ class AlignerOptions:
         self._check_rules("mse_keys_to_apply", ("mse_defect_coarsening",))
 
     def _check_rules(self, key: str, replaced: tuple[str, ...]) -> None:
-        """Refuse mask rules that cannot be, or beside options that they replace."""
+        """Refuse wrong mask rules, and mask rules beside options that they replace."""
         if getattr(self, key) is None:
             return
         given = {name: _plain(getattr(self, name)) for name in replaced}
@@ -134,10 +135,10 @@ class AlignerOptions:
                 )
 
     @property
-    def refining(self) -> GaussNewtonOptions:
-        """How a field is finetuned where there are `finetune_knots`."""
+    def gauss_newton_options(self) -> GaussNewtonOptions:
+        """Options of the finetuner with `finetune_knots`."""
         return GaussNewtonOptions(
-            knots_px=tuple(self.finetune_knots),
+            spacing_px=tuple(self.finetune_knots),
             smoothness=self.finetune_sm,
             num_iter=self.finetune_iter,
             border=self.crop,
@@ -145,7 +146,7 @@ class AlignerOptions:
 
     @property
     def similarity_rules(self) -> MaskRules:
-        """Where the finetuner compares the embeddings."""
+        """Mask rules of the finetuner's similarity."""
         if self.mse_keys_to_apply is not None:
             return mask_rules(self.mse_keys_to_apply, "mse_keys_to_apply")
         rings = tuple((int(px), float(w)) for px, w in self.mse_defect_coarsening)
@@ -156,7 +157,7 @@ class AlignerOptions:
 
     @property
     def smoothness_rules(self) -> MaskRules:
-        """Where the finetuner wants the field to be smooth."""
+        """Mask rules of the finetuner's smoothness."""
         if self.sm_keys_to_apply is not None:
             return mask_rules(self.sm_keys_to_apply, "sm_keys_to_apply")
         rings = tuple((int(px), float(w)) for px, w in self.sm_defect_coarsening)
@@ -171,18 +172,18 @@ class AlignerOptions:
         )
 
     def with_all(self, given: dict[str, Any]) -> "AlignerOptions":
-        """`updated`, where each of `given` has to be known; else UsageError."""
+        """Do the same as `updated`, but raise UsageError for an unknown option."""
         known = [field.name for field in fields(self)]
         if unknown := sorted(given.keys() - set(known)):
             raise UsageError(
-                f"{', '.join(unknown)}: no option of an aligner; expected some of "
-                f"{', '.join(known)}. Correct what hands it over: create.py, or the "
+                f"{', '.join(unknown)}: not an option of an aligner; expected some of "
+                f"{', '.join(known)}. Correct the caller: create.py, or the "
                 "params of the call"
             )
         return self.updated(given)
 
     def updated(self, given: dict[str, Any]) -> "AlignerOptions":
-        """These options with those of `given` that are known and not None."""
+        """Replace options by the known entries of `given` that are not None."""
         known = {field.name for field in fields(self)}
         return replace(
             self,
@@ -191,14 +192,14 @@ class AlignerOptions:
 
 
 def _plain(value: Any) -> Any:
-    """With lists for tuples, as JSON has them."""
+    """Turn tuples into lists, as JSON has them."""
     return [_plain(v) for v in value] if isinstance(value, list | tuple) else value
 
 
 def _with_rings(
     rules: tuple[MaskRule, ...], rings: tuple[tuple[int, float], ...]
 ) -> tuple[MaskRule, ...]:
-    """The rules, with other rings around defects."""
+    """Replace the rings around defects in mask rules."""
     return tuple(
         structs.replace(rule, rings=rings) if rule.name.endswith("_defects") else rule
         for rule in rules

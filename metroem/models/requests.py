@@ -1,4 +1,4 @@
-"""Say what the commands that make and copy pyramids are asked for."""
+"""Define the flags of `metroem init` and `metroem fetch`, without torch."""
 
 from dataclasses import dataclass
 from importlib import resources
@@ -11,17 +11,17 @@ TEMPLATES = resources.files("metroem") / "models" / "templates"
 
 
 def templates() -> list[str]:
-    """Names of the networks that a module can be made with, sorted."""
+    """List the names of networks that a module can be made with, sorted."""
     names = (entry.name for entry in TEMPLATES.iterdir())
     return sorted(name[: -len(".json")] for name in names if name.endswith(".json"))
 
 
 @dataclass(frozen=True)
 class InitRequest(Request):
-    """What `metroem init` is asked for.
+    """Flags of `metroem init`.
 
     Raises:
-        UsageError: no mips, a negative or rising one, or an unknown template.
+        UsageError: no mips, a negative or increasing mip, or an unknown template.
     """
 
     pyramid: Path = flag("directory to make", is_positional=True)
@@ -51,13 +51,11 @@ class InitRequest(Request):
 
 @dataclass(frozen=True)
 class FetchRequest(Request):
-    """What `metroem fetch` is asked for."""
+    """Flags of `metroem fetch`."""
 
     source: str = flag("gs://, s3://, https:// or local path", is_positional=True)
     pyramid: Path = flag("directory to copy into", is_positional=True)
-    trust: bool = flag(
-        "do not ask whether the code that was read from afar may be kept", False
-    )
+    trust: bool = flag("keep the code of the fetched modules without asking", False)
 
     @property
     def is_local(self) -> bool:

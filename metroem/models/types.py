@@ -1,4 +1,4 @@
-"""What a network, and an aligner, make of a pair."""
+"""Hold the results of a network and of an aligner for a pair."""
 
 from typing import NamedTuple
 
@@ -12,7 +12,7 @@ State = dict[str, dict[str, dict[str, Tensor]]]  # of a network
 
 
 def has_features(state: State, level: int) -> bool:
-    """Whether a level gives src and tgt more than a channel each, the image's."""
+    """Whether a level has features, i.e. more than the channel of the image."""
     level_state = state["up"].get(str(level))
     return level_state is None or level_state["output"].shape[1] > 2
 
@@ -21,24 +21,24 @@ class Embedding(NamedTuple):
     """Features of a pair at one level; channel 0 is the image itself."""
 
     src: Tensor  # (B, C, H / 2**level, W / 2**level), rounded up
-    tgt: Tensor  # likewise
+    tgt: Tensor  # of the same shape
 
     @classmethod
     def of(cls, state: State, shape: tuple[int, int], level: int) -> "Embedding":
-        """The features of both, which lie one after the other in the channels.
+        """Read the embeddings of a pair from a network's state.
 
         Args:
-            state: of the network.
+            state: state of the network; its features are src half, then tgt half.
             shape: (H, W) of the pair, unpadded.
-            level: of the features.
+            level: level of the features.
 
         Raises:
-            PyramidError: the network has no such level, or no features there.
+            PyramidError: the network does not have this level, or no features there.
         """
         up = state["up"]
         if str(level) not in up:
             raise PyramidError(
-                f"features of level {level} are wanted (`finetune_level` of the "
+                f"features of level {level} are asked for (`finetune_level` of the "
                 f"module's create.py); its network has levels {', '.join(up)}: name "
                 "one of them"
             )
@@ -57,54 +57,53 @@ class Embedding(NamedTuple):
 
 
 class Prediction(NamedTuple):
-    """What the network makes of a pair."""
+    """The result of a network for a pair."""
 
     field: Tensor  # (B, 2, H, W), pixels; the whole field, prior included
     embeddings: dict[int, Embedding]  # by level
-    # The whole field by level, (B, 2, >= H / 2**level, >= W / 2**level), pixels of
-    # the level, of networks that leave it there; else empty.
+    # The whole field of each level, (B, 2, >= H / 2**level, >= W / 2**level), pixels of
+    # the level; empty if the network does not give it.
     coarse: dict[int, Tensor] = {}
-    # What a pixel of tgt is worth in a comparison, (B, 1, H, W), 0 to 1, of networks
-    # that have learned it.
-    trust: Tensor | None = None
+    # Weight of each pixel of tgt in a comparison, (B, 1, H, W), 0 to 1; None if the
+    # network does not learn it.
+    confidence: Tensor | None = None
 
     @staticmethod
-    def coarse_and_trust(
+    def coarse_and_confidence(
         state: State, shape: tuple[int, int]
     ) -> tuple[dict[int, Tensor], Tensor]:
-        """Both, as a network's state has them.
+        """Read both from a network's state.
 
         Args:
-            state: with "down", of a network that leaves whole fields there.
+            state: state with "down", of a network that gives whole fields there.
             shape: (H, W) of the pair, unpadded.
         """
         coarse = {int(key): level["output"] for key, level in state["down"].items()}
         finest = min(coarse)
-        trust = state["down"][str(finest)]["trust"]
-        trust = F.interpolate(trust, scale_factor=2**finest, mode="nearest")
-        return coarse, trust[..., : shape[0], : shape[1]]
+        confidence = state["down"][str(finest)]["trust"]
+        confidence = F.interpolate(confidence, scale_factor=2**finest, mode="nearest")
+        return coarse, confidence[..., : shape[0], : shape[1]]
 
 
 class Alignment(NamedTuple):
-    """The field of a pair, and what the finetuner gained from src to tgt alone."""
+    """The field of a pair, and the finetuner's result from src to tgt."""
 
     field: Tensor  # (B, 2, H, W), pixels
-    finetuned: (
-        FinetuneResult | None
-    )  # before both ways agree and blank pairs are restored
+    # Taken before both directions are made to agree and blank pairs get their prior.
+    finetuned: FinetuneResult | None
 
 
 class ForwardBackward(NamedTuple):
-    """What the search of each direction gave by itself."""
+    """Fields of both directions, each found without the other."""
 
     forward: Tensor  # (B, 2, H, W), pixels
-    backward: Tensor | None  # likewise, where both ways are wanted
+    backward: Tensor | None  # (B, 2, H, W), pixels; None unless both ways are asked for
     tuned: FinetuneResult | None
     state: State
 
 
 def or_zeros(prior: Tensor | None, image: Tensor) -> Tensor:
-    """The prior field, (B, 2, H, W), or that of no displacement."""
+    """Give the prior field, (B, 2, H, W), or zeros if there is none."""
     if prior is None:
         return image.new_zeros(image.shape[0], 2, *image.shape[-2:])
     return prior

@@ -1,4 +1,4 @@
-"""Weights of one module: `<name>.state.pth.tar`, a bare state_dict."""
+"""Read and write the weights of a module: `<name>.state.pth.tar`, a state_dict."""
 
 import io
 from collections.abc import Sequence
@@ -16,12 +16,12 @@ _ENDING = ".state.pth.tar"
 
 
 def checkpoint_path(folder: Path, name: str) -> Path:
-    """Where the weights called `name` lie in a module's `model` folder."""
+    """Give the path of the weights `name` in a module's `model` folder."""
     return folder / f"{name}{_ENDING}"
 
 
-def weights_there(modules: Sequence[ModuleSpec]) -> list[str]:
-    """Names of the weights that any of some modules has, sorted."""
+def weight_names(modules: Sequence[ModuleSpec]) -> list[str]:
+    """List the names of all weights in some modules, sorted."""
     return sorted(
         {
             path.name.removesuffix(_ENDING)
@@ -33,15 +33,15 @@ def weights_there(modules: Sequence[ModuleSpec]) -> list[str]:
 
 
 def check_weights(modules: Sequence[ModuleSpec], name: str, where: str) -> None:
-    """Refuse modules without the weights that are to be used.
+    """Refuse modules that do not have the weights of a name.
 
     Args:
-        modules: all of them must have weights.
-        name: of the weights.
-        where: who asks for them, for the message.
+        modules: modules, all of which must have the weights.
+        name: name of the weights.
+        where: the pyramid or flag that asks for them, for the message.
 
     Raises:
-        CheckpointError: some module has none of this name; it is named.
+        CheckpointError: a module does not have them; the message names it.
     """
     missing = [
         module
@@ -53,29 +53,29 @@ def check_weights(modules: Sequence[ModuleSpec], name: str, where: str) -> None:
         raise CheckpointError(
             f"{where}: {names} has no weights {name!r} (expected "
             f"{checkpoint_path(missing[0].weights_folder, name)}); the pyramid has "
-            f"{weights_there(modules) or 'none'}: give a checkpoint_name that all "
+            f"{weight_names(modules) or 'none'}: give a checkpoint_name that all "
             "modules have, or train first (train.py --train_mode scratch)"
         )
 
 
 def save_weights(net: nn.Module, path: Path) -> None:
-    """Write a network's state_dict; the file is there whole or not at all.
+    """Write a network's state_dict; the file is complete or does not exist.
 
-    Equal weights give equal bytes. Readers may load it with weights_only=True.
+    Equal weights give equal bytes. `torch.load(weights_only=True)` reads it.
     """
-    # torch writes the name of its target into the file; a buffer has none.
+    # torch writes the file's name into the file; a buffer does not have a name.
     buffer = io.BytesIO()
     torch.save(net.state_dict(), buffer)
     replace_file(path, buffer.getbuffer())
 
 
 def load_weights(net: nn.Module, path: Path, *, device: str = "cpu") -> None:
-    """Load a state_dict into a network, every layer of both accounted for.
+    """Load a state_dict into a network; the layers of both must be the same.
 
     Args:
-        net: takes the weights.
+        net: network to load into.
         path: file written by `save_weights` or by the original.
-        device: where the weights are mapped to.
+        device: device to map the weights to.
 
     Raises:
         CheckpointError: the file cannot be read, is not a state_dict, or
@@ -83,7 +83,7 @@ def load_weights(net: nn.Module, path: Path, *, device: str = "cpu") -> None:
     """
     try:
         weights = torch.load(path, map_location=device, weights_only=True)
-    except Exception as error:  # torch raises whatever its readers raise
+    except Exception as error:  # torch may raise anything
         raise CheckpointError(
             f"{path}: cannot be read as weights ({error}); expected a state_dict "
             "that torch.load(weights_only=True) takes"
@@ -103,7 +103,7 @@ def load_weights(net: nn.Module, path: Path, *, device: str = "cpu") -> None:
 
 
 def _mismatches(own: dict[str, Tensor], other: dict[Any, Any]) -> list[str]:
-    """What keeps `other` from being loaded, a line a layer."""
+    """List the layers that differ between two state_dicts, a line each."""
     faults = [f"{name} is missing" for name in own.keys() - other.keys()]
     faults += [f"{name} is unknown" for name in other.keys() - own.keys()]
     for name in own.keys() & other.keys():

@@ -14,6 +14,8 @@ from dataclasses import dataclass
 
 from metroem.errors import UsageError
 
+# File names have at most 255 bytes; a field set's has the name of an image set, too.
+_MAX_CHECKPOINT_BYTES = 100
 _MIP_MARK = re.compile(r"_MIP\d")
 # Free text that cannot be mistaken for a mip, so that a name is split in one way only.
 _FREE = r"(?!MIP\d)(?:(?!_MIP\d)[^/])+?"
@@ -58,6 +60,11 @@ def check_checkpoint_name(value: str) -> None:
         UsageError: as for `check_tag`, and for "." and "..".
     """
     check_tag("--checkpoint_name", value)
+    if (size := len(value.encode())) > _MAX_CHECKPOINT_BYTES:
+        raise UsageError(
+            f"--checkpoint_name {value}: has {size} bytes, expected at most "
+            f"{_MAX_CHECKPOINT_BYTES}, since names of files contain it"
+        )
     if value in (".", ".."):
         raise UsageError(
             f"--checkpoint_name {value}: is the name of another folder; expected a "

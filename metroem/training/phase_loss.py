@@ -177,9 +177,9 @@ def _distil_target(
         maps = find_pair_masks(
             sample.src, sample.tgt, (sample.src_defects, sample.tgt_defects), options
         )
-        trust = prediction.trust
-        finetuned = finetune(field, embedding, maps, options, trust=trust).field
-        shown = _shown(sample, finetuned)
+        confidence = prediction.confidence
+        result = finetune(field, embedding, maps, options, confidence=confidence)
+        finetuned, shown = result.field, _shown(sample, result.field)
         if is_score:
             prior = _usable_prior(sample)
             finetuned = torch.where(shown, finetuned, prior)

@@ -82,14 +82,14 @@ def test_a_module_of_ours_is_finetuned_when_asked(tmp_path):
 
 @pytest.mark.parametrize("operators", ["stock", "corrected"])
 def test_an_option_that_is_not_known_is_refused_by_its_name(tmp_path, operators):
-    says = f"^{tmp_path}: finetune_itr: no option of an aligner.*finetune_iter"
+    says = f"^{tmp_path}: finetune_itr: not an option of an aligner.*finetune_iter"
     with pytest.raises(UsageError, match=says):
         make_aligner(tmp_path, operators=operators, finetune_itr=5)
 
 
 def test_the_module_that_hands_over_such_an_option_is_named(tmp_path):
     path = write_module(tmp_path / "0_mip8in_old", OLD_CREATE)
-    with pytest.raises(UsageError, match=f"^{path}/model: gpu: no option"):
+    with pytest.raises(UsageError, match=f"^{path}/model: gpu: not an option"):
         load_module(path, gpu=0)
 
 

@@ -17,7 +17,7 @@ from metroem.geometry.field import warp
 from metroem.imaging.loss_weights import PairWeight
 
 ROWS, COLS = 88, 120
-OPTIONS = GaussNewtonOptions(knots_px=(32, 16))
+OPTIONS = GaussNewtonOptions(spacing_px=(32, 16))
 
 
 def positions():
@@ -232,7 +232,7 @@ def test_features_of_another_size_are_refused(level):
 
 def test_few_steps_are_shared_by_all_distances():
     truth = smooth_field()
-    options = GaussNewtonOptions(knots_px=(32, 16, 8), num_iter=3)
+    options = GaussNewtonOptions(spacing_px=(32, 16, 8), num_iter=3)
 
     refined = refine(seen_through(truth), options=options)
 
@@ -243,13 +243,13 @@ def test_few_steps_are_shared_by_all_distances():
 @pytest.mark.parametrize("knots", [(), (24,), (16, 2), (0,)])
 def test_knots_are_powers_of_two(knots):
     with pytest.raises(UsageError, match="powers of 2"):
-        GaussNewtonOptions(knots_px=knots)
+        GaussNewtonOptions(spacing_px=knots)
 
 
 def test_knots_finer_than_the_features_are_refused():
     tgt = torch.zeros(1, 2, ROWS // 8, COLS // 8)
     with pytest.raises(UsageError, match="4 px apart on features of level 3"):
-        refine(tgt, src=tgt, level=3, options=replace(OPTIONS, knots_px=(16, 4)))
+        refine(tgt, src=tgt, level=3, options=replace(OPTIONS, spacing_px=(16, 4)))
 
 
 def test_a_field_that_leaves_nothing_to_compare_is_no_improvement(monkeypatch):
@@ -260,7 +260,7 @@ def test_a_field_that_leaves_nothing_to_compare_is_no_improvement(monkeypatch):
     assert float(away.loss_before) > float(near.loss_before)
 
     def runs_away(problem, max_steps):
-        return problem.nothing() + 400.0, 1
+        return problem.no_change() + 400.0, 1
 
     monkeypatch.setattr(gauss_newton, "_search", runs_away)
     kept = refine(tgt, start=shift(1.0, 0.0))

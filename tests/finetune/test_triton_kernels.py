@@ -82,7 +82,7 @@ def test_the_coarser_gradient_is_that_of_torch(kernels, shape, scale):
     )
     (wanted,) = torch.autograd.grad(fine[..., : shape[0], : shape[1]], change, gradient)
     torch.testing.assert_close(
-        kernels.coarser(gradient, scale), wanted, rtol=1e-5, atol=1e-4
+        kernels.upsample_transpose(gradient, scale), wanted, rtol=1e-5, atol=1e-4
     )
 
 
@@ -114,7 +114,7 @@ def test_without_a_compiler_torch_does_it_and_the_log_says_so(kernels, caplog):
 
     field = torch.zeros(1, 2, 3, 4).as_subclass(OnGPU)
     with patch(
-        "metroem.finetune.triton_kernels.coarser",
+        "metroem.finetune.triton_kernels.upsample_transpose",
         side_effect=RuntimeError("no C compiler\n"),
     ):
         assert not can_use_triton(field)

@@ -90,8 +90,8 @@ def test_the_template_takes_any_size(tmp_path, rows, cols):
     for level, pair in found.embeddings.items():
         size = (-(-rows // 2**level), -(-cols // 2**level))
         assert pair.src.shape[-2:] == pair.tgt.shape[-2:] == size
-    assert found.trust.shape == (2, 1, rows, cols)
-    assert 0 <= found.trust.min() and found.trust.max() <= 1
+    assert found.confidence.shape == (2, 1, rows, cols)
+    assert 0 <= found.confidence.min() and found.confidence.max() <= 1
     for level, field in found.coarse.items():
         assert field.shape[-2] * 2**level >= rows
         assert field.shape[-1] * 2**level >= cols

@@ -12,7 +12,7 @@ from metroem.models.correlation_net import (
     MatchingStep,
     parse_correlation,
 )
-from metroem.models.correlation_net_tiles import cuts
+from metroem.models.correlation_net_tiles import tile_windows
 from tests.pairs import texture
 
 TEMPLATE = resources.files("metroem") / "models" / "templates" / "correlation.json"
@@ -78,19 +78,19 @@ def test_a_prior_that_points_nowhere_finds_no_src():
     torch.testing.assert_close(found, whole, atol=1e-3, rtol=0)
 
 
-def test_what_tiles_keep_covers_a_map_once():
+def test_the_cores_of_tiles_cover_a_map_once():
     shape, count = (203, 517), torch.zeros(203, 517)
-    for cut in cuts(shape, 160, 33):
-        count[cut.kept] += 1
-        for shown, kept, size in zip(cut.shown, cut.kept, shape, strict=True):
-            assert shown.stop - shown.start <= 160
-            # Blocks of 16 px, and 48 px around what is kept, or the border.
-            assert shown.start == max(kept.start - 48, 0) and shown.start % 16 == 0
-            assert shown.stop == min(kept.stop + 48, size)
+    for tile in tile_windows(shape, 160, 33):
+        count[tile.core] += 1
+        for padded, core, size in zip(tile.padded, tile.core, shape, strict=True):
+            assert padded.stop - padded.start <= 160
+            # Blocks of 16 px, and 48 px around the core, or the border.
+            assert padded.start == max(core.start - 48, 0) and padded.start % 16 == 0
+            assert padded.stop == min(core.stop + 48, size)
     assert torch.equal(count, torch.ones(shape))
 
 
 def test_layers_say_how_far_they_see():
     spec = LevelSpec(4, blocks=2, radius=(3,), hidden=5, dilations=(1, 4))
-    assert Encoder(1, spec).reach == 3  # 2 px of the image, and one a block
-    assert MatchingStep(spec, 3, 0).reach == 3 + 5 + 1 + 64
+    assert Encoder(1, spec).receptive_px == 3  # 2 px of the image, and one a block
+    assert MatchingStep(spec, 3, 0).receptive_px == 3 + 5 + 1 + 64

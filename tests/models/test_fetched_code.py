@@ -7,7 +7,7 @@ import pytest
 
 from metroem import __main__ as command
 from metroem.errors import PyramidError
-from metroem.models.fetched_code import code_in, shown
+from metroem.models.fetched_code import describe_code, find_code
 from metroem.models.module_folders import fetch, init_pyramid
 
 KNOWN = "import os\nMIP = 0  # of the images\nrun()\n"
@@ -15,7 +15,7 @@ LAYER = {"type": "Custom_Layer", "import": ["os"], "code": "result = 1\nos.getpi
 
 
 def listing(files):
-    return shown(code_in({"0_mip5in_a": files}), known=KNOWN)
+    return describe_code(find_code({"0_mip5in_a": files}), known=KNOWN)
 
 
 def test_python_files_are_shown_line_by_line():

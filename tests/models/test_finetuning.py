@@ -71,11 +71,11 @@ def test_what_is_masked_or_not_trusted_pulls_at_nothing(pair, by_trust):
     mask[..., 26:64] = True
     options = AlignerOptions(finetune_knots=(32, 16), finetune_sm=1e5)
 
-    def found(defects, trust=None):
+    def found(defects, confidence=None):
         maps = find_pair_masks(src, tgt, defects, options)
         start = torch.zeros(1, 2, ROWS, COLS)
         features = embedding((src, tgt), 0)
-        tuned = finetune(start, features, maps, options, trust=trust)
+        tuned = finetune(start, features, maps, options, confidence=confidence)
         return float(tuned.field[:, 0, 12:-12, 16:22].mean())
 
     none = torch.zeros_like(mask)

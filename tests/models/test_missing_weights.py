@@ -72,7 +72,7 @@ def test_the_way_that_corgie_loads_modules_warns(tmp_path, caplog):
     load_module(module.path, checkpoint_name="typo")
     (record,) = (r for r in caplog.records if r.levelno == logging.WARNING)
     assert UNTRAINED in record.getMessage()
-    assert "typo.state.pth.tar: not there" in record.getMessage()
+    assert "typo.state.pth.tar: no such file" in record.getMessage()
 
 
 def test_an_evaluation_takes_no_weights_that_are_not_there(tmp_path):

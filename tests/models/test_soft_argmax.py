@@ -5,16 +5,16 @@ import torch
 
 from metroem.data.sample import seeded_generator
 from metroem.models.soft_argmax import (
-    _block_means,
-    _block_means_backward,
-    _spread,
-    _spread_backward,
+    _block_average_backward,
+    _block_average_op,
+    _block_upsample_backward,
+    _block_upsample_op,
     block_average,
     block_upsample,
 )
 
 SHAPES = [((1, 1, 7, 10), 3), ((2, 5, 16, 9), 4), ((1, 2, 3, 5), 8), ((2, 1, 6, 4), 1)]
-TWINS = [(block_average, _block_means), (block_upsample, _spread)]
+TWINS = [(block_average, _block_average_op), (block_upsample, _block_upsample_op)]
 
 
 def numbers(*shape):
@@ -61,8 +61,8 @@ def test_the_compiler_is_told_the_truth(opaque, shape, size, order):
 @pytest.mark.parametrize(
     ("backward", "shape", "more"),
     [
-        (_block_means_backward, (2, 5, 3, 4), (7, 10)),  # the size of the pixels
-        (_spread_backward, (2, 5, 9, 12), ()),
+        (_block_average_backward, (2, 5, 3, 4), (7, 10)),  # the size of the pixels
+        (_block_upsample_backward, (2, 5, 9, 12), ()),
     ],
 )
 def test_so_it_is_of_slopes(backward, shape, more):

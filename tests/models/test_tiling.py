@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 from metroem.errors import MetroEMError
 from metroem.models.module_folders import init_pyramid
-from metroem.models.tiling import Tiling, predict_by_tiles
+from metroem.models.tiling import Tiling, predict_tiled
 from metroem.models.types import Embedding, Prediction
 from metroem.pyramid import Pyramid
 from tests.pairs import texture
@@ -21,7 +21,7 @@ def summed(tiling, shape):
     """How much all tiles together count at each pixel."""
     total = torch.zeros(shape)
     for window in tiling.windows(shape):
-        total[window.place] += window.weight
+        total[window.location] += window.weight
     return total
 
 
@@ -34,11 +34,11 @@ def test_tiles_cover_every_pixel_and_their_weights_sum_to_one(shape):
 
 def test_tiles_begin_at_blocks_and_are_never_larger_than_asked_for():
     windows = Tiling(1024, 256).windows((2800, 1793))
-    rows, cols = ({one[side].place.start for one in windows} for side in (0, 1))
+    rows, cols = ({one[side].location.start for one in windows} for side in (0, 1))
     assert rows == {0, 768, 1536, 2304} and cols == {0, 768, 1536}
-    longest = max(p.stop - p.start for one in windows for p in one.place)
+    longest = max(p.stop - p.start for one in windows for p in one.location)
     assert longest == 1024
-    assert max(one.cols.place.stop for one in windows) == 1793
+    assert max(one.cols.location.stop for one in windows) == 1793
 
 
 def test_a_weight_rises_over_the_middle_eighth_of_an_overlap():
@@ -63,8 +63,8 @@ def test_sizes_that_do_not_fit_are_refused(sizes):
 
 
 def test_a_section_is_cut_if_one_side_is_longer_than_a_tile():
-    assert not TILING.cuts((512, 512))
-    assert TILING.cuts((20, 513)) and TILING.cuts((513, 20))
+    assert not TILING.splits((512, 512))
+    assert TILING.splits((20, 513)) and TILING.splits((513, 20))
     assert len(TILING.windows((512, 40))) == 1
 
 
@@ -83,7 +83,7 @@ class Analytic:
         field = torch.cat((torch.sin(tgt / 70), torch.cos(tgt / 90)), 1)
         field = field if prior is None else field + prior
         both = {n: Embedding(self.at(src, n), self.at(tgt, n)) for n in levels}
-        return Prediction(field, both, trust=tgt.sigmoid())
+        return Prediction(field, both, confidence=tgt.sigmoid())
 
     @staticmethod
     def at(image, level):
@@ -99,14 +99,14 @@ def test_what_tiles_give_joins_to_what_the_whole_gives():
     prior = torch.cat((tgt / 1000, tgt / 2000), 1)  # at most 1.3 px: no shift
     network = Analytic()
 
-    found = predict_by_tiles(network, (src, tgt), prior, TILING, (0, 1))
+    found = predict_tiled(network, (src, tgt), prior, TILING, (0, 1))
 
     whole = Analytic()(src, tgt, prior, levels=(0, 1))
     assert len(network.shapes) == 4 * 2
     assert max(rows * cols for rows, cols in network.shapes) == 512**2
     close = {"atol": 1e-6, "rtol": 1e-6}
     torch.testing.assert_close(found.field, whole.field, **close)
-    torch.testing.assert_close(found.trust, whole.trust, **close)
+    torch.testing.assert_close(found.confidence, whole.confidence, **close)
     for level in (0, 1):
         for one, other in zip(
             found.embeddings[level], whole.embeddings[level], strict=True
@@ -126,7 +126,7 @@ def test_src_is_cut_from_where_the_prior_points():
         torch.testing.assert_close(prior.mean((0, 2, 3)), torch.tensor([2.0, -8.0]))
         return Prediction(torch.cat((src, tgt), 1) + prior, {})
 
-    found = predict_by_tiles(network, (src, tgt), prior, TILING, (1,))
+    found = predict_tiled(network, (src, tgt), prior, TILING, (1,))
 
     read = torch.zeros(1, 1, 700, 600)
     read[..., 192:, :472] = src[..., :508, 128:]

@@ -1,7 +1,12 @@
 import pytest
 
 from metroem.errors import UsageError
-from metroem.specs.filenames import FieldSetName, ImageSetName, check_tag
+from metroem.specs.filenames import (
+    FieldSetName,
+    ImageSetName,
+    check_checkpoint_name,
+    check_tag,
+)
 
 
 @pytest.mark.parametrize(
@@ -82,3 +87,9 @@ def test_a_suffix_that_would_not_read_back_is_refused(value):
 @pytest.mark.parametrize("value", ["a", "MIP", "aMIP5", "v1.2-b", "été"])
 def test_an_ordinary_suffix_is_taken(value):
     check_tag("--suffix", value)
+
+
+def test_a_checkpoint_name_that_is_too_long_for_a_file_is_refused():
+    check_checkpoint_name("ä" * 50)
+    with pytest.raises(UsageError, match="has 102 bytes, expected at most 100"):
+        check_checkpoint_name("ä" * 51)

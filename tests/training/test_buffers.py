@@ -84,14 +84,14 @@ def test_recording_a_pass_leaves_statistics_and_chance_as_they_were(
     restore_buffers(list(zip(aligner.net.buffers(), before, strict=True)))
 
     def draw_and_predict(*given):  # as a network with dropout
-        return predict(*given)._replace(trust=torch.rand(3))
+        return predict(*given)._replace(confidence=torch.rand(3))
 
     torch.manual_seed(5)
     recorded = CudaGraphModel(draw_and_predict, aligner.net)._record(images(), ())
 
     assert_equal(statistics(aligner.net), once)
     torch.manual_seed(5)
-    assert torch.equal(recorded.prediction.trust, torch.rand(3))
+    assert torch.equal(recorded.prediction.confidence, torch.rand(3))
 
 
 @pytest.mark.parametrize("compiles", [False, pytest.param(True, marks=SLOW)])
