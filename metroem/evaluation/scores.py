@@ -34,10 +34,12 @@ from metroem.synthetic.distortion import GroundTruth
 
 CHUNK_PX = 64
 BAND_PX = 8 * CHUNK_PX  # rows that are compared at once
-BORDER_PX = 16  # left out of every figure but those of the Jacobian
+BORDER_PX = 16  # left out of every figure but `Score.epe` and those of the Jacobian
 RING_PX = 32  # around defects
-RING_FRACTION = 1 / 8  # of a chunk's pixels: a ring fills few chunks by half
-# A field of nearly no length still changes CPC, by interpolation.
+# A chunk counts for a ring from this fraction on, since rings seldom cover half of one.
+RING_FRACTION = 1 / 8
+# CPC has to fall by more than this to count as worse: interpolation alone, by a field
+# of nearly no length, changes it a little.
 CPC_NOISE = 1e-3
 
 NAN = float("nan")
@@ -45,7 +47,10 @@ ScoreT = TypeVar("ScoreT", bound=tuple)
 
 
 class Score(NamedTuple):
-    """Figures of a pair, or their means over pairs; NaN where there is no truth."""
+    """Figures of all stages on a pair, or their means over pairs.
+
+    Figures that need the true field are NaN if there is none.
+    """
 
     epe_none: float  # px, mean endpoint error without alignment
     epe: tuple[float, ...]  # px, one per stage
@@ -78,7 +83,7 @@ class PairScore(NamedTuple):
     swap_mean_px: float  # see `metroem.evaluation.metrics.swap_error`
     swap_p95_px: float
     counted: float  # fraction of pixels that can be compared under the field
-    made_worse: float  # 1 if CPC fell, else 0
+    made_worse: float  # 1 if CPC fell by more than CPC_NOISE, else 0
 
 
 class WarpScore(NamedTuple):
@@ -138,7 +143,7 @@ class WarpedSection(NamedTuple):
 
 
 class SetResult(NamedTuple):
-    """The figures of one image set, of the finest mip of a pyramid."""
+    """The figures of a pyramid on one image set of its finest mip."""
 
     file: str
     mip: int

@@ -11,7 +11,8 @@ from metroem.export.requests import ExportRequest
 from metroem.geometry.grid import Grid
 from metroem.io.volume import crop_array
 
-# Field sets are rounded to 0.01 px, so two copies of one field differ by less.
+# Two fields that differ by no more count as copies of one field: field sets are rounded
+# to 0.01 px.
 _EQUAL_PX = 0.02
 
 
@@ -39,7 +40,7 @@ class PairSection(NamedTuple):
 
     @property
     def tgt(self) -> int | None:
-        """The section that its field aligns it to; None if it belongs to no pair."""
+        """The section that its field aligns it to; None if src and tgt have fields."""
         is_of_pair = self.exported.fields.num_sides == 1
         return self.exported.fields.sections(self.index)[1] if is_of_pair else None
 
@@ -62,8 +63,8 @@ class Overlaps:
     def __init__(self, request: ExportRequest, sets: Sequence[ExportedSet]) -> None:
         self._request = request
         self.sections = [PairSection(one, *at) for one in sets for at in one.sides()]
-        # The last one of a z wins. Those without a field come first, so that they are
-        # used only where no other lies.
+        # The last section of each list wins. Sections without a field come first, so
+        # that their values are kept only where no section with a field lies.
         ordered = self.sections if request.overlap == "last" else self.sections[::-1]
         self._by_z: dict[int, list[PairSection]] = {}
         for section in sorted(ordered, key=lambda section: section.has_field):
@@ -73,8 +74,8 @@ class Overlaps:
         """Refuse fields that would overwrite one another.
 
         Raises:
-            DatasetError: a section has several fields at the same pixels; the message
-                names the flag that chooses.
+            DatasetError: a section has two different fields at the same pixels; the
+                message names the flag that chooses one.
         """
         for z in sorted(self._by_z):
             fields = [section for section in self._by_z[z] if section.has_field]
@@ -90,7 +91,7 @@ class Overlaps:
         values: Callable[[PairSection], np.ndarray],
         grid: Callable[[PairSection], Grid],
     ) -> np.ndarray:
-        """Take the values of a section of a pair, and paint stronger ones over them.
+        """Take the values of a section, and paint those that win over it on top.
 
         Args:
             section: one of `sections`.
@@ -125,7 +126,10 @@ class Overlaps:
         return same_set and one.grid == other.grid and one.tgt == other.tgt
 
     def _check_pair(self, one: PairSection, other: PairSection, shared: Grid) -> None:
-        """Refuse two competing fields that differ, unless a flag chooses."""
+        """Refuse two competing fields: of different tgt offsets, or that differ.
+
+        `--overlap` allows fields that differ, but not different tgt offsets.
+        """
         offsets = [p.tgt - p.z for p in (one, other) if p.tgt is not None]
         if len(set(offsets)) > 1:
             onto = " or ".join(f"--tgt_offset {o}" for o in sorted(offsets)[::-1])

@@ -11,7 +11,8 @@ sample of a batch is optimised independently. The loss is
     B    = bending energy of f (`metroem.finetune.control_points`)
     s    = smoothness * U^2, U = how unlike the structure of the sections is, 0 to 1
 
-`lost` is the fraction of the weight that the field moves out of sight. A step solves
+`lost` is the fraction of the weight that the field moves out of sight, counted from
+0.1 on: below that it is free. A step solves
 
     (R^T H R + 2 k A) step = -gradient      R: interpolation, A: half gradient of B,
 
@@ -49,9 +50,9 @@ from metroem.imaging.loss_weights import PairWeight
 # Squared difference, of features of variance 1, at which a pixel's term is half its
 # maximum.
 _OUTLIER = 1.0
-# Fields move borders out of the image. A loss of up to this fraction of the weight is
-# free. The rest costs this many times the dissimilarity at the start: otherwise the
-# best field would be one that leaves nothing to compare.
+# Fields move borders out of the image. Up to _FREE_LOSS of the weight may be lost for
+# free. The rest costs _LOST_COST times the dissimilarity at the start, at most 1:
+# otherwise the best field would be one that leaves nothing to compare.
 _FREE_LOSS, _LOST_COST = 0.1, 2.0
 # Added to the dissimilarity, so that its logarithm is finite for equal images.
 _MIN_DISSIMILARITY = 1e-2
@@ -63,19 +64,21 @@ _MIN_BENDING = 3e-3
 # Features are averaged down until this many of their pixels lie between control points.
 _PIXELS_PER_SPACING = 16
 _FINEST_LEVEL = 1
-# U compares the sections at 8 px, where noise is averaged away. What still differs is
-# tissue that changes from one section to the next. Such a change looks like a small
-# displacement, and smoothness has to keep the field from following it. A trained
-# network does follow it. Then sections look alike once src is warped by the network's
-# own field, so U was small and the field was held too little. Therefore src is warped
-# without displacements of less than 3 px from a field of control points 128 px apart.
-# Larger ones are real warps. If those are left out too, the field is held so stiffly
-# that rough warps are lost (30 px: 2.02 px instead of 1.46, A 60 px up to 1.7 instead
-# of 0.3). Mean error, px, without this rule and with 1.5, 3 and 6 px (a pyramid trained
-# by `aligned`, 11 pairs of its own sections; 2026-11): sections on themselves 0.25,
-# 0.25, 0.22, 0.18; neighbours warped by 12 px 1.06, 1.05, 1.04, 1.03; by 30 px 1.46,
-# 1.47, 1.48, 1.72; with defects 1.20, 1.20, 1.18, 1.16; synthetic tissue, a briefly
-# trained pyramid, 1.34, 1.33, 1.28, 1.19.
+# U is measured at pixels of 8 px, where noise is averaged away. There the sections
+# differ because tissue changes from one section to the next. A change looks like a
+# small displacement. Networks follow it, but smoothness should keep the field from it.
+# So U must not be measured after the network's own detail has hidden the change: src is
+# warped without detail of less than 3 px. Detail is the difference from control points
+# 128 px apart. Larger detail is kept, since it is a real warp. Without it, rough warps
+# are lost (error of neighbours warped by 30 px: 2.02 px instead of 1.46; of sections on
+# themselves warped by 60 px: up to 1.7 instead of 0.3).
+# Mean error, px, with all detail, and without detail below 1.5, 3 and 6 px (a pyramid
+# trained by `aligned`, 11 pairs of its own sections; 2026-11):
+#     sections on themselves           0.25  0.25  0.22  0.18
+#     neighbours warped by 12 px       1.06  1.05  1.04  1.03
+#     neighbours warped by 30 px       1.46  1.47  1.48  1.72
+#     with defects                     1.20  1.20  1.18  1.16
+#     synthetic, briefly trained       1.34  1.33  1.28  1.19
 _STRUCTURE_LEVEL, _STRUCTURE_PX, _SECTION_CHANGE_PX = 3, 128, 3.0
 _MIN_UNLIKE = 0.02
 _MIN_POWER = 1e-6
@@ -201,7 +204,7 @@ class _State(NamedTuple):
 
     loss: Tensor  # (B,)
     gradient: Tensor  # (B, 2, h, w), by the values at the control points
-    curvature: Tensor  # (B, 3, H, W), H: by the displacement of each pixel, cc, rr, cr
+    curvature: Tensor  # (B, 3, rows, cols), H: cc, rr, cr at each pixel of the scale
     stiffness: Tensor  # (B, 1, 1, 1), k: slope of the loss by the bending energy
 
 
@@ -250,7 +253,7 @@ class _Problem:
         is_blank = self._due_weight.sum((1, 2, 3)) == 0
         lost_cost = (_LOST_COST * at_start).clamp(max=1.0)
         self._lost_cost = torch.where(is_blank, 1.0, lost_cost)
-        unlike = self._unlike_structure(_STRUCTURE_LEVEL - self.scale)
+        unlike = self._unlike_structure(max(0, _STRUCTURE_LEVEL - self.scale))
         self._smoothness = options.smoothness * unlike.flatten().square()
         self.min_gain = options.min_gain
 
@@ -267,8 +270,8 @@ class _Problem:
     def compare(self, start: Tensor, found: Tensor) -> tuple[Tensor, Tensor]:
         """Compute the losses, (B,), of two fields of full size, (B, 2, H, W).
 
-        The due weight of both is the larger of the weights with `start` and with no
-        field.
+        The due weight is the weight of which `lost` is a fraction. For both fields it
+        is, at each pixel, the larger of the weights under `start` and under no field.
         """
         fields = [downsample_field(field, self.scale) for field in (start, found)]
         none = torch.zeros_like(fields[0])
@@ -337,7 +340,7 @@ class _Problem:
         summed squared difference divided by their summed power: 0 for equal tissue, 1
         for unrelated tissue.
         """
-        smooth = _without_detail(self._field, _STRUCTURE_PX >> self.scale)
+        smooth = _without_detail(self._field, max(1, _STRUCTURE_PX >> self.scale))
         detail = self._field - smooth
         detail_px = 2**self.scale * detail.norm(dim=1, keepdim=True)
         smooth = smooth + detail * (

@@ -34,7 +34,7 @@ def writing(path: Path) -> Iterator[None]:
         path: file or folder that the `with` block writes.
 
     Raises:
-        StorageError: the disk is full or fails, or may not be written to.
+        StorageError: the disk is full, fails, or refuses to be written to.
     """
     try:
         yield
@@ -64,7 +64,7 @@ def folder_error(error: OSError, path: Path) -> StorageError:
 
 
 def try_writing(folder: Path, flag: str | None = None) -> None:
-    """Check before hours of work that files can be written to a folder.
+    """Check that files can be written to a folder, before hours of work begin.
 
     Args:
         folder: made if it is missing.
@@ -125,7 +125,7 @@ def replace_file(path: Path, content: bytes | memoryview) -> None:
 
 
 def lock_path(path: Path) -> Path:
-    """Path of the lock of a file or folder while a run writes it."""
+    """Name the lock file that a run holds while it writes a file or folder."""
     return path.with_name(f".{path.name}.lock")
 
 
@@ -133,13 +133,14 @@ def lock_path(path: Path) -> Path:
 def lock(path: Path) -> Iterator[None]:
     """Hold a lock, so that no other run writes at the same time.
 
-    A folder that nobody can write to needs no lock, and gets none.
+    The block runs without a lock where none can be made: in a folder that this account
+    cannot write to, and on storage that has no locks (a warning says so).
 
     Args:
         path: the lock file; made if missing, and removed at the end.
 
     Raises:
-        StorageError: another run holds the lock, or the disk is full.
+        StorageError: another run holds the lock, or it cannot be made or written.
     """
     held = FileLock(path, timeout=_TIMEOUT_S, mode=0o666, fallback_to_soft=False)
     try:
@@ -170,7 +171,8 @@ def _can_run_without_lock(error: OSError, folder: Path) -> bool:
             *(folder, error.strerror),
         )
         return True
-    # filelock also fails on a file that another account left in a folder like /tmp.
+    # In a folder that can be written to, the same errors are real: for example, another
+    # account left its lock file in a folder like /tmp.
     return error.errno in _READ_ONLY and not os.access(folder, os.W_OK)
 
 

@@ -23,12 +23,13 @@ DEFECTS_KEY = "defects"
 _BROKEN = (OSError, RuntimeError)
 # Errors that h5py raises for damaged files.
 _UNREADABLE = (OSError, RuntimeError, KeyError, TypeError, ValueError, MemoryError)
-# A dataset of more bytes than _LARGE may be at most _MAX_RATIO times its stored bytes.
+# A dataset is damaged if it has more than _LARGE bytes, and more than _MAX_RATIO times
+# the bytes that are stored for it.
 _LARGE, _MAX_RATIO = 2**27, 10_000
 
 
 def main_dataset(file: h5py.File) -> h5py.Dataset:
-    """Return the dataset of a set's images or fields, (num_pairs, ...)."""
+    """Return the images or fields of a set, (num_pairs, ...)."""
     return next(
         main
         for key in ("img", "main", "field")
@@ -47,7 +48,7 @@ def pair_checksum(file: h5py.File, index: int) -> int:
 
 
 def stored_checksums(file: h5py.File) -> np.ndarray | None:
-    """Read the checksums that a set states, (num_pairs,); None for the original's.
+    """Read the checksums that a set states, (num_pairs,); None if it states none.
 
     Raises:
         DatasetError: their number is wrong, or they are not whole numbers.
@@ -122,7 +123,8 @@ def verify(path: Path) -> list[str]:
     """Check all pairs of a set against their checksums.
 
     Returns:
-        One line per damaged pair. Files of the original have no checksums: [].
+        One line per damaged pair, or one line that says why the checksums cannot be
+        used. [] for files of the original, which have no checksums.
     """
     with opened(path) as file:
         try:
@@ -157,8 +159,8 @@ def own_dataset(file: h5py.File, key: str) -> h5py.Dataset | None:
     """Return a dataset of a file; None if there is none of that name.
 
     Raises:
-        DatasetError: its values lie in another file. Otherwise a data set from a
-            stranger could read any file of this machine.
+        DatasetError: its values lie in another file. This is refused because a data
+            set from a stranger could so read any file of this machine.
     """
     found = file.get(key)
     if not isinstance(found, h5py.Dataset):
@@ -202,7 +204,7 @@ def check_stored(main: h5py.Dataset) -> None:
 def whole_numbers(
     numbers: h5py.Dataset | None, shape: tuple[int, ...]
 ) -> np.ndarray | None:
-    """Read a dataset of whole numbers as int64; None for None.
+    """Read a dataset of whole numbers as int64; None if there is no dataset.
 
     Raises:
         DatasetError: it has another shape, or does not hold whole numbers.

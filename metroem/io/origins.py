@@ -21,7 +21,7 @@ def data_digest(pairs: ImageSet | FieldSet) -> str:
 
 
 def place_digest(pairs: ImageSet | FieldSet) -> str:
-    """Hash the locations of all pairs of a set: frames and sections, not content."""
+    """Hash the locations of all pairs of a set: areas and sections, not content."""
     locations = []
     for index in range(len(pairs)):
         grid = pairs.grid(index)
@@ -31,7 +31,7 @@ def place_digest(pairs: ImageSet | FieldSet) -> str:
 
 
 def origins(images: ImageSet, prior: FieldSet | None) -> dict[str, str]:
-    """Return `data` of a stage's fields: digests of the sets that they depend on.
+    """Return the digests of the sets that a stage's fields depend on: their `data`.
 
     Args:
         images: images that the stage reads.
@@ -52,8 +52,8 @@ def origins(images: ImageSet, prior: FieldSet | None) -> dict[str, str]:
 def origin_digest(prior: FieldSet) -> str:
     """Hash prior fields: their request if a pyramid wrote them, else their content.
 
-    So fields that are made again in the same way count as the same. Their values may
-    differ slightly, since another device sums in another order.
+    So fields that are made again in the same way have the same digest, although their
+    values may differ slightly: another device sums in another order.
     """
     return _sha256(prior.request) if prior.is_of_pyramid else data_digest(prior)
 
@@ -68,7 +68,10 @@ def why_stale(fields: FieldSet, dataset: Path) -> str | None:
         dataset: folder of the image sets.
 
     Returns:
-        The name of the set that changed, and the command that makes the fields again.
+        A text with the name of the set that changed, and how to make the fields again.
+
+    Raises:
+        DatasetError: `data` of the fields is damaged, or a set cannot be read.
     """
     for name, digest in _data_of(fields).items():
         is_field = FieldSetName.parse(name) is not None

@@ -11,8 +11,8 @@ outliers, i.e. of displacements far from the first mean:
     m1 = (sum_N P)^-1 sum_N P v
     m2 = (sum_N Q)^-1 sum_N Q v,     Q = P / (1 + |v - m1|^2 / tolerance^2)
 
-The result is a mixture of v, of the m2 of neighbourhoods of four sizes, and of 0. A
-neighbourhood is 3 x 3 blocks of pixels, and its mean is interpolated between blocks.
+The result mixes v, the means m2 over neighbourhoods of four sizes, and 0. A
+neighbourhood is 3 x 3 blocks of pixels. Its mean is interpolated between blocks.
 
 Source: robust means by reweighting as in Holland and Welsch 1977
 (doi:10.1080/03610927708827533).
@@ -26,14 +26,15 @@ from torch import Tensor
 
 from metroem.models.local_correlation import window_offsets
 
-# Sides of the blocks of each neighbourhood, px of the level.
+# Side of the blocks, for each size of neighbourhood, px of the maps that are averaged.
 POOLS = (2, 4, 8, 16)
 # How far `robust_average` sees around a pixel, px. Each of its two means reads blocks
 # up to 2 away: it interpolates between neighbouring blocks, and each of these is
 # averaged with its own neighbours.
 POOLING_RECEPTIVE_PX = 4 * max(POOLS)
 _MIN_VARIANCE = 0.05  # px^2: no match is more exact than a fraction of a pixel
-_MIN_PRECISION = 1e-3  # 1 / px^2, of a mean: where nothing has weight, the mean is 0
+# 1 / px^2, added to the sums of P and of Q: where nothing has weight, the mean is 0.
+_MIN_PRECISION = 1e-3
 
 
 def soft_argmax(weights: Tensor, radius: int) -> tuple[Tensor, Tensor]:
@@ -101,7 +102,7 @@ def _neighbourhood_mean(weighted: Tensor, size: int) -> Tensor:
 
 
 def _weighted_mean(sums: Tensor) -> Tensor:
-    """Solve for the mean: sums of P v and of P, (B, 5, H, W) -> (B, 2, H, W)."""
+    """Divide sums of P v by sums of P: (B, 5, H, W) -> (B, 2, H, W)."""
     by_cols, by_rows, cc, rr, cr = sums.split(1, 1)
     cc, rr = cc + _MIN_PRECISION, rr + _MIN_PRECISION
     solved = torch.cat((rr * by_cols - cr * by_rows, cc * by_rows - cr * by_cols), 1)
@@ -109,15 +110,16 @@ def _weighted_mean(sums: Tensor) -> Tensor:
 
 
 def block_average(x: Tensor, size: int) -> Tensor:
-    """Average over 3 x 3 blocks of `size` x `size` px, without blocks outside.
+    """Average blocks of `size` x `size` px, then each block with the 8 around it.
+
+    Blocks outside the map are left out.
 
     Args:
         x: (B, C, H, W).
         size: side of a block, px; the last ones may be smaller.
 
     Returns:
-        (B, C, ceil(H / size), ceil(W / size)): for each block, the mean over its own
-        mean and the means of the blocks around it.
+        (B, C, ceil(H / size), ceil(W / size)).
     """
     run = _block_average_op if torch.compiler.is_compiling() else _average
     return run(x, size)

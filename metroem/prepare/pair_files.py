@@ -41,8 +41,8 @@ logger = logging.getLogger(__name__)
 
 # The log names sections with a larger blank fraction.
 _MOSTLY_BLANK = 0.5
-# Of a packed patch: arrays begin at multiples of the first. The line of JSON before
-# them is far shorter than the second.
+# In a packed patch arrays begin at multiples of _ALIGN_BYTES. The line of JSON before
+# them has fewer than _MOST_HEAD_BYTES.
 _ALIGN_BYTES, _MOST_HEAD_BYTES = 64, 4096
 
 
@@ -66,9 +66,9 @@ class PairSet:
         image_path: the image set; None: only fields.
         field_path: the field set; None: only images.
         field_source: the volume of the fields, as the field set names it.
-        locations: of the pairs. None: a pair lies on the patch of src. Each side is
-            moved by the translation of its field, and tgt also by the distance
-            between the two patches.
+        locations: of the pairs. If None, a pair lies on the patch of src; then each
+            side is moved by the translation of its field, and tgt also by the
+            distance between the two patches.
         anchor: the point that the mips of a location share: "corner" or "center".
         normalization: of the images, in the form that image sets state it.
         tag: name of the checkpoint that the fields belong to, as those of stage 0.
@@ -111,7 +111,7 @@ class PairFiles:
         self.is_finished = all(are_done)
         self._path = self._paths[0]
         if self.is_finished:
-            # Finished results of a run that was killed at its end.
+            # A run that was killed after it wrote the files left its results behind.
             ResumeStore.discard(parts_folder(self._path))
             return
         self._store = open_parts(self._path, request, overwrite=overwrite)
@@ -443,5 +443,5 @@ def report_blank(
 
 
 def _name(key: Key) -> str:
-    """Key of a patch in the store; version 1.0.0 had other keys and contents."""
+    """Name a patch in the store. Version 1.0.0 used other names and contents."""
     return "patch-" + "_".join(map(str, key))

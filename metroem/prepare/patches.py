@@ -7,9 +7,9 @@ reads, once, however many pairs share them:
     image    the patch, moved by the translation; 0 where a mask marks defects
     moments  of the reference area around the patch, if there is one
 
-Downloads along z have one location, and all sections from z_start - 1 to z_end - 1.
-A data set from points has many locations. Patches keep the values of the volume:
-`PatchReader.image` normalises images, `PatchReader.field` resamples vectors.
+A download along z has one location, and all sections from z_start - 1 to z_end - 1.
+A data set from points has many locations. Patches keep the values of the volume. They
+are normalised later, by `PatchReader.image`, or resampled, by `PatchReader.field`.
 """
 
 import logging
@@ -92,13 +92,15 @@ class SectionPatch:
             data or a defect.
         defects: (H, W) bool; None without masks.
         field: (2, h, w) as stored, around the patch at the field's mip.
-        translation: x and y, mip-0 pixels, by which the image was moved.
+        translation: x and y, mip-0 pixels, the mean of the vectors. The image was
+            moved by it; `PatchReader.field` subtracts it.
         statistics: of the reference area; None: the image's own normalise it.
         blank: fraction of pixels without data, or of vectors if there is no image.
-        masked: fraction of pixels under a mask, or of the translation's vectors.
+        masked: fraction of pixels under a mask. If there is no image: of the vectors
+            whose mean is the translation.
         not_finite: fraction of vectors that are NaN or infinite.
-        is_flat: whether it is to be normalised but has one grey level, so that it
-            becomes blank.
+        is_flat: whether the image has one grey level, so that it cannot be normalised
+            and becomes blank.
     """
 
     image: np.ndarray | None = None
@@ -135,9 +137,9 @@ class PatchReader:
 
     Attributes:
         patches: by key, the area of each patch before it is moved; all of one mip.
-        image_source: None: fields alone.
-        field_source: None: images alone.
-        masks: a pixel that any of them marks is blanked.
+        image_source: the volume of the images; None to read fields alone.
+        field_source: the volumes of the fields; None to read images alone.
+        masks: pixels that any of them marks become 0.
     """
 
     def __init__(
@@ -307,7 +309,7 @@ class PatchReader:
             if found is None:
                 logger.warning(
                     "%s %s: section %d has no vector to take a mean displacement from "
-                    "around %s; 0",
+                    "around %s; its translation is 0",
                     *(stored.volume.flag, stored.volume.path, z, patches[z].center),
                 )
             yield (

@@ -37,8 +37,8 @@ from metroem.specs.modules import ModuleSpec
 
 Predict = Callable[[Sample, tuple[int, ...]], Prediction]
 
-# If a pixel's field is further than this from its smooth part, the pixel is torn or
-# wrong, and has no label. As a fraction of `KnownWarp.knot_px`.
+# A fraction of `KnownWarp.knot_px`. A pixel whose field differs from the smooth part by
+# more is torn or wrong, and has no label.
 _TORN = 1 / 4
 
 
@@ -85,8 +85,8 @@ class EarlierStages:
         """Replace the prior field of a warped sample by the earlier stages' field.
 
         Args:
-            sample: returned unchanged if there is no earlier stage, or if it has no
-                truth, so that no known warp has changed it.
+            sample: returned unchanged if it has no truth, since then no known warp
+                has changed it; also if `aligners` is empty.
         """
         if not self.aligners or sample.truth is None:
             return sample
@@ -125,13 +125,13 @@ def add_pseudo_label(
     """Complete the ground truth of samples whose true field is unknown.
 
     The natural field of a pair is the smooth part of the network's field before the
-    known warp. It is 0 for samples that show one section twice. A fresh network would
-    learn its own noise, so it has to be trained on such samples first.
+    known warp. For samples that show one section twice it is 0. Train a new network on
+    such samples first: otherwise it learns its own noise.
 
     The network's field decides where the truth is known. A score must not depend on
     that, so two more maps are set. `scored` is where the truth would be known if the
     natural field were the prior field. `fallback_truth` is the truth in that case.
-    If the prior field shows no tissue, 0 takes its place.
+    If the prior field brings no tissue of src onto tissue of tgt, 0 replaces it.
 
     Args:
         sample: returned unchanged if it has no `unwarped_src`.
@@ -144,7 +144,7 @@ def add_pseudo_label(
     truth, valid = sample.truth, sample.truth_valid
     assert truth is not None and valid is not None and options is not None
     sample = sample._replace(unwarped_src=None, unwarped_prior=None)
-    # Samples whose natural field is unknown; for the others src is blank.
+    # Samples whose natural field is unknown; the others have a blank `unwarped_src`.
     unknown = tissue_mask(src).flatten(1).any(1).nonzero()[:, 0]
     if not len(unknown):
         return sample

@@ -268,6 +268,20 @@ def test_a_field_that_leaves_nothing_to_compare_is_no_improvement(monkeypatch):
     assert kept.loss_after == kept.loss_before
 
 
+@pytest.mark.parametrize(("spacing", "left_px"), [(256, 4.0), (2048, 5.0)])
+def test_control_points_coarser_than_the_structure_that_is_compared_work(
+    spacing, left_px
+):
+    row, col = positions()
+    truth = shift(4.0, -3.0)
+    src, tgt = texture(row / 9, col / 9), texture((row - 3) / 9, (col + 4) / 9)
+    options = GaussNewtonOptions(spacing_px=(spacing,))
+    found = refine(tgt, src=src, options=options)
+    # No field leaves 5 px. Averaged to 16 px the images still show the shift; averaged
+    # to 128 px each is one pixel, which shows nothing.
+    assert error(found.field, truth) <= left_px
+
+
 def stiffness(features, start):
     weights = (ones(), ones())
     return float(_Problem(features, start, weights, OPTIONS, (0, 16))._smoothness)
