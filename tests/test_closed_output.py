@@ -12,8 +12,8 @@ import download_image
 import train
 from metroem.__main__ import main
 from metroem.errors import UsageError
-from metroem.models.module_folders import init_pyramid
 from metroem.utils import cli
+from tests.models.specs import pyramid_with_weights
 from tests.pairs import write_pairs
 
 
@@ -43,7 +43,7 @@ def run(argv, command=main):
 
 def test_an_evaluation_is_kept_though_nobody_reads_it(tmp_path, capsys):
     write_pairs(tmp_path / "d", mips=(0,), num_pairs=2, shape=(96, 112))
-    init_pyramid(tmp_path / "p", [0])
+    pyramid_with_weights(tmp_path / "p", [0])
     argv = ["evaluate", "--pyramid_path", tmp_path / "p", "--dataset_path"]
     argv += [tmp_path / "d", "--no_finetune", "--json", tmp_path / "figures.json"]
     with nobody_reads("stdout"):
@@ -60,7 +60,7 @@ def test_figures_are_kept_before_they_are_printed(tmp_path, monkeypatch):
 
     monkeypatch.setattr("metroem.evaluation.evaluate.print_evaluation", full)
     write_pairs(tmp_path / "d", mips=(0,), num_pairs=1, shape=(96, 112))
-    init_pyramid(tmp_path / "p", [0])
+    pyramid_with_weights(tmp_path / "p", [0])
     argv = ["evaluate", "--pyramid_path", tmp_path / "p", "--dataset_path"]
     argv += [tmp_path / "d", "--no_finetune", "--json", tmp_path / "figures.json"]
     with pytest.raises(SystemExit) as caught:

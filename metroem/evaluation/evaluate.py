@@ -14,7 +14,7 @@ from metroem.data.dataset import PairRef, find_pairs, read_sample
 from metroem.data.known_warp import warp_section
 from metroem.data.photometric import augment_photometric
 from metroem.data.sample import Sample, seeded_generator, with_defects
-from metroem.errors import DatasetError
+from metroem.errors import CheckpointError, DatasetError
 from metroem.evaluation.report.curves import Curve, read_curves
 from metroem.evaluation.report.page import ReportPage, report_page
 from metroem.evaluation.requests import EvaluateRequest
@@ -91,8 +91,8 @@ def evaluate_dataset(request: EvaluateRequest) -> None:
 
     Raises:
         PyramidError: the pyramid cannot be used.
-        CheckpointError: some modules lack these weights. A pyramid without any
-            weights is evaluated untrained, unless --checkpoint_name names some.
+        CheckpointError: some modules lack these weights. If no module has any, the
+            figures are those of untrained networks; all are written before this error.
         DatasetError: a stage's mip has no images, images are too small to measure, or
             no pair can be compared.
         StorageError: a result file cannot be written.
@@ -128,6 +128,12 @@ def evaluate_dataset(request: EvaluateRequest) -> None:
             f"{request.dataset_path}: no pair can be compared: none has "
             f"{CHUNK_PX} px of tissue with contrast in both sections where they overlap"
         )
+    if name is None:
+        raise CheckpointError(
+            f"{request.pyramid_path}: no module has weights: these figures are of "
+            "UNTRAINED networks; train them first (train.py), or name other weights "
+            "(--checkpoint_name)"
+        )
 
 
 def _curves(request: EvaluateRequest) -> list[Curve]:
@@ -153,10 +159,7 @@ def _checkpoint_name(
     """Choose the weights; None for a pyramid that is not trained yet."""
     name = request.checkpoint_name
     if name == EvaluateRequest.checkpoint_name and not weight_names(modules):
-        logger.warning(
-            "%s: no module has weights: these figures are of UNTRAINED networks",
-            request.pyramid_path,
-        )
+        logger.warning("%s: no module has weights: UNTRAINED", request.pyramid_path)
         return None
     check_weights(modules, name, f"--checkpoint_name {name}")
     return name

@@ -11,8 +11,8 @@ from metroem.errors import CheckpointError, DatasetError, UsageError
 from metroem.evaluation.evaluate import evaluate_dataset
 from metroem.evaluation.requests import EvaluateRequest
 from metroem.io.h5 import find_image_sets
-from metroem.models.module_folders import init_pyramid
 from tests.evaluation.report.pages import blocks
+from tests.models.specs import pyramid_with_weights
 from tests.pairs import write_pairs
 
 SHAPE = (96, 160)
@@ -22,7 +22,7 @@ SHAPE = (96, 160)
 def run(tmp_path):
     """A pyramid of two stages, pairs at both mips."""
     write_pairs(tmp_path / "data", mips=(1, 0), num_pairs=2, shape=SHAPE)
-    init_pyramid(tmp_path / "pyramid", [1, 0])
+    pyramid_with_weights(tmp_path / "pyramid", [1, 0])
     return tmp_path
 
 
@@ -41,7 +41,7 @@ def test_every_flag_reaches_the_request():
     assert given == {field.name for field in dataclasses.fields(EvaluateRequest)}
 
 
-def test_an_untrained_pyramid_is_evaluated_as_a_user_calls_it(run, capsys):
+def test_a_pyramid_is_evaluated_as_a_user_calls_it(run, capsys):
     main(
         [
             *("evaluate", "--pyramid_path", str(run / "pyramid")),
@@ -100,7 +100,7 @@ def test_a_report_of_a_pyramid_trained_elsewhere_has_no_curves(run, caplog):
 def test_sections_are_warped_alike_for_every_pyramid(run, capsys):
     found = []
     for name, mips in (("one", [0]), ("two", [1, 0])):
-        init_pyramid(run / name, mips)
+        pyramid_with_weights(run / name, mips)
         file = run / f"{name}.json"
         evaluate_dataset(
             EvaluateRequest(
@@ -125,7 +125,7 @@ def test_sections_are_warped_alike_for_every_pyramid(run, capsys):
 
 def test_finetuning_finds_a_shift_and_undoes_it(tmp_path):
     write_pairs(tmp_path / "data", mips=(0,), num_pairs=1, shape=SHAPE)
-    init_pyramid(tmp_path / "pyramid", [0], "scalenet")
+    pyramid_with_weights(tmp_path / "pyramid", [0], "scalenet")
     evaluate_dataset(request(tmp_path, json=tmp_path / "figures.json"))
     (found,) = json.loads((tmp_path / "figures.json").read_text())["sets"]
     # The sections are 3 px apart.
@@ -138,7 +138,7 @@ def test_the_worst_chunk_lies_where_the_volume_has_it(run):
     (run / "data" / "x0_y0_z1_MIP0.h5").unlink()
     data = run / "moved"
     write_pairs(data, mips=(1,), num_pairs=1, shape=(2 * 96, 2 * 160), corner=(64, 32))
-    init_pyramid(run / "coarse", [1])
+    pyramid_with_weights(run / "coarse", [1])
     evaluate_dataset(
         EvaluateRequest(run / "coarse", data, json=run / "f.json", no_finetune=True)
     )
@@ -149,7 +149,7 @@ def test_the_worst_chunk_lies_where_the_volume_has_it(run):
 
 
 def test_a_mip_without_images_is_named(run):
-    init_pyramid(run / "deep", [3, 0])
+    pyramid_with_weights(run / "deep", [3, 0])
     with pytest.raises(DatasetError, match=r"stage 0 \(0_mip3in.* reads mip 3, but"):
         evaluate_dataset(EvaluateRequest(run / "deep", run / "data"))
 
@@ -171,7 +171,7 @@ def test_weights_that_some_modules_lack_are_refused(run):
 
 def test_images_too_small_for_a_chunk_are_refused(tmp_path):
     write_pairs(tmp_path / "data", mips=(0,), num_pairs=1, shape=(64, 128))
-    init_pyramid(tmp_path / "pyramid", [0])
+    pyramid_with_weights(tmp_path / "pyramid", [0])
     with pytest.raises(DatasetError, match="images of 64 x 128 px; at least 80 px"):
         evaluate_dataset(request(tmp_path))
 

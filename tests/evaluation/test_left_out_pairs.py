@@ -20,10 +20,10 @@ from metroem.evaluation.scores import (
 from metroem.geometry.grid import Grid
 from metroem.imaging.normalize import normalize
 from metroem.io.h5 import ImageSetMeta, Pair, PairLocation, write_image_set
-from metroem.models.module_folders import init_pyramid
 from metroem.synthetic.distortion import GroundTruth
 from tests.browser import Browser, find_chromium
 from tests.evaluation.report.pages import blocks
+from tests.models.specs import pyramid_with_weights
 from tests.pairs import shifted_pair, texture
 
 ROWS, COLS = 96, 176
@@ -124,7 +124,7 @@ GOOD = [tuple(map(normalize, shifted_pair(ROWS, COLS, seed=s))) for s in (1, 2)]
 def evaluated(tmp_path_factory):
     """Two good pairs between two that cannot be compared, and the good ones alone."""
     folder = tmp_path_factory.mktemp("left_out")
-    init_pyramid(folder / "p", [0])
+    pyramid_with_weights(folder / "p", [0])
     bad = [LEFT_OUT[name] for name in NAMES]
     for name, pairs in (("some", [bad[0], *GOOD, bad[1]]), ("good", GOOD)):
         write_set(folder / name, pairs)
@@ -186,7 +186,7 @@ def test_the_page_knows_the_pairs_that_are_left_out(evaluated):
 
 
 def test_nothing_is_left_to_compare(tmp_path, capsys):
-    init_pyramid(tmp_path / "p", [0])
+    pyramid_with_weights(tmp_path / "p", [0])
     write_set(tmp_path / "d", [LEFT_OUT["no overlap"]])
     request = EvaluateRequest(
         tmp_path / "p", tmp_path / "d", json=tmp_path / "f.json", no_finetune=True

@@ -4,6 +4,12 @@ import json
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from metroem.models.load import load_module
+from metroem.models.module_folders import init_pyramid
+from metroem.models.weights import checkpoint_path, save_weights
+
 
 def convblock(*channels: int) -> dict[str, Any]:
     return {"type": "convblock", "arch_desc": {"fms": list(channels), "k": 3}}
@@ -70,3 +76,15 @@ def write_spec(folder: Path, spec: dict[str, Any]) -> Path:
     path = folder / "model_spec.json"
     path.write_text(json.dumps(spec))
     return path
+
+
+def pyramid_with_weights(
+    folder: Path, mips: list[int], template: str = "correlation"
+) -> list[Path]:
+    """Make a pyramid whose modules have weights, drawn from seed 0, not trained."""
+    modules = init_pyramid(folder, mips, template)
+    torch.manual_seed(0)
+    for module in modules:
+        net = load_module(module, checkpoint_name=None).aligner.net
+        save_weights(net, checkpoint_path(module / "model", "checkpoint"))
+    return modules

@@ -82,12 +82,12 @@ def test_an_evaluation_takes_no_weights_that_are_not_there(tmp_path):
         evaluate_dataset(EvaluateRequest(path, tmp_path / "data", "typo"))
 
 
-def test_a_pyramid_that_nobody_trained_is_evaluated_and_says_so(tmp_path, caplog):
+def test_figures_of_a_pyramid_that_nobody_trained_end_in_an_error(tmp_path):
     write_pairs(tmp_path / "data", mips=(1, 0), num_pairs=1, shape=(96, 160))
     path, figures = trained(tmp_path / "p", stages=()), tmp_path / "f.json"
     request = EvaluateRequest(path, tmp_path / "data", json=figures, no_finetune=True)
-    evaluate_dataset(request)
-    assert "no module has weights: these figures are of UNTRAINED" in caplog.text
+    with pytest.raises(CheckpointError, match="p: no module has weights.*UNTRAINED"):
+        evaluate_dataset(request)
     assert figures.is_file()
 
 
