@@ -231,8 +231,6 @@ def score_sections(
     sections: Sequence[Section],
     pairs: range,
     *,
-    finetune: bool = True,
-    is_exact: bool = True,
     is_trained: bool = True,
 ) -> Score:
     """Align held-out pairs and score them.
@@ -243,8 +241,6 @@ def score_sections(
         run: its pyramid aligns the pairs.
         sections: all sections of the volume.
         pairs: section z to z - 1 for each z.
-        finetune: whether the fields are optimised further on each pair.
-        is_exact: whether the sections' fields are the exact truth.
         is_trained: whether to use the trained weights, or untrained ones drawn from
             the run's seed.
 
@@ -257,9 +253,8 @@ def score_sections(
     scores = []
     for z in pairs:
         src, tgt = sections[z], sections[z - 1]
-        fields = pyramid.fields(src.image, tgt.image, mip=0, finetune=finetune)
-        truth = true_pair(src, tgt) if is_exact else None
-        scores.append(score_pair(src.image, tgt.image, fields, truth))
+        fields = pyramid.fields(src.image, tgt.image, mip=0)
+        scores.append(score_pair(src.image, tgt.image, fields, true_pair(src, tgt)))
         if z == pairs[0] and is_trained:
             picture = run.folder / "before_after.png"
             save_before_after(picture, src.image, tgt.image, fields[-1])

@@ -20,9 +20,9 @@ logger = logging.getLogger(__name__)
 CHECKSUM_KEY = "checksum"
 DEFECTS_KEY = "defects"
 # Errors that h5py raises if a filter cannot decode a chunk.
-_BROKEN = (OSError, RuntimeError)
+_DECODE_ERRORS = (OSError, RuntimeError)
 # Errors that h5py raises for damaged files.
-_UNREADABLE = (OSError, RuntimeError, KeyError, TypeError, ValueError, MemoryError)
+_READ_ERRORS = (OSError, RuntimeError, KeyError, TypeError, ValueError, MemoryError)
 # A dataset is damaged if it has more than _LARGE bytes, and more than _MAX_RATIO times
 # the bytes that are stored for it.
 _LARGE, _MAX_RATIO = 2**27, 10_000
@@ -92,7 +92,7 @@ def difference(file: h5py.File, index: int, expected: int) -> str | None:
     """Say how a pair differs from what was written; None if it does not."""
     try:
         found = pair_checksum(file, index)
-    except _BROKEN as error:
+    except _DECODE_ERRORS as error:
         return f"pair {index} cannot be read: {error}"
     if found == expected:
         return None
@@ -151,7 +151,7 @@ def opened(path: Path) -> Iterator[h5py.File]:
             yield file
     except DatasetError:
         raise
-    except _UNREADABLE as error:
+    except _READ_ERRORS as error:
         raise DatasetError(f"{path}: not a readable h5 file: {error}") from error
 
 

@@ -2,7 +2,6 @@
 
 import hashlib
 import logging
-import sys
 import time
 from collections.abc import Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
@@ -31,7 +30,7 @@ from metroem.models.tiling import Tiling
 from metroem.models.weights import checkpoint_path
 from metroem.specs.filenames import FieldSetName
 from metroem.specs.modules import ModuleSpec
-from metroem.utils import distributed
+from metroem.utils import cli, distributed
 from metroem.utils.memory import enough_memory
 from metroem.utils.progress import progress
 from metroem.utils.stop_request import Stopped, StopRequest
@@ -423,7 +422,7 @@ def _meta(
     return FieldSetMeta(
         frames=[sources.location(index) for index in range(sources.target.num_pairs)],
         source=f"{config.weights} sha256 {request['weights_sha256']}",
-        command=" ".join(sys.argv),
+        command=cli.command_line(),
         request=as_json(request),
         resolution=sources.target.resolution,
         stage=config.module.stage,
