@@ -55,7 +55,7 @@ $(INSTALLED): requirements.txt setup.py
 # A CUDA build of torch brings its own triton.
 $(TOOLS): requirements-dev.txt requirements-cpu-tests.txt $(INSTALLED)
 	$(BIN)/python -m pip install -r requirements-dev.txt
-	if $(BIN)/python -m pip show torch | grep -q '^Version:.*+cpu'; then \
+	if $(BIN)/python -m pip show torch | grep '^Version:.*+cpu' >/dev/null; then \
 	    $(BIN)/python -m pip install -r requirements-cpu-tests.txt; fi
 	touch $@
 
