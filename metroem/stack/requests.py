@@ -1,0 +1,196 @@
+"""Define the flags of place, align-stack, worker and check."""
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from metroem.errors import UsageError
+from metroem.io.cloud_paths import check_destination, check_exists
+from metroem.utils.cli import Request, flag, flags_of_group
+
+# The steps of align-stack, in order.
+STEPS = ("place", "pairs", "relax", "render", "check")
+MODELS = ("rigid", "similarity", "affine")
+
+_SECTIONS, _PLACING = "sections", "placement"
+_ALIGNING, _RUNNING = "alignment", "where the work is done"
+_sections, _placing = flags_of_group(_SECTIONS), flags_of_group(_PLACING)
+_aligning, _running = flags_of_group(_ALIGNING), flags_of_group(_RUNNING)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunRequest(Request):
+    """Flags that say where the tasks of a step are run."""
+
+    workers: int = _running("processes on this machine, one thread each", 1, least=1)
+    shard: str | None = _running(
+        "run only the tasks of part i of n, for arrays of jobs: 0/3, 1/3, 2/3",
+        unset="all tasks",
+        metavar="I/N",
+    )
+    queue: str | None = _running(
+        "put the tasks into this queue, for metroem worker: fq://FOLDER or sqs://NAME",
+        unset="run them here",
+        metavar="URL",
+    )
+    again: bool = _running("run finished tasks again, too", False)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.shard is not None:
+            found = re.fullmatch(r"(\d+)/(\d+)", self.shard)
+            if not found or not int(found[1]) < int(found[2]):
+                raise UsageError(
+                    f"--shard {self.shard}: expected I/N with I from 0 to N - 1, "
+                    "for example 0/3"
+                )
+        if self.queue is not None and self.shard is not None:
+            raise UsageError("--queue and --shard: give one of them")
+        if self.queue is not None:
+            check_queue(self.queue)
+
+
+def check_queue(url: str) -> None:
+    """Refuse the address of a queue that is not read.
+
+    Raises:
+        UsageError: it begins with neither fq:// nor sqs://.
+    """
+    if not re.match(r"(fq|sqs)://.", url):
+        raise UsageError(f"--queue {url}: expected fq://FOLDER or sqs://NAME")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SectionsRequest(RunRequest):
+    """Flags that place and align-stack share."""
+
+    GROUPS = ("", _SECTIONS, _PLACING, _RUNNING)
+
+    cv_path: str = flag("volume of the raw sections")
+    dst_path: str = flag("folder to write: placement.json and the record of the tasks")
+    z_start: int = _sections("first section")
+    z_end: int = _sections("one past the last section")
+    mip: int = _sections("finest mip that is read and written", 0, least=0)
+    model: str = _placing("map of a section to its place", "similarity", choices=MODELS)
+    flip: bool = _placing("allow mirrored sections", False)
+    fix: int | None = _placing(
+        "section that stays where it is", unset="the one in the middle of the stack"
+    )
+    thumbnail_px: int = _placing(
+        "longest side of the thumbnails that are matched", 1024, least=128
+    )
+    allow_unplaced: bool = _placing(
+        "exit with 0 even if sections match nothing", False
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.z_end - self.z_start < 2:
+            raise UsageError(
+                f"--z_start {self.z_start} --z_end {self.z_end}: expected two sections "
+                "or more; --z_end is one past the last"
+            )
+        if self.fix is not None and not self.z_start <= self.fix < self.z_end:
+            raise UsageError(
+                f"--fix {self.fix}: expected one of the sections {self.z_start} to "
+                f"{self.z_end - 1}"
+            )
+        check_destination("--dst_path", self.dst_path)
+
+    def check_paths(self) -> None:
+        check_exists("--cv_path", self.cv_path)
+
+    @property
+    def sections(self) -> range:
+        """The range of z."""
+        return range(self.z_start, self.z_end)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlaceRequest(SectionsRequest):
+    """Flags of place."""
+
+    render: str | None = flag("volume to write with the placed sections", unset="none")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.render is not None:
+            check_destination("--render", self.render)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AlignStackRequest(SectionsRequest):
+    """Flags of align-stack."""
+
+    GROUPS = ("", _SECTIONS, _PLACING, _ALIGNING, _RUNNING)
+
+    pyramid_path: Path = flag("trained pyramid that aligns pairs of sections")
+    checkpoint_name: str = _aligning("name of the pyramid's weights", "checkpoint")
+    steps: list[str] = _aligning("steps to run", list(STEPS), choices=STEPS)
+    neighbours: int = _aligning(
+        "align each section with so many before it", 2, least=1
+    )
+    masks: str | None = _aligning(
+        "volume of masks: 0 where the tissue can be trusted", unset="defects are found"
+    )
+    chunk_px: int = _aligning("side of the area of a task, px", 2048, least=64)
+    block_sections: int = _aligning("sections of a task", 16, least=1)
+    halo_px: int = _aligning("pixels around a chunk that its task also reads", 256)
+    smoothness: float = _aligning("how much bending costs", 1.0, least=0)
+    device: str = _aligning("cpu, cuda or cuda:N", "cpu")
+    mips: int = _aligning("number of mips of the aligned volume", 4, least=1)
+    encoding: str | None = _aligning(
+        "encoding of the aligned volume", unset="that of --cv_path"
+    )
+    chunk_size: list[int] | None = _aligning(
+        "chunks of the aligned volume, voxels along x, y, z",
+        None,
+        nargs=3,
+        metavar=("X", "Y", "Z"),
+    )
+    layer: str | None = _aligning(
+        "render this volume through the fields of a finished stack, too", unset="none"
+    )
+    nearest: bool = _aligning("render --layer without interpolation: labels", False)
+
+
+@dataclass(frozen=True, kw_only=True)
+class WorkerRequest(Request):
+    """Flags of worker."""
+
+    queue: str = flag("queue to work on: fq://FOLDER or sqs://NAME", metavar="URL")
+    dst_path: str = flag("destination of the stack; tasks of others are refused")
+    wait: bool = flag("wait for new tasks for ever; else end with the queue", False)
+    lease_s: int = flag("seconds until a task of a dead worker comes back", 600, least=1)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_queue(self.queue)
+        check_destination("--dst_path", self.dst_path)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckRequest(RunRequest):
+    """Flags of check."""
+
+    GROUPS = ("", _RUNNING)
+
+    cv_path: str = flag("aligned volume, by any program")
+    dst_path: str | None = flag(
+        "folder for check.json and report.html", unset="the parent of --cv_path"
+    )
+    z_start: int | None = flag("first section", unset="the volume's first")
+    z_end: int | None = flag("one past the last section", unset="the volume's end")
+    mip: int = flag("mip to measure at", 0, least=0)
+    chunk_px: int = flag("side of the area of a task, px", 2048, least=64)
+    pyramid_path: Path | None = flag(
+        "pyramid whose own field between neighbours is measured", unset="none"
+    )
+    checkpoint_name: str = flag("name of the pyramid's weights", "checkpoint")
+    field_path: str | None = flag(
+        "volume of the fields that made it, for folds", unset="none"
+    )
+    before: str | None = flag("volume before it was aligned, to compare", unset="none")
+
+    def check_paths(self) -> None:
+        check_exists("--cv_path", self.cv_path)
