@@ -350,6 +350,27 @@ class Volume:
         """Return the stored mip that a mip is read from: itself."""
         return mip
 
+    def chunk_layout(self, mip: int) -> tuple[tuple[int, int], tuple[int, int]]:
+        """Return the first pixel of all chunks, and the size of a chunk.
+
+        Args:
+            mip: mip of the pixels; if it is made from a finer one, chunks are areas of
+                whole stored chunks.
+
+        Returns:
+            Row and col of the first pixel; rows and cols of a chunk.
+        """
+        source = self.source_mip(mip)
+        index, levels = self._index[source], mip - source
+        rows, cols = (int(n) for n in self._at(0).mip_chunk_size(index)[:2])
+        (x, _), (y, _), _ = self._bounds(mip)
+        return (x, y), (max(rows >> levels, 1), max(cols >> levels, 1))
+
+    def bounds_of(self, mip: int) -> tuple[tuple[int, int], tuple[int, int]]:
+        """Return first and end row, and first and end col, of a mip, in its pixels."""
+        x, y, _ = self._bounds(mip)
+        return x, y
+
     def index_of(self, mip: int) -> int:
         """Return the index of a mip among the scales of the info."""
         return self._index[mip]

@@ -6,6 +6,7 @@ can serve them.
 """
 
 import json
+import math
 import os
 import shutil
 import tempfile
@@ -31,6 +32,7 @@ from metroem.io.cloud_paths import (
     split_format,
 )
 from metroem.io.cloud_retry import prepare_storage
+from metroem.io.files import make_folder, replace_file
 from metroem.io.resume import describe_differences
 from metroem.io.volume import Volume, crop_array
 from metroem.io.zarr_n5 import open_arrays
@@ -299,6 +301,143 @@ class SectionWriter:
             return
         with _renamed_into(self._folder) as staging:
             (staging / name).write_text(text)
+
+
+class BlockWriter:
+    """Writes blocks of a volume, each as whole chunks; several processes may.
+
+    Writing a block again replaces its files by the same bytes. A volume that exists may
+    only differ in its bounds: it grows to what is wanted, and chunks keep their names.
+
+    Args:
+        path: path of the volume, as cloud-volume opens it.
+        wanted: properties of the volume. Its area and its sections must begin where
+            chunks of all mips do.
+        flag: the flag that gave the path, for messages.
+        mips: number of mips that are written, from `wanted.mip` on.
+        block_px: side of a block, pixels of `wanted.mip`.
+        chunk_size: largest size of a chunk along rows, cols and z. Chunks are smaller
+            if a block would not consist of whole ones.
+        encoding: of the chunks, as cloud-volume names it.
+
+    Raises:
+        DatasetError: a volume of another kind exists there, or storage fails.
+    """
+
+    def __init__(
+        self,
+        path: str,
+        wanted: NewVolume,
+        *,
+        flag: str,
+        block_px: int,
+        chunk_size: tuple[int, int, int],
+        mips: int = 1,
+        encoding: str = "raw",
+    ) -> None:
+        check_destination(flag, path)
+        prepare_storage()
+        self.path, self.flag, self._wanted = cloud_path(path), flag, wanted
+        self._folder = local_folder(self.path)
+        self.mips = range(wanted.mip, wanted.mip + mips)
+        if self._folder is not None:
+            make_folder(self._folder)
+        info = CloudVolume.create_new_info(
+            num_channels=wanted.num_channels,
+            layer_type="image",
+            data_type=wanted.dtype,
+            encoding=encoding,
+            resolution=wanted.resolution,
+            voxel_offset=(wanted.area.x, wanted.area.y, wanted.sections.start),
+            chunk_size=chunk_size,
+            volume_size=(*wanted.area.shape, len(wanted.sections)),
+        )
+        with storage_errors(flag, self.path, doing="written"):
+            info = _with_mips(self.path, info, self.mips.stop).info
+            for mip, scale in enumerate(info["scales"]):
+                scale["encoding"] = encoding
+                side = max(block_px >> max(mip - wanted.mip, 0), 1)
+                rows, cols, layers = chunk_size
+                size = [math.gcd(rows, side), math.gcd(cols, side), layers]
+                scale["chunk_sizes"] = [size]
+            if wanted.notes:
+                info[NOTES_KEY] = dict(wanted.notes)
+            files = CloudFiles(self.path.removeprefix("precomputed://"))
+            found: Any = files.get_json("info")
+            if found is not None:
+                self._check_grows(found, info)
+            if found != info:
+                self._put_info(files, info)
+        self._info = info
+
+    def write(self, values: np.ndarray, grid: Grid, sections: range) -> None:
+        """Write a block at one of the mips.
+
+        Args:
+            values: (n, C, H, W) in the dtype of the volume.
+            grid: its area; its mip is written.
+            sections: its range of z.
+
+        Raises:
+            DatasetError: the block does not consist of whole chunks, or storage fails.
+        """
+        x, y = grid.x >> grid.mip, grid.y >> grid.mip
+        box = (
+            slice(x, x + grid.rows),
+            slice(y, y + grid.cols),
+            slice(sections.start, sections.stop),
+        )
+        stored = values.transpose(2, 3, 0, 1)
+        with storage_errors(self.flag, self.path, doing="written"):
+            if self._folder is None:
+                self._open(self.path, grid.mip)[box] = stored
+                return
+            with _renamed_into(self._folder) as staging:
+                self._open(f"file://{staging}", grid.mip)[box] = stored
+
+    def _open(self, path: str, mip: int) -> Any:
+        return CloudVolume(
+            path,
+            mip=mip,
+            info=self._info,
+            compress=False,
+            progress=False,
+            provenance={},
+        )
+
+    def _check_grows(self, found: dict[str, Any], info: dict[str, Any]) -> None:
+        """Refuse a volume that exists, unless only its bounds differ."""
+        bounds = ("size", "voxel_offset")
+        kinds = []
+        for one in (found, info):
+            scales = [
+                {key: value for key, value in scale.items() if key not in bounds}
+                for scale in one.get("scales", [])
+            ]
+            kinds.append(json.dumps({**one, "scales": scales}, sort_keys=True))
+        if kinds[0] != kinds[1]:
+            before, now = (json.loads(kind) for kind in kinds)
+            differences = describe_differences(_flat(before), _flat(now))
+            raise DatasetError(
+                f"{self.flag} {self.path}: already exists, with {differences}; delete "
+                "it, or give another path"
+            )
+
+    def _put_info(self, files: Any, info: dict[str, Any]) -> None:
+        text = json.dumps(info, indent=2, sort_keys=True)
+        if self._folder is None:
+            content_type = "application/json"
+            files.put("info", text.encode(), content_type, cache_control="no-cache")
+        else:
+            replace_file(self._folder / "info", text.encode())
+
+
+def _flat(info: Mapping[str, Any]) -> dict[str, Any]:
+    """Name the values of an info, those of its scales by their number."""
+    flat = {key: value for key, value in info.items() if key != "scales"}
+    for mip, scale in enumerate(info.get("scales", [])):
+        flat |= {f"{key} of mip {mip}": value for key, value in scale.items()}
+    return flat
 
 
 @contextmanager

@@ -35,13 +35,22 @@ Source: elastic relaxation of stacks as in Saalfeld et al. 2012
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from metroem.geometry import affine
 from metroem.geometry.field import pixel_positions, sample
+from metroem.geometry.grid import Grid
+from metroem.io.volume import Volume, crop_array
+from metroem.io.volume_write import BlockWriter, NewVolume
+from metroem.stack.place import Placement
+from metroem.stack.tasks import Block, Step, split_blocks
 
 # Correlations that chance gives count nothing, and from _SURE on a pair is sure.
 _CHANCE, _SURE = 0.15, 0.86
@@ -53,6 +62,10 @@ _OUTLIER = 0.75
 # Bending costs this fraction at a defect: tissue may be torn there.
 _AT_DEFECT = 0.02
 _LEVELS, _ROUNDS, _STEPS, _SOLVED = 3, 3, 150, 1e-3
+# A task also solves so many sections before and after its own, and cells around its
+# area, and drops them. A section's influence falls to 1 / e over 11 sections. So two
+# sizes of blocks differ by 0.04 px at most (99.9 % of pixels).
+MARGIN_SECTIONS, MARGIN_CELLS = 48, 32
 
 
 @dataclass(frozen=True)
@@ -278,3 +291,186 @@ def _average(values: Tensor, size: int) -> Tensor:
 def _dilate(mask: Tensor) -> Tensor:
     """Grow a mask by one cell."""
     return F.max_pool2d(mask, 3, 1, 1)
+
+
+def compose_affine(displacement: Tensor, matrix: np.ndarray, grid: Grid) -> Tensor:
+    """Compose the displacement of a placed section with its placement.
+
+    Args:
+        displacement: U, (1, 2, H, W), pixels of the grid: from an aligned pixel to the
+            placed section.
+        matrix: (2, 3), from the placed to the raw section, mip-0 pixels.
+        grid: grid of the displacement.
+
+    Returns:
+        (1, 2, H, W): from an aligned pixel to the raw section, pixels of the grid.
+    """
+    linear = torch.from_numpy((matrix[:, :2] - np.eye(2)).astype(np.float32))
+    moved = torch.einsum("ij,bjhw->bihw", linear, displacement)
+    return affine.as_field(matrix, grid) + displacement + moved
+
+
+def remove_affine(field: Tensor, matrix: np.ndarray, grid: Grid) -> Tensor:
+    """Undo `compose_affine`: find the displacement of a placed section.
+
+    Args:
+        field: (1, 2, H, W), as `compose_affine` returns it.
+        matrix: the same as there.
+        grid: the same as there.
+    """
+    inverse = torch.from_numpy(np.linalg.inv(matrix[:, :2]))
+    placed = field.double() - affine.as_field(matrix, grid).double()
+    return torch.einsum("ij,bjhw->bihw", inverse, placed).float()
+
+
+@dataclass(frozen=True)
+class RelaxStep(Step):
+    """Relax the fields of pairs: a block of sections and an area a task.
+
+    When a stack grows, sections before the last block keep their fields. So blocks know
+    up to which section the stack went when they were relaxed first.
+
+    Attributes:
+        destination: the folder of the stack.
+        placement: where the sections lie.
+        ends: one past the last section, of the first run and each one that made the
+            stack grow.
+        z_start: the first section.
+        mip: mip of the chunks.
+        chunk_px: side of a chunk.
+        block_sections: sections of a task.
+        cell_mip: mip of the fields.
+        neighbours: number of sections before it that a section was aligned with.
+        resolution: nm of a mip-0 voxel along x, y, z.
+        options: see `RelaxOptions`.
+        before: settings of the steps before.
+    """
+
+    destination: str
+    placement: Placement
+    ends: tuple[int, ...]
+    z_start: int
+    mip: int
+    chunk_px: int
+    block_sections: int
+    cell_mip: int
+    neighbours: int
+    resolution: tuple[float, float, float]
+    options: RelaxOptions
+    before: Mapping[str, Any] = field(default_factory=dict)
+    name: str = "relax"
+
+    @property
+    def settings(self) -> Mapping[str, Any]:
+        return {
+            **self.before,
+            "pull": self.options.pull,
+            "bending": self.options.bending,
+        }
+
+    @property
+    def sections(self) -> range:
+        """The range of z."""
+        return range(self.z_start, self.ends[-1])
+
+    def tasks(self) -> list[str]:
+        area = self.placement.area.at_mip(self.mip)
+        blocks = split_blocks(area, self.sections, self.chunk_px, self.block_sections)
+        return [block.name for block in blocks]
+
+    def run(self, task: str) -> Mapping[str, Any]:
+        block = Block.parse(task)
+        known_end, end = self._generation(block.sections)
+        core = block.grid.cover(self.cell_mip)
+        area = self.placement.area.cover(self.cell_mip)
+        window = core.cover(core.mip, margin_px=MARGIN_CELLS).overlap(area)
+        assert window is not None
+        first = max(block.sections.start - MARGIN_SECTIONS, self.z_start)
+        # Of the known ones, those are needed that pairs connect to the others.
+        first = max(first, known_end - self.neighbours)
+        read = range(first, min(block.sections.stop + MARGIN_SECTIONS, end))
+        known = {}
+        for z in range(first, known_end):
+            stored = torch.from_numpy(self._fields.read(window, range(z, z + 1)))
+            known[z - first] = remove_affine(
+                stored, self.placement.matrices[z], window
+            )
+        found = relax(self._read_pairs(window, read), self.options, known)
+        found = crop_array(found, window, core)
+        fields = torch.cat(
+            [
+                compose_affine(
+                    found[z - first : z - first + 1], self.placement.matrices[z], core
+                )
+                for z in block.sections
+            ]
+        )
+        self._writer.write(fields.numpy(), core, block.sections)
+        return {}
+
+    def _generation(self, sections: range) -> tuple[int, int]:
+        """Find when a block was relaxed first.
+
+        Returns:
+            One past the last section that was known then, and the end of the stack.
+        """
+        known_end = self.z_start
+        for end in self.ends:
+            whole = (end - self.z_start) // self.block_sections * self.block_sections
+            if sections.stop <= self.z_start + whole or end == self.ends[-1]:
+                return known_end, end
+            known_end = self.z_start + whole
+        raise AssertionError("the last end returns")
+
+    def _read_pairs(self, window: Grid, sections: range) -> PairFields:
+        """Read the fields of pairs."""
+        fields, correlations = {}, {}
+        for k in range(1, self.neighbours + 1):
+            stored = self._pairs[f"k{k}"].read(window, sections)
+            fields[k] = torch.from_numpy(stored)
+            stored = self._pairs[f"k{k}_correlation"].read(window, sections)
+            correlations[k] = torch.from_numpy(stored).float() / 255
+        defects = self._pairs["defects"].read(window, sections)
+        return PairFields(fields, correlations, torch.from_numpy(defects).float())
+
+    @cached_property
+    def _writer(self) -> BlockWriter:
+        return BlockWriter(
+            f"{self.destination}/field",
+            NewVolume(
+                *(2, "float32", self.cell_mip, self.placement.area, self.sections),
+                self.resolution,
+                {
+                    "kind": "fields",
+                    "direction": "pull",
+                    "channel_order": "yx",
+                    "field_unit": "relative",
+                },
+            ),
+            flag="--dst_path",
+            block_px=self.chunk_px << self.mip >> self.cell_mip,
+            chunk_size=(256, 256, 1),
+        )
+
+    @cached_property
+    def _fields(self) -> Volume:
+        path = f"{self.destination}/field"
+        return Volume(path, flag="--dst_path", resolution=self.resolution)
+
+    @cached_property
+    def _pairs(self) -> dict[str, Volume]:
+        names = [f"k{k}" for k in range(1, self.neighbours + 1)]
+        names += [f"{name}_correlation" for name in names] + ["defects"]
+        return {
+            name: Volume(
+                f"{self.destination}/pairs/{name}",
+                flag="--dst_path",
+                resolution=self.resolution,
+            )
+            for name in names
+        }
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out what a copy opens by itself."""
+        opened = ("_writer", "_fields", "_pairs")
+        return {k: v for k, v in self.__dict__.items() if k not in opened}

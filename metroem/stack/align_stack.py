@@ -1,0 +1,314 @@
+"""Align a volume of sections, step by step: place, pairs, relax, render, check.
+
+    <dst>/stack.json       what is aligned, and how: all that a task needs to know
+    <dst>/placement.json   where each section lies                         (place)
+    <dst>/greys/           grey levels of each section                     (pairs)
+    <dst>/pairs/           fields of z on z-k, correlations, defects       (pairs)
+    <dst>/field            final fields: aligned -> raw section            (relax)
+    <dst>/image            the aligned volume                              (render)
+    <dst>/check.json       what is left, worst places                      (check)
+    <dst>/report.html
+    <dst>/tasks/           done-markers and failures
+"""
+
+import hashlib
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, fields, replace
+from pathlib import Path
+from typing import Any
+
+from metroem.errors import DatasetError, UsageError
+from metroem.io.cloud_paths import cloud_path
+from metroem.io.image_volume import ImageVolume
+from metroem.io.volume_write import Notes
+from metroem.models.weights import check_weights, checkpoint_path
+from metroem.specs.modules import find_modules
+from metroem.stack.check import CheckReportStep, CheckStep
+from metroem.stack.pairs import CELL_LEVELS, GreysStep, PairsStep
+from metroem.stack.place import (
+    Placement,
+    PlaceMatchStep,
+    PlaceSolveStep,
+    check_placed,
+)
+from metroem.stack.relax import RelaxOptions, RelaxStep
+from metroem.stack.render import RenderStep
+from metroem.stack.requests import STEPS, AlignStackRequest
+from metroem.stack.task_records import TaskRecords
+from metroem.stack.tasks import Step, run_step
+
+logger = logging.getLogger(__name__)
+
+_STACK = "stack.json"
+# The tasks of each step of --steps, in order.
+PARTS = {
+    "place": ("place-match", "place-solve"),
+    "pairs": ("pairs-greys", "pairs"),
+    "relax": ("relax",),
+    "render": ("render",),
+    "check": ("check", "check-report"),
+}
+# Settings that say where the work is done, not what it gives.
+_NOT_STORED = ("workers", "shard", "queue", "again", "steps", "allow_unplaced")
+# Settings that a stack cannot change: they give it another place.
+_FIXED = ("cv_path", "z_start", "mip")
+
+
+def align_stack(request: AlignStackRequest) -> None:
+    """Run the steps of a request.
+
+    Raises:
+        MetroEMError: see the steps; the message says what to do.
+        SystemExit: with 1 if sections are unplaced, unless that is allowed.
+    """
+    stack = _begin(request)
+    _announce(request)
+    for step in STEPS:
+        if step not in request.steps:
+            continue
+        for part in PARTS[step]:
+            if not run_step(make_step(stack.destination, part), request):
+                return  # the tasks of other shards are to be done first
+    _name_stale_steps(stack, request.steps)
+    if not request.allow_unplaced:
+        check_placed(Placement.read(stack.destination))
+
+
+def make_step(destination: str, name: str) -> Step:
+    """Make a step of a stack from what `align_stack` stored of it.
+
+    Args:
+        destination: the folder of the stack.
+        name: "place-match", "pairs", ...: one of `PARTS`.
+
+    Raises:
+        UsageError: there is no such step.
+        DatasetError: no stack was begun there, or a step before is not complete.
+    """
+    if not any(name in parts for parts in PARTS.values()):
+        known = ", ".join(part for parts in PARTS.values() for part in parts)
+        raise UsageError(f"step {name!r}: expected one of {known}")
+    return _StoredStack.read(destination).step(name)
+
+
+class _StoredStack:
+    """A stack that was begun: its settings, and how far it has grown.
+
+    Attributes:
+        destination: its folder, with a scheme.
+        request: the flags, with those of `_NOT_STORED` at their defaults.
+        ends: one past the last section of the first run, and of each run that made the
+            stack grow.
+    """
+
+    def __init__(
+        self, destination: str, request: AlignStackRequest, ends: Sequence[int]
+    ) -> None:
+        self.destination = cloud_path(destination)
+        self.request, self.ends = request, tuple(ends)
+
+    @classmethod
+    def read(cls, destination: str) -> "_StoredStack":
+        """Read what is stored at a destination (DatasetError if there is nothing)."""
+        stored = cls.find(destination)
+        if stored is None:
+            raise DatasetError(
+                f"--dst_path {destination}: no stack was begun there (it has no "
+                f"{_STACK}); run metroem align-stack"
+            )
+        return stored
+
+    @classmethod
+    def find(cls, destination: str) -> "_StoredStack | None":
+        """Read what is stored at a destination; None if there is nothing."""
+        note = Notes(cloud_path(destination)).read([_STACK]).get(_STACK)
+        if note is None:
+            return None
+        known = {one.name for one in fields(AlignStackRequest)}
+        try:
+            flags = dict(note["request"])
+            flags["pyramid_path"] = Path(flags["pyramid_path"])
+            if unknown := sorted(set(flags) - known):
+                raise KeyError(", ".join(unknown))
+            return cls(destination, AlignStackRequest(**flags), note["ends"])
+        except (KeyError, TypeError, UsageError) as error:
+            raise DatasetError(
+                f"{destination}/{_STACK}: is not what this version writes ({error}); "
+                "name another --dst_path"
+            ) from error
+
+    def write(self) -> None:
+        """Store it."""
+        flags = {
+            name: str(value) if isinstance(value, Path) else value
+            for name, value in asdict(self.request).items()
+            if name not in _NOT_STORED
+        }
+        note = {"format": 1, "request": flags, "ends": list(self.ends)}
+        Notes(self.destination).write(_STACK, note)
+
+    def step(self, name: str) -> Step:
+        """Make one of the steps of `PARTS`."""
+        request = self.request
+        sections = range(request.z_start, self.ends[-1])
+        mips = tuple(module.in_mip for module in find_modules(request.pyramid_path))
+        match = PlaceMatchStep.of(self.destination, request, sections)
+        if name == match.name:
+            return match
+        solve = PlaceSolveStep.of(self.destination, request, sections)
+        if name == solve.name:
+            return solve
+        placement = Placement.read(self.destination)
+        greys = GreysStep(
+            self.destination, request.cv_path, sections, request.block_sections, mips
+        )
+        if name == greys.name:
+            return greys
+        pairs = PairsStep(
+            self.destination,
+            request.cv_path,
+            request.masks,
+            request.pyramid_path,
+            request.checkpoint_name,
+            request.device,
+            placement,
+            sections,
+            request.mip,
+            request.chunk_px,
+            request.block_sections,
+            request.halo_px,
+            request.neighbours,
+            mips,
+            weights_digest(request.pyramid_path, request.checkpoint_name),
+            before=solve.settings,
+        )
+        if name == pairs.name:
+            return pairs
+        relax = RelaxStep(
+            self.destination,
+            placement,
+            self.ends,
+            request.z_start,
+            request.mip,
+            request.chunk_px,
+            request.block_sections,
+            mips[-1] + CELL_LEVELS,
+            request.neighbours,
+            ImageVolume(request.cv_path).resolution,
+            RelaxOptions(bending=RelaxOptions.bending * request.smoothness),
+            before=pairs.settings,
+        )
+        if name == relax.name:
+            return relax
+        render = RenderStep.of(self.destination, request, placement, relax)
+        if name == render.name:
+            return render
+        check = CheckStep.of(self.destination, request, placement, render)
+        return check if name == check.name else CheckReportStep.of(check)
+
+
+def weights_digest(pyramid: Path, checkpoint_name: str) -> str:
+    """Compute a digest of the weights of all modules of a pyramid."""
+    digest = hashlib.sha256()
+    for module in find_modules(pyramid):
+        path = checkpoint_path(module.weights_folder, checkpoint_name)
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def _begin(request: AlignStackRequest) -> _StoredStack:
+    """Refuse what cannot work, and store the settings of the stack.
+
+    Raises:
+        DatasetError: the volume lacks a mip or a section, is not uint8, or another
+            stack is at the destination.
+        PyramidError, CheckpointError: the pyramid cannot be used.
+    """
+    modules = find_modules(request.pyramid_path)
+    check_weights(modules, request.checkpoint_name, str(request.pyramid_path))
+    volume = ImageVolume(request.cv_path)
+    volume.check_channels(1, "a volume of sections")
+    if str(volume.dtype) != "uint8":
+        raise DatasetError(
+            f"--cv_path {volume.path}: is {volume.dtype}; expected uint8, as pyramids "
+            "are trained on; write its grey levels as 8 bit first, 0 where there is no "
+            "data"
+        )
+    for mip in {request.mip, *(module.in_mip for module in modules)}:
+        volume.check_mip("--mip" if mip == request.mip else "mip of a stage", mip)
+    if modules[-1].in_mip < request.mip:
+        raise UsageError(
+            f"--mip {request.mip}: the last stage of {request.pyramid_path} reads mip "
+            f"{modules[-1].in_mip}, which is finer; give --mip {modules[-1].in_mip}"
+        )
+    volume.check_sections(request.sections, volume.mips[0])
+    block = 16 << max(module.in_mip for module in modules)
+    if request.chunk_px << request.mip & (block - 1):
+        raise UsageError(
+            f"--chunk_px {request.chunk_px}: expected a multiple of "
+            f"{block >> request.mip}, the largest block of px that the networks pool"
+        )
+    found = _StoredStack.find(request.dst_path)
+    ends = (request.z_end,)
+    if found is not None and not request.again:
+        for name in _FIXED:
+            before, now = getattr(found.request, name), getattr(request, name)
+            if before != now:
+                raise DatasetError(
+                    f"--dst_path {request.dst_path}: holds a stack with --{name} "
+                    f"{before}, now {now}; name another --dst_path"
+                )
+        if request.z_end < found.ends[-1]:
+            raise DatasetError(
+                f"--z_end {request.z_end}: {request.dst_path} holds a stack up to "
+                f"section {found.ends[-1]}; give that, or another --dst_path"
+            )
+        ends = found.ends
+        if request.z_end > ends[-1]:
+            ends = (*ends, request.z_end)
+    defaults = {
+        one.name: one.default for one in fields(request) if one.name in _NOT_STORED
+    }
+    defaults["steps"] = list(STEPS)
+    stack = _StoredStack(request.dst_path, replace(request, **defaults), ends)
+    stack.write()
+    return stack
+
+
+def _announce(request: AlignStackRequest) -> None:
+    """Log what will be done, on what."""
+    volume = ImageVolume(request.cv_path)
+    area = volume.extent()[0].cover(request.mip)
+    num = len(request.sections)
+    chunks = -(-area.rows // request.chunk_px) * -(-area.cols // request.chunk_px)
+    blocks = -(-num // request.block_sections)
+    num_bytes = num * area.rows * area.cols * volume.dtype.itemsize
+    logger.info(
+        "align-stack: %d sections of %d x %d px at mip %d, %s; %d chunks of %d px, %d "
+        "blocks of %d sections: about %d tasks a step; steps %s",
+        *(num, area.rows, area.cols, request.mip, volume.path, chunks),
+        *(request.chunk_px, blocks, request.block_sections, chunks * blocks),
+        ", ".join(step for step in STEPS if step in request.steps),
+    )
+    logger.info(
+        "each step reads about %.2f GB; image %.2f GB and fields %.2f GB are written "
+        "to %s",
+        *(num_bytes / 1e9, num_bytes / 1e9, num_bytes * 8 / 64 / 1e9),
+        request.dst_path,
+    )
+
+
+def _name_stale_steps(stack: _StoredStack, run: Sequence[str]) -> None:
+    """Log the later steps whose results are of other settings than today's."""
+    stale = []
+    for step in STEPS[max(STEPS.index(one) for one in run) + 1 :]:
+        part = make_step(stack.destination, PARTS[step][0])
+        records = TaskRecords(part.destination, part.name, part.settings)
+        if records.look(part.tasks()).stale:
+            stale.append(step)
+    if stale:
+        logger.warning(
+            "steps %s are stale now: run them again: --steps %s",
+            *(", ".join(stale), " ".join(stale)),
+        )

@@ -1,0 +1,178 @@
+"""Align a whole stack of arrays in memory, for notebooks and small stacks."""
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from metroem.errors import UsageError
+from metroem.geometry import affine
+from metroem.geometry.field import sample, upsample_field
+from metroem.geometry.grid import Grid
+from metroem.imaging.normalize import coarsen_image, normalize
+from metroem.pyramid import Pyramid
+from metroem.stack.pairs import (
+    CELL_LEVELS,
+    SectionWindow,
+    align_windows,
+    for_stacks,
+    make_window,
+    stage_grids,
+    to_cells,
+)
+from metroem.stack.place import place_sections
+from metroem.stack.relax import PairFields, RelaxOptions, compose_affine, relax
+from metroem.utils.progress import progress
+
+logger = logging.getLogger(__name__)
+
+
+def align_stack(
+    sections: Sequence[np.ndarray],
+    pyramid: Pyramid | str | Path,
+    *,
+    neighbours: int = 3,
+    model: str = "similarity",
+    flip: bool = False,
+    fix: int | None = None,
+    options: RelaxOptions = RelaxOptions(),
+) -> np.ndarray:
+    """Align all sections of a stack at once.
+
+    Sections are placed, aligned in pairs and relaxed. Sections that match nothing are
+    named in the log, and keep the place of their neighbours.
+
+    Args:
+        sections: (H, W) uint8 each, all of one shape, 0 = no data.
+        pyramid: a loaded pyramid, or its directory.
+        neighbours: how many sections before it each section is aligned with.
+        model: map of a section to its place: "rigid", "similarity" or "affine".
+        flip: allow mirrored sections.
+        fix: index of the section that stays where it is; None: the middle one.
+        options: see `RelaxOptions`.
+
+    Returns:
+        (n, 2, H, W) float32: fields, pull, pixels, channel 0 along cols:
+        aligned_z(p) = sections[z](p + fields[z](p)).
+
+    Raises:
+        UsageError: fewer than two sections, or sections of several shapes or types.
+        PyramidError: `pyramid` is not a pyramid.
+        CheckpointError: it has no weights.
+    """
+    shapes = {section.shape for section in sections}
+    types = {section.dtype for section in sections}
+    if len(sections) < 2 or len(shapes) > 1 or types != {np.dtype(np.uint8)}:
+        raise UsageError(
+            f"{len(sections)} sections of shapes {sorted(shapes)} and types "
+            f"{sorted(map(str, types))}: expected two or more, uint8, of one shape"
+        )
+    if not isinstance(pyramid, Pyramid):
+        pyramid = Pyramid.load(pyramid)
+    pyramid = for_stacks(pyramid)
+    matrices, lines = place_sections(sections, model=model, flip=flip, fix=fix)
+    for line in lines:
+        logger.info("%s", line)
+    frame = Grid(0, 0, 0, *sections[0].shape)
+    area = _tissue_area(sections, matrices, frame, pyramid.mips)
+    pairs = _align_pairs(sections, matrices, pyramid, area, neighbours)
+    displacements = relax(pairs, options)
+    levels = pyramid.mips[-1] + CELL_LEVELS
+    fields = np.empty((len(sections), 2, *frame.shape), np.float32)
+    for z, matrix in enumerate(matrices):
+        fine = upsample_field(displacements[z : z + 1], levels)
+        fine = fine[..., : area.rows, : area.cols]
+        fine = _extend(fine, area, frame)
+        fields[z] = compose_affine(fine, matrix, frame)[0].numpy()
+    return fields
+
+
+def _tissue_area(
+    sections: Sequence[np.ndarray],
+    matrices: Sequence[np.ndarray],
+    frame: Grid,
+    mips: Sequence[int],
+) -> Grid:
+    """Find the part of the frame that holds placed tissue, on whole blocks of px."""
+    corners = []
+    for section, matrix in zip(sections, matrices, strict=True):
+        rows, cols = (np.flatnonzero(section.any(axis)) for axis in (1, 0))
+        if len(rows):
+            ends = [(c, r) for c in (cols[0], cols[-1]) for r in (rows[0], rows[-1])]
+            corners.append(affine.apply(affine.invert(matrix), np.array(ends, float)))
+    if not corners:
+        return frame
+    found = np.concatenate(corners)
+    block = 16 << max(mips)
+    low = np.maximum(found.min(0), 0).astype(int) // block * block
+    high = np.minimum(np.ceil(found.max(0)).astype(int) + 1, (frame.cols, frame.rows))
+    if (high <= low).any():
+        return frame
+    return frame.crop(*low[::-1].tolist(), *(high - low)[::-1].tolist())
+
+
+def _align_pairs(
+    sections: Sequence[np.ndarray],
+    matrices: Sequence[np.ndarray],
+    pyramid: Pyramid,
+    area: Grid,
+    neighbours: int,
+) -> PairFields:
+    """Find the fields of all pairs on the area."""
+    grids = stage_grids(area, area, pyramid.mips, 0)
+    cells = area.at_mip(pyramid.mips[-1] + CELL_LEVELS).shape
+    num = len(sections)
+    reach = range(1, min(neighbours, num - 1) + 1)
+    fields = {k: torch.zeros(num, 2, *cells) for k in reach}
+    correlations = {k: torch.zeros(num, 1, *cells) for k in reach}
+    defects = torch.zeros(num, 1, *cells)
+    windows: list[SectionWindow] = []
+    items = zip(sections, matrices, strict=True)
+    for z, (section, matrix) in enumerate(progress(items, "pairs, sections", total=num)):
+        windows.append(_section_window(section, matrix, area, pyramid.mips))
+        size = 2**CELL_LEVELS
+        defects[z] = F.max_pool2d(windows[-1].defects.float(), size, ceil_mode=True)[0]
+        for k in reach:
+            if k <= z:
+                pair = windows[-1], windows[-1 - k]
+                found = align_windows(pyramid, *pair, grids, finetune=k == 1)
+                fields[k][z : z + 1], correlations[k][z : z + 1] = to_cells(*found)
+        windows = windows[-neighbours:]
+    return PairFields(fields, correlations, defects)
+
+
+def _section_window(
+    section: np.ndarray, matrix: np.ndarray, area: Grid, mips: Sequence[int]
+) -> SectionWindow:
+    """Place a section, and make the images of the stages."""
+    image = torch.from_numpy(section.astype(np.float32))[None, None]
+    field = affine.as_field(matrix, area)
+    positions = field + _positions(area)
+    tissue = (image > 0).float()
+    sums = sample(torch.cat((image, tissue), 1), image, positions)
+    nearest = sample(tissue, image, positions, mode="nearest")
+    placed = torch.where(nearest > 0, sums[:, :1] / sums[:, 1:].clamp(min=0.1), 0.0)
+    return make_window([normalize(coarsen_image(placed, mip)) for mip in mips])
+
+
+def _positions(area: Grid) -> Tensor:
+    """Make (1, 2, H, W): col and row, in the frame, of the pixels of an area."""
+    rows = torch.arange(area.rows, dtype=torch.float32) + area.x
+    cols = torch.arange(area.cols, dtype=torch.float32) + area.y
+    return torch.stack(torch.meshgrid(rows, cols, indexing="ij")[::-1])[None]
+
+
+def _extend(field: Tensor, area: Grid, frame: Grid) -> Tensor:
+    """Extend a field from an area to the frame; it repeats its border."""
+    top, left = area.x - frame.x, area.y - frame.y
+    pad = (
+        left,
+        frame.cols - left - area.cols,
+        top,
+        frame.rows - top - area.rows,
+    )
+    return F.pad(field, pad, mode="replicate")

@@ -1,0 +1,486 @@
+"""Find the fields of each section on the sections before it, chunk by chunk.
+
+All sections are placed first. The stages of a pyramid run on the window of a chunk,
+each at its own mip with a halo of its own pixels, so that chunks agree where they meet.
+The field on z - 1 is finetuned. Fields on z - 2 and further are the networks' own: they
+are only used where z - 1 is bad, and there the finetuner does not make them better
+(error on z - 2 of mouse cortex: 1.26 px, finetuned 1.29 px, z - 3: 1.74 and 3.1 px,
+2026-11).
+
+Fields and correlations are stored as averages over cells of 8 x 8 px of the last stage.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from metroem.data.sample import Sample
+from metroem.errors import DatasetError
+from metroem.geometry import affine
+from metroem.geometry.field import warp
+from metroem.geometry.grid import Grid
+from metroem.imaging.defects import find_defects
+from metroem.imaging.masks import tissue_mask
+from metroem.imaging.normalize import GreyStatistics, coarsen_image, normalize
+from metroem.io.image_volume import ImageVolume
+from metroem.io.volume import crop_array
+from metroem.io.volume_write import BlockWriter, NewVolume, Notes
+from metroem.pyramid import Pyramid, StageInput
+from metroem.stack.place import Placement
+from metroem.stack.pulled_sections import ReadCount, iter_nearest, iter_pulled
+from metroem.stack.tasks import Block, Step, split_blocks
+
+# A cell of the stored fields spans 2**CELL_LEVELS px of the last stage.
+CELL_LEVELS = 3
+# Detail that is compared, and the window that is compared, standard deviations in px of
+# one mip coarser than the last stage. Wider windows miss folds, narrower ones are noisy
+# (error beside a fold 1.0 px; with 8 px 1.2 px; 2026-11).
+_NOISE_PX, _BACKGROUND_PX, _WINDOW_PX = 0.75, 6.0, 4.0
+# Least tissue of a window, and least variance of normalised grey levels.
+_MIN_TISSUE, _MIN_VARIANCE = 0.05, 1e-4
+
+
+def for_stacks(pyramid: Pyramid) -> Pyramid:
+    """Let the stages finetune by numbers of the neighbourhood, not of the window.
+
+    So two chunks find the same field where they overlap.
+    """
+    return pyramid
+
+
+class SectionWindow(NamedTuple):
+    """One placed section around a chunk, as the stages read it."""
+
+    images: tuple[Tensor, ...]  # a stage each, (1, 1, h, w), normalised, 0 = no data
+    defects: Tensor  # (1, 1, H, W) bool at the last stage
+
+
+def stage_grids(
+    core: Grid, area: Grid, mips: Sequence[int], halo_px: int
+) -> list[Grid]:
+    """Find the window that each stage reads around a chunk.
+
+    Args:
+        core: the chunk.
+        area: the area of all sections; windows end there.
+        mips: mip of each stage.
+        halo_px: pixels of the stage's mip around the chunk.
+    """
+    grids = []
+    for mip in mips:
+        window = core.cover(mip, margin_px=halo_px).overlap(area.cover(mip))
+        assert window is not None  # the chunk lies in the area
+        grids.append(window)
+    return grids
+
+
+def make_window(
+    images: Sequence[Tensor], known_defects: Tensor | None = None
+) -> SectionWindow:
+    """Collect what the stages read of one section.
+
+    Args:
+        images: the images of the stages, (1, 1, h, w), normalised, 0 = no data.
+        known_defects: mask at the last stage, (1, 1, H, W) bool; found if None.
+    """
+    defects = find_defects(images[-1]) if known_defects is None else known_defects
+    return SectionWindow(tuple(images), defects)
+
+
+def align_windows(
+    pyramid: Pyramid,
+    src: SectionWindow,
+    tgt: SectionWindow,
+    grids: Sequence[Grid],
+    *,
+    finetune: bool,
+) -> tuple[Tensor, Tensor]:
+    """Find the field of a pair, and how alike the two are once they are aligned.
+
+    Args:
+        pyramid: its stages.
+        src: the window of the moving section.
+        tgt: the window of the fixed section.
+        grids: the windows of the stages, see `stage_grids`.
+        finetune: let each stage improve its field on the pair itself.
+
+    Returns:
+        The field, (1, 2, H, W), pull, pixels of the last stage, and the correlation,
+        (1, 1, H, W), 0 to 1, of the last stage.
+    """
+    last = len(grids) - 1
+    inputs = [
+        StageInput(
+            Sample(
+                *(one, other, None, ()),
+                src_defects=src.defects if stage == last and finetune else None,
+                tgt_defects=tgt.defects if stage == last and finetune else None,
+            ),
+            grid,
+        )
+        for stage, (one, other, grid) in enumerate(
+            zip(src.images, tgt.images, grids, strict=True)
+        )
+    ]
+    field = pyramid.run(inputs, finetune)[-1].cpu()
+    return field, correlate(warp(src.images[-1], field), tgt.images[-1])
+
+
+def correlate(one: Tensor, other: Tensor) -> Tensor:
+    """Compute how alike two images are around each pixel.
+
+    It is Pearson's correlation of band-passed images over tissue of both, weighted by
+    a Gaussian; 0 where it is negative or where a window has no tissue.
+
+    Args:
+        one: (1, 1, H, W), normalised, 0 = no data.
+        other: the same form as `one`.
+
+    Returns:
+        (1, 1, H, W), 0 to 1.
+    """
+    rows, cols = one.shape[-2:]
+    one, other = coarsen_image(one, 1), coarsen_image(other, 1)
+    both = (tissue_mask(one) & tissue_mask(other)).float()
+    # Tissue has mean 0, so pixels without data do not stand out.
+    a, b = (_band_pass(image) for image in (one, other))
+    maps = torch.cat((both, a, b, a * a, b * b, a * b), 0) * both
+    weight, a, b, aa, bb, ab = _blur(maps, _WINDOW_PX).split(1)
+    safe = weight.clamp(min=1e-6)
+    a, b, aa, bb, ab = a / safe, b / safe, aa / safe, bb / safe, ab / safe
+    variances = ((aa - a * a) * (bb - b * b)).clamp(min=_MIN_VARIANCE**2)
+    correlation = ((ab - a * b) / variances.sqrt()).clamp(min=0, max=1)
+    correlation = torch.where(weight > _MIN_TISSUE, correlation * weight, 0.0)
+    return F.interpolate(correlation, scale_factor=2, mode="nearest")[..., :rows, :cols]
+
+
+def to_cells(field: Tensor, correlation: Tensor) -> tuple[Tensor, Tensor]:
+    """Average a field and a correlation over cells.
+
+    Args:
+        field: (1, 2, H, W), pixels.
+        correlation: (1, 1, H, W).
+
+    Returns:
+        (1, 2, h, w), in cells, and (1, 1, h, w).
+    """
+    size = 2**CELL_LEVELS
+    return (
+        F.avg_pool2d(field, size, ceil_mode=True, count_include_pad=False) / size,
+        F.avg_pool2d(correlation, size, ceil_mode=True, count_include_pad=False),
+    )
+
+
+def _band_pass(image: Tensor) -> Tensor:
+    return _blur(image, _NOISE_PX) - _blur(image, _BACKGROUND_PX)
+
+
+def _blur(maps: Tensor, deviation_px: float) -> Tensor:
+    """Blur maps, (B, 1, H, W), by a Gaussian."""
+    radius = int(3 * deviation_px + 0.5)
+    offsets = torch.arange(-radius, radius + 1, dtype=torch.float32)
+    kernel = torch.exp(-0.5 * (offsets / deviation_px).square())
+    kernel = kernel / kernel.sum()
+    padded = F.pad(maps, (radius, radius, radius, radius), mode="replicate")
+    blurred = F.conv2d(padded, kernel.view(1, 1, 1, -1))
+    return F.conv2d(blurred, kernel.view(1, 1, -1, 1))
+
+
+# Grey levels of a section are measured on at most this many squares of it.
+_SAMPLES, _SAMPLE_PX = 16, 512
+
+
+@dataclass(frozen=True)
+class GreysStep(Step):
+    """Measure mean and standard deviation of the grey levels of each section.
+
+    Every chunk of a section must be normalised by the same numbers, so they cannot come
+    from the chunk itself. They are measured at the mip of each stage, on up to 16
+    squares of 512 px that are spread over the section.
+    """
+
+    destination: str
+    cv_path: str
+    sections: range
+    block_sections: int
+    mips: tuple[int, ...]
+    name: str = "pairs-greys"
+
+    @property
+    def settings(self) -> Mapping[str, Any]:
+        return {"cv_path": self.cv_path, "mips": list(self.mips)}
+
+    def tasks(self) -> list[str]:
+        return [
+            f"z{z}-{min(z + self.block_sections, self.sections.stop)}"
+            for z in range(
+                self.sections.start, self.sections.stop, self.block_sections
+            )
+        ]
+
+    def run(self, task: str) -> Mapping[str, Any]:
+        start, stop = map(int, task[1:].split("-"))
+        volume = ImageVolume(self.cv_path)
+        found: dict[str, dict[str, list[float] | None]] = {
+            str(z): {} for z in range(start, stop)
+        }
+        num_bytes = 0
+        for mip in self.mips:
+            sums = np.zeros((stop - start, 3))
+            for window in _sample_windows(volume.extent()[0].cover(mip)):
+                layers = volume.read(window, range(start, stop))[:, 0]
+                num_bytes += layers.nbytes
+                for index, layer in enumerate(layers):
+                    grey = layer[np.isfinite(layer) & (layer != 0)].astype(np.float64)
+                    sums[index] += len(grey), grey.sum(), (grey**2).sum()
+            for index, (count, total, squares) in enumerate(sums):
+                mean = total / max(count, 1)
+                variance = squares / max(count, 1) - mean**2
+                known = [mean, variance**0.5] if variance > 0 else None
+                found[str(start + index)][str(mip)] = known
+        Notes(f"{self.destination}/greys").write(f"{task}.json", found)
+        return {"bytes_read": num_bytes, "bytes_needed": num_bytes}
+
+
+def _sample_windows(extent: Grid) -> list[Grid]:
+    """Choose squares that are spread over an extent; all of it if it is small."""
+    size = _SAMPLE_PX
+    squares = [
+        extent.crop(
+            row, col, min(size, extent.rows - row), min(size, extent.cols - col)
+        )
+        for row in range(0, extent.rows, size)
+        for col in range(0, extent.cols, size)
+    ]
+    if len(squares) <= _SAMPLES:
+        return squares
+    # A step that shares no factor with a row of squares visits all rows and cols.
+    chosen = np.linspace(0, len(squares) - 1, _SAMPLES).round().astype(int)
+    return [squares[index] for index in chosen]
+
+
+@dataclass(frozen=True)
+class PairsStep(Step):
+    """Find the fields of all pairs: a block of sections and an area a task.
+
+    Attributes:
+        destination: the folder of the stack.
+        cv_path: volume of the raw sections.
+        masks: volume of masks, not 0 where tissue cannot be trusted; None: defects are
+            found.
+        pyramid_path: the pyramid.
+        checkpoint_name: name of its weights.
+        device: where it runs.
+        placement: where the sections lie.
+        sections: range of z.
+        mip: mip of the chunks.
+        chunk_px: side of a chunk.
+        block_sections: sections of a task.
+        halo_px: pixels of each stage around a chunk.
+        neighbours: number of sections before it that a section is aligned with.
+        mips: mip of each stage.
+        weights: digest of the weights.
+        resolution: nm of a mip-0 voxel along x, y, z.
+        before: settings of the steps before.
+    """
+
+    destination: str
+    cv_path: str
+    masks: str | None
+    pyramid_path: Path
+    checkpoint_name: str
+    device: str
+    placement: Placement
+    sections: range
+    mip: int
+    chunk_px: int
+    block_sections: int
+    halo_px: int
+    neighbours: int
+    mips: tuple[int, ...]
+    weights: str
+    resolution: tuple[float, float, float]
+    before: Mapping[str, Any] = field(default_factory=dict)
+    name: str = "pairs"
+
+    @property
+    def settings(self) -> Mapping[str, Any]:
+        return {
+            **self.before,
+            "pyramid": f"{self.pyramid_path}:{self.checkpoint_name}",
+            "weights": self.weights,
+            "masks": self.masks,
+            "halo_px": self.halo_px,
+            "neighbours": self.neighbours,
+            "chunk_px": self.chunk_px,
+        }
+
+    @property
+    def area(self) -> Grid:
+        """The area of all sections at the mip of the chunks."""
+        return self.placement.area.at_mip(self.mip)
+
+    @property
+    def cell_mip(self) -> int:
+        """Mip of the stored fields."""
+        return self.mips[-1] + CELL_LEVELS
+
+    def tasks(self) -> list[str]:
+        blocks = split_blocks(
+            self.area, self.sections, self.chunk_px, self.block_sections
+        )
+        return [block.name for block in blocks]
+
+    def run(self, task: str) -> Mapping[str, Any]:
+        block = Block.parse(task)
+        core = block.grid.cover(self.mips[-1])
+        grids = stage_grids(core, self.placement.area, self.mips, self.halo_px)
+        cells = core.at_mip(self.cell_mip)
+        first = max(block.sections.start - self.neighbours, self.sections.start)
+        read = range(first, block.sections.stop)
+        num = len(block.sections)
+        reach = range(1, self.neighbours + 1)
+        fields = {k: np.zeros((num, 2, *cells.shape), np.float32) for k in reach}
+        correlations = {k: np.zeros((num, 1, *cells.shape), np.uint8) for k in reach}
+        defects = np.zeros((num, 1, *cells.shape), np.uint8)
+        count = ReadCount()
+        earlier: list[SectionWindow | None] = []
+        for z, window in self._windows(read, grids, count):
+            index = z - block.sections.start
+            if index >= 0 and window is not None:
+                size = 2**CELL_LEVELS
+                marks = crop_array(window.defects.float(), grids[-1], core)
+                defects[index] = F.max_pool2d(marks, size, ceil_mode=True)[0].byte()
+                for k in reach:
+                    tgt = earlier[-k] if k <= len(earlier) else None
+                    if tgt is None:
+                        continue
+                    found = align_windows(
+                        *(self._pyramid, window, tgt, grids), finetune=k == 1
+                    )
+                    found = (crop_array(one, grids[-1], core) for one in found)
+                    vectors, alike = to_cells(*found)
+                    fields[k][index] = vectors[0].numpy()
+                    correlations[k][index] = (255 * alike[0]).round().byte().numpy()
+            earlier = [*earlier, window][-self.neighbours :]
+        for k in reach:
+            self._writers[f"k{k}"].write(fields[k], cells, block.sections)
+            self._writers[f"k{k}_correlation"].write(
+                correlations[k], cells, block.sections
+            )
+        self._writers["defects"].write(defects, cells, block.sections)
+        return count.figures()
+
+    def _windows(
+        self, sections: range, grids: Sequence[Grid], count: ReadCount
+    ) -> Iterator[tuple[int, SectionWindow | None]]:
+        """Read sections, placed; None for one without tissue in the window."""
+        fields = [
+            {z: self._placed(z, grid) for z in sections} for grid in grids
+        ]
+        readers = [
+            iter_pulled(self._volume, of_stage, grid, count)
+            for of_stage, grid in zip(fields, grids, strict=True)
+        ]
+        marks = None
+        if self._masks is not None:
+            marks = iter_nearest(self._masks, fields[-1], grids[-1], count)
+        for stages in zip(*readers, strict=True):
+            z = stages[0][0]
+            known = None
+            if marks is not None:
+                known = torch.from_numpy(next(marks)[1] != 0)[None, None]
+            images = [
+                normalize(image, statistics) if statistics else torch.zeros_like(image)
+                for (_, image), statistics in zip(stages, self._greys(z), strict=True)
+            ]
+            has_tissue = all(bool((image != 0).any()) for image in images)
+            yield z, make_window(images, known) if has_tissue else None
+
+    def _placed(self, z: int, grid: Grid) -> tuple[Tensor, Grid]:
+        """Make the field that places a section on a grid, and the field's grid."""
+        around = grid.cover(grid.mip + CELL_LEVELS, margin_px=1)
+        return affine.as_field(self.placement.matrices[z], around), around
+
+    def _greys(self, z: int) -> list[GreyStatistics | None]:
+        """Return the grey levels of a section at the mip of each stage."""
+        if z not in self._known_greys:
+            notes = Notes(f"{self.destination}/greys")
+            start = self.sections.start
+            first = start + (z - start) // self.block_sections * self.block_sections
+            name = f"z{first}-{min(first + self.block_sections, self.sections.stop)}"
+            of_block = notes.read([f"{name}.json"]).get(f"{name}.json", {})
+            self._known_greys.update(
+                {
+                    int(key): [
+                        GreyStatistics(*values[str(mip)]) if values[str(mip)] else None
+                        for mip in self.mips
+                    ]
+                    for key, values in of_block.items()
+                }
+            )
+        if z not in self._known_greys:
+            raise DatasetError(
+                f"{self.destination}/greys: section {z} was not measured; run "
+                "align-stack --steps pairs again, without a queue or a shard"
+            )
+        return self._known_greys[z]
+
+    @cached_property
+    def _writers(self) -> dict[str, BlockWriter]:
+        """The volumes of the fields, correlations and defects."""
+        notes = {
+            "kind": "fields",
+            "direction": "pull",
+            "channel_order": "yx",
+            "field_unit": "relative",
+        }
+        kinds = {f"k{k}": (2, "float32", notes) for k in range(1, self.neighbours + 1)}
+        kinds |= {f"{name}_correlation": (1, "uint8", {}) for name in kinds}
+        kinds["defects"] = (1, "uint8", {})
+        return {
+            name: BlockWriter(
+                f"{self.destination}/pairs/{name}",
+                NewVolume(
+                    *(num_channels, dtype, self.cell_mip, self.placement.area),
+                    *(self.sections, self.resolution, about),
+                ),
+                flag="--dst_path",
+                block_px=self.chunk_px << self.mip >> self.cell_mip,
+                chunk_size=(256, 256, 1),
+            )
+            for name, (num_channels, dtype, about) in kinds.items()
+        }
+
+    @cached_property
+    def _known_greys(self) -> dict[int, list[GreyStatistics | None]]:
+        return {}
+
+    @cached_property
+    def _volume(self) -> ImageVolume:
+        return ImageVolume(self.cv_path)
+
+    @cached_property
+    def _masks(self) -> ImageVolume | None:
+        if self.masks is None:
+            return None
+        return ImageVolume(
+            self.masks, flag="--masks", resolution=self._volume.resolution
+        )
+
+    @cached_property
+    def _pyramid(self) -> Pyramid:
+        pyramid = Pyramid.load(self.pyramid_path, self.checkpoint_name, self.device)
+        return for_stacks(pyramid)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out what a copy opens by itself."""
+        opened = ("_volume", "_masks", "_pyramid", "_writers", "_known_greys")
+        return {k: v for k, v in self.__dict__.items() if k not in opened}
