@@ -79,9 +79,7 @@ class SectionsRequest(RunRequest):
     thumbnail_px: int = _placing(
         "longest side of the thumbnails that are matched", 1024, least=128
     )
-    allow_unplaced: bool = _placing(
-        "exit with 0 even if sections match nothing", False
-    )
+    allow_unplaced: bool = _placing("exit with 0 even if sections match nothing", False)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -127,9 +125,7 @@ class AlignStackRequest(SectionsRequest):
     pyramid_path: Path = flag("trained pyramid that aligns pairs of sections")
     checkpoint_name: str = _aligning("name of the pyramid's weights", "checkpoint")
     steps: list[str] = _aligning("steps to run", list(STEPS), choices=STEPS)
-    neighbours: int = _aligning(
-        "align each section with so many before it", 2, least=1
-    )
+    neighbours: int = _aligning("align each section with so many before it", 2, least=1)
     masks: str | None = _aligning(
         "volume of masks: 0 where the tissue can be trusted", unset="defects are found"
     )
@@ -161,7 +157,9 @@ class WorkerRequest(Request):
     queue: str = flag("queue to work on: fq://FOLDER or sqs://NAME", metavar="URL")
     dst_path: str = flag("destination of the stack; tasks of others are refused")
     wait: bool = flag("wait for new tasks for ever; else end with the queue", False)
-    lease_s: int = flag("seconds until a task of a dead worker comes back", 600, least=1)
+    lease_s: int = flag(
+        "seconds until a task of a dead worker comes back", 600, least=1
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
