@@ -22,6 +22,8 @@ _aligning, _running = flags_of_group(_ALIGNING), flags_of_group(_RUNNING)
 class RunRequest(Request):
     """Flags that say where the tasks of a step are run."""
 
+    GROUPS = ("", _RUNNING)
+
     workers: int = _running("processes on this machine, one thread each", 1, least=1)
     shard: str | None = _running(
         "run only the tasks of part i of n, for arrays of jobs: 0/3, 1/3, 2/3",
@@ -170,8 +172,6 @@ class WorkerRequest(Request):
 @dataclass(frozen=True, kw_only=True)
 class CheckRequest(RunRequest):
     """Flags of check."""
-
-    GROUPS = ("", _RUNNING)
 
     cv_path: str = flag("aligned volume, by any program")
     dst_path: str | None = flag(
