@@ -128,6 +128,8 @@ class _FolderQueue(Queue):
 
     queue/<second>--<id>.json: a message, leased until that second, or 0.
     movement/<id>: the names that it had, the last one last.
+
+    task-queue rounds the time down to whole seconds, so a second is added to a lease.
     """
 
     def __init__(self, url: str, folder: Path, api: Any) -> None:
@@ -147,7 +149,7 @@ class _FolderQueue(Queue):
     def lease(self, seconds: int) -> Received | None:
         with storage_errors("--queue", self.url):
             for name, identifier in self._free():
-                new = f"{int(time.time()) + seconds}--{identifier}.json"
+                new = f"{int(time.time()) + seconds + 1}--{identifier}.json"
                 try:  # whoever renames it has it
                     os.rename(self._folder / "queue" / name, self._path(new))
                 except FileNotFoundError:
@@ -161,7 +163,7 @@ class _FolderQueue(Queue):
 
     def renew(self, received: Received, seconds: int) -> None:
         with storage_errors("--queue", self.url, doing="written"):
-            self._api.renew_lease(received.handle, seconds)
+            self._api.renew_lease(received.handle, seconds + 1 if seconds else 0)
 
     def delete(self, received: Received) -> None:
         with storage_errors("--queue", self.url, doing="written"):
