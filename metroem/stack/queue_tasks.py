@@ -58,14 +58,13 @@ class Message(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 def run_in_queue(
-    records: TaskRecords, url: str, destination: str, tasks: Collection[str]
+    records: TaskRecords, url: str, tasks: Collection[str]
 ) -> Iterator[Outcome]:
     """Put tasks into a queue, and wait until workers have done them.
 
     Args:
         records: of the step; no task has a marker or a failure.
         url: fq://FOLDER or sqs://NAME.
-        destination: folder of the stack, with a scheme.
         tasks: to be done.
 
     Yields:
@@ -99,7 +98,10 @@ def run_in_queue(
                     *(url, len(missing)),
                 )
             queue.put(
-                [Message(records.step, task, destination).encode() for task in missing]
+                [
+                    Message(records.step, task, records.destination).encode()
+                    for task in missing
+                ]
             )
             times_put, news = times_put + 1, time.monotonic()
         started = time.monotonic()

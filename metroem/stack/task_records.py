@@ -94,7 +94,8 @@ class TaskRecords:
     All methods raise DatasetError or StorageError if the storage fails.
 
     Attributes:
-        path: their folder, with a scheme.
+        destination: folder of the stack, with a scheme.
+        path: folder of the records, with a scheme.
         step: name of the step.
         digest: of the settings.
     """
@@ -102,7 +103,8 @@ class TaskRecords:
     def __init__(
         self, destination: str, step: str, settings: Mapping[str, Any]
     ) -> None:
-        self.path, self.step = records_path(destination), step
+        self.destination, self.step = stack_path(destination), step
+        self.path = records_path(destination)
         self._settings = as_json(settings)
         text = json.dumps(self._settings, sort_keys=True)
         self.digest = hashlib.sha256(text.encode()).hexdigest()[:16]
@@ -245,9 +247,14 @@ class TaskRecords:
             yield
 
 
+def stack_path(destination: str) -> str:
+    """Return the folder of a stack as messages name it: absolute, with a scheme."""
+    return cloud_path(destination).removeprefix("precomputed://")
+
+
 def records_path(destination: str) -> str:
     """Return the folder of the records of a destination, with a scheme."""
-    return f"{cloud_path(destination).removeprefix('precomputed://')}/tasks"
+    return f"{stack_path(destination)}/tasks"
 
 
 def _about_here() -> dict[str, Any]:

@@ -11,7 +11,7 @@ from typing import Any
 
 from metroem.errors import TaskError, UsageError
 from metroem.geometry.grid import Grid
-from metroem.io.cloud_paths import cloud_path, local_folder
+from metroem.io.cloud_paths import local_folder
 from metroem.io.files import lock, lock_path, make_folder
 from metroem.stack.queue_tasks import run_in_queue
 from metroem.stack.requests import RunRequest
@@ -215,8 +215,7 @@ def _run(
     """Run tasks where the flags say; yields how each ended."""
     if request.queue is not None:
         if tasks:
-            destination = cloud_path(step.destination)
-            yield from run_in_queue(records, request.queue, destination, tasks)
+            yield from run_in_queue(records, request.queue, tasks)
     elif request.workers > 1:
         yield from run_in_processes(step, records, tasks, request.workers)
     else:
@@ -227,17 +226,21 @@ def _with_estimate(
     name: str, outcomes: Iterator[Outcome], total: int, request: RunRequest
 ) -> Iterator[Outcome]:
     """Show the progress of tasks; after the first ones log how long all will take."""
-    first, started = max(2, request.workers), time.monotonic()
+    first, started, seconds = max(2, request.workers), time.monotonic(), 0.0
     what = f"step {name}, tasks"
     if not total:
         return
     for done, outcome in enumerate(progress(outcomes, what, total=total), start=1):
         yield outcome
+        seconds += outcome.seconds
         if done == first and done < total:
-            seconds = (time.monotonic() - started) / done * (total - done)
+            # How many workers a queue has is not known. Here processes take seconds
+            # to start, which would count for too much.
+            elapsed = time.monotonic() - started
+            spent = elapsed if request.queue else seconds / request.workers
             logger.info(
                 "step %s: the other %d tasks will take about %s",
-                *(name, total - done, in_words(seconds)),
+                *(name, total - done, in_words(spent / done * (total - done))),
             )
 
 
@@ -248,8 +251,9 @@ def _summarize(name: str, outcomes: Sequence[Outcome], seconds: float) -> None:
         for key in ("bytes_read", "bytes_needed")
     )
     logger.info(
-        "step %s: done in %s (%s of tasks)%s",
+        "step %s: %d tasks are done; %s, %s of tasks%s",
         name,
+        sum(outcome.is_done for outcome in outcomes),
         in_words(seconds),
         in_words(sum(outcome.seconds for outcome in outcomes)),
         f"; {_size(read)} read, {_size(needed)} needed" if needed else "",
@@ -277,9 +281,8 @@ def _failure(
     """Log which tasks failed and why; return the error that says so in one line."""
     for outcome in failed[:_NAMED]:
         logger.error("step %s: %s failed: %s", step.name, outcome.task, outcome.reason)
-    if more := len(failed) - _NAMED:
-        if more > 0:
-            logger.error("step %s: and %d more", step.name, more)
+    if len(failed) > _NAMED:
+        logger.error("step %s: and %d more failed", step.name, len(failed) - _NAMED)
     first = failed[0]
     return TaskError(
         f"step {step.name}: {len(failed)} of {total} tasks failed, each {MAX_TRIES} "

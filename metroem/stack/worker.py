@@ -19,13 +19,17 @@ from typing import NamedTuple
 
 from metroem.errors import MetroEMError, UsageError, first_line
 from metroem.io.cloud_errors import storage_errors
-from metroem.io.cloud_paths import cloud_path
 from metroem.io.queues import SQS_LONGEST_LEASE_S, Queue, Received, open_queue
 from metroem.io.volume_write import Notes
 from metroem.stack.queue_tasks import Message
 from metroem.stack.requests import WorkerRequest
 from metroem.stack.run_tasks import try_task
-from metroem.stack.task_records import Outcome, TaskRecords, records_path
+from metroem.stack.task_records import (
+    Outcome,
+    TaskRecords,
+    records_path,
+    stack_path,
+)
 from metroem.stack.tasks import Step
 from metroem.utils.progress import in_words
 from metroem.utils.stop_request import StopRequest
@@ -42,8 +46,8 @@ RETRY_S = 2
 HOLD_S = 30
 # Such messages in a row after which a worker without --wait ends.
 _MOST_HELD = 100
-# Times in a row that storage may fail before the worker ends.
-_MOST_ERRORS = 3
+# Times in a row that storage may fail before the worker ends: a minute and more.
+_MOST_ERRORS = 5
 # Seconds that a task gets to end after a signal; then it is given back.
 GRACE_S = 10.0
 
@@ -97,7 +101,7 @@ class _Worker:
 
     def __init__(self, request: WorkerRequest, queue: Queue) -> None:
         self._request, self._queue = request, queue
-        self._destination = cloud_path(request.dst_path)
+        self._destination = stack_path(request.dst_path)
         self._known: dict[str, tuple[Step, TaskRecords, Collection[str]]] = {}
         self.num_done = self.num_failed = self.num_refused = 0
         self._held: set[int] = set()  # hashes of messages that were held back
@@ -148,12 +152,13 @@ class _Worker:
         except KeyboardInterrupt:
             logger.info("the task was interrupted: it goes back to the queue")
             self._queue.renew(received, 0)
-        except MetroEMError as error:  # of storage; those of the task are outcomes
+        except Exception as error:  # of storage: those of a task are its outcome
             self._queue.renew(received, RETRY_S)
             self._errors_in_a_row += 1
             if self._errors_in_a_row == _MOST_ERRORS:
                 raise
-            logger.warning("%s", error)
+            logger.warning("%s: the task goes back to the queue", first_line(error))
+            time.sleep(RETRY_S * self._errors_in_a_row)
         else:
             self._held_in_a_row = self._errors_in_a_row = 0
             if outcome is None:
