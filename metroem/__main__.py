@@ -11,6 +11,7 @@ from metroem.evaluation.requests import EvaluateRequest
 from metroem.export.requests import ExportRequest
 from metroem.models.requests import FetchRequest, InitRequest
 from metroem.prepare.requests import DatasetRequest, InspectRequest, SpecRequest
+from metroem.stack.requests import WorkerRequest
 from metroem.synthetic.requests import DemoRequest
 from metroem.training.requests import WriteFieldsRequest
 from metroem.utils import cli
@@ -93,6 +94,11 @@ COMMANDS: dict[str, tuple[type[cli.Request], Run, str]] = {
         ExportRequest,
         _import_and_run("metroem.export.export_fields.export_fields"),
         "write fields as a CloudVolume, or for SOFIMA or ITK",
+    ),
+    "worker": (
+        WorkerRequest,
+        _import_and_run("metroem.stack.worker.run_worker"),
+        "do the tasks that align-stack --queue puts into a queue",
     ),
     "demo": (
         DemoRequest,

@@ -8,6 +8,7 @@
       CheckpointError   weights or a training state that cannot be used
       StorageError      a disk that is full or may not be written, a run in the way
       ResourceError     too little memory, a process that was killed
+      TaskError         tasks of a step that failed
 
 A message names the path or flag, says what was found and what was expected,
 and what to do. `metroem.utils.cli.run` prints it and exits with 1; any other
@@ -52,6 +53,10 @@ class StorageError(MetroEMError):
 
 class ResourceError(MetroEMError):
     """Too little memory, a killed process, or a device that lacks a feature."""
+
+
+class TaskError(MetroEMError):
+    """Tasks of a step that failed; all other tasks of it are done."""
 
 
 def first_line(error: BaseException) -> str:

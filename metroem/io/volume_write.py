@@ -487,6 +487,9 @@ def _write_mip(cloud_path: str, mip: int, sections: np.ndarray) -> None:
 class Notes:
     """JSON objects stored by name in a folder at a cloud path.
 
+    Each is written whole or not at all; two writers of one name leave the note of one
+    of them.
+
     Attributes:
         path: the folder, with a scheme.
     """
@@ -494,11 +497,16 @@ class Notes:
     def __init__(self, path: str) -> None:
         prepare_storage()
         self.path = path
+        self._folder = local_folder(path)
         self._files = CloudFiles(path, progress=False)
 
-    def names(self) -> list[str]:
-        """List all files below the folder, including files of volumes, sorted."""
-        return sorted(self._files.list())
+    def names(self, prefix: str = "") -> list[str]:
+        """List the files below the folder, including files of volumes, sorted.
+
+        Args:
+            prefix: with which their names begin; the storage lists no others.
+        """
+        return sorted(self._files.list(prefix))
 
     def read(self, names: list[str]) -> dict[str, dict]:
         """Read objects by name; missing and incomplete ones are left out."""
@@ -512,10 +520,22 @@ class Notes:
         return found
 
     def write(self, name: str, note: dict) -> None:
-        """Store an object under a name."""
+        """Store an object under a name.
+
+        Raises:
+            StorageError: the disk is full, or may not be written to.
+        """
         content = json.dumps(note, indent=1, sort_keys=True).encode()
-        self._files.put(name, content, content_type="application/json")
+        if self._folder is None:
+            self._files.put(name, content, content_type="application/json")
+            return
+        make_folder((self._folder / name).parent)
+        replace_file(self._folder / name, content)
 
     def delete(self, prefix: str) -> None:
         """Delete the files whose names begin with a prefix."""
-        self._files.delete([name for name in self.names() if name.startswith(prefix)])
+        self._files.delete(self.names(prefix))
+
+    def remove(self, names: Sequence[str]) -> None:
+        """Delete files by name; missing ones are passed over."""
+        self._files.delete(names)

@@ -22,6 +22,8 @@ _aligning, _running = flags_of_group(_ALIGNING), flags_of_group(_RUNNING)
 class RunRequest(Request):
     """Flags that say where the tasks of a step are run."""
 
+    GROUPS = ("", _RUNNING)
+
     workers: int = _running("processes on this machine, one thread each", 1, least=1)
     shard: str | None = _running(
         "run only the tasks of part i of n, for arrays of jobs: 0/3, 1/3, 2/3",
@@ -79,9 +81,7 @@ class SectionsRequest(RunRequest):
     thumbnail_px: int = _placing(
         "longest side of the thumbnails that are matched", 1024, least=128
     )
-    allow_unplaced: bool = _placing(
-        "exit with 0 even if sections match nothing", False
-    )
+    allow_unplaced: bool = _placing("exit with 0 even if sections match nothing", False)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -127,9 +127,7 @@ class AlignStackRequest(SectionsRequest):
     pyramid_path: Path = flag("trained pyramid that aligns pairs of sections")
     checkpoint_name: str = _aligning("name of the pyramid's weights", "checkpoint")
     steps: list[str] = _aligning("steps to run", list(STEPS), choices=STEPS)
-    neighbours: int = _aligning(
-        "align each section with so many before it", 2, least=1
-    )
+    neighbours: int = _aligning("align each section with so many before it", 2, least=1)
     masks: str | None = _aligning(
         "volume of masks: 0 where the tissue can be trusted", unset="defects are found"
     )
@@ -161,7 +159,9 @@ class WorkerRequest(Request):
     queue: str = flag("queue to work on: fq://FOLDER or sqs://NAME", metavar="URL")
     dst_path: str = flag("destination of the stack; tasks of others are refused")
     wait: bool = flag("wait for new tasks for ever; else end with the queue", False)
-    lease_s: int = flag("seconds until a task of a dead worker comes back", 600, least=1)
+    lease_s: int = flag(
+        "seconds until a task of a dead worker comes back", 600, least=1
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -172,8 +172,6 @@ class WorkerRequest(Request):
 @dataclass(frozen=True, kw_only=True)
 class CheckRequest(RunRequest):
     """Flags of check."""
-
-    GROUPS = ("", _RUNNING)
 
     cv_path: str = flag("aligned volume, by any program")
     dst_path: str | None = flag(

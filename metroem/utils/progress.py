@@ -22,7 +22,7 @@ def progress(
     """Yield `items`, showing how many are done.
 
     A terminal gets a tqdm bar on stderr. Otherwise the log gets a line every
-    `LOG_EVERY_S` seconds and one at the end.
+    `LOG_EVERY_S` seconds, with the time left, and one at the end.
 
     Args:
         items: the items to yield.
@@ -39,11 +39,25 @@ def progress(
         yield item
         now = time.monotonic()
         if log and now - last >= LOG_EVERY_S and done < total:
-            logger.info("%s: %d of %d, %.0f s", what, done, total, now - started)
+            elapsed = now - started
+            left = in_words(elapsed / done * (total - done))
+            logger.info(
+                *("%s: %d of %d, %.0f s, %s left", what, done, total, elapsed, left)
+            )
             last = now
     if log:
         elapsed = time.monotonic() - started
         logger.info("%s: %d of %d, %.1f s", what, done, total, elapsed)
+
+
+def in_words(seconds: float) -> str:
+    """Say a duration in words, "45 s", "12 min" or "3 h 5 min"."""
+    if seconds < 99.5:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return (
+        f"{minutes} min" if minutes < 100 else f"{minutes // 60} h {minutes % 60} min"
+    )
 
 
 def in_threads(
