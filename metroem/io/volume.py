@@ -11,7 +11,7 @@ import threading
 from collections import deque
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from cloudvolume import Bbox, CloudVolume
@@ -502,8 +502,14 @@ def bounding_grid(grids: list[Grid]) -> Grid:
     return Grid(mip, x, y, (x_end - x) >> mip, (y_end - y) >> mip)
 
 
-def crop_array(array: np.ndarray, grid: Grid, window: Grid) -> np.ndarray:
-    """Crop an array (..., H, W) on `grid` to `window`, a grid of the same mip in it."""
+ArrayT = TypeVar("ArrayT", bound=Any)
+
+
+def crop_array(array: ArrayT, grid: Grid, window: Grid) -> ArrayT:
+    """Crop an array or a tensor, (..., H, W), on `grid` to `window`.
+
+    `window` is a grid of the same mip inside `grid`.
+    """
     row, col = (window.x - grid.x) >> grid.mip, (window.y - grid.y) >> grid.mip
     return array[..., row : row + window.rows, col : col + window.cols]
 

@@ -1,14 +1,14 @@
 """Align a volume of sections, step by step: place, pairs, relax, render, check.
 
-    <dst>/stack.json       what is aligned, and how: all that a task needs to know
-    <dst>/placement.json   where each section lies                         (place)
-    <dst>/greys/           grey levels of each section                     (pairs)
-    <dst>/pairs/           fields of z on z-k, correlations, defects       (pairs)
-    <dst>/field            final fields: aligned -> raw section            (relax)
-    <dst>/image            the aligned volume                              (render)
-    <dst>/check.json       what is left, worst places                      (check)
-    <dst>/report.html
-    <dst>/tasks/           done-markers and failures
+<dst>/stack.json       what is aligned, and how: all that a task needs to know
+<dst>/placement.json   where each section lies                         (place)
+<dst>/greys/           grey levels of each section                     (pairs)
+<dst>/pairs/           fields of z on z-k, correlations, defects       (pairs)
+<dst>/field            final fields: aligned -> raw section            (relax)
+<dst>/image            the aligned volume                              (render)
+<dst>/check.json       what is left, worst places                      (check)
+<dst>/report.html
+<dst>/tasks/           done-markers and failures
 """
 
 import hashlib
@@ -165,6 +165,7 @@ class _StoredStack:
         )
         if name == greys.name:
             return greys
+        resolution = ImageVolume(request.cv_path).resolution
         pairs = PairsStep(
             self.destination,
             request.cv_path,
@@ -181,6 +182,7 @@ class _StoredStack:
             request.neighbours,
             mips,
             weights_digest(request.pyramid_path, request.checkpoint_name),
+            resolution,
             before=solve.settings,
         )
         if name == pairs.name:
@@ -195,13 +197,29 @@ class _StoredStack:
             request.block_sections,
             mips[-1] + CELL_LEVELS,
             request.neighbours,
-            ImageVolume(request.cv_path).resolution,
+            resolution,
             RelaxOptions(bending=RelaxOptions.bending * request.smoothness),
             before=pairs.settings,
         )
         if name == relax.name:
             return relax
-        render = RenderStep.of(self.destination, request, placement, relax)
+        size = request.chunk_size
+        render = RenderStep(
+            self.destination,
+            f"{self.destination}/image",
+            request.cv_path,
+            placement,
+            mips[-1] + CELL_LEVELS,
+            sections,
+            request.mip,
+            request.mips,
+            request.chunk_px,
+            request.block_sections,
+            resolution,
+            request.encoding,
+            (size[0], size[1], size[2]) if size else None,
+            before=relax.settings,
+        )
         if name == render.name:
             return render
         check = CheckStep.of(self.destination, request, placement, render)

@@ -132,7 +132,9 @@ def _align_pairs(
     defects = torch.zeros(num, 1, *cells)
     windows: list[SectionWindow] = []
     items = zip(sections, matrices, strict=True)
-    for z, (section, matrix) in enumerate(progress(items, "pairs, sections", total=num)):
+    for z, (section, matrix) in enumerate(
+        progress(items, "pairs, sections", total=num)
+    ):
         windows.append(_section_window(section, matrix, area, pyramid.mips))
         size = 2**CELL_LEVELS
         defects[z] = F.max_pool2d(windows[-1].defects.float(), size, ceil_mode=True)[0]

@@ -220,9 +220,7 @@ class GreysStep(Step):
     def tasks(self) -> list[str]:
         return [
             f"z{z}-{min(z + self.block_sections, self.sections.stop)}"
-            for z in range(
-                self.sections.start, self.sections.stop, self.block_sections
-            )
+            for z in range(self.sections.start, self.sections.stop, self.block_sections)
         ]
 
     def run(self, task: str) -> Mapping[str, Any]:
@@ -382,9 +380,7 @@ class PairsStep(Step):
         self, sections: range, grids: Sequence[Grid], count: ReadCount
     ) -> Iterator[tuple[int, SectionWindow | None]]:
         """Read sections, placed; None for one without tissue in the window."""
-        fields = [
-            {z: self._placed(z, grid) for z in sections} for grid in grids
-        ]
+        fields = [{z: self._placed(z, grid) for z in sections} for grid in grids]
         readers = [
             iter_pulled(self._volume, of_stage, grid, count)
             for of_stage, grid in zip(fields, grids, strict=True)

@@ -79,7 +79,9 @@ def iter_pulled(
         grey = torch.from_numpy(image.astype(np.float32))[None, None]
         grey = torch.where(torch.isfinite(grey), grey, 0.0)
         tissue = (grey != 0).float()
-        values, weight = sample(torch.cat((grey, tissue), 1), grey, positions).split(1, 1)
+        values, weight = sample(torch.cat((grey, tissue), 1), grey, positions).split(
+            1, 1
+        )
         is_tissue = sample(tissue, grey, positions, mode="nearest") > 0
         safe = weight.clamp(min=_MIN_WEIGHT)
         yield z, torch.where(is_tissue, values / safe, 0.0)

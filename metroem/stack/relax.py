@@ -9,7 +9,7 @@ All U are found at once. They minimise
 
     sum_zk  w_zk |U_z - U_y - f_zk(q + U_y)|^2      agreement of pairs
     + a sum_z  |U_z|^2                              pull to the placement
-    + b sum_z  m_z (U_xx^2 + 2 U_xy^2 + U_yy^2)     bending energy; m_z is low at defects
+    + b sum_z  m_z (U_xx^2 + 2 U_xy^2 + U_yy^2)     bending; m_z is low at defects
 
 The sum is linear in U but for the place where f is read. So f is read at the U of the
 last round, and conjugate gradients solve the rest, on coarse grids first.
@@ -392,9 +392,7 @@ class RelaxStep(Step):
         known = {}
         for z in range(first, known_end):
             stored = torch.from_numpy(self._fields.read(window, range(z, z + 1)))
-            known[z - first] = remove_affine(
-                stored, self.placement.matrices[z], window
-            )
+            known[z - first] = remove_affine(stored, self.placement.matrices[z], window)
         found = relax(self._read_pairs(window, read), self.options, known)
         found = crop_array(found, window, core)
         fields = torch.cat(
