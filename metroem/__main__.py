@@ -11,6 +11,12 @@ from metroem.evaluation.requests import EvaluateRequest
 from metroem.export.requests import ExportRequest
 from metroem.models.requests import FetchRequest, InitRequest
 from metroem.prepare.requests import DatasetRequest, InspectRequest, SpecRequest
+from metroem.stack.requests import (
+    AlignStackRequest,
+    CheckRequest,
+    PlaceRequest,
+    WorkerRequest,
+)
 from metroem.stack.requests import WorkerRequest
 from metroem.synthetic.requests import DemoRequest
 from metroem.training.requests import WriteFieldsRequest
@@ -99,6 +105,26 @@ COMMANDS: dict[str, tuple[type[cli.Request], Run, str]] = {
         WorkerRequest,
         _import_and_run("metroem.stack.worker.run_worker"),
         "do the tasks that align-stack --queue puts into a queue",
+    ),
+    "place": (
+        PlaceRequest,
+        _import_and_run("metroem.stack.align_stack.place_stack"),
+        "find where each section of a volume lies",
+    ),
+    "align-stack": (
+        AlignStackRequest,
+        _import_and_run("metroem.stack.align_stack.align_stack"),
+        "align all sections of a volume, and check the result",
+    ),
+    "worker": (
+        WorkerRequest,
+        _import_and_run("metroem.stack.worker.run_worker"),
+        "do the tasks that align-stack --queue has put into a queue",
+    ),
+    "check": (
+        CheckRequest,
+        _import_and_run("metroem.stack.check.check_volume"),
+        "measure how well neighbouring sections of a volume are aligned",
     ),
     "demo": (
         DemoRequest,

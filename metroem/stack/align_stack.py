@@ -13,10 +13,9 @@
 
 import hashlib
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, fields, replace
 from pathlib import Path
-from typing import Any
 
 from metroem.errors import DatasetError, UsageError
 from metroem.io.cloud_paths import cloud_path
@@ -27,14 +26,19 @@ from metroem.specs.modules import find_modules
 from metroem.stack.check import CheckReportStep, CheckStep
 from metroem.stack.pairs import CELL_LEVELS, GreysStep, PairsStep
 from metroem.stack.place import (
-    Placement,
     PlaceMatchStep,
+    Placement,
     PlaceSolveStep,
     check_placed,
 )
 from metroem.stack.relax import RelaxOptions, RelaxStep
 from metroem.stack.render import RenderStep
-from metroem.stack.requests import STEPS, AlignStackRequest
+from metroem.stack.requests import (
+    STEPS,
+    AlignStackRequest,
+    PlaceRequest,
+    SectionsRequest,
+)
 from metroem.stack.task_records import TaskRecords
 from metroem.stack.tasks import Step, run_step
 
@@ -53,6 +57,8 @@ PARTS = {
 _NOT_STORED = ("workers", "shard", "queue", "again", "steps", "allow_unplaced")
 # Settings that a stack cannot change: they give it another place.
 _FIXED = ("cv_path", "z_start", "mip")
+# How metroem place --render writes the placed sections.
+_RENDERED_PX, _RENDERED_SECTIONS, _RENDERED_MIPS = 2048, 16, 4
 
 
 def align_stack(request: AlignStackRequest) -> None:
@@ -153,10 +159,12 @@ class _StoredStack:
         request = self.request
         sections = range(request.z_start, self.ends[-1])
         mips = tuple(module.in_mip for module in find_modules(request.pyramid_path))
-        match = PlaceMatchStep.of(self.destination, request, sections)
+        match = _match_step(self.destination, request, sections)
         if name == match.name:
             return match
-        solve = PlaceSolveStep.of(self.destination, request, sections)
+        chunk_px = request.chunk_px << request.mip
+        block_px = max(_pooled_px(mips), 64 << request.mip)
+        solve = PlaceSolveStep(match, request.fix, block_px, chunk_px)
         if name == solve.name:
             return solve
         placement = Placement.read(self.destination)
@@ -226,6 +234,63 @@ class _StoredStack:
         return check if name == check.name else CheckReportStep.of(check)
 
 
+def place_stack(request: PlaceRequest) -> None:
+    """Place the sections of a volume, and write them if asked for.
+
+    Raises:
+        MetroEMError: see the steps; the message says what to do.
+    """
+    volume = ImageVolume(request.cv_path)
+    volume.check_channels(1, "a volume of sections")
+    volume.check_mip("--mip", request.mip)
+    volume.check_sections(request.sections, volume.mips[0])
+    logger.info(
+        "place: %d sections of %s by thumbnails of at most %d px, to %s",
+        *(len(request.sections), volume.path, request.thumbnail_px, request.dst_path),
+    )
+    destination = cloud_path(request.dst_path)
+    match = _match_step(destination, request, request.sections)
+    block_px = _RENDERED_PX << request.mip
+    solve = PlaceSolveStep(match, request.fix, 64 << request.mip, block_px)
+    if not (run_step(match, request) and run_step(solve, request)):
+        return  # the tasks of other shards are to be done first
+    placement = Placement.read(destination)
+    if request.render is not None:
+        render = RenderStep(
+            destination,
+            request.render,
+            request.cv_path,
+            placement,
+            None,
+            request.sections,
+            request.mip,
+            _RENDERED_MIPS,
+            _RENDERED_PX,
+            _RENDERED_SECTIONS,
+            volume.resolution,
+            before=solve.settings,
+            name="place-render",
+        )
+        render.check()
+        run_step(render, request)
+    if not request.allow_unplaced:
+        check_placed(placement)
+
+
+def _match_step(
+    destination: str, request: SectionsRequest, sections: range
+) -> PlaceMatchStep:
+    return PlaceMatchStep(
+        *(destination, request.cv_path, sections),
+        *(request.model, request.flip, request.thumbnail_px),
+    )
+
+
+def _pooled_px(mips: Sequence[int]) -> int:
+    """Return the largest block that the networks of a pyramid pool, mip-0 px."""
+    return 16 << max(mips)
+
+
 def weights_digest(pyramid: Path, checkpoint_name: str) -> str:
     """Compute a digest of the weights of all modules of a pyramid."""
     digest = hashlib.sha256()
@@ -261,8 +326,8 @@ def _begin(request: AlignStackRequest) -> _StoredStack:
             f"{modules[-1].in_mip}, which is finer; give --mip {modules[-1].in_mip}"
         )
     volume.check_sections(request.sections, volume.mips[0])
-    block = 16 << max(module.in_mip for module in modules)
-    if request.chunk_px << request.mip & (block - 1):
+    block = _pooled_px([module.in_mip for module in modules])
+    if (request.chunk_px << request.mip) % block:
         raise UsageError(
             f"--chunk_px {request.chunk_px}: expected a multiple of "
             f"{block >> request.mip}, the largest block of px that the networks pool"

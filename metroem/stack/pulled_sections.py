@@ -17,8 +17,8 @@ from metroem.geometry.field import pixel_positions, resample_field, sample
 from metroem.geometry.grid import Grid
 from metroem.io.volume import Volume
 
-# Least weight of tissue around a position whose nearest pixel is tissue: a quarter, less
-# what rounding takes.
+# Least weight of tissue around a position whose nearest pixel is tissue: a quarter,
+# less what rounding takes.
 _MIN_WEIGHT = 0.2
 
 
