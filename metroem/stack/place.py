@@ -54,6 +54,11 @@ _HOLD_SHEAR = 3e-2
 _ROUNDS = 12
 # Residual at which the weight of a match is a half: at least this fraction of r.
 _LEAST_RESIDUAL = 2e-3
+# A match of a lower score is used only if another one confirms it: of 30 pairs of a
+# stack with a section of another tissue, 29 had 17 and more, and a wrong one 7.1.
+_SURE_SCORE = 10.0
+# Two matches confirm each other if they differ by less than this fraction of r.
+_MAX_DIFFERENCE = 0.1
 _FORMAT = 1
 
 
@@ -247,6 +252,7 @@ def solve_placements(
             f"sections {_in_words(list(sections))}: none has tissue, so there is "
             "nothing to place; check --z_start, --z_end and the volume"
         )
+    edges = confirmed_edges(edges, sections)
     groups = _groups(edges, sections)
     main = next(
         (one for one in groups if fix in one or any(z in known for z in one)),
@@ -285,6 +291,59 @@ def solve_placements(
     matrices = {z: affine.invert(maps[z]) for z in sorted(sections)}
     matrices |= dict(known)
     return matrices, {z: placed[z] for z in sorted(sections)}
+
+
+def confirmed_edges(
+    edges: Sequence[Edge], sections: Mapping[int, np.ndarray | None]
+) -> list[Edge]:
+    """Leave out matches that are not sure and that no other match confirms.
+
+    Sections are grouped by sure matches. A match that is not sure and that connects two
+    groups needs another one between them that says the same.
+    """
+    sure = [edge for edge in edges if edge.score >= _SURE_SCORE]
+    kept = list(sure)
+    groups = _groups(sure, sections)
+    group_of = {z: index for index, group in enumerate(groups) for z in group}
+    by_groups: dict[tuple[int, int], list[Edge]] = {}
+    for edge in edges:
+        if edge.score < _SURE_SCORE:
+            pair = group_of[edge.z], group_of[edge.y]
+            by_groups.setdefault((min(pair), max(pair)), []).append(edge)
+    for (one, other), between in by_groups.items():
+        if one == other:
+            kept += between  # the sure matches outvote a wrong one
+            continue
+        maps = {}
+        for index in (one, other):
+            group = sorted(groups[index])
+            of_group = [edge for edge in sure if edge.z in groups[index]]
+            maps |= _chain(of_group, group, {group[0]: affine.identity()})
+        places = [_place_of(edge, maps, groups[one]) for edge in between]
+        for index, edge in enumerate(between):
+            limit = _MAX_DIFFERENCE * float(np.std(edge.points, axis=0).max())
+            if any(
+                np.abs(places[index] - place).max() < limit
+                for k, place in enumerate(places)
+                if k != index
+            ):
+                kept.append(edge)
+    return sorted(kept, key=lambda edge: (edge.z, -edge.y))
+
+
+def _place_of(
+    edge: Edge, maps: Mapping[int, np.ndarray], group: set[int]
+) -> np.ndarray:
+    """Map a triangle of one group to the other group by a match, (3, 2)."""
+    inner, outer = (edge.z, edge.points), (edge.y, edge.others)
+    if edge.z not in group:
+        inner, outer = outer, inner
+    mirror = [-1.0 if edge.is_mirrored else 1.0, 1.0]
+    between = affine.fit(inner[1] * mirror, outer[1], "similarity") * [*mirror, 1.0]
+    size = float(np.std(edge.points, axis=0).max())
+    triangle = np.array([[0.0, 0.0], [size, 0.0], [0.0, size]])
+    at = affine.apply(affine.invert(maps[inner[0]]), triangle)
+    return affine.apply(maps[outer[0]], affine.apply(between, at))
 
 
 def _groups(
