@@ -1,7 +1,7 @@
 """Measure by block matching how far two sections are displaced; needs no network.
 
-Each window of src is compared with the window at the same location of tgt, at all shifts
-s up to `SEARCH_PX`:
+Each window of src is compared with the window at the same location of tgt, at all
+shifts s up to `SEARCH_PX`:
 
     r(s) = correlation of src(p + s) and tgt(p), over the pixels p where both have data
 
@@ -23,9 +23,9 @@ from torch import Tensor
 
 WINDOW_PX = 128
 SEARCH_PX = 16
-# Peak over what chance gives. Measured 2026-11 on four tissues (ATUM, FIB-SEM, TEM, block
-# face): 3 of 1,716 windows of unrelated tissue reach 5; so do all windows of neighbours
-# that are aligned to a few px (ATUM, FIB-SEM).
+# Peak over what chance gives. Measured 2026-11 on four tissues (ATUM, FIB-SEM, TEM,
+# block face): 3 of 1,716 windows of unrelated tissue reach 5; so do all windows of
+# neighbours that are aligned to a few px (ATUM, FIB-SEM).
 MIN_SIGNIFICANCE = 5.0
 # Slow changes of brightness are taken out: the mean over a square of this side.
 _BRIGHTNESS_PX = 33
@@ -146,8 +146,9 @@ def _subpixel(surface: Tensor, row: Tensor, col: Tensor) -> Tensor:
     """Find the top of a paraboloid through the logarithms around each peak.
 
     Fitted to 3 x 3 values, with its mixed term: tissue that runs obliquely has oblique
-    peaks. Measured 2026-11 on the four tissues, shifted by fractions of a pixel and with
-    noise: off by 0.04 px (95 %: 0.09 px). One parabola along each axis: 0.14 px.
+    peaks. Measured 2026-11 on the four tissues, shifted by fractions of a pixel and
+    with noise: off by 0.04 px (95 %: 0.09 px). With one parabola along each axis it is
+    off by 0.14 px.
 
     Returns:
         (N, 2), channel 0 along cols, -1 to 1.

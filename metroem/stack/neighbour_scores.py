@@ -1,11 +1,11 @@
 """Compare each section with the one before it, window by window.
 
-Windows lie side by side, `WINDOW_PX` long, from the corner of the area. They are complete
-in themselves: nothing around them is used. So figures do not depend on how an area is
-split into tasks.
+Windows lie side by side, `WINDOW_PX` long, from the corner of the area. They are
+complete in themselves: nothing around them is used. So figures do not depend on how an
+area is split into tasks.
 
-Where the section before has no data, a window is compared with the one before that, up to
-`LOOK_BACK` sections back: a blank section does not hide a jump.
+Where the section before has no data, a window is compared with the one before that, up
+to `LOOK_BACK` sections back: a blank section does not hide a jump.
 """
 
 from collections.abc import Iterable, Iterator
@@ -120,8 +120,9 @@ def _score(
     correlation = torch.full((*shape, 2, 2), float("nan"), dtype=torch.float64)
     vectors = torch.full((*shape, 2), float("nan"), dtype=torch.float64)
     lost = torch.zeros(shape, dtype=torch.bool)
-    for batch in (against > 0).nonzero().split(_BATCH):
-        at = batch[:, 0], batch[:, 1]
+    compared = (against > 0).nonzero()
+    for start in range(0, len(compared), _BATCH):
+        at = compared[start : start + _BATCH].unbind(1)
         src, tgt = windows[at], reference[at]
         jumps = measure_jumps(src, tgt)
         known = torch.where(jumps.matched[:, None], jumps.vectors, float("nan"))
