@@ -32,7 +32,7 @@ _PLACE_WINDOWS = PLACE_PX // WINDOW_PX  # along each side of a place
 
 
 class ImageBlock:
-    """Reads a block of a volume of grey levels, and sections before it, each chunk once.
+    """Reads a block of a volume, and sections before it, each chunk once.
 
     Attributes:
         bytes_read: bytes of the stored chunks that are read, decoded.

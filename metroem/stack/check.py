@@ -1,8 +1,8 @@
 """Measure how well the sections of an aligned volume fit, and say where they do not.
 
-Any volume can be checked, whoever aligned it. `CheckStep` measures areas of some sections
-each, and stores small figures. `CheckReportStep` puts them together as check.json and
-report.html. `check_volume` is the command: both steps, and a short table.
+Any volume can be checked, whoever aligned it. `CheckStep` measures areas of some
+sections each, and stores small figures. `CheckReportStep` puts them together as
+check.json and report.html. `check_volume` is the command: both steps, and a short table.
 """
 
 import json
@@ -218,10 +218,10 @@ def print_check(destination: str) -> None:
     if figures is None:
         raise DatasetError(f"{notes.path}/check.json: no such file; run metroem check")
     stack = figures["stack"]
-    print(f"\n{verdict(figures)}")
+    logger.info("%s", verdict(figures))
     parts = [stack["before"], stack] if "before" in stack else [stack]
-    heads = ["before", "after"] if "before" in stack else [""]
-    _print_row("", *heads)
+    if "before" in stack:
+        _log_row("", "before", "after")
     for label, key, form in (
         ("correlation, median section", "correlation_median", ".3f"),
         ("correlation, worst section", "correlation_worst", ".3f"),
@@ -234,18 +234,18 @@ def print_check(destination: str) -> None:
         ("folded pixels", "folds", ".4%"),
     ):
         if key in stack:
-            _print_row(label, *(_formatted(part.get(key), form) for part in parts))
-    _print_row("blank sections", str(len(figures["blank"])))
-    print("worst places (x, y: mip-0 pixels)")
+            _log_row(label, *(_formatted(part.get(key), form) for part in parts))
+    _log_row("blank sections", str(len(figures["blank"])))
+    logger.info("worst places (x, y: mip-0 pixels)")
     for place in figures["worst"][:_NUM_PRINTED]:
-        print(f"  {describe_place(place)}")
-    print(f"{notes.path}/report.html")
+        logger.info("  %s", describe_place(place))
+    logger.info("%s/report.html", notes.path)
     keys = ("blank", "alone", "unplaced", "stand_out")
     print_json({**stack, **{key: figures[key] for key in keys}})
 
 
-def _print_row(label: str, *cells: str) -> None:
-    print(f"{label:<30}" + "".join(f"{cell:>10}" for cell in cells))
+def _log_row(label: str, *cells: str) -> None:
+    logger.info("%s", f"{label:<30}" + "".join(f"{cell:>10}" for cell in cells))
 
 
 def _formatted(value: float | None, form: str) -> str:
