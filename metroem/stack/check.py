@@ -2,15 +2,17 @@
 
 Any volume can be checked, whoever aligned it. `CheckStep` measures areas of some
 sections each, and stores small figures. `CheckReportStep` puts them together as
-check.json and report.html. `check_volume` is the command: both steps, and a short table.
+check.json and report.html. `check_volume` is the command: both steps and a short table.
 """
 
 import json
 import logging
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -35,8 +37,12 @@ from metroem.stack.check_summary import Summary, describe_place, verdict
 from metroem.stack.histogram import Histogram
 from metroem.stack.jumps import SEARCH_PX, WINDOW_PX
 from metroem.stack.neighbour_scores import CORRELATION_PX, NeighbourScores
-from metroem.stack.requests import CheckRequest
+from metroem.stack.requests import AlignStackRequest, CheckRequest
 from metroem.stack.tasks import Block, Step, run_step
+
+if TYPE_CHECKING:
+    from metroem.stack.place import Placement
+    from metroem.stack.render import RenderStep
 
 logger = logging.getLogger(__name__)
 
@@ -54,14 +60,57 @@ class CheckStep(Step):
 
     name = "check"
 
-    def __init__(self, plan: CheckPlan) -> None:
+    def __init__(
+        self, plan: CheckPlan, before: Mapping[str, Any] = MappingProxyType({})
+    ) -> None:
+        """Make the step.
+
+        Args:
+            plan: what is measured.
+            before: settings of the steps before, if there are any.
+        """
         self.plan = plan
         self.destination = plan.destination
-        self.settings = plan.settings()
+        self.settings = {**before, **plan.settings()}
 
     def __reduce__(self) -> tuple[Any, ...]:
         # Without what is open: another process opens it again.
-        return type(self), (self.plan,)
+        return type(self), (self.plan, self.settings)
+
+    @classmethod
+    def of(
+        cls,
+        destination: str,
+        request: AlignStackRequest,
+        placement: "Placement",
+        render: "RenderStep",
+    ) -> "CheckStep":
+        """Make the last step of `align_stack`: the volume that it wrote is checked.
+
+        Args:
+            destination: the folder of the stack.
+            request: the flags of align-stack.
+            placement: where the sections lie.
+            render: the step before.
+        """
+        plan = plan_check(
+            CheckRequest(
+                cv_path=render.path,
+                dst_path=destination,
+                z_start=render.sections.start,
+                z_end=render.sections.stop,
+                mip=render.mip,
+                chunk_px=render.chunk_px,
+                pyramid_path=request.pyramid_path,
+                checkpoint_name=request.checkpoint_name,
+                field_path=f"{destination}/field",
+                field_mip=render.field_mip,
+                before=request.cv_path,
+            )
+        )
+        placed = placement.placed.items()
+        unplaced = tuple(z for z, one in placed if one.reason and z in render.sections)
+        return cls(replace(plan, unplaced=unplaced), render.settings)
 
     def tasks(self) -> Sequence[str]:
         """List the blocks."""
@@ -137,10 +186,20 @@ class CheckReportStep(Step):
 
     name = "check-report"
 
-    def __init__(self, plan: CheckPlan) -> None:
-        self.plan = plan
-        self.destination = plan.destination
-        self.settings = plan.settings()
+    def __init__(self, check: CheckStep) -> None:
+        """Make the step.
+
+        Args:
+            check: the step before.
+        """
+        self.plan = check.plan
+        self.destination = check.destination
+        self.settings = check.settings
+
+    @classmethod
+    def of(cls, check: CheckStep) -> "CheckReportStep":
+        """Make the step that follows a check."""
+        return cls(check)
 
     def tasks(self) -> Sequence[str]:
         """Name the only task."""
@@ -203,7 +262,8 @@ def check_volume(request: CheckRequest) -> None:
         "check: sections %d to %d, %d x %d px at mip %d",
         *(plan.sections.start, plan.sections.stop - 1, *plan.area.shape, plan.mip),
     )
-    if run_step(CheckStep(plan), request) and run_step(CheckReportStep(plan), request):
+    check = CheckStep(plan)
+    if run_step(check, request) and run_step(CheckReportStep(check), request):
         print_check(plan.destination)
 
 

@@ -114,6 +114,12 @@ class CheckPlan:
         )
         return FieldVolume(volume, self.field_mip, form)
 
+    @property
+    def num_cells(self) -> tuple[int, int]:
+        """Rows and columns of the cells of a section."""
+        rows, cols = (-(-size // self.cell_px) for size in self.area.shape)
+        return rows, cols
+
     def save(self) -> None:
         """Write the plan below the destination."""
         notes = Notes(cloud_path(f"{self.destination}/check"))

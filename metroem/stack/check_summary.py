@@ -151,8 +151,7 @@ class Summary:
         self._sections: list[dict[str, Any]] = []
         self._worst: list[Place] = []
         self._folded: list[dict[str, Any]] = []
-        rows, cols = (-(-size // plan.cell_px) for size in plan.area.shape)
-        self._cells = rows, cols
+        rows, cols = plan.num_cells
         shape = min(len(plan.sections), _MAP_ROWS), min(rows * cols, _MAP_COLS)
         self._maps = {
             name: np.full(shape, np.nan, np.float32)
@@ -247,7 +246,7 @@ class Summary:
         self, block: Block, z: int, cells: Sequence["Place | None"]
     ) -> None:
         """Enter the cells of a block into the maps."""
-        plan, (rows, cols) = self.plan, self._cells
+        plan, (rows, cols) = self.plan, self.plan.num_cells
         row = ((block.grid.x - plan.area.x) >> plan.mip) // plan.cell_px
         col = ((block.grid.y - plan.area.y) >> plan.mip) // plan.cell_px
         across = -(-block.grid.cols // plan.cell_px)
