@@ -526,8 +526,12 @@ class Notes:
             StorageError: the disk is full, or may not be written to.
         """
         content = json.dumps(note, indent=1, sort_keys=True).encode()
+        self.put(name, content, "application/json")
+
+    def put(self, name: str, content: bytes, content_type: str) -> None:
+        """Store a file of another kind under a name; errors as in `write`."""
         if self._folder is None:
-            self._files.put(name, content, content_type="application/json")
+            self._files.put(name, content, content_type=content_type)
             return
         make_folder((self._folder / name).parent)
         replace_file(self._folder / name, content)

@@ -5,7 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from metroem.errors import UsageError
-from metroem.io.cloud_paths import check_destination, check_exists
+from metroem.io.cloud_paths import check_destination, check_exists, split_format
+from metroem.specs.modules import find_modules
 from metroem.utils.cli import Request, flag, flags_of_group
 
 # The steps of align-stack, in order.
@@ -188,7 +189,32 @@ class CheckRequest(RunRequest):
     field_path: str | None = flag(
         "volume of the fields that made it, for folds", unset="none"
     )
+    field_mip: int | None = flag(
+        "mip of --field_path", unset="the one that it states, or its only one", least=0
+    )
     before: str | None = flag("volume before it was aligned, to compare", unset="none")
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        start, end = self.z_start, self.z_end
+        if start is not None and end is not None and end <= start:
+            raise UsageError(
+                f"--z_start {start} --z_end {end}: expected a section or more; --z_end "
+                "is one past the last"
+            )
+        if self.field_mip is not None and self.field_path is None:
+            raise UsageError(f"--field_mip {self.field_mip}: give --field_path, too")
+        check_destination("--dst_path", self.destination)
+
     def check_paths(self) -> None:
-        check_exists("--cv_path", self.cv_path)
+        for name in ("cv_path", "field_path", "before"):
+            check_exists(f"--{name}", getattr(self, name))
+        if self.pyramid_path is not None:
+            find_modules(self.pyramid_path)
+
+    @property
+    def destination(self) -> str:
+        """The folder to write to."""
+        if self.dst_path is not None:
+            return self.dst_path
+        return split_format(self.cv_path.rstrip("/"))[1].rpartition("/")[0] or "."

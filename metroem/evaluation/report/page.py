@@ -14,6 +14,7 @@ import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from importlib.abc import Traversable
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, TextIO
@@ -27,7 +28,10 @@ from metroem.evaluation.tables import plain
 from metroem.io.files import atomic_write, make_folder
 from metroem.io.h5 import ImageSet
 
-_SCRIPTS = ("overview.js", "viewer.js", "page.js")
+# The folder of what pages consist of; other pages take base.css and elements.js, too.
+FOLDER: Traversable = files("metroem.evaluation.report")
+_STYLES = ("base.css", "page.css")
+_SCRIPTS = ("elements.js", "overview.js", "viewer.js", "page.js")
 _DATA = "<!-- data -->"
 # Sources that neuroglancer can open from anywhere; a local path is none of them.
 _SOURCE = re.compile(
@@ -46,7 +50,11 @@ class ReportPage:
         self._file = file
         self._sets: dict[str, dict[str, Any]] = {}
         self._rows: list[dict[str, Any]] = []
-        head, self._tail = _template().split(_DATA)
+        head, self._tail = fill_template(
+            FOLDER / "page.html",
+            [FOLDER / name for name in _STYLES],
+            [FOLDER / name for name in _SCRIPTS],
+        )
         file.write(head)
 
     def add(
@@ -95,10 +103,7 @@ class ReportPage:
         self._file.write(self._tail)
 
     def _write_json(self, name: str, value: Any) -> None:
-        text = _escaped(json.dumps(plain(value), separators=(",", ":")))
-        self._file.write(f'<script type="application/json" id="{name}">')
-        self._file.write(text)
-        self._file.write("</script>\n")
+        self._file.write(data_block(name, value))
 
 
 @contextmanager
@@ -134,28 +139,43 @@ def _about_set(images: ImageSet) -> dict[str, Any]:
     }
 
 
-def _escaped(text: str) -> str:
-    """Escape JSON, so that HTML sees no end of the block and no comment in it."""
+def data_block(name: str, value: Any) -> str:
+    """Make the block of a page that holds JSON, which its script finds by name."""
+    text = json.dumps(plain(value), separators=(",", ":"))
+    # So that HTML sees no end of the block and no comment in it.
     for character in "<>&":
         text = text.replace(character, f"\\u{ord(character):04x}")
-    return text
+    return f'<script type="application/json" id="{name}">{text}</script>\n'
 
 
-def _template() -> str:
-    """Return the page without its data."""
-    folder = files("metroem.evaluation.report")
-    style = folder.joinpath("page.css").read_text(encoding="utf-8")
-    parts = (folder.joinpath(name).read_text(encoding="utf-8") for name in _SCRIPTS)
-    script = '"use strict";\n' + "\n".join(parts)
-    page = folder.joinpath("page.html").read_text(encoding="utf-8")
-    for mark, text in (
+def fill_template(
+    page: Traversable, styles: Sequence[Traversable], scripts: Sequence[Traversable]
+) -> tuple[str, str]:
+    """Put styles and scripts into a page, and allow them and no others.
+
+    Args:
+        page: the HTML, with marks for what is put in.
+        styles: CSS files, in order.
+        scripts: JavaScript files, in order.
+
+    Returns:
+        The page before and after its data.
+    """
+    style, script = (
+        "\n".join(part.read_text(encoding="utf-8") for part in parts)
+        for parts in (styles, scripts)
+    )
+    script = '"use strict";\n' + script
+    text = page.read_text(encoding="utf-8")
+    for mark, content in (
         ("STYLE_HASH", _hash(style)),
         ("SCRIPT_HASH", _hash(script)),
         ("/* style */", style),
         ("/* script */", script),
     ):
-        page = page.replace(mark, text)
-    return page
+        text = text.replace(mark, content)
+    head, tail = text.split(_DATA)
+    return head, tail
 
 
 def _hash(text: str) -> str:
