@@ -67,6 +67,7 @@ setup(
         "modelhouse>=0.1.4",
         "msgspec>=0.22",
         "numpy",
+        "opencv-python-headless",
         "pillow",
         "requests",
         "scalenet>=0.1.0",
@@ -78,6 +79,7 @@ setup(
         "zstandard",
     ],
     extras_require={
+        "queue": ["task-queue"],  # of metroem align-stack --queue and worker
         "tensorboard": ["tensorboard"],  # of train.py --tensorboard
         "zarr": ["numcodecs"],  # of Zarr and N5 in blosc, lz4 and with filters
         # To lint, test and build docs/. requirements-dev.txt pins them.
@@ -95,6 +97,7 @@ setup(
             "ruff",
             "sphinx",
             "sphinx-copybutton",
+            "task-queue",
             "tensorboard",
         ],
     },

@@ -61,7 +61,7 @@ _PATH_FRACTION = 0.25
 _OUTLIER = 0.75
 # Bending costs this fraction at a defect: tissue may be torn there.
 _AT_DEFECT = 0.02
-_LEVELS, _ROUNDS, _STEPS, _SOLVED = 3, 3, 150, 1e-3
+_LEVELS, _ROUNDS, _STEPS, _SOLVED = 3, 3, 150, 1e-4
 # A task also solves so many sections before and after its own, and cells around its
 # area, and drops them. A section's influence falls to 1 / e over 11 sections. So two
 # sizes of blocks differ by 0.04 px at most (99.9 % of pixels).
@@ -77,7 +77,7 @@ class RelaxOptions:
         bending: b, how much bending costs, at cells of 8 px.
     """
 
-    pull: float = 0.005
+    pull: float = 0.007
     bending: float = 4.0
 
 
