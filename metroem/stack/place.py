@@ -57,7 +57,8 @@ _LEAST_RESIDUAL = 2e-3
 # A match of a lower score is used only if another one confirms it: of 30 pairs of a
 # stack with a section of another tissue, 29 had 17 and more, and a wrong one 7.1.
 _SURE_SCORE = 10.0
-# Two matches confirm each other if they differ by less than this fraction of r.
+# Two matches confirm each other if they differ by less than this fraction of the spread
+# of their points.
 _MAX_DIFFERENCE = 0.1
 _FORMAT = 1
 
@@ -319,9 +320,10 @@ def confirmed_edges(
             group = sorted(groups[index])
             of_group = [edge for edge in sure if edge.z in groups[index]]
             maps |= _chain(of_group, group, {group[0]: affine.identity()})
-        places = [_place_of(edge, maps, groups[one]) for edge in between]
+        size = max(float(np.std(edge.points, axis=0).max()) for edge in between)
+        places = [_place_of(edge, maps, groups[one], size) for edge in between]
+        limit = _MAX_DIFFERENCE * size
         for index, edge in enumerate(between):
-            limit = _MAX_DIFFERENCE * float(np.std(edge.points, axis=0).max())
             if any(
                 np.abs(places[index] - place).max() < limit
                 for k, place in enumerate(places)
@@ -332,15 +334,21 @@ def confirmed_edges(
 
 
 def _place_of(
-    edge: Edge, maps: Mapping[int, np.ndarray], group: set[int]
+    edge: Edge, maps: Mapping[int, np.ndarray], group: set[int], size: float
 ) -> np.ndarray:
-    """Map a triangle of one group to the other group by a match, (3, 2)."""
+    """Map a triangle of one group to the other group by a match, (3, 2).
+
+    Args:
+        edge: the match.
+        maps: first maps of the sections of both groups, each in its group's frame.
+        group: the one group.
+        size: length of the triangle's sides, px.
+    """
     inner, outer = (edge.z, edge.points), (edge.y, edge.others)
     if edge.z not in group:
         inner, outer = outer, inner
     mirror = [-1.0 if edge.is_mirrored else 1.0, 1.0]
     between = affine.fit(inner[1] * mirror, outer[1], "similarity") * [*mirror, 1.0]
-    size = float(np.std(edge.points, axis=0).max())
     triangle = np.array([[0.0, 0.0], [size, 0.0], [0.0, size]])
     at = affine.apply(affine.invert(maps[inner[0]]), triangle)
     return affine.apply(maps[outer[0]], affine.apply(between, at))
