@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from metroem.evaluation.scores import (
     CHUNK_PX,
     RING_PX,
@@ -103,6 +105,8 @@ def plain(value: Any) -> Any:
         return [plain(item) for item in value]
     if isinstance(value, Path):
         return str(value)
+    if isinstance(value, np.generic):
+        value = value.item()
     if isinstance(value, float):
         return float(f"{value:.{_SIGNIFICANT}g}") if math.isfinite(value) else None
     return value

@@ -145,9 +145,7 @@ def test_two_parts_that_do_not_match_are_each_whole():
     maps = {z: similarity(3 * z, (5 * z, 2 * z)) for z in range(9)}
     edges = [e for e in all_edges(maps) if (e.z < 5) == (e.y < 5)]
 
-    found, placed = solve_placements(
-        edges, dict.fromkeys(maps, MIDDLE), "rigid", fix=0
-    )
+    found, placed = solve_placements(edges, dict.fromkeys(maps, MIDDLE), "rigid", fix=0)
 
     assert max(error(found, maps, z, 0) for z in range(5)) < 0.01
     # Within the smaller part, sections lie on each other as they should.

@@ -112,9 +112,9 @@ def test_known_sections_keep_their_displacements():
     found = relax(pair_fields(shifts), RelaxOptions(pull=1e-4), known)
 
     assert torch.equal(found[:1], known[0])
-    assert float((found[1] - (0.7 + shifts[1] - shifts[0]).view(2, 1, 1)).abs().max()) < (
-        0.02
-    )
+    assert float(
+        (found[1] - (0.7 + shifts[1] - shifts[0]).view(2, 1, 1)).abs().max()
+    ) < (0.02)
 
 
 def test_a_part_of_a_long_stack_is_relaxed_as_the_whole():
@@ -125,7 +125,9 @@ def test_a_part_of_a_long_stack_is_relaxed_as_the_whole():
     whole = relax(pairs, options)
     part = relax(
         PairFields(
-            {1: pairs.fields[1][:64]}, {1: pairs.correlations[1][:64]}, pairs.defects[:64]
+            {1: pairs.fields[1][:64]},
+            {1: pairs.correlations[1][:64]},
+            pairs.defects[:64],
         ),
         options,
     )

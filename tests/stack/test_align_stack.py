@@ -1,0 +1,251 @@
+"""align-stack as a command, on small volumes with a small pyramid."""
+
+import hashlib
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from scipy import ndimage
+
+from metroem.__main__ import main
+from metroem.errors import MetroEMError
+from metroem.io.image_volume import ImageVolume
+from metroem.io.volume import Volume
+from metroem.io.volume_write import write_volume
+from metroem.models.load import load_module
+from metroem.models.module_folders import init_pyramid
+from metroem.models.weights import checkpoint_path, save_weights
+from metroem.stack.align_stack import make_step
+from metroem.synthetic.tissue import TissueRecipe, make_tissue
+from tests.models.specs import CORRELATION, write_spec
+
+NUM, ROWS, COLS = 4, 112, 176
+
+
+@pytest.fixture(scope="module")
+def tissue():
+    """Sections of one tissue, (NUM + 1, ROWS, COLS) uint8, none 0."""
+    made = make_tissue(TissueRecipe(NUM + 1, ROWS, COLS, seed=3))
+    return np.maximum(made, 1)
+
+
+@pytest.fixture(scope="module")
+def stack(tissue, tmp_path_factory):
+    """A folder with a volume, whose sections are shifted, and a pyramid."""
+    folder = tmp_path_factory.mktemp("stack")
+    shifted = [
+        ndimage.shift(section, (4 * (z % 3), -3 * (z % 2)), order=0)
+        for z, section in enumerate(tissue)
+    ]
+    write_volume(folder / "raw", np.stack(shifted), 3, chunk_px=64)
+    (module,) = init_pyramid(folder / "pyramid", [0])
+    write_spec(module / "model", CORRELATION)
+    torch.manual_seed(0)
+    net = load_module(module, checkpoint_name=None).aligner.net
+    save_weights(net, checkpoint_path(module / "model", "checkpoint"))
+    return folder
+
+
+def align(stack, dst, *flags, z_end=NUM):
+    main(
+        [
+            *("align-stack", "--cv_path", str(stack / "raw"), "--dst_path", str(dst)),
+            *("--pyramid_path", str(stack / "pyramid"), "--z_start", "0"),
+            *("--z_end", str(z_end), "--chunk_px", "128", "--block_sections", "2"),
+            *("--halo_px", "32", "--neighbours", "2", "--mips", "2", *flags),
+        ]
+    )
+
+
+WITHOUT_CHECK = ("--steps", "place", "pairs", "relax", "render")
+
+
+@pytest.fixture(scope="module")
+def aligned(stack):
+    align(stack, stack / "aligned")
+    return stack / "aligned"
+
+
+def digests(folder):
+    """Checksums of all files of the aligned volume and of the fields."""
+    files = [p for name in ("image", "field") for p in (folder / name).rglob("*")]
+    return {
+        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(files)
+        if path.is_file()
+    }
+
+
+def test_all_files_are_written_and_sections_lie_on_each_other(aligned, tissue):
+    names = {path.name for path in aligned.iterdir()}
+    assert names >= {"stack.json", "placement.json", "image", "field", "pairs"}
+    assert names >= {"check.json", "report.html"}
+    image = ImageVolume(str(aligned / "image"))
+    area, sections = image.extent()
+    assert sections == range(NUM) and image.mips == [0, 1]
+    after = image.read(area, sections)[:, 0]
+    raw = ImageVolume(str(aligned.parent / "raw"))
+    before = raw.read(raw.extent()[0], range(NUM))[:, 0]
+    assert min(likeness(after)) > max(likeness(before))
+
+
+def likeness(sections):
+    """Correlation of neighbours where all sections have tissue."""
+    everywhere = ndimage.binary_erosion((sections > 0).all(0), iterations=4)
+    assert everywhere.mean() > 0.2
+    values = sections[:, everywhere].astype(float)
+    return [
+        np.corrcoef(a, b)[0, 1] for a, b in zip(values[:-1], values[1:], strict=True)
+    ]
+
+
+def test_the_field_leads_from_the_image_to_the_raw_section(aligned):
+    """Bilinear interpolation of the raw section at the field gives the image."""
+    image = ImageVolume(str(aligned / "image"))
+    area, _ = image.extent()
+    field = Volume(str(aligned / "field"), resolution=image.resolution)
+    vectors = field.read(area.cover(3), range(1, 2))[0] * 8
+    rows, cols = area.shape
+    at = np.meshgrid(
+        (np.arange(rows) + 0.5) / 8 - 0.5,
+        (np.arange(cols) + 0.5) / 8 - 0.5,
+        indexing="ij",
+    )
+    along_cols, along_rows = (
+        ndimage.map_coordinates(v, at, order=1, mode="nearest") for v in vectors
+    )
+    raw = ImageVolume(str(aligned.parent / "raw"))
+    section = raw.read(raw.extent()[0], range(1, 2))[0, 0].astype(float)
+    row, col = np.meshgrid(np.arange(rows), np.arange(cols), indexing="ij")
+    expected = ndimage.map_coordinates(
+        section,
+        [row + area.x + along_rows, col + area.y + along_cols],
+        order=1,
+    )
+    got = image.read(area, range(1, 2))[0, 0].astype(float)
+    inner = (slice(80, -40), slice(80, -40))
+    assert np.abs(got - expected)[inner].max() < 1.0  # rounded, and 0.01 px of float32
+
+
+def test_a_second_run_has_nothing_to_do(aligned, stack, caplog):
+    before = digests(aligned)
+    caplog.set_level("INFO")
+
+    align(stack, aligned)
+
+    assert digests(aligned) == before
+    assert caplog.text.count("nothing to do") == 8
+
+
+def test_shards_in_any_order_write_the_same_bytes(aligned, stack, tmp_path):
+    for _ in range(len(WITHOUT_CHECK) + 2):
+        for part in (2, 0, 1):
+            align(stack, tmp_path / "a", "--shard", f"{part}/3", *WITHOUT_CHECK)
+
+    assert digests(tmp_path / "a") == digests(aligned)
+
+
+def test_a_stack_grows_and_keeps_its_blocks(aligned, stack, tmp_path, caplog):
+    align(stack, tmp_path / "a", *WITHOUT_CHECK)
+    before = digests(tmp_path / "a")
+
+    align(stack, tmp_path / "a", *WITHOUT_CHECK, z_end=NUM + 1)
+
+    after = digests(tmp_path / "a")
+    old = [name for name in before if name.endswith(("_0-1", "_1-2", "_2-3", "_3-4"))]
+    assert len(old) > 10 and all(after[name] == before[name] for name in old)
+    assert any(name.endswith("_4-5") for name in after)
+    image = ImageVolume(str(tmp_path / "a" / "image"))
+    assert image.extent()[1] == range(NUM + 1)
+    assert (image.read(image.extent()[0], range(4, 5)) > 0).mean() > 0.5
+    with pytest.raises(MetroEMError, match="--z_end 4: .* up to section 5"):
+        align(stack, tmp_path / "a", *WITHOUT_CHECK)
+
+
+def test_another_setting_names_the_steps_that_it_makes_stale(
+    aligned, stack, tmp_path, caplog
+):
+    align(stack, tmp_path / "a", *WITHOUT_CHECK)
+    before = digests(tmp_path / "a")
+    caplog.set_level("INFO")
+
+    align(stack, tmp_path / "a", "--steps", "relax", "--smoothness", "30")
+
+    assert "bending 4.0 (asked for: 120.0)" in caplog.text
+    assert "steps render are stale now: run them again: --steps render" in caplog.text
+    after = digests(tmp_path / "a")
+    assert any(after[n] != before[n] for n in before if n.startswith("field/"))
+    assert all(after[n] == before[n] for n in before if n.startswith("image/"))
+
+
+def test_unplaced_sections_end_with_an_error_that_names_them(stack, tmp_path, tissue):
+    noise = np.random.default_rng(0).integers(1, 255, tissue[0].shape)
+    sections = np.stack([*tissue[:3], noise.astype(np.uint8)])
+    write_volume(tmp_path / "raw", sections, 3, chunk_px=64)
+    (tmp_path / "pyramid").symlink_to(stack / "pyramid")
+
+    with pytest.raises(MetroEMError, match="sections 3: match no neighbour"):
+        align(tmp_path, tmp_path / "a", *WITHOUT_CHECK)
+    align(tmp_path, tmp_path / "a", *WITHOUT_CHECK, "--allow_unplaced")
+    note = json.loads((tmp_path / "a" / "placement.json").read_text())
+    assert note["sections"]["3"]["how"] == "neighbours"
+
+
+def refused(stack, tmp_path, *flags, z_end=NUM, match):
+    with pytest.raises(MetroEMError, match=match) as caught:
+        align(stack, tmp_path / "a", *flags, z_end=z_end)
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "a").exists()
+
+
+def test_bad_input_is_refused_in_one_line_before_anything_is_written(stack, tmp_path):
+    refused(stack, tmp_path, z_end=1, match="expected two sections or more")
+    refused(stack, tmp_path, z_end=40, match="sections 0...39 are needed")
+    refused(stack, tmp_path, "--mip", "5", match="5")
+    refused(
+        stack, tmp_path, "--mip", "1", match="the last stage .* mip 0, which is finer"
+    )
+    refused(stack, tmp_path, "--chunk_px", "72", match="expected a multiple of 16")
+    flags = ("--checkpoint_name", "other")
+    refused(stack, tmp_path, *flags, match="no weights 'other'")
+
+
+def test_a_volume_of_16_bit_is_refused(stack, tmp_path):
+    write_volume(tmp_path / "raw", np.ones((3, 64, 64), np.float32), 1)
+    (tmp_path / "pyramid").symlink_to(stack / "pyramid")
+
+    refused(tmp_path, tmp_path, z_end=3, match="is float32; expected uint8")
+
+
+def test_a_destination_of_another_volume_is_refused(aligned, stack, tmp_path):
+    with pytest.raises(MetroEMError, match="holds a stack with --cv_path"):
+        main(
+            [
+                *("align-stack", "--cv_path", str(stack / "aligned" / "image")),
+                *("--dst_path", str(aligned), "--z_start", "0", "--z_end", "4"),
+                *("--pyramid_path", str(stack / "pyramid")),
+            ]
+        )
+
+
+def test_a_step_of_no_stack_or_no_name_is_refused(tmp_path, aligned):
+    with pytest.raises(MetroEMError, match="no stack was begun there"):
+        make_step(str(tmp_path), "pairs")
+    with pytest.raises(MetroEMError, match="step 'os.system': expected one of"):
+        make_step(str(aligned), "os.system")
+
+
+def test_place_alone_writes_the_placed_volume(stack, tmp_path):
+    main(
+        [
+            *("place", "--cv_path", str(stack / "raw"), "--z_start", "0"),
+            *("--z_end", str(NUM), "--dst_path", str(tmp_path / "a")),
+            *("--render", str(tmp_path / "placed"), "--model", "rigid"),
+        ]
+    )
+    placed = ImageVolume(str(tmp_path / "placed"))
+    area, sections = placed.extent()
+    assert sections == range(NUM) and Path(tmp_path / "a" / "placement.json").is_file()
+    assert min(likeness(placed.read(area, sections)[:, 0])) > 0.5
