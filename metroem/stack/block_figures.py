@@ -130,8 +130,8 @@ class FieldBlock:
             x, y = window.crop(row, col, 1, 1).center
             at = {"x": int(x), "y": int(y)}
         return {
-            "signs": [np.count_nonzero(mask) for mask in (negative, zero, positive)],
-            "still": np.count_nonzero(is_known & ~moves),
+            "signs": [int(mask.sum()) for mask in (negative, zero, positive)],
+            "still": int((is_known & ~moves).sum()),
             "at": at,
         }
 

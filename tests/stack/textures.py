@@ -11,7 +11,8 @@ def waves(rows, cols, shift=(0.0, 0.0), seed=0):
     """A sum of waves in all directions, moved by `shift` px along rows and cols.
 
     Returns:
-        (rows, cols) float32, 1 to 255: what lies at p without a shift lies at p + shift.
+        (rows, cols) float32, 1 to 255: what lies at p without a shift lies at p +
+        shift.
     """
     generator = np.random.default_rng(seed)
     angle = generator.uniform(0, np.pi, _NUM_WAVES)
