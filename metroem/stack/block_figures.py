@@ -130,8 +130,8 @@ class FieldBlock:
             x, y = window.crop(row, col, 1, 1).center
             at = {"x": int(x), "y": int(y)}
         return {
-            "signs": [np.count_nonzero(mask) for mask in (negative, zero, positive)],
-            "still": np.count_nonzero(is_known & ~moves),
+            "signs": [int(mask.sum()) for mask in (negative, zero, positive)],
+            "still": int((is_known & ~moves).sum()),
             "at": at,
         }
 
@@ -196,11 +196,17 @@ def describe_cells(
             place = places[worst]
             x, y = _middle(place, grid)
             back = int(scores.against[place].max() or scores.against[cell].max())
-            jumps = scores.jumps[place]
-            jump = float(np.nanmedian(jumps)) if np.isfinite(jumps).any() else None
-            correlation = _mean(scores.correlation[cell])
-            cells.append([scores.z - back, x, y, correlation, errors[worst], jump])
+            figures = [_mean(scores.correlation[cell]), errors[worst]]
+            figures.append(_median(scores.jumps[place]))
+            # cols run along the volume's y.
+            figures += [_median(scores.vectors[place][..., axis]) for axis in (1, 0)]
+            cells.append([scores.z - back, x, y, *figures])
     return cells
+
+
+def _median(values: np.ndarray) -> float | None:
+    known = values[np.isfinite(values)]
+    return float(np.median(known)) if known.size else None
 
 
 def _mean(values: np.ndarray) -> float | None:

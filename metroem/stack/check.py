@@ -12,7 +12,7 @@ from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -37,12 +37,10 @@ from metroem.stack.check_summary import Summary, describe_place, verdict
 from metroem.stack.histogram import Histogram
 from metroem.stack.jumps import SEARCH_PX, WINDOW_PX
 from metroem.stack.neighbour_scores import CORRELATION_PX, NeighbourScores
+from metroem.stack.place import Placement
+from metroem.stack.render import RenderStep
 from metroem.stack.requests import AlignStackRequest, CheckRequest
 from metroem.stack.tasks import Block, Step, run_step
-
-if TYPE_CHECKING:
-    from metroem.stack.place import Placement
-    from metroem.stack.render import RenderStep
 
 logger = logging.getLogger(__name__)
 
@@ -82,8 +80,8 @@ class CheckStep(Step):
         cls,
         destination: str,
         request: AlignStackRequest,
-        placement: "Placement",
-        render: "RenderStep",
+        placement: Placement,
+        render: RenderStep,
     ) -> "CheckStep":
         """Make the last step of `align_stack`: the volume that it wrote is checked.
 
@@ -108,8 +106,11 @@ class CheckStep(Step):
                 before=request.cv_path,
             )
         )
-        placed = placement.placed.items()
-        unplaced = tuple(z for z, one in placed if one.reason and z in render.sections)
+        unplaced = tuple(
+            z
+            for z, one in sorted(placement.placed.items())
+            if one.how == "neighbours" and z in render.sections
+        )
         return cls(replace(plan, unplaced=unplaced), render.settings)
 
     def tasks(self) -> Sequence[str]:

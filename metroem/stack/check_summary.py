@@ -50,6 +50,8 @@ class Place(NamedTuple):
         error_px: mean over the windows of the place: how far they are displaced, or
             `SEARCH_PX` if they do not match at all. None if nothing is known.
         jump_px: median displacement of the windows that match; None if none does.
+        jump_x_px: the same along x: where this section lies, seen from the other.
+        jump_y_px: the same along y.
     """
 
     z: int
@@ -59,6 +61,8 @@ class Place(NamedTuple):
     correlation: float | None
     error_px: float | None
     jump_px: float | None
+    jump_x_px: float | None
+    jump_y_px: float | None
 
 
 @dataclass

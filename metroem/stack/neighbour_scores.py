@@ -26,6 +26,9 @@ SECTIONS_BEFORE = LOOK_BACK + 1
 CORRELATION_PX = 64
 # Fraction of a window that must have data in both sections.
 _MIN_FRACTION = 0.5
+# A window whose mean correlation is this high fits at least roughly: it is not lost,
+# even if its peak is not significant. Unrelated tissue has 0.0, give or take 0.1.
+_FITS = 0.25
 _BATCH = 64  # windows that are compared at a time: 50 MB of spectra
 
 
@@ -43,7 +46,8 @@ class NeighbourScores(NamedTuple):
             it is not known.
         jitter: (h, w) float64, px: length of the change of the displacement from the
             section before to this one; NaN where one of them is not known.
-        lost: (h, w) bool, compared, but the two do not match within `SEARCH_PX`.
+        lost: (h, w) bool, compared, but the two do not match within `SEARCH_PX`, nor do
+            they correlate.
         image: (H, W) float32, 0 = no data.
         reference: (H, W) float32, what it was compared with.
     """
@@ -126,14 +130,15 @@ def _score(
         src, tgt = windows[at], reference[at]
         jumps = measure_jumps(src, tgt)
         known = torch.where(jumps.matched[:, None], jumps.vectors, float("nan"))
-        vectors[at], lost[at] = known.double(), jumps.lost
-        correlation[at] = chunked_correlation(
+        quarters = chunked_correlation(
             src[:, None],
             tgt[:, None],
             ((src != 0) & (tgt != 0))[:, None],
             chunk_px=CORRELATION_PX,
             min_fraction=_MIN_FRACTION,
         )[:, 0]
+        vectors[at], correlation[at] = known.double(), quarters
+        lost[at] = jumps.lost & ~(quarters.nanmean((1, 2)) >= _FITS)
     change = np.full((*shape, 2), np.nan)
     if before is not None and before.z == z - 1:
         # A steady drift moves twice as far over two sections.

@@ -90,8 +90,8 @@ function drawCrop(place) {
 function drawPlace(place, index) {
   const [first, end] = place.cut_z;
   const height = 6 * (end - first);
-  const cut = make("img", { src: place.cut, alt: `Sections ${first} to ${end - 1} at this place, z down` });
-  const along = make("div", { class: "along" }, styled(cut, { height: `${height}px` }));
+  const cut = make("img", { src: place.cut, alt: `Sections ${first} to ${end - 1} at this place, z down, ${place.cut_axis} to the right` });
+  const along = make("div", { class: "along", title: `z down, ${place.cut_axis} to the right` }, styled(cut, { height: `${height}px` }));
   styled(along, { "--at": `${6 * (place.z - first + 0.5)}px` });
   const position = `${place.x}, ${place.y}, ${place.z}`;
   const copy = make("button", { type: "button" }, "Copy");
@@ -101,8 +101,9 @@ function drawPlace(place, index) {
   });
   const at = make("div", { class: "at" }, make("span", { class: "faint" }, "x, y, z"), make("code", {}, position), navigator.clipboard ? copy : "");
   const what = place.jump_px === null ? `no match within ${data.search_px} px` : `off by ${shown(place.error_px, 1)} px`;
-  const head = make("h3", {}, make("span", { class: "number" }, String(index + 1)), make("span", {}, what));
-  const correlation = make("div", { class: "faint" }, `z ${place.z} on ${place.against}, correlation ${shown(place.correlation, 2)}`);
+  const head = make("h3", {}, make("span", { class: "rank" }, String(index + 1)), make("span", {}, what));
+  const shift = place.jump_px === null ? "" : `, moved by x ${shown(place.jump_x_px, 1)}, y ${shown(place.jump_y_px, 1)} px`;
+  const correlation = make("div", { class: "faint" }, `z ${place.z} on ${place.against}, correlation ${shown(place.correlation, 2)}${shift}`);
   return make("div", { class: "place", id: `place-${index + 1}` }, head, drawCrop(place), along, at, correlation);
 }
 
@@ -130,7 +131,7 @@ function valuesOf(curve, key, part) {
 }
 
 function drawCurve(curve, width) {
-  const [left, right, top, bottom] = [46, width - 8, 34, 130];
+  const [left, right, top, bottom] = [46, width - 8, 50, 150];
   const lines = [["main", valuesOf(curve, curve.main)]];
   if (curve.second) lines.push(["second", valuesOf(curve, curve.second)]);
   if (hasBefore && curve.main in stack.before) lines.push(["before", valuesOf(curve, curve.main, "before")]);
@@ -139,7 +140,7 @@ function drawCurve(curve, width) {
   const low = known.length ? Math.min(...known, 0) : 0;
   const x = (index) => left + ((right - left) * (index + 0.5)) / sections.length;
   const y = (value) => bottom - ((bottom - top) * (value - low)) / (high - low);
-  const plot = svg("svg", { viewBox: `0 0 ${width} 150`, role: "img", "aria-label": curve.title });
+  const plot = svg("svg", { viewBox: `0 0 ${width} 172`, role: "img", "aria-label": curve.title });
   plot.append(svg("text", { x: left, y: 12, class: "title" }, curve.title));
   for (const level of [low, (low + high) / 2, high]) {
     plot.append(svg("line", { x1: left, x2: right, y1: y(level), y2: y(level), class: "grid" }));
@@ -239,9 +240,16 @@ function zOfRows(rows) {
 
 function drawMap(map) {
   const height = map.rows * sectionPx(map.rows);
+  const drawn = [];
   const markers = data.worst.map((place, index) => {
     const marker = make("a", { class: "marker", href: `#place-${index + 1}`, title: place.words }, String(index + 1));
-    return styled(marker, { left: `${100 * place.on_map[0]}%`, top: `${100 * place.on_map[1]}%` });
+    const [across, down] = place.on_map;
+    // Markers that would lie on each other are moved to the right.
+    let moved = 0;
+    const isTaken = () => drawn.some((one) => one.across === across && one.moved === moved && Math.abs(one.down - down) * height < 16);
+    while (isTaken()) moved += 1;
+    drawn.push({ across, down, moved });
+    return styled(marker, { left: `calc(${100 * across}% + ${20 * moved}px)`, top: `${100 * down}%` });
   });
   const [worse, better] = map.bad === "high" ? ["", " (worse)"] : [" (worse)", ""];
   const scale = make("div", { class: "scale" }, `${map.low}${worse}`, styled(make("i"), { background: `linear-gradient(to right, ${data.colors.join(", ")})` }));

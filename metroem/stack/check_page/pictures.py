@@ -43,13 +43,16 @@ def draw_place(
 
     Returns:
         "section", "reference": data URIs of grey levels, the same area; "cut": the same
-        along z, with y to the right; "cut_z": its first section and one past its last;
-        "width", "height": px of the crop.
+        along z, with the axis "cut_axis" to the right, along which the two are more
+        displaced; "cut_z": its first section and one past its last; "width", "height":
+        px of the crop.
     """
     crop = _around(plan, place["x"], place["y"], _CROP_PX, _CROP_PX)
     zs = sorted({place["against"], place["z"]})
     pair = dict(iter_sections(image, dict.fromkeys(zs, crop)))
-    line = _around(plan, place["x"], place["y"], 1, _CROP_PX)
+    along_x, along_y = (abs(place[f"jump_{axis}_px"] or 0) for axis in "xy")
+    size = (1, _CROP_PX) if along_y > along_x else (_CROP_PX, 1)
+    line = _around(plan, place["x"], place["y"], *size)
     first = max(place["z"] - _CUT_SECTIONS, plan.sections.start)
     sections = range(first, min(place["z"] + _CUT_SECTIONS + 1, plan.sections.stop))
     cut = _read_cut(image, line, sections)
@@ -57,6 +60,7 @@ def draw_place(
         "section": _uri(stretched(_finite(pair[place["z"]][0])).T),
         "reference": _uri(stretched(_finite(pair[place["against"]][0])).T),
         "cut": _uri(stretched(cut)),
+        "cut_axis": "y" if along_y > along_x else "x",
         "cut_z": [sections.start, sections.stop],
         "width": crop.rows,
         "height": crop.cols,
