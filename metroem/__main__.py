@@ -17,7 +17,6 @@ from metroem.stack.requests import (
     PlaceRequest,
     WorkerRequest,
 )
-from metroem.stack.requests import WorkerRequest
 from metroem.synthetic.requests import DemoRequest
 from metroem.training.requests import WriteFieldsRequest
 from metroem.utils import cli
@@ -115,11 +114,6 @@ COMMANDS: dict[str, tuple[type[cli.Request], Run, str]] = {
         AlignStackRequest,
         _import_and_run("metroem.stack.align_stack.align_stack"),
         "align all sections of a volume, and check the result",
-    ),
-    "worker": (
-        WorkerRequest,
-        _import_and_run("metroem.stack.worker.run_worker"),
-        "do the tasks that align-stack --queue has put into a queue",
     ),
     "check": (
         CheckRequest,

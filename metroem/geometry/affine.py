@@ -86,19 +86,19 @@ def fit(
             f"{np.count_nonzero(weights)} points: a map of model {model} needs "
             f"{MIN_POINTS[model]}"
         )
-    weights = weights / weights.sum()
-    middle, image_middle = weights @ points, weights @ images
+    shares: np.ndarray = weights / weights.sum()
+    middle, image_middle = shares @ points, shares @ images
     centred, image_centred = points - middle, images - image_middle
-    covariance = (image_centred * weights[:, None]).T @ centred
+    covariance = (image_centred * shares[:, None]).T @ centred
     if model == "affine":
-        spread = (centred * weights[:, None]).T @ centred
+        spread = (centred * shares[:, None]).T @ centred
         linear = covariance @ np.linalg.pinv(spread)
     else:
         left, stretch, right = np.linalg.svd(covariance)
         sign = np.array([1.0, np.sign(np.linalg.det(left @ right)) or 1.0])
         linear = (left * sign) @ right
         if model == "similarity":
-            variance = float(weights @ (centred**2).sum(1))
+            variance = float(shares @ (centred**2).sum(1))
             linear *= (stretch @ sign) / max(variance, 1e-12)
     return np.column_stack([linear, image_middle - linear @ middle])
 

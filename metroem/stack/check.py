@@ -124,8 +124,9 @@ class CheckStep(Step):
             DatasetError: a volume cannot be read.
         """
         block = Block.parse(task)
-        readers: list[ImageBlock | FieldBlock] = [ImageBlock(self._image, block)]
-        records = [self._record(scores, block) for scores in readers[0].scores()]
+        image = ImageBlock(self._image, block)
+        readers: list[ImageBlock | FieldBlock] = [image]
+        records = [self._record(scores, block) for scores in image.scores()]
         if self._before is not None:
             before = ImageBlock(self._before, block)
             readers.append(before)

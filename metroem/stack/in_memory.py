@@ -39,7 +39,7 @@ def align_stack(
     model: str = "similarity",
     flip: bool = False,
     fix: int | None = None,
-    options: RelaxOptions = RelaxOptions(),
+    options: RelaxOptions | None = None,
 ) -> np.ndarray:
     """Align all sections of a stack at once.
 
@@ -53,7 +53,7 @@ def align_stack(
         model: map of a section to its place: "rigid", "similarity" or "affine".
         flip: allow mirrored sections.
         fix: index of the section that stays where it is; None: the middle one.
-        options: see `RelaxOptions`.
+        options: see `RelaxOptions`; the defaults if None.
 
     Returns:
         (n, 2, H, W) float32: fields, pull, pixels, channel 0 along cols:
@@ -80,7 +80,7 @@ def align_stack(
     frame = Grid(0, 0, 0, *sections[0].shape)
     area = _tissue_area(sections, matrices, frame, pyramid.mips)
     pairs = _align_pairs(sections, matrices, pyramid, area, neighbours)
-    displacements = relax(pairs, options)
+    displacements = relax(pairs, options or RelaxOptions())
     levels = pyramid.mips[-1] + CELL_LEVELS
     fields = np.empty((len(sections), 2, *frame.shape), np.float32)
     for z, matrix in enumerate(matrices):

@@ -1,7 +1,7 @@
 """Place sections: find where each lies, from thumbnails, and solve all at once.
 
-Each section is matched with the three before it (`match_sections`). A match gives points
-s of section z and t of section y that show the same tissue. Let complex numbers be
+Each section is matched with the three before it (`match_sections`). A match gives
+points s of section z and t of section y that show the same tissue. Let complex numbers be
 points, col + i row. Every affine map is s -> a s + b conj(s) + c, and a similarity has
 b = 0. The maps of all sections to the canvas minimise
 
@@ -9,8 +9,8 @@ b = 0. The maps of all sections to the canvas minimise
     + h r^2 sum_z     |a_z - a_z / |a_z||^2 + (b's) |b_z|^2,
 
 with r the size of a section. The second line holds each map near a turn, so that scale
-does not drift over hundreds of sections. Weights w are those of Cauchy's robust loss, so
-that one wrong match does not bend the stack.
+does not drift over hundreds of sections. Weights w are those of Cauchy's robust loss,
+so that one wrong match does not bend the stack.
 
 Source: Zhang 1997 (doi:10.1016/S0262-8856(96)01112-2) for the weights.
 """
@@ -513,7 +513,7 @@ def _solve_once(
     matrix = sparse.vstack(rows).tocsc()
     adjoint = matrix.conj().T
     normal = (adjoint @ matrix + sparse.eye_array(num) * 1e-12).tocsc()
-    solved = spsolve(normal, adjoint @ np.concatenate(right)).reshape(-1, 3)
+    solved: Any = spsolve(normal, adjoint @ np.concatenate(right)).reshape(-1, 3)
     found = {z: np.asarray(m) for z, m in maps.items() if z not in column}
     for z, index in column.items():
         a, b, c = solved[index]

@@ -158,7 +158,7 @@ def test_a_field_is_composed_with_a_turn_and_taken_apart_again():
 
 
 def test_fields_are_read_where_the_neighbour_was_moved_to():
-    """f depends on the place: U_1(q) = U_0(q) + f(q + U_0(q)) is exact for U_0 known."""
+    """f depends on the place: U_1(q) = U_0(q) + f(q + U_0(q)) is exact."""
     pairs = pair_fields(torch.zeros(2, 2), k_max=1)
     ramp = torch.arange(COLS, dtype=torch.float32) * 0.05
     pairs.fields[1][1, 0] = ramp.expand(ROWS, COLS)

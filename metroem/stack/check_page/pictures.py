@@ -135,7 +135,7 @@ def _around(plan: CheckPlan, x: int, y: int, rows: int, cols: int) -> Grid:
             (x, y), (area.x, area.y), sizes, area.shape, strict=True
         )
     ]
-    return area.crop(*corner, *sizes)
+    return area.crop(corner[0], corner[1], sizes[0], sizes[1])
 
 
 def _middle_line(plan: CheckPlan, image: ImageVolume, axis: str) -> Grid:
