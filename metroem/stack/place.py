@@ -1,8 +1,8 @@
 """Place sections: find where each lies, from thumbnails, and solve all at once.
 
 Each section is matched with the three before it (`match_sections`). A match gives
-points s of section z and t of section y that show the same tissue. Let complex numbers be
-points, col + i row. Every affine map is s -> a s + b conj(s) + c, and a similarity has
+points s of section z and t of section y that show the same tissue. Let complex
+numbers be points, col + i row. Every affine map is s -> a s + b conj(s) + c, and a similarity has
 b = 0. The maps of all sections to the canvas minimise
 
     sum over matches  w mean |m_z(s) - m_y(t)|^2
