@@ -2,8 +2,8 @@
 
 Each section is matched with the three before it (`match_sections`). A match gives
 points s of section z and t of section y that show the same tissue. Let complex
-numbers be points, col + i row. Every affine map is s -> a s + b conj(s) + c, and a similarity has
-b = 0. The maps of all sections to the canvas minimise
+numbers be points, col + i row. Every affine map is s -> a s + b conj(s) + c, and a
+similarity has b = 0. The maps of all sections to the canvas minimise
 
     sum over matches  w mean |m_z(s) - m_y(t)|^2
     + h r^2 sum_z     |a_z - a_z / |a_z||^2 + (b's) |b_z|^2,
