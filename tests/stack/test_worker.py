@@ -145,8 +145,8 @@ POISON = {
     "huge": b'{"step": "files", "task": "z0-1", "destination": "' + b" " * MAX_BYTES,
     "unknown step": b'{"step": "os.system", "task": "z0-1", "destination": "%s"}',
     "unknown task": b'{"step": "files", "task": "../../x", "destination": "%s"}',
-    "terminal": b'{"step": "\\u001b[2J", "task": "z0-1", "destination": "%s"}',
-    "terminal, in its task": b'{"step": "files", "task": "\\u001b[2J", "destination": "%s"}',
+    "escape in the step": b'{"step": "\\u001b[2J", "task": "z0-1", "destination": "%s"}',
+    "escape": b'{"step": "files", "task": "\\u001b[2J", "destination": "%s"}',
 }
 
 
