@@ -19,7 +19,15 @@ from metroem.stack import run_tasks
 from metroem.stack.requests import RunRequest
 from metroem.stack.task_records import TaskRecords
 from metroem.stack.tasks import Block, run_step, split_blocks
-from tests.stack.steps import FilesStep, note, outputs, runs_of, start, wait_for
+from tests.stack.steps import (
+    FilesStep,
+    note,
+    outputs,
+    runs_of,
+    start,
+    wait_for,
+    wait_until_begun,
+)
 
 HERE = RunRequest()
 
@@ -216,11 +224,9 @@ def test_a_signal_ends_the_command_and_what_is_done_stays_done(
     begun = ["z2-3", "z3-4"][:workers]
     step = FilesStep(tmp_path, tasks=5, acts=dict.fromkeys(begun, "once wait"))
     process = start(run_step, step, RunRequest(workers=workers))
-    wait_for(
-        lambda: (tmp_path / "runs").exists() and runs_of(tmp_path).keys() >= {*begun}
-    )
+    wait_until_begun(tmp_path, *begun)
     os.kill(process.pid, number)
-    process.join(10)
+    process.join(60)
     assert process.exitcode == {signal.SIGTERM: 143, signal.SIGINT: 130}[number]
     pids = {int((tmp_path / "runs" / task).read_text()) for task in begun}
     wait_for(lambda: not any(map(is_alive, pids)))
@@ -306,6 +312,6 @@ def test_many_markers_are_looked_up_in_seconds(tmp_path):
     text = f'{{"digest": "{records.digest}", "figures": {{}}, "seconds": 1}}'
     for task in step.tasks():
         (folder / f"{task}.json").write_text(text)
-    started = time.monotonic()
+    started = time.process_time()
     assert len(records.look(step.tasks()).done) == 20_000
-    assert time.monotonic() - started < 6  # 1.3 s on two busy cores
+    assert time.process_time() - started < 6  # 1.3 s, 2026-11
