@@ -4,6 +4,7 @@ import logging
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import boto3
 import pytest
@@ -130,7 +131,21 @@ def test_a_queue_that_cannot_be_used_is_one_line(sqs, tmp_path, monkeypatch, cap
         open_queue(f"fq://{tmp_path}/queue")
 
 
-def test_messages_that_sqs_refuses_are_an_error(sqs):
-    sqs.create_queue(QueueName="short", Attributes={"MaximumMessageSize": "1024"})
-    with pytest.raises(DatasetError, match="sqs://short"):
-        open_queue("sqs://short").put(["a", "x" * 2000])
+def test_messages_that_sqs_refuses_are_an_error(sqs, monkeypatch):
+    sqs.create_queue(QueueName="busy")
+    queue: Any = open_queue("sqs://busy")
+    answer = {"Failed": [{"Id": "1", "Code": "Throttled", "Message": "too many"}]}
+    monkeypatch.setattr(queue._api.sqs, "send_message_batch", lambda **_: answer)
+    expected = r"sqs://busy: refused 1 of 2 messages \(too many\)"
+    with pytest.raises(DatasetError, match=expected):
+        queue.put(["a", "b"])
+
+
+def test_a_message_that_another_was_faster_to_take_is_passed_over(
+    tmp_path, monkeypatch
+):
+    queue: Any = open_queue(f"fq://{tmp_path}/queue")
+    queue.put(["a"])
+    names = [("0--gone.json", "gone"), *queue._free()]
+    monkeypatch.setattr(queue, "_free", lambda: names)
+    assert queue.lease(60).content == b"a"

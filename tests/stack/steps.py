@@ -62,6 +62,11 @@ def runs_of(folder):
     }
 
 
+def wait_until_begun(folder, *tasks):
+    """Wait until tasks have begun, and have noted it."""
+    wait_for(lambda: all(runs_of(folder).get(task) for task in tasks))
+
+
 def outputs(folder):
     """The files that the tasks wrote, by name."""
     files = sorted((Path(folder) / "out").glob("*"))
@@ -92,7 +97,7 @@ def _as_command(function, *arguments):
     cli.run(lambda: function(*arguments))
 
 
-def wait_for(condition, seconds=20.0):
+def wait_for(condition, seconds=60.0):
     """Wait until a function returns something, and return that."""
     end = time.monotonic() + seconds
     while not (found := condition()):
