@@ -142,7 +142,7 @@ def test_keys_come_from_the_environment_or_from_the_secrets(fails, bucket):
         path, keys = paths(server.url)["s3"]
         fails(*DOWNLOAD, path, **keys)
         assert server.keys == {"a-key"}
-        secrets.mkdir(parents=True)
+        secrets.mkdir(parents=True, exist_ok=True)  # task-queue makes it, too
         mine = {"AWS_ACCESS_KEY_ID": "my-key", "AWS_SECRET_ACCESS_KEY": "b"}
         (secrets / "aws-secret.json").write_text(json.dumps(mine))
         server.keys.clear()
