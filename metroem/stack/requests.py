@@ -147,10 +147,6 @@ class AlignStackRequest(SectionsRequest):
         nargs=3,
         metavar=("X", "Y", "Z"),
     )
-    layer: str | None = _aligning(
-        "render this volume through the fields of a finished stack, too", unset="none"
-    )
-    nearest: bool = _aligning("render --layer without interpolation: labels", False)
 
 
 @dataclass(frozen=True, kw_only=True)
