@@ -86,15 +86,25 @@ def provide(monkeypatch, make_step):
 
 
 def start(function, *arguments):
-    """Run a function as a command, in a fork of this process."""
+    """Run a function as a command, in a fork of this process.
+
+    A SIGTERM that comes before the command can handle it is held back until then.
+    """
     process = _FORK.Process(target=_as_command, args=(function, *arguments))
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     process.start()
+    signal.pthread_sigmask(signal.SIG_SETMASK, before)
     return process
 
 
 def _as_command(function, *arguments):
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    cli.run(lambda: function(*arguments))
+
+    def run():
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
+        function(*arguments)
+
+    cli.run(run)
 
 
 def wait_for(condition, seconds=60.0):
