@@ -79,26 +79,25 @@ def fit(
     """
     if model not in MODELS:
         raise FieldError(f"model {model!r}: expected one of {', '.join(MODELS)}")
-    if weights is None:
-        weights = np.ones(len(points))
-    if np.count_nonzero(weights) < MIN_POINTS[model]:
+    share = np.ones(len(points)) if weights is None else weights
+    if np.count_nonzero(share) < MIN_POINTS[model]:
         raise FieldError(
-            f"{np.count_nonzero(weights)} points: a map of model {model} needs "
+            f"{np.count_nonzero(share)} points: a map of model {model} needs "
             f"{MIN_POINTS[model]}"
         )
-    shares: np.ndarray = weights / weights.sum()
-    middle, image_middle = shares @ points, shares @ images
+    share = share / share.sum()
+    middle, image_middle = share @ points, share @ images
     centred, image_centred = points - middle, images - image_middle
-    covariance = (image_centred * shares[:, None]).T @ centred
+    covariance = (image_centred * share[:, None]).T @ centred
     if model == "affine":
-        spread = (centred * shares[:, None]).T @ centred
+        spread = (centred * share[:, None]).T @ centred
         linear = covariance @ np.linalg.pinv(spread)
     else:
         left, stretch, right = np.linalg.svd(covariance)
         sign = np.array([1.0, np.sign(np.linalg.det(left @ right)) or 1.0])
         linear = (left * sign) @ right
         if model == "similarity":
-            variance = float(shares @ (centred**2).sum(1))
+            variance = float(share @ (centred**2).sum(1))
             linear *= (stretch @ sign) / max(variance, 1e-12)
     return np.column_stack([linear, image_middle - linear @ middle])
 

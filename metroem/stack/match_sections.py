@@ -14,7 +14,7 @@ Images are (row, col), 0 = no data. Points and matrices are (col, row), indices 
 centres.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any, NamedTuple, cast
 
 import cv2
@@ -27,7 +27,7 @@ cv2.setNumThreads(1)
 
 # Longest sides of the levels of a section, px. Angles are searched at the first one,
 # keypoints are those of the second one, both verify.
-LEVEL_PX = (192, 512, 1024, 2048, 4096, 8192)
+_LEVEL_PX = (192, 512, 1024, 2048, 4096, 8192)
 # Edges are details between these two sigmas, px of the level. Measured on four tissues,
 # 1 to 3 sections apart, out of focus: at the first level the correlation of true pairs
 # is 0.2 to 0.9; with half of these sigmas it vanishes in the pairs that are hardest.
@@ -59,10 +59,12 @@ _MIN_BLOCKS, _MAX_BLOCKS = 6, 200
 _MIN_BLOCK_TISSUE = 0.6
 _FIT_ROUNDS = 15
 
-# Probability that any wrong map of a pair is accepted. Of 240 pairs, on 60 of which
-# nothing is to be found, the best wrong map lies 6.0 standard deviations above chance;
-# this value asks for 6.5.
+# Probability that any wrong map of a pair is accepted. It asks for 6.5 standard
+# deviations above chance. Of 240 pairs of different tissues, the best wrong maps reach
+# 5.9 at the first level; 6.3, and in another stack 6.9, at the second one, where blocks
+# are fitted to the same edges that are then compared.
 _CHANCE = 1e-4
+_FITTED = 1.5  # taken from the score of the second level
 _MIN_FIRST_SCORE = 4.0  # at the first level: right maps have 6 and more
 _MIN_COMMON_PX = 400  # of the level
 _INDEPENDENT_PX = 12.0  # area in which correlations at different shifts are alike
@@ -99,21 +101,64 @@ class Keypoints(NamedTuple):
     descriptors: np.ndarray
 
 
-class Section(NamedTuple):
-    """All that is compared of a section.
+class Section:
+    """A section that is to be matched; what is compared of it is computed once.
 
     Attributes:
-        levels: coarse first.
-        keypoints: its keypoints; there may be none.
-        extent_px: diagonal of the tissue's bounding box, px of the section.
+        longest_px: longest side of the tissue's bounding box, px of the section.
+        extent_px: its diagonal.
         to_image: (2, 3): pixels of the section -> pixels of the image; not the identity
             if the section was mirrored.
+
+    Args:
+        image: (H, W) of any type, grey levels, 0 = no data.
+        mirrored: reverse the order of cols first.
     """
 
-    levels: tuple[Level, ...]
-    keypoints: Keypoints
-    extent_px: float
-    to_image: np.ndarray
+    def __init__(self, image: np.ndarray, mirrored: bool = False) -> None:
+        self.to_image = affine.identity()
+        if mirrored:
+            self.to_image[0] = -1.0, 0.0, image.shape[1] - 1
+        self._image = image
+        used = image[:, ::-1] if mirrored else image
+        top, bottom, left, right = tissue_box(used) or (0, 1, 0, 1)
+        self.longest_px = max(bottom - top, right - left)
+        self.extent_px = float(np.hypot(bottom - top, right - left))
+        self._corner = left, top
+        self._grey = used[top:bottom, left:right].astype(np.float32)
+        self._tissue = (self._grey != 0).astype(np.float32)
+        self._levels: dict[int, Level] = {}
+        self._keypoints: dict[int, Keypoints] = {}
+        self._mirrored: Section | None = None
+
+    def level(self, factor: int) -> Level:
+        """The section with `factor` px of it in a px of the level."""
+        if factor not in self._levels:
+            reduced, mask = _reduce(self._grey, self._tissue, factor)
+            self._levels[factor] = Level(
+                *_edges(reduced, mask), _to_section(self._corner, factor)
+            )
+        return self._levels[factor]
+
+    def keypoints(self, factor: int) -> Keypoints:
+        """The keypoints of a level; there may be none."""
+        if factor not in self._keypoints:
+            reduced, mask = _reduce(self._grey, self._tissue, factor)
+            to_section = _to_section(self._corner, factor)
+            self._keypoints[factor] = _find_keypoints(reduced, mask, to_section)
+        return self._keypoints[factor]
+
+    @property
+    def is_blank(self) -> bool:
+        """Whether it has hardly any tissue, so that it is not matched."""
+        factor = _choose_factors(self.longest_px, _LEVEL_PX[0])[0]
+        return float(self.level(factor).mask.sum()) < _MIN_TISSUE_PX
+
+    def mirrored(self) -> "Section":
+        """The section with its cols in reverse order."""
+        if self._mirrored is None:
+            self._mirrored = Section(self._image, mirrored=True)
+        return self._mirrored
 
 
 class Match(NamedTuple):
@@ -171,28 +216,8 @@ def place(
         (2, 3) pull matrix: (col, row, 1) of a pixel of tgt -> (col, row) in src; None
         if the two have nothing in common that chance could not explain.
     """
-    factors = level_factors([src, tgt])
-    fixed = describe(tgt, factors)
-    found = None
-    for mirrored in (False, True)[: 1 + flip]:
-        found = found or match(describe(src, factors, mirrored), fixed, model)
+    found = match(Section(src), Section(tgt), model, flip)
     return None if found is None else found.matrix
-
-
-def level_factors(images: Sequence[np.ndarray], thumbnail_px: int = 1024) -> list[int]:
-    """Choose by how much sections that are to be matched are reduced.
-
-    Args:
-        images: the sections, (H, W) each, 0 = no data.
-        thumbnail_px: longest side of the finest level of the largest section.
-
-    Returns:
-        How many px of a section a px of each level spans, the coarsest level first.
-    """
-    boxes = [box for image in images if (box := tissue_box(image)) is not None]
-    longest = max((max(b - t, r - le) for t, b, le, r in boxes), default=1)
-    sides = [px for px in LEVEL_PX if px < thumbnail_px] + [thumbnail_px]
-    return sorted({-(-longest // px) for px in sides}, reverse=True)
 
 
 def tissue_box(image: np.ndarray) -> tuple[int, int, int, int] | None:
@@ -206,43 +231,26 @@ def tissue_box(image: np.ndarray) -> tuple[int, int, int, int] | None:
 # ------------------------------------------------------------------ levels, keypoints
 
 
-def describe(
-    image: np.ndarray, factors: Sequence[int], mirrored: bool = False
-) -> Section | None:
-    """Prepare a section to be matched with others.
+def _choose_factors(longest_px: int, thumbnail_px: int) -> list[int]:
+    """Choose the levels of a pair, by the px of a section in a px, coarse first.
 
-    Args:
-        image: (H, W), 0 = no data.
-        factors: of `level_factors`, the same for all sections to be matched.
-        mirrored: reverse the order of cols first.
-
-    Returns:
-        The section; None if it has hardly any tissue.
+    They are 1, 2, 3, 4, 6, 8, 12 ...: few, so that a section has the same levels in
+    most of its pairs.
     """
-    box = tissue_box(image)
-    if box is None:
-        return None
-    to_image = affine.identity()
-    if mirrored:
-        image = image[:, ::-1]
-        to_image = np.array([[-1.0, 0.0, image.shape[1] - 1], [0.0, 1.0, 0.0]])
-        box = (*box[:2], image.shape[1] - box[3], image.shape[1] - box[2])
-    top, bottom, left, right = box
-    grey = image[top:bottom, left:right].astype(np.float32)
-    tissue = (grey != 0).astype(np.float32)
-    levels, keypoints = [], None
-    for index, factor in enumerate(factors):
-        half = (factor - 1) / 2
-        to_section = np.array([[factor, 0.0, left + half], [0.0, factor, top + half]])
-        reduced, mask = _reduce(grey, tissue, factor)
-        if index == 0 and mask.sum() < _MIN_TISSUE_PX:
-            return None
-        levels.append(Level(*_edges(reduced, mask), to_section))
-        if index == min(1, len(factors) - 1):
-            keypoints = _find_keypoints(reduced, mask, to_section)
-    assert keypoints is not None
-    extent_px = float(np.hypot(bottom - top, right - left))
-    return Section(tuple(levels), keypoints, extent_px, to_image)
+    sides = [px for px in _LEVEL_PX if px < thumbnail_px] + [thumbnail_px]
+    factors = set()
+    for side in sides:
+        power = 1 << max(-(-longest_px // side) - 1, 0).bit_length()
+        smaller = power * 3 // 4
+        fits = power >= 4 and smaller * side >= longest_px
+        factors.add(smaller if fits else power)
+    return sorted(factors, reverse=True)
+
+
+def _to_section(corner: tuple[int, int], factor: int) -> np.ndarray:
+    """Make the map from pixels of a level to pixels of the section."""
+    half = (factor - 1) / 2
+    return np.array([[factor, 0.0, corner[0] + half], [0.0, factor, corner[1] + half]])
 
 
 def _reduce(
@@ -320,67 +328,93 @@ def _find_keypoints(
 
 
 def match(
-    src: Section | None,
-    tgt: Section | None,
+    src: Section,
+    tgt: Section,
     model: str = "similarity",
+    flip: bool = False,
+    *,
     guess: np.ndarray | None = None,
+    thumbnail_px: int = 1024,
 ) -> Match | None:
     """Find how a section lies on another.
 
     Args:
-        src: the moving section; None if it is blank.
-        tgt: the fixed section, described with the same factors.
+        src: the moving section.
+        tgt: the fixed section, with pixels of the same size.
         model: map to fit: "rigid", "similarity" or "affine".
+        flip: whether src may be mirrored.
         guess: (2, 3) pull matrix that is tried first, if one is known. It is verified
             like all others, and counts as found by keypoints.
+        thumbnail_px: longest side of what is compared.
 
     Returns:
         The match; None if chance explains all that is found.
     """
-    if src is None or tgt is None:
+    factors = _choose_factors(max(src.longest_px, tgt.longest_px), thumbnail_px)
+    coarse = src.level(factors[0]), tgt.level(factors[0])
+    if min(level.mask.sum() for level in coarse) < _MIN_TISSUE_PX:
         return None
     if guess is not None:
-        guess = affine.compose(guess, affine.invert(src.to_image))
-        tried = [_Proposal(guess, 1), _Proposal(guess, -1)]
-        if found := _best(src, tgt, tried, model, "keypoints"):
+        one = src.mirrored() if affine.determinant(guess) < 0 else src
+        pair = _Pair(one, tgt, factors, model)
+        matrix = affine.compose(guess, affine.invert(one.to_image))
+        tried = [_Proposal(matrix, 1), _Proposal(matrix, -1)]
+        if found := _best(pair, tried, "keypoints"):
             return found
-    proposals = _propose_by_keypoints(src, tgt)
-    if found := _best(src, tgt, proposals, model, "keypoints"):
-        return found
-    return _best(src, tgt, _propose_by_correlation(src, tgt), model, "correlation")
+    pairs = [_Pair(src, tgt, factors, model)]
+    if flip:
+        pairs.append(pairs[0]._replace(src=src.mirrored()))
+    for pair in pairs:
+        if found := _best(pair, _propose_by_keypoints(pair), "keypoints"):
+            return found
+    for pair in pairs:
+        if found := _best(pair, _propose_by_correlation(pair), "correlation"):
+            return found
+    return None
 
 
-def _best(
-    src: Section, tgt: Section, proposals: list[_Proposal], model: str, how: str
-) -> Match | None:
+class _Pair(NamedTuple):
+    """Two sections, the levels at which they are compared, and the map to fit."""
+
+    src: Section
+    tgt: Section
+    factors: list[int]
+    model: str
+
+    def levels(self, index: int) -> tuple[Level, Level]:
+        """A level of src and of tgt, 0 the coarsest."""
+        return self.src.level(self.factors[index]), self.tgt.level(self.factors[index])
+
+
+def _best(pair: _Pair, proposals: list[_Proposal], how: str) -> Match | None:
     """Refine and verify proposals, and finish the best of those that pass."""
-    best, best_score, best_sign = None, _least_score(src.levels[0], tgt.levels[0]), 1
+    best, best_score, best_sign = None, _least_score(*pair.levels(0)), 1
     for matrix, sign in proposals:
         refined, score = _Refined(matrix, None), 0.0
-        for index in range(min(2, len(src.levels))):
+        for index in range(min(2, len(pair.factors))):
             for _ in range(2):
-                refined = _refine(src, tgt, refined, sign, index, model)
-            one, other = src.levels[index], tgt.levels[index]
+                refined = _refine(pair, refined, sign, index)
+            one, other = pair.levels(index)
             pull = _between_levels(refined.matrix, one, other)
-            score = max(score, sign * correlation_score(one, other, pull))
+            reached = sign * correlation_score(one, other, pull)
+            score = max(score, reached - (_FITTED if index else 0.0))
             if score < _MIN_FIRST_SCORE:
                 break
         if refined.blocks is not None and score >= best_score:
             best, best_score, best_sign = refined, score, sign
     if best is None:
         return None
-    for index in range(2, len(src.levels)):
-        best = _refine(src, tgt, best, best_sign, index, model)
+    for index in range(2, len(pair.factors)):
+        best = _refine(pair, best, best_sign, index)
     assert best.blocks is not None
-    matrix, inlier = _fit(best.blocks, model)
-    pull = affine.compose(matrix, src.to_image)
-    pull = affine.compose(affine.invert(tgt.to_image), pull)
+    matrix, inlier = _fit(best.blocks, pair.model)
+    to_src = pair.src.to_image
     return Match(
-        pull,
+        affine.compose(matrix, to_src),
         how,
         best_score,
-        affine.apply(src.to_image, best.blocks.src_points[inlier]),
-        affine.apply(tgt.to_image, best.blocks.tgt_points[inlier]),
+        affine.apply(to_src, best.blocks.src_points[inlier]),
+        best.blocks.tgt_points[inlier],
     )
 
 
@@ -462,11 +496,9 @@ def _between_sections(pull: np.ndarray, src: Level, tgt: Level) -> np.ndarray:
 # ------------------------------------------------------------------ refining
 
 
-def _refine(
-    src: Section, tgt: Section, last: _Refined, sign: int, index: int, model: str
-) -> _Refined:
+def _refine(pair: _Pair, last: _Refined, sign: int, index: int) -> _Refined:
     """Refine a map at one level; returns `last` if too few blocks are found."""
-    one, other = src.levels[index], tgt.levels[index]
+    one, other = pair.levels(index)
     pull = _between_levels(last.matrix, one, other)
     block_px, reach_px = _BLOCKS_PX[min(index, len(_BLOCKS_PX) - 1)]
     blocks = _find_blocks(one, other, pull, sign, block_px, reach_px)
@@ -476,7 +508,7 @@ def _refine(
         src_points=affine.apply(one.to_section, blocks.src_points),
         tgt_points=affine.apply(other.to_section, blocks.tgt_points),
     )
-    tracked = "affine" if model == "affine" and index > 0 else "similarity"
+    tracked = "affine" if pair.model == "affine" and index > 0 else "similarity"
     return _Refined(_fit(blocks, tracked)[0], blocks)
 
 
@@ -556,13 +588,14 @@ def _fit(blocks: _Blocks, model: str) -> tuple[np.ndarray, np.ndarray]:
 # ------------------------------------------------------------------ proposals
 
 
-def _propose_by_keypoints(src: Section, tgt: Section) -> list[_Proposal]:
+def _propose_by_keypoints(pair: _Pair) -> list[_Proposal]:
     """Propose the best similarity for each sign of the contrast, the better one first.
 
     The gradients of a negative point the other way. So do the angles of its keypoints,
     and a descriptor turns by half a turn: the order of its 4 x 4 cells is reversed.
     """
-    keypoints = src.keypoints
+    factor = pair.factors[min(1, len(pair.factors) - 1)]
+    keypoints, fixed = pair.src.keypoints(factor), pair.tgt.keypoints(factor)
     cells = keypoints.descriptors.reshape(-1, 16, 8)
     negative = keypoints._replace(
         angles=keypoints.angles + 180,
@@ -570,7 +603,7 @@ def _propose_by_keypoints(src: Section, tgt: Section) -> list[_Proposal]:
     )
     agreed = []
     for sign, like in ((1, keypoints), (-1, negative)):
-        count, matrix = _most_agreed(like, tgt.keypoints, tgt.extent_px)
+        count, matrix = _most_agreed(like, fixed, pair.tgt.extent_px)
         if matrix is not None:
             agreed.append((count, _Proposal(matrix, sign)))
     agreed.sort(key=lambda one: -one[0])
@@ -639,9 +672,9 @@ class _Peak(NamedTuple):
     push: np.ndarray  # (2, 3): pixels of src's level -> pixels of tgt's level
 
 
-def _propose_by_correlation(src: Section, tgt: Section) -> list[_Proposal]:
+def _propose_by_correlation(pair: _Pair) -> list[_Proposal]:
     """Propose the turns and shifts at which the edges correlate best, best first."""
-    one, other = src.levels[0], tgt.levels[0]
+    one, other = pair.levels(0)
     peaks = sorted(_correlate(one, other), key=lambda peak: -peak.height)
     middle = (np.array([one.mask.shape[::-1]]) - 1) / 2
     kept: list[_Peak] = []

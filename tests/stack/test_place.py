@@ -1,5 +1,6 @@
 """Placing sections: maps that were put in are found again."""
 
+import cv2
 import numpy as np
 import pytest
 
@@ -7,14 +8,21 @@ from metroem.errors import DatasetError
 from metroem.geometry import affine
 from metroem.geometry.grid import Grid
 from metroem.stack.place import (
+    PlaceMatchStep,
+    Placement,
+    PlaceSolveStep,
+    check_placed,
+    describe_placed,
+    place_sections,
+)
+from metroem.stack.solve_placements import (
     Edge,
     Placed,
-    Placement,
-    check_placed,
     confirmed_edges,
-    describe_placed,
     solve_placements,
 )
+from metroem.synthetic.tissue import TissueRecipe, make_tissue
+from tests.volumes import make_volume
 
 MIDDLE = np.array([250.0, 180.0])
 
@@ -213,3 +221,197 @@ def test_a_placement_is_read_as_it_was_written(tmp_path):
     assert '"matrix"' in text
     with pytest.raises(DatasetError, match="run the step place first"):
         Placement.read(f"file://{tmp_path}/nothing")
+
+
+def test_wrong_matches_with_the_section_before_are_left_out_and_named():
+    maps = {z: similarity(40 * z, (7 * z, -30 * z), 1.01) for z in range(14)}
+    wrong = {
+        (5, 4): edge_of(maps | {5: similarity(170, (90, 900))}, 5, 4),
+        (9, 8): edge_of(maps | {9: similarity(20, (-400, 0))}, 9, 8),
+        (10, 9): edge_of(maps | {9: similarity(-80, (0, 100))}, 10, 9),
+    }
+    edges = all_edges(maps, reach=3, noise=0.5)
+    edges = [wrong.get((edge.z, edge.y), edge) for edge in edges]
+
+    found, placed = solve_placements(
+        edges, dict.fromkeys(maps, MIDDLE), "similarity", fix=7
+    )
+
+    # Points have 0.5 px of noise: a match of 30 of them turns by 0.5 / 150 / sqrt(30).
+    assert max(error(found, maps, z, 7) for z in maps) < 2.0
+    assert placed[5].not_used == (4,) and placed[9].not_used == (8, 10)
+    assert describe_placed(placed)[-1].endswith(
+        "contradict them: 5 on 4, 9 on 8, 10 on 9"
+    )
+
+
+def test_a_section_to_fix_that_matches_nothing_is_replaced_by_its_neighbour():
+    edges = [e for e in all_edges(MAPS) if 2 not in (e.z, e.y)]
+    edges += [edge_of(MAPS, 3, 1)]
+
+    found, placed = solve_placements(edges, dict.fromkeys(MAPS, MIDDLE), "rigid", fix=2)
+
+    assert [z for z, one in placed.items() if one.reason] == [2]
+    np.testing.assert_allclose(found[1], affine.identity(), atol=1e-9)
+    assert max(error(found, MAPS, z, 1) for z in (0, 1, 3, 4)) < 0.01
+
+
+def test_sizes_differ_but_do_not_drift_over_a_long_stack():
+    """Each match is 0.1 % too small, which a chain would sum up to 18 %."""
+    maps = {z: similarity(0, (0, 0), 1 + 0.005 * (-1) ** z) for z in range(200)}
+    edges = []
+    for edge in all_edges(maps, reach=1):
+        middle = edge.points.mean(0)
+        edges.append(edge._replace(points=middle + 0.999 * (edge.points - middle)))
+
+    found, _ = solve_placements(edges, dict.fromkeys(maps, MIDDLE), "similarity")
+
+    sizes = np.array([affine.scale(found[z]) for z in range(0, 200, 2)])
+    assert np.ptp(sizes) < 0.05
+    # The sections' own sizes stay: odd ones are 1 % larger on the canvas.
+    assert affine.scale(found[100]) / affine.scale(found[101]) == pytest.approx(
+        0.995 / 1.005, abs=2e-3
+    )
+
+
+# ------------------------------------------------------------------ volumes
+
+NUM, SHAPE = 7, (230, 270)
+TURNS = (0, 30, -50, 100, 0, 170, -20)
+
+
+@pytest.fixture(scope="module")
+def raw(tmp_path_factory):
+    """Sections of one tissue, turned; one blank, one of other tissue; the true maps."""
+    tissue = make_tissue(TissueRecipe(NUM, *SHAPE, seed=5))
+    side = 384
+    truth, sections = {}, []
+    for z, degrees in enumerate(TURNS):
+        turn = similarity(degrees, (0, 0))
+        middle = (np.array(SHAPE[::-1]) - 1) / 2
+        turn[:, 2] = np.array([3 * z, -4 * z]) + (side - 1) / 2 - turn[:, :2] @ middle
+        size = (side, side)
+        image = cv2.warpAffine(tissue[z], turn, size)
+        shown = cv2.warpAffine(np.ones_like(tissue[z]), turn, size)
+        truth[z] = turn
+        sections.append(np.where(shown > 0, np.maximum(image, 1), 0))
+    sections[3][:] = 0
+    other = make_tissue(TissueRecipe(1, *SHAPE, seed=6))[0]
+    sections[4][60 : 60 + SHAPE[0], 50 : 50 + SHAPE[1]] = other
+    sections[4][:60], sections[4][60 + SHAPE[0] :] = 0, 0
+    sections[4][:, :50], sections[4][:, 50 + SHAPE[1] :] = 0, 0
+    # The rows of a section run along x of the volume.
+    return np.stack(sections), truth, tmp_path_factory.mktemp("raw")
+
+
+def steps(folder, volume, num, *, ends=None, model="rigid"):
+    match = PlaceMatchStep(
+        f"file://{folder}", volume, range(10, 10 + num), model, False, 256
+    )
+    return match, PlaceSolveStep(match, None, 32, 128, ends)
+
+
+def run(step):
+    for task in step.tasks():
+        figures = step.run(task)
+        assert figures.get("bytes_read", 0) <= 1.3 * figures.get("bytes_needed", 0)
+
+
+def test_sections_of_a_volume_are_placed(raw, tmp_path):
+    sections, truth, _ = raw
+    volume = make_volume(
+        tmp_path / "raw", [sections[:, None]], offset=(64, -32, 10), chunk=(64, 64, 1)
+    )
+
+    for step in steps(tmp_path / "dst", volume, NUM):
+        run(step)
+
+    placement = Placement.read(f"file://{tmp_path}/dst")
+    how = [placement.placed[z].how for z in range(10, 10 + NUM)]
+    assert how[3] == "blank" and how[4] == "neighbours"
+    assert {how[z] for z in (0, 1, 2, 5, 6)} == {"keypoints"}
+    # By the truth and by the placement, pixels of section 0 show tissue of section z.
+    points = np.array([[120.0, 150], [250, 130], [180, 260]])
+    corner = np.array([-32.0, 64.0])  # col counts along y
+    for z in (1, 2, 5, 6):
+        to_canvas = affine.invert(placement.matrices[10])
+        found = affine.compose(to_canvas, placement.matrices[10 + z])
+        expected = affine.compose(affine.invert(truth[0]), truth[z])
+        got = affine.apply(found, points + corner) - corner
+        assert np.abs(got - affine.apply(expected, points)).max() < 2
+    # The canvas holds all placed tissue, on whole blocks.
+    area = placement.area
+    assert (area.x % 32, area.y % 32, area.rows % 32, area.cols % 32) == (0, 0, 0, 0)
+    for z in (0, 1, 2, 5, 6):
+        rows, cols = np.nonzero(sections[z])
+        inside = np.stack([cols, rows], 1)[::97] + corner
+        at = affine.apply(affine.invert(placement.matrices[10 + z]), inside)
+        assert (at >= (area.y, area.x)).all()
+        assert (at < (area.end[1], area.end[0])).all()
+
+
+def test_a_stack_that_grew_is_the_same_when_its_task_is_run_again(raw, tmp_path):
+    volume = make_volume(tmp_path / "raw", [raw[0][:3, None]], offset=(0, 0, 10))
+
+    def solve(num, **settings):
+        run(steps(tmp_path / "dst", volume, num, **settings)[1])
+        return Placement.read(f"file://{tmp_path}/dst")
+
+    for num in (2, 3):
+        run(steps(tmp_path / "dst", volume, num)[0])
+    before = solve(2)
+    after = solve(3)
+    written = (tmp_path / "dst" / "placement.json").read_bytes()
+    solve(3)
+
+    assert (tmp_path / "dst" / "placement.json").read_bytes() == written
+    assert after.kept_end == 12 and after.area.covers(before.area)
+    for z in (10, 11):
+        np.testing.assert_array_equal(after.matrices[z], before.matrices[z])
+        assert after.placed[z] == before.placed[z]
+    assert after.placed[12].matched == (10, 11)
+    # As a new stack of that length, or with other settings, all are placed anew.
+    assert solve(3, ends=(13,)).kept_end is None
+    assert solve(3, ends=(12, 13)).kept_end == 12
+    assert solve(3, model="affine").kept_end is None
+    assert solve(2).kept_end is None
+
+
+def test_tasks_read_whole_layers_of_thick_chunks(raw, tmp_path):
+    volume = make_volume(
+        tmp_path / "raw",
+        [np.zeros((70, 1, 40, 50), np.uint8)],
+        offset=(0, 0, 3),
+        chunk=(64, 64, 8),
+    )
+    match = PlaceMatchStep(
+        f"file://{tmp_path}/dst", volume, range(6, 70), "rigid", False, 256
+    )
+
+    # Layers begin at 3, 11, 19 ...; one of them is read for the sections before.
+    assert match.tasks() == ["z6-35", "z35-67", "z67-70"]
+    figures = match.run("z35-67")
+    assert figures == {"bytes_read": 40 * 50 * 40, "bytes_needed": 32 * 50 * 40}
+
+
+def test_a_missing_match_file_is_named(raw, tmp_path):
+    volume = make_volume(tmp_path / "raw", [raw[0][:, None]], offset=(0, 0, 10))
+    _, solve = steps(tmp_path / "dst", volume, NUM)
+
+    with pytest.raises(DatasetError, match="matches/z10-17.json: does not exist"):
+        solve.run(*solve.tasks())
+
+
+def test_sections_in_memory_are_placed_in_their_own_frame(raw):
+    sections, truth, _ = raw
+
+    matrices, lines = place_sections(list(sections[:4]), fix=1, model="rigid")
+
+    assert lines == ["placed 4 sections: 3 by keypoints, 1 by blank"] + [
+        "sections 3: have no tissue"
+    ]
+    np.testing.assert_allclose(matrices[1], affine.identity(), atol=1e-9)
+    expected = affine.compose(affine.invert(truth[1]), truth[2])
+    points = np.array([[150.0, 150], [220, 210]])
+    got = affine.apply(matrices[2], points)
+    assert np.abs(got - affine.apply(expected, points)).max() < 2
