@@ -369,10 +369,8 @@ def test_what_cannot_be_checked_is_refused_in_a_line(volume, tmp_path):
     notes = {"channel_order": "yx", "field_unit": "relative", "mip": 1}
     path = write_field(tmp_path / "field", fields(), 1, notes)
     refused(DatasetError, "2 channels", cv_path=path, **out)
-    grey = {"field_mip": 0}
-    refused(
-        DatasetError, "1 channels", cv_path=volume, field_path=volume, **grey, **out
-    )
+    grey = {"field_path": volume, "field_mip": 0}
+    refused(DatasetError, "1 channels", cv_path=volume, **grey, **out)
     short = write_field(tmp_path / "short", fields()[:, :, :200], 1, notes)
     refused(DatasetError, "the aligned volume", cv_path=volume, field_path=short, **out)
     few = write_field(tmp_path / "few", fields()[:4], 1, notes)

@@ -128,14 +128,11 @@ def color_stops() -> list[str]:
 def _around(plan: CheckPlan, x: int, y: int, rows: int, cols: int) -> Grid:
     """Return the area of a size around a point, shifted into the volume."""
     area = plan.area
-    sizes = min(rows, area.rows), min(cols, area.cols)
-    corner = [
-        int(np.clip(((at - start) >> plan.mip) - size // 2, 0, whole - size))
-        for at, start, size, whole in zip(
-            (x, y), (area.x, area.y), sizes, area.shape, strict=True
-        )
-    ]
-    return area.crop(corner[0], corner[1], sizes[0], sizes[1])
+    rows, cols = min(rows, area.rows), min(cols, area.cols)
+    row = ((x - area.x) >> plan.mip) - rows // 2
+    col = ((y - area.y) >> plan.mip) - cols // 2
+    row, col = min(max(row, 0), area.rows - rows), min(max(col, 0), area.cols - cols)
+    return area.crop(row, col, rows, cols)
 
 
 def _middle_line(plan: CheckPlan, image: ImageVolume, axis: str) -> Grid:

@@ -1,0 +1,97 @@
+"""The page of a check in a real browser."""
+
+import pytest
+
+from tests.browser import Browser, find_chromium
+from tests.stack.checks import run_check
+from tests.stack.textures import waves, write_sections
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        find_chromium() is None, reason="no Chromium (Debian: apt-get install chromium)"
+    ),
+]
+ROWS, COLS, NUM = 300, 420, 9
+BLANK, MOVED = 3, 6
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("page")
+    sections = [waves(ROWS, COLS) for _ in range(NUM)]
+    sections[BLANK][:] = 0
+    sections[MOVED] = waves(ROWS, COLS, (5, 0))
+    raw = [waves(ROWS, COLS, (0, 2.0 * (z % 2))) for z in range(NUM)]
+    before = write_sections(folder / "raw", raw)
+    run_check(write_sections(folder / "image", sections), folder, before=before)
+    return folder / "report.html"
+
+
+@pytest.fixture(params=[1440, 1000, 480])
+def browser(request, page):
+    """The page at one width; whatever it complains about fails the test."""
+    with Browser(width=request.param, dark=request.param == 1000) as browser:
+        browser.load(page)
+        yield browser
+        assert browser.console == []
+        fetched = [url for url in browser.requests if not url.startswith("data:")]
+        assert fetched == [page.absolute().as_uri()]
+        width = browser.run("document.documentElement.scrollWidth")
+        assert width <= request.param
+
+
+def count(browser, selector):
+    return browser.run(f"document.querySelectorAll('{selector}').length")
+
+
+def text(browser, selector):
+    return browser.run(f"document.querySelector('{selector}').textContent")
+
+
+def test_the_page_shows_what_was_found(browser):
+    assert text(browser, "#verdict").startswith("3 of 9 sections stand out: z 3 is bl")
+    assert text(browser, "#place-1 h3") == "1off by 5.0 px"
+    first = text(browser, "#place-1 code").split(", ")
+    assert int(first[2]) in (MOVED, MOVED + 1)
+    assert count(browser, ".place") == 12
+    assert count(browser, "#curves svg") == 3
+    # Correlation, jump and jitter: each with its median, its 95 % and before.
+    assert count(browser, "#curves polyline.before") == 3
+    assert count(browser, "#curves .blank") == 3
+    assert count(browser, ".map img") == 2 and count(browser, ".cut img") == 2
+    assert count(browser, "#out tbody tr") == 3
+    # All pictures can be decoded.
+    sizes = (
+        "[...document.images].every((image) => image.complete && image.naturalWidth)"
+    )
+    assert browser.run(sizes)
+
+
+def test_a_section_is_at_least_three_pixels_high(browser):
+    for picture in (".cut img", ".map img"):
+        height = browser.run(f"document.querySelector('{picture}').clientHeight")
+        assert height >= 3 * NUM
+
+
+def test_a_click_shows_one_section_then_the_other(browser):
+    crop = "document.querySelector('#place-1 .crop')"
+    shown = []
+    for _ in range(4):
+        shown.append(browser.run(f"{crop}.dataset.shows"))
+        browser.run(f"{crop}.click()")
+    assert shown == ["both", "section", "reference", "both"]
+
+
+def test_the_pointer_reads_a_section(browser):
+    at = "document.querySelector('#curves').getBoundingClientRect()"
+    left, top, width = browser.run(f"[{at}.left, {at}.top, {at}.width]")
+    browser.run("document.querySelector('#curves').scrollIntoView()")
+    left, top, width = browser.run(f"[{at}.left, {at}.top, {at}.width]")
+    x = left + 46 + (width - 54) * (MOVED + 0.5) / NUM
+    browser.mouse("mouseMoved", x, top + 60)
+    browser.wait("document.querySelector('#readout').textContent")
+    assert text(browser, "#readout").startswith("z 6 on 5: correlation of neighbours")
+    x = left + 46 + (width - 54) * (BLANK + 0.5) / NUM
+    browser.mouse("mouseMoved", x, top + 60)
+    browser.wait("document.querySelector('#readout').textContent === 'z 3: blank'")
