@@ -42,6 +42,10 @@ class ImageVolume(Volume):
         """Return the stored mip that a mip is read or made from."""
         return max((m for m in self.mips if m <= mip), default=mip)
 
+    def pixel_type(self, mip: int) -> np.dtype:
+        """Return the type in which a mip is read: float32 if it has to be made."""
+        return self.dtype if self.source_mip(mip) == mip else np.dtype(np.float32)
+
     def check_mip(self, flag: str, mip: int) -> None:
         """Refuse a mip that neither exists nor can be made; log a mip that is made.
 

@@ -366,6 +366,24 @@ class Volume:
         (x, _), (y, _), _ = self._bounds(mip)
         return (x, y), (max(rows >> levels, 1), max(cols >> levels, 1))
 
+    def layer_around(self, mip: int, z: int) -> range:
+        """Return the sections of the layer of chunks that stores a section.
+
+        Args:
+            mip: mip whose chunks are read.
+            z: the section, inside the volume.
+        """
+        thickness = int(
+            self._at(0).mip_chunk_size(self._index[self.source_mip(mip)])[2]
+        )
+        _, _, (low, high) = self._bounds(mip)
+        first = low + (z - low) // thickness * thickness
+        return range(first, min(first + thickness, high))
+
+    def pixel_type(self, mip: int) -> np.dtype:
+        """Return the type in which a mip is read: that of the volume."""
+        return self.dtype
+
     def bounds_of(self, mip: int) -> tuple[tuple[int, int], tuple[int, int]]:
         """Return first and end row, and first and end col, of a mip, in its pixels."""
         x, y, _ = self._bounds(mip)

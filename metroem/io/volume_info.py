@@ -15,6 +15,7 @@ from cloudvolume.datasource.precomputed.metadata import PrecomputedMetadata
 from cloudvolume.datasource.precomputed.sharding import ShardingSpecification
 from cloudvolume.exceptions import SpecViolation
 
+from metroem.errors import UsageError
 from metroem.io.cloud_errors import InfoError
 
 _VOLUME = "neuroglancer_multiscale_volume"
@@ -108,6 +109,32 @@ def unreadable_mips(info: Mapping[str, Any]) -> dict[int, str]:
     return found
 
 
+def check_encoding(encoding: str, data_type: str) -> None:
+    """Refuse to write a type in an encoding that cannot hold it.
+
+    Args:
+        encoding: as cloud-volume names it.
+        data_type: "uint8", ...
+
+    Raises:
+        UsageError: it cannot hold the type, is not known, or needs a package.
+    """
+    if encoding not in SUPPORTED_ENCODINGS:
+        raise UsageError(
+            f"--encoding {encoding}: expected one of {', '.join(SUPPORTED_ENCODINGS)}"
+        )
+    holds = _HOLDS.get(encoding, (data_type,))
+    if data_type not in holds:
+        raise UsageError(
+            f"--encoding {encoding}: holds {' or '.join(holds)}, and the volume is "
+            f"{data_type}; give --encoding raw"
+        )
+    if package := _package(encoding):
+        raise UsageError(
+            f"--encoding {encoding}: needs a package: pip install {package}"
+        )
+
+
 def _check_scale(mip: int, scale: Any) -> None:
     if not isinstance(scale, Mapping):
         raise InfoError(
@@ -141,9 +168,7 @@ def _problem(scale: Mapping[str, Any], data_type: str) -> str | None:
             f"has encoding {encoding!r}, which cloud-volume does not know; expected "
             f"one of {', '.join(SUPPORTED_ENCODINGS)}"
         )
-    # cloud-volume does not list kempressed, which needs the package of fpzip.
-    package = NEEDS_INSTALL.get("fpzip" if encoding == "kempressed" else encoding)
-    if package is not None:
+    if package := _package(encoding):
         return f"has encoding {encoding}, which needs a package: pip install {package}"
     if data_type not in _HOLDS.get(encoding, (data_type,)):
         return (
@@ -159,6 +184,12 @@ def _problem(scale: Mapping[str, Any], data_type: str) -> str | None:
         if "compressed_segmentation_block_size" not in scale:
             return "lacks compressed_segmentation_block_size in its info file"
     return None
+
+
+def _package(encoding: str) -> str | None:
+    """Name the package that an encoding lacks; None if it lacks none."""
+    # cloud-volume does not list kempressed, which needs the package of fpzip.
+    return NEEDS_INSTALL.get("fpzip" if encoding == "kempressed" else encoding)
 
 
 def _checked_png(decode_png: Callable[..., Any]) -> Callable[..., Any]:

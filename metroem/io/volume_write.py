@@ -10,8 +10,9 @@ import math
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -35,12 +36,22 @@ from metroem.io.cloud_retry import prepare_storage
 from metroem.io.files import make_folder, replace_file
 from metroem.io.resume import describe_differences
 from metroem.io.volume import Volume, crop_array
+from metroem.io.volume_info import check_encoding
 from metroem.io.zarr_n5 import open_arrays
 
 # Key of an info under which MetroEM stores its own metadata.
 NOTES_KEY = "metroem"
+# Notes of fields as corgie stores them.
+FIELD_NOTES = {
+    "kind": "fields",
+    "direction": "pull",
+    "channel_order": "yx",
+    "field_unit": "relative",
+}
 _CHUNK_PX = 256
 _STAGING = ".writing-"
+# A block is written within this time, s.
+_STAGING_S = 24 * 3600
 # cloud-files also finds a chunk under its name with one of these endings.
 _COMPRESSED = (".gz", ".br", ".zstd", ".xz", ".bz2")
 
@@ -115,8 +126,13 @@ class NewVolume:
     resolution: tuple[float, float, float]
     notes: Mapping[str, Any] = field(default_factory=dict)
 
-    def info(self, path: str) -> dict[str, Any]:
-        """Make the info, with mip 0 and all mips up to the one that is written."""
+    def info(self, path: str, mips: int = 1) -> dict[str, Any]:
+        """Make the info, with mip 0 and all mips up to those that are written.
+
+        Args:
+            path: path of the volume.
+            mips: number of mips that are written, from `mip` on.
+        """
         info = CloudVolume.create_new_info(
             num_channels=self.num_channels,
             layer_type="image",
@@ -127,7 +143,7 @@ class NewVolume:
             chunk_size=(_CHUNK_PX, _CHUNK_PX, 1),
             volume_size=(*self.area.shape, len(self.sections)),
         )
-        info = _with_mips(path, info, self.mip + 1).info
+        info = _with_mips(path, info, self.mip + mips).info
         return {**info, NOTES_KEY: dict(self.notes)} if self.notes else info
 
 
@@ -170,7 +186,7 @@ class SectionWriter:
                     "give another path"
                 )
             if is_new:
-                self._put_json("info", wanted.info(self.path))
+                _put_json(self._files, self._folder, "info", wanted.info(self.path))
         self._volume = Volume(self.path, flag=flag)
         if file_address(self._volume.location, "") != file_address(self.path, ""):
             raise DatasetError(
@@ -223,14 +239,7 @@ class SectionWriter:
             entry: record of the processing, JSON-able.
         """
         with storage_errors(self.flag, self.path, doing="written"):
-            found: Any = self._files.get_json("provenance") or {}
-            empty = {"description": "", "owners": [], "sources": [], "processing": []}
-            provenance = {**empty, **found}
-            provenance["sources"] = sorted({*provenance["sources"], *sources})
-            if entry not in provenance["processing"]:
-                provenance["processing"] = [*provenance["processing"], dict(entry)]
-            if provenance != found:
-                self._put_json("provenance", provenance)
+            _describe(self._files, self._folder, sources, entry)
 
     def _check(self, wanted: NewVolume) -> None:
         """Refuse an existing volume that does not agree with `wanted`."""
@@ -267,60 +276,37 @@ class SectionWriter:
 
     def _write(self, layers: np.ndarray, hull: Grid, sections: range) -> None:
         """Write whole chunks, (num_sections, C, H, W), at `hull` and `sections`."""
-        x, y = hull.x >> hull.mip, hull.y >> hull.mip
-        box = (
-            slice(x, x + hull.rows),
-            slice(y, y + hull.cols),
-            slice(sections.start, sections.stop),
+        index = self._volume.index_of(self._mip)
+        _upload(
+            *(self._volume.info, index, self._folder or self.path),
+            *(layers, hull, sections.start),
         )
-        values = layers.transpose(2, 3, 0, 1)
-        if self._folder is None:
-            self._open(self.path)[box] = values
-            return
-        with _renamed_into(self._folder) as staging:
-            self._open(f"file://{staging}")[box] = values
-
-    def _open(self, path: str) -> Any:
-        return CloudVolume(
-            path,
-            mip=self._volume.index_of(self._mip),
-            info=self._volume.info,
-            compress=False,
-            progress=False,
-        )
-
-    def _put_json(self, name: str, content: Mapping[str, Any]) -> None:
-        text = json.dumps(content, indent=2, sort_keys=True)
-        if self._folder is None:
-            self._files.put(
-                name,
-                text.encode(),
-                content_type="application/json",
-                cache_control="no-cache",
-            )
-            return
-        with _renamed_into(self._folder) as staging:
-            (staging / name).write_text(text)
 
 
 class BlockWriter:
     """Writes blocks of a volume, each as whole chunks; several processes may.
 
     Writing a block again replaces its files by the same bytes. A volume that exists may
-    only differ in its bounds: it grows to what is wanted, and chunks keep their names.
+    only differ in its bounds. It grows to what is wanted and never shrinks, and its
+    chunks keep their names.
+
+    Attributes:
+        path: path of the volume, with a scheme.
+        flag: the flag that gave the path, for messages.
+        mips: the mips that are written.
 
     Args:
         path: path of the volume, as cloud-volume opens it.
-        wanted: properties of the volume. Its area and its sections must begin where
-            chunks of all mips do.
+        wanted: properties of the volume; its area begins at whole pixels of all mips.
         flag: the flag that gave the path, for messages.
         mips: number of mips that are written, from `wanted.mip` on.
         block_px: side of a block, pixels of `wanted.mip`.
-        chunk_size: largest size of a chunk along rows, cols and z. Chunks are smaller
-            if a block would not consist of whole ones.
+        chunk_size: size of a chunk along rows, cols and z. In coarser mips they are
+            smaller where a block would not consist of whole ones.
         encoding: of the chunks, as cloud-volume names it.
 
     Raises:
+        UsageError: the encoding cannot hold the type.
         DatasetError: a volume of another kind exists there, or storage fails.
     """
 
@@ -336,39 +322,35 @@ class BlockWriter:
         encoding: str = "raw",
     ) -> None:
         check_destination(flag, path)
+        check_encoding(encoding, wanted.dtype)
         prepare_storage()
-        self.path, self.flag, self._wanted = cloud_path(path), flag, wanted
-        self._folder = local_folder(self.path)
+        self.path, self.flag = cloud_path(path), flag
         self.mips = range(wanted.mip, wanted.mip + mips)
+        self._folder = local_folder(self.path)
         if self._folder is not None:
+            self.path = f"file://{self._folder}"
             make_folder(self._folder)
-        info = CloudVolume.create_new_info(
-            num_channels=wanted.num_channels,
-            layer_type="image",
-            data_type=wanted.dtype,
-            encoding=encoding,
-            resolution=wanted.resolution,
-            voxel_offset=(wanted.area.x, wanted.area.y, wanted.sections.start),
-            chunk_size=chunk_size,
-            volume_size=(*wanted.area.shape, len(wanted.sections)),
-        )
+            _remove_staging(self._folder)
         with storage_errors(flag, self.path, doing="written"):
-            info = _with_mips(self.path, info, self.mips.stop).info
-            for mip, scale in enumerate(info["scales"]):
-                scale["encoding"] = encoding
+            self._info = wanted.info(self.path, mips)
+            for mip, scale in enumerate(self._info["scales"]):
                 side = max(block_px >> max(mip - wanted.mip, 0), 1)
                 rows, cols, layers = chunk_size
                 size = [math.gcd(rows, side), math.gcd(cols, side), layers]
-                scale["chunk_sizes"] = [size]
-            if wanted.notes:
-                info[NOTES_KEY] = dict(wanted.notes)
-            files = CloudFiles(self.path.removeprefix("precomputed://"))
-            found: Any = files.get_json("info")
+                scale |= {"encoding": encoding, "chunk_sizes": [size]}
+                if encoding == "compressed_segmentation":
+                    scale["compressed_segmentation_block_size"] = [8, 8, 8]
+            self._files = CloudFiles(self.path.removeprefix("precomputed://"))
+            found: Any = self._files.get_json("info")
+            if found is None and (arrays := open_arrays("", split_format(path)[1])):
+                raise DatasetError(
+                    f"{flag} {path}: is a {arrays.form} volume, which is only read; "
+                    "give another path"
+                )
             if found is not None:
-                self._check_grows(found, info)
-            if found != info:
-                self._put_info(files, info)
-        self._info = info
+                self._grow_to_hold(found)
+            if found != self._info:
+                _put_json(self._files, self._folder, "info", self._info)
 
     def write(self, values: np.ndarray, grid: Grid, sections: range) -> None:
         """Write a block at one of the mips.
@@ -381,63 +363,119 @@ class BlockWriter:
         Raises:
             DatasetError: the block does not consist of whole chunks, or storage fails.
         """
-        x, y = grid.x >> grid.mip, grid.y >> grid.mip
-        box = (
-            slice(x, x + grid.rows),
-            slice(y, y + grid.cols),
-            slice(sections.start, sections.stop),
-        )
-        stored = values.transpose(2, 3, 0, 1)
         with storage_errors(self.flag, self.path, doing="written"):
-            if self._folder is None:
-                self._open(self.path, grid.mip)[box] = stored
-                return
-            with _renamed_into(self._folder) as staging:
-                self._open(f"file://{staging}", grid.mip)[box] = stored
+            _upload(
+                *(self._info, grid.mip, self._folder or self.path),
+                *(values, grid, sections.start),
+            )
 
-    def _open(self, path: str, mip: int) -> Any:
-        return CloudVolume(
-            path,
-            mip=mip,
-            info=self._info,
-            compress=False,
-            progress=False,
-            provenance={},
-        )
+    def describe(self, sources: Sequence[str], entry: Mapping[str, Any]) -> None:
+        """Add to the provenance, as `SectionWriter.describe` does."""
+        with storage_errors(self.flag, self.path, doing="written"):
+            _describe(self._files, self._folder, sources, entry)
 
-    def _check_grows(self, found: dict[str, Any], info: dict[str, Any]) -> None:
-        """Refuse a volume that exists, unless only its bounds differ."""
-        bounds = ("size", "voxel_offset")
-        kinds = []
-        for one in (found, info):
-            scales = [
-                {key: value for key, value in scale.items() if key not in bounds}
-                for scale in one.get("scales", [])
-            ]
-            kinds.append(json.dumps({**one, "scales": scales}, sort_keys=True))
-        if kinds[0] != kinds[1]:
-            before, now = (json.loads(kind) for kind in kinds)
-            differences = describe_differences(_flat(before), _flat(now))
+    def _grow_to_hold(self, found: dict[str, Any]) -> None:
+        """Extend the bounds to those of the volume that exists.
+
+        Raises:
+            DatasetError: more than the bounds differs, or chunks would get other names.
+        """
+        wanted = self._info
+        if differences := describe_differences(_kind(found), _kind(wanted)):
             raise DatasetError(
                 f"{self.flag} {self.path}: already exists, with {differences}; delete "
                 "it, or give another path"
             )
+        for scale, old in zip(wanted["scales"], found["scales"], strict=True):
+            starts = np.array([old["voxel_offset"], scale["voxel_offset"]])
+            ends = starts + np.array([old["size"], scale["size"]])
+            if (np.diff(starts, axis=0) % scale["chunk_sizes"][0]).any():
+                raise DatasetError(
+                    f"{self.flag} {self.path}: already exists and begins at voxel "
+                    f"{starts[0].tolist()}, asked for: {starts[1].tolist()}, which is "
+                    f"not whole chunks of {scale['chunk_sizes'][0]} away; give another "
+                    "path"
+                )
+            scale["voxel_offset"] = starts.min(0).tolist()
+            scale["size"] = (ends.max(0) - starts.min(0)).tolist()
 
-    def _put_info(self, files: Any, info: dict[str, Any]) -> None:
-        text = json.dumps(info, indent=2, sort_keys=True)
-        if self._folder is None:
-            content_type = "application/json"
-            files.put("info", text.encode(), content_type, cache_control="no-cache")
-        else:
-            replace_file(self._folder / "info", text.encode())
 
-
-def _flat(info: Mapping[str, Any]) -> dict[str, Any]:
-    """Name the values of an info, those of its scales by their number."""
+def _kind(info: Mapping[str, Any]) -> dict[str, Any]:
+    """List what an info says but for its bounds; values of scales by their number."""
     flat = {key: value for key, value in info.items() if key != "scales"}
     for mip, scale in enumerate(info.get("scales", [])):
-        flat |= {f"{key} of mip {mip}": value for key, value in scale.items()}
+        flat |= {
+            f"{key} of mip {mip}": value
+            for key, value in scale.items()
+            if key not in ("size", "voxel_offset")
+        }
     return flat
+
+
+def _upload(
+    info: dict[str, Any],
+    index: int,
+    place: Path | str,
+    values: np.ndarray,
+    area: Grid,
+    z: int,
+) -> None:
+    """Write whole chunks of a volume.
+
+    Args:
+        info: of the volume.
+        index: of the scale in the info.
+        place: folder of the volume, into which each file is renamed, or its cloud path.
+        values: (n, C, H, W).
+        area: area of the values.
+        z: the first section.
+    """
+    x, y = area.x >> area.mip, area.y >> area.mip
+    num_sections, _, rows, cols = values.shape
+    box = slice(x, x + rows), slice(y, y + cols), slice(z, z + num_sections)
+    how: dict[str, Any] = {"compress": False, "progress": False, "provenance": {}}
+    if isinstance(place, str):
+        volume: Any = CloudVolume(place, index, info=info, **how)
+        volume[box] = values.transpose(2, 3, 0, 1)
+        return
+    with _renamed_into(place) as staging:
+        volume = CloudVolume(f"file://{staging}", index, info=info, **how)
+        volume[box] = values.transpose(2, 3, 0, 1)
+
+
+def _describe(
+    files: Any, folder: Path | None, sources: Sequence[str], entry: Mapping[str, Any]
+) -> None:
+    """Add sources and an entry to the provenance of a volume."""
+    found: Any = files.get_json("provenance") or {}
+    empty = {"description": "", "owners": [], "sources": [], "processing": []}
+    provenance = {**empty, **found}
+    provenance["sources"] = sorted({*provenance["sources"], *sources})
+    if entry not in provenance["processing"]:
+        provenance["processing"] = [*provenance["processing"], dict(entry)]
+    if provenance != found:
+        _put_json(files, folder, "provenance", provenance)
+
+
+def _put_json(
+    files: Any, folder: Path | None, name: str, content: Mapping[str, Any]
+) -> None:
+    """Write a JSON file of a volume; on local disk into its folder, atomically."""
+    text = json.dumps(content, indent=2, sort_keys=True).encode()
+    if folder is None:
+        files.put(name, text, content_type="application/json", cache_control="no-cache")
+        return
+    with _renamed_into(folder) as staging:
+        (staging / name).write_bytes(text)
+
+
+def _remove_staging(folder: Path) -> None:
+    """Delete what killed runs left; writers that are at work have newer folders."""
+    oldest = time.time() - _STAGING_S
+    for leftover in folder.glob(f"{_STAGING}*"):
+        with suppress(FileNotFoundError):  # another process deletes it, too
+            if leftover.stat().st_mtime < oldest:
+                shutil.rmtree(leftover, ignore_errors=True)
 
 
 @contextmanager

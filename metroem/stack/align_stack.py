@@ -6,6 +6,7 @@
 <dst>/pairs/           fields of z on z-k, correlations, defects       (pairs)
 <dst>/field            final fields: aligned -> raw section            (relax)
 <dst>/image            the aligned volume                              (render)
+<dst>/layers/<name>    another layer of the raw volume, --layer        (render)
 <dst>/check.json       what is left, worst places                      (check)
 <dst>/report.html
 <dst>/tasks/           done-markers and failures
@@ -13,18 +14,22 @@
 
 import hashlib
 import logging
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 
-from metroem.errors import DatasetError, UsageError
+import torch
+
+from metroem.errors import DatasetError, UsageError, first_line
 from metroem.io.cloud_paths import cloud_path
 from metroem.io.image_volume import ImageVolume
+from metroem.io.volume import Volume
 from metroem.io.volume_write import Notes
 from metroem.models.weights import check_weights, checkpoint_path
 from metroem.specs.modules import find_modules
 from metroem.stack.check import CheckReportStep, CheckStep
-from metroem.stack.pairs import CELL_LEVELS, GreysStep, PairsStep
+from metroem.stack.pairs import CELL_LEVELS, GreysStep, PairsStep, open_masks
 from metroem.stack.place import (
     PlaceMatchStep,
     Placement,
@@ -32,7 +37,7 @@ from metroem.stack.place import (
     check_placed,
 )
 from metroem.stack.relax import RelaxOptions, RelaxStep
-from metroem.stack.render import RenderStep
+from metroem.stack.render import RenderStep, check_rendering, layer_mips
 from metroem.stack.requests import (
     STEPS,
     AlignStackRequest,
@@ -40,7 +45,7 @@ from metroem.stack.requests import (
     SectionsRequest,
 )
 from metroem.stack.task_records import TaskRecords
-from metroem.stack.tasks import Step, run_step
+from metroem.stack.tasks import Step, one_command, run_step, size_in_words
 
 logger = logging.getLogger(__name__)
 
@@ -50,7 +55,7 @@ PARTS = {
     "place": ("place-match", "place-solve"),
     "pairs": ("pairs-greys", "pairs"),
     "relax": ("relax",),
-    "render": ("render",),
+    "render": ("render", "render-layer"),
     "check": ("check", "check-report"),
 }
 # Settings that say where the work is done, not what it gives.
@@ -66,15 +71,27 @@ def align_stack(request: AlignStackRequest) -> None:
 
     Raises:
         MetroEMError: see the steps; the message says what to do.
-        SystemExit: with 1 if sections are unplaced, unless that is allowed.
+        DatasetError: sections match nothing, unless that is allowed; all steps are
+            done then.
     """
-    stack = _begin(request)
+    stack = _check_input(request)
+    first = min(STEPS.index(step) for step in request.steps)
+    for step in STEPS[:first]:
+        _check_complete(stack, step, request.steps)
+    with one_command(request.dst_path, request):
+        stack.write()
     _announce(request)
-    for step in STEPS:
+    for step in STEPS[first:]:
         if step not in request.steps:
+            _check_complete(stack, step, request.steps)
             continue
         for part in PARTS[step]:
-            if not run_step(make_step(stack.destination, part), request):
+            if part == "render-layer" and request.layer is None:
+                continue
+            made = make_step(stack.destination, part)
+            if isinstance(made, RenderStep):
+                made.check()
+            if not run_step(made, request):
                 return  # the tasks of other shards are to be done first
     _name_stale_steps(stack, request.steps)
     if not request.allow_unplaced:
@@ -162,14 +179,17 @@ class _StoredStack:
         match = _match_step(self.destination, request, sections)
         if name == match.name:
             return match
-        chunk_px = request.chunk_px << request.mip
+        # A stack that grows keeps the borders of its chunks and windows.
+        growth_px = math.lcm(request.chunk_px, request.window_px) << request.mip
         block_px = max(_pooled_px(mips), 64 << request.mip)
-        solve = PlaceSolveStep(match, request.fix, block_px, chunk_px)
+        solve = PlaceSolveStep(match, request.fix, block_px, growth_px, self.ends)
         if name == solve.name:
             return solve
         placement = Placement.read(self.destination)
         greys = GreysStep(
-            self.destination, request.cv_path, sections, request.block_sections, mips
+            *(self.destination, request.cv_path, placement, sections),
+            *(request.block_sections, mips),
+            before=solve.settings,
         )
         if name == greys.name:
             return greys
@@ -184,7 +204,7 @@ class _StoredStack:
             placement,
             sections,
             request.mip,
-            request.chunk_px,
+            request.window_px,
             request.block_sections,
             request.halo_px,
             request.neighbours,
@@ -230,6 +250,12 @@ class _StoredStack:
         )
         if name == render.name:
             return render
+        if name == "render-layer":
+            if request.layer is None:
+                raise DatasetError(
+                    f"{self.destination}: no --layer was given to align-stack"
+                )
+            return render.of_layer(request.layer, request.nearest)
         check = CheckStep.of(self.destination, request, placement, render)
         return check if name == check.name else CheckReportStep.of(check)
 
@@ -251,7 +277,8 @@ def place_stack(request: PlaceRequest) -> None:
     destination = cloud_path(request.dst_path)
     match = _match_step(destination, request, request.sections)
     block_px = _RENDERED_PX << request.mip
-    solve = PlaceSolveStep(match, request.fix, 64 << request.mip, block_px)
+    ends = (request.z_end,) if request.again else None
+    solve = PlaceSolveStep(match, request.fix, 64 << request.mip, block_px, ends)
     if not (run_step(match, request) and run_step(solve, request)):
         return  # the tasks of other shards are to be done first
     placement = Placement.read(destination)
@@ -300,8 +327,8 @@ def weights_digest(pyramid: Path, checkpoint_name: str) -> str:
     return digest.hexdigest()[:16]
 
 
-def _begin(request: AlignStackRequest) -> _StoredStack:
-    """Refuse what cannot work, and store the settings of the stack.
+def _check_input(request: AlignStackRequest) -> _StoredStack:
+    """Refuse what cannot work; return the stack with its settings, not stored yet.
 
     Raises:
         DatasetError: the volume lacks a mip or a section, is not uint8, or another
@@ -326,12 +353,18 @@ def _begin(request: AlignStackRequest) -> _StoredStack:
             f"{modules[-1].in_mip}, which is finer; give --mip {modules[-1].in_mip}"
         )
     volume.check_sections(request.sections, volume.mips[0])
+    _check_rendering(request, volume)
     block = _pooled_px([module.in_mip for module in modules])
-    if (request.chunk_px << request.mip) % block:
-        raise UsageError(
-            f"--chunk_px {request.chunk_px}: expected a multiple of "
-            f"{block >> request.mip}, the largest block of px that the networks pool"
-        )
+    for name in ("chunk_px", "window_px"):
+        if (size := getattr(request, name) << request.mip) % block:
+            raise UsageError(
+                f"--{name} {size >> request.mip}: expected a multiple of "
+                f"{block >> request.mip}, the largest block of px that the networks "
+                "pool"
+            )
+    if request.masks is not None:
+        open_masks(request.masks, volume, modules[-1].in_mip)
+    _check_device(request.device)
     found = _StoredStack.find(request.dst_path)
     ends = (request.z_end,)
     if found is not None and not request.again:
@@ -354,9 +387,35 @@ def _begin(request: AlignStackRequest) -> _StoredStack:
         one.name: one.default for one in fields(request) if one.name in _NOT_STORED
     }
     defaults["steps"] = list(STEPS)
-    stack = _StoredStack(request.dst_path, replace(request, **defaults), ends)
-    stack.write()
-    return stack
+    return _StoredStack(request.dst_path, replace(request, **defaults), ends)
+
+
+def _check_device(device: str) -> None:
+    """Refuse a device that this machine does not have (UsageError)."""
+    try:
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UsageError(
+            f"--device {device}: cannot be used here ({first_line(error)}); give cpu, "
+            "or cuda on a machine with an NVIDIA GPU"
+        ) from error
+
+
+def _check_rendering(request: AlignStackRequest, volume: ImageVolume) -> None:
+    """Refuse an aligned volume, or a layer of it, that could not be written."""
+    size = request.chunk_size
+    check_rendering(
+        *(volume, request.mip, request.mips, request.chunk_px, request.block_sections),
+        *(request.encoding, (size[0], size[1], size[2]) if size else None),
+    )
+    if request.layer is None:
+        return
+    layer = Volume(request.layer, flag="--layer", resolution=volume.resolution)
+    mips = layer_mips(layer, range(request.mip, request.mip + request.mips))
+    check_rendering(
+        *(layer, mips.start, len(mips), request.chunk_px >> mips.start - request.mip),
+        *(request.block_sections, None, None, request.nearest),
+    )
 
 
 def _announce(request: AlignStackRequest) -> None:
@@ -364,28 +423,58 @@ def _announce(request: AlignStackRequest) -> None:
     volume = ImageVolume(request.cv_path)
     area = volume.extent()[0].cover(request.mip)
     num = len(request.sections)
-    chunks = -(-area.rows // request.chunk_px) * -(-area.cols // request.chunk_px)
+    chunks, windows = (
+        -(-area.rows // px) * -(-area.cols // px)
+        for px in (request.chunk_px, request.window_px)
+    )
     blocks = -(-num // request.block_sections)
     num_bytes = num * area.rows * area.cols * volume.dtype.itemsize
     logger.info(
-        "align-stack: %d sections of %d x %d px at mip %d, %s; %d chunks of %d px, %d "
-        "blocks of %d sections: about %d tasks a step; steps %s",
-        *(num, area.rows, area.cols, request.mip, volume.path, chunks),
-        *(request.chunk_px, blocks, request.block_sections, chunks * blocks),
+        "align-stack: %d sections of %d x %d px at mip %d, %s; %d blocks of %d "
+        "sections, %d chunks of %d px: about %d tasks a step, for pairs %d windows of "
+        "%d px: about %d tasks; steps %s",
+        *(num, area.rows, area.cols, request.mip, volume.path, blocks),
+        *(request.block_sections, chunks, request.chunk_px, chunks * blocks),
+        *(windows, request.window_px, windows * blocks),
         ", ".join(step for step in STEPS if step in request.steps),
     )
     logger.info(
-        "each step reads about %.2f GB; image %.2f GB and fields %.2f GB are written "
-        "to %s",
-        *(num_bytes / 1e9, num_bytes / 1e9, num_bytes * 8 / 64 / 1e9),
-        request.dst_path,
+        "each step reads at least %s; an image of %s and fields of %s go to %s",
+        *(size_in_words(num_bytes), size_in_words(num_bytes)),
+        *(size_in_words(num_bytes / 8), request.dst_path),
     )
+
+
+def _check_complete(stack: _StoredStack, step: str, run: Sequence[str]) -> None:
+    """Refuse to run steps after one that is not complete.
+
+    What a task did not write looks like zeros, so later steps would give wrong data.
+
+    Raises:
+        DatasetError: a step that is not run has open tasks, and a later one is run.
+    """
+    if STEPS.index(step) > max(STEPS.index(one) for one in run):
+        return
+    for name in PARTS[step]:
+        if name == "render-layer":
+            continue
+        part = stack.step(name)
+        tasks = part.tasks()
+        records = TaskRecords(part.destination, part.name, part.settings)
+        if num_open := len(tasks) - len(records.look(tasks).done):
+            raise DatasetError(
+                f"--steps {' '.join(run)}: {num_open} of {len(tasks)} tasks of the "
+                f"step {step} before are not done with these settings; run it, too: "
+                f"--steps {' '.join(one for one in STEPS if one in (step, *run))}"
+            )
 
 
 def _name_stale_steps(stack: _StoredStack, run: Sequence[str]) -> None:
     """Log the later steps whose results are of other settings than today's."""
     stale = []
     for step in STEPS[max(STEPS.index(one) for one in run) + 1 :]:
+        if TaskRecords(stack.destination, PARTS[step][0], {}).stored_digest() is None:
+            continue  # it was never run
         part = make_step(stack.destination, PARTS[step][0])
         records = TaskRecords(part.destination, part.name, part.settings)
         if records.look(part.tasks()).stale:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from metroem.errors import UsageError
 from metroem.geometry import affine
-from metroem.geometry.field import sample, upsample_field
+from metroem.geometry.field import pixel_positions, sample, upsample_field
 from metroem.geometry.grid import Grid
 from metroem.imaging.normalize import coarsen_image, normalize
 from metroem.pyramid import Pyramid
@@ -19,7 +19,6 @@ from metroem.stack.pairs import (
     CELL_LEVELS,
     SectionWindow,
     align_windows,
-    for_stacks,
     make_window,
     stage_grids,
     to_cells,
@@ -73,7 +72,6 @@ def align_stack(
         )
     if not isinstance(pyramid, Pyramid):
         pyramid = Pyramid.load(pyramid)
-    pyramid = for_stacks(pyramid)
     matrices, lines = place_sections(sections, model=model, flip=flip, fix=fix)
     for line in lines:
         logger.info("%s", line)
@@ -153,19 +151,13 @@ def _section_window(
     """Place a section, and make the images of the stages."""
     image = torch.from_numpy(section.astype(np.float32))[None, None]
     field = affine.as_field(matrix, area)
-    positions = field + _positions(area)
+    corner = torch.tensor([area.y, area.x], dtype=torch.float32).view(1, 2, 1, 1)
+    positions = pixel_positions(field) + field + corner
     tissue = (image > 0).float()
     sums = sample(torch.cat((image, tissue), 1), image, positions)
     nearest = sample(tissue, image, positions, mode="nearest")
     placed = torch.where(nearest > 0, sums[:, :1] / sums[:, 1:].clamp(min=0.1), 0.0)
     return make_window([normalize(coarsen_image(placed, mip)) for mip in mips])
-
-
-def _positions(area: Grid) -> Tensor:
-    """Make (1, 2, H, W): col and row, in the frame, of the pixels of an area."""
-    rows = torch.arange(area.rows, dtype=torch.float32) + area.x
-    cols = torch.arange(area.cols, dtype=torch.float32) + area.y
-    return torch.stack(torch.meshgrid(rows, cols, indexing="ij")[::-1])[None]
 
 
 def _extend(field: Tensor, area: Grid, frame: Grid) -> Tensor:

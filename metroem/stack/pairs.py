@@ -1,11 +1,13 @@
-"""Find the fields of each section on the sections before it, chunk by chunk.
+"""Find the fields of each section on the sections before it, window by window.
 
-All sections are placed first. The stages of a pyramid run on the window of a chunk,
-each at its own mip with a halo of its own pixels, so that chunks agree where they meet.
+All sections are placed first. The stages of a pyramid run on one window at a time, each
+at its own mip with a halo of its own pixels. The finetuner averages over the window, so
+its field depends on the window a little. So windows have a size of their own, and the
+fields are the same whatever the chunks of other steps are.
+
 The field on z - 1 is finetuned. Fields on z - 2 and further are the networks' own: they
-are only used where z - 1 is bad, and there the finetuner does not make them better
-(error on z - 2 of mouse cortex: 1.26 px, finetuned 1.29 px, z - 3: 1.74 and 3.1 px,
-2026-11).
+are only used where z - 1 is bad, and the finetuner does not make them better (error on
+z - 2 of mouse cortex: 1.27 px, finetuned 1.31 px; on z - 3: 1.74 and 3.11 px; 2026-11).
 
 Fields and correlations are stored as averages over cells of 8 x 8 px of the last stage.
 """
@@ -30,8 +32,8 @@ from metroem.imaging.defects import find_defects
 from metroem.imaging.masks import tissue_mask
 from metroem.imaging.normalize import GreyStatistics, coarsen_image, normalize
 from metroem.io.image_volume import ImageVolume
-from metroem.io.volume import crop_array
-from metroem.io.volume_write import BlockWriter, NewVolume, Notes
+from metroem.io.volume import Volume, crop_array
+from metroem.io.volume_write import FIELD_NOTES, BlockWriter, NewVolume, Notes
 from metroem.pyramid import Pyramid, StageInput
 from metroem.stack.place import Placement
 from metroem.stack.pulled_sections import ReadCount, iter_nearest, iter_pulled
@@ -40,23 +42,15 @@ from metroem.stack.tasks import Block, Step, split_blocks
 # A cell of the stored fields spans 2**CELL_LEVELS px of the last stage.
 CELL_LEVELS = 3
 # Detail that is compared, and the window that is compared, standard deviations in px of
-# one mip coarser than the last stage. Wider windows miss folds, narrower ones are noisy
-# (error beside a fold 1.0 px; with 8 px 1.2 px; 2026-11).
+# one mip coarser than the last stage. Wider windows miss folds: the two pairs of a
+# folded section had errors of 0.98 and 0.81 px, with 8 px 1.06 and 0.90 px (2026-11).
 _NOISE_PX, _BACKGROUND_PX, _WINDOW_PX = 0.75, 6.0, 4.0
 # Least tissue of a window, and least variance of normalised grey levels.
 _MIN_TISSUE, _MIN_VARIANCE = 0.05, 1e-4
 
 
-def for_stacks(pyramid: Pyramid) -> Pyramid:
-    """Let the stages finetune by numbers of the neighbourhood, not of the window.
-
-    So two chunks find the same field where they overlap.
-    """
-    return pyramid
-
-
 class SectionWindow(NamedTuple):
-    """One placed section around a chunk, as the stages read it."""
+    """One placed section in a window and its halo, as the stages read it."""
 
     images: tuple[Tensor, ...]  # a stage each, (1, 1, h, w), normalised, 0 = no data
     defects: Tensor  # (1, 1, H, W) bool at the last stage
@@ -65,20 +59,40 @@ class SectionWindow(NamedTuple):
 def stage_grids(
     core: Grid, area: Grid, mips: Sequence[int], halo_px: int
 ) -> list[Grid]:
-    """Find the window that each stage reads around a chunk.
+    """Find the part that each stage reads of a window and its halo.
 
     Args:
-        core: the chunk.
+        core: the window without its halo.
         area: the area of all sections; windows end there.
         mips: mip of each stage.
-        halo_px: pixels of the stage's mip around the chunk.
+        halo_px: pixels of the stage's mip around the window.
     """
     grids = []
     for mip in mips:
         window = core.cover(mip, margin_px=halo_px).overlap(area.cover(mip))
-        assert window is not None  # the chunk lies in the area
+        assert window is not None  # the core lies in the area
         grids.append(window)
     return grids
+
+
+def open_masks(path: str, images: ImageVolume, mip: int) -> Volume:
+    """Open the volume of masks.
+
+    Args:
+        path: the volume.
+        images: the volume of the raw sections.
+        mip: mip of the last stage, which reads the masks.
+
+    Raises:
+        DatasetError: it cannot be opened, lacks the mip, or does not cover the images.
+    """
+    masks = Volume(path, flag="--masks", resolution=images.resolution)
+    masks.check_channels(1, "a volume of masks")
+    masks.check_mip("mip of the last stage", mip)
+    area, sections = images.extent()
+    masks.check_covers(area, "the volume of sections", at=mip)
+    masks.check_sections(sections, mip)
+    return masks
 
 
 def make_window(
@@ -201,21 +215,32 @@ _SAMPLES, _SAMPLE_PX = 16, 512
 class GreysStep(Step):
     """Measure mean and standard deviation of the grey levels of each section.
 
-    Every chunk of a section must be normalised by the same numbers, so they cannot come
-    from the chunk itself. They are measured at the mip of each stage, on up to 16
-    squares of 512 px that are spread over the section.
+    All windows of a section must be normalised by the same numbers, so they cannot come
+    from a window itself. They are measured at the mip of each stage, on up to 16
+    squares of 512 px that are spread over the tissue.
+
+    Attributes:
+        destination: the folder of the stack.
+        cv_path: volume of the raw sections.
+        placement: where the sections lie.
+        sections: range of z.
+        block_sections: sections of a task.
+        mips: mip of each stage.
+        before: settings of the steps before.
     """
 
     destination: str
     cv_path: str
+    placement: Placement
     sections: range
     block_sections: int
     mips: tuple[int, ...]
+    before: Mapping[str, Any] = field(default_factory=dict)
     name: str = "pairs-greys"
 
     @property
     def settings(self) -> Mapping[str, Any]:
-        return {"cv_path": self.cv_path, "mips": list(self.mips)}
+        return {**self.before, "mips": list(self.mips)}
 
     def tasks(self) -> list[str]:
         return [
@@ -226,13 +251,14 @@ class GreysStep(Step):
     def run(self, task: str) -> Mapping[str, Any]:
         start, stop = map(int, task[1:].split("-"))
         volume = ImageVolume(self.cv_path)
+        tissue = self._tissue_area(volume, range(start, stop))
         found: dict[str, dict[str, list[float] | None]] = {
             str(z): {} for z in range(start, stop)
         }
         num_bytes = 0
         for mip in self.mips:
             sums = np.zeros((stop - start, 3))
-            for window in _sample_windows(volume.extent()[0].cover(mip)):
+            for window in _sample_windows(tissue.cover(mip)):
                 layers = volume.read(window, range(start, stop))[:, 0]
                 num_bytes += layers.nbytes
                 for index, layer in enumerate(layers):
@@ -242,9 +268,33 @@ class GreysStep(Step):
                 mean = total / max(count, 1)
                 variance = squares / max(count, 1) - mean**2
                 known = [mean, variance**0.5] if variance > 0 else None
+                if (
+                    known is None
+                    and self.placement.placed[start + index].how != "blank"
+                ):
+                    raise DatasetError(
+                        f"{self.cv_path}: section {start + index} has tissue, but none "
+                        f"at mip {mip} on {_SAMPLES} squares of {_SAMPLE_PX} px that "
+                        "are spread over it; crop the volume to the tissue"
+                    )
                 found[str(start + index)][str(mip)] = known
         Notes(f"{self.destination}/greys").write(f"{task}.json", found)
         return {"bytes_read": num_bytes, "bytes_needed": num_bytes}
+
+    def _tissue_area(self, volume: ImageVolume, sections: range) -> Grid:
+        """Find the part of the raw volume that the sections' tissue lies in."""
+        area, extent = self.placement.area, volume.extent()[0]
+        corners = np.array(
+            [(c, r) for c in (area.y, area.end[1]) for r in (area.x, area.end[0])],
+            float,
+        )
+        at = np.concatenate(
+            [affine.apply(self.placement.matrices[z], corners) for z in sections]
+        )
+        low = np.floor(at.min(0)).astype(int)[::-1].tolist()
+        high = np.ceil(at.max(0)).astype(int)[::-1].tolist()
+        whole = Grid(0, low[0], low[1], high[0] - low[0], high[1] - low[1])
+        return whole.overlap(extent) or extent
 
 
 def _sample_windows(extent: Grid) -> list[Grid]:
@@ -259,7 +309,6 @@ def _sample_windows(extent: Grid) -> list[Grid]:
     ]
     if len(squares) <= _SAMPLES:
         return squares
-    # A step that shares no factor with a row of squares visits all rows and cols.
     chosen = np.linspace(0, len(squares) - 1, _SAMPLES).round().astype(int)
     return [squares[index] for index in chosen]
 
@@ -278,10 +327,10 @@ class PairsStep(Step):
         device: where it runs.
         placement: where the sections lie.
         sections: range of z.
-        mip: mip of the chunks.
-        chunk_px: side of a chunk.
+        mip: mip of the windows.
+        window_px: side of a window without its halo.
         block_sections: sections of a task.
-        halo_px: pixels of each stage around a chunk.
+        halo_px: pixels of each stage around a window.
         neighbours: number of sections before it that a section is aligned with.
         mips: mip of each stage.
         weights: digest of the weights.
@@ -298,7 +347,7 @@ class PairsStep(Step):
     placement: Placement
     sections: range
     mip: int
-    chunk_px: int
+    window_px: int
     block_sections: int
     halo_px: int
     neighbours: int
@@ -317,12 +366,12 @@ class PairsStep(Step):
             "masks": self.masks,
             "halo_px": self.halo_px,
             "neighbours": self.neighbours,
-            "chunk_px": self.chunk_px,
+            "window_px": self.window_px,
         }
 
     @property
     def area(self) -> Grid:
-        """The area of all sections at the mip of the chunks."""
+        """The area of all sections at the mip of the windows."""
         return self.placement.area.at_mip(self.mip)
 
     @property
@@ -332,7 +381,7 @@ class PairsStep(Step):
 
     def tasks(self) -> list[str]:
         blocks = split_blocks(
-            self.area, self.sections, self.chunk_px, self.block_sections
+            self.area, self.sections, self.window_px, self.block_sections
         )
         return [block.name for block in blocks]
 
@@ -432,13 +481,9 @@ class PairsStep(Step):
     @cached_property
     def _writers(self) -> dict[str, BlockWriter]:
         """The volumes of the fields, correlations and defects."""
-        notes = {
-            "kind": "fields",
-            "direction": "pull",
-            "channel_order": "yx",
-            "field_unit": "relative",
+        kinds = {
+            f"k{k}": (2, "float32", FIELD_NOTES) for k in range(1, self.neighbours + 1)
         }
-        kinds = {f"k{k}": (2, "float32", notes) for k in range(1, self.neighbours + 1)}
         kinds |= {f"{name}_correlation": (1, "uint8", {}) for name in kinds}
         kinds["defects"] = (1, "uint8", {})
         return {
@@ -449,7 +494,7 @@ class PairsStep(Step):
                     *(self.sections, self.resolution, about),
                 ),
                 flag="--dst_path",
-                block_px=self.chunk_px << self.mip >> self.cell_mip,
+                block_px=self.window_px << self.mip >> self.cell_mip,
                 chunk_size=(256, 256, 1),
             )
             for name, (num_channels, dtype, about) in kinds.items()
@@ -464,19 +509,11 @@ class PairsStep(Step):
         return ImageVolume(self.cv_path)
 
     @cached_property
-    def _masks(self) -> ImageVolume | None:
+    def _masks(self) -> Volume | None:
         if self.masks is None:
             return None
-        return ImageVolume(
-            self.masks, flag="--masks", resolution=self._volume.resolution
-        )
+        return open_masks(self.masks, self._volume, self.mips[-1])
 
     @cached_property
     def _pyramid(self) -> Pyramid:
-        pyramid = Pyramid.load(self.pyramid_path, self.checkpoint_name, self.device)
-        return for_stacks(pyramid)
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Leave out what a copy opens by itself."""
-        opened = ("_volume", "_masks", "_pyramid", "_writers", "_known_greys")
-        return {k: v for k, v in self.__dict__.items() if k not in opened}
+        return Pyramid.load(self.pyramid_path, self.checkpoint_name, self.device)

@@ -48,7 +48,7 @@ from metroem.geometry import affine
 from metroem.geometry.field import pixel_positions, sample
 from metroem.geometry.grid import Grid
 from metroem.io.volume import Volume, crop_array
-from metroem.io.volume_write import BlockWriter, NewVolume
+from metroem.io.volume_write import FIELD_NOTES, BlockWriter, NewVolume
 from metroem.stack.place import Placement
 from metroem.stack.tasks import Block, Step, split_blocks
 
@@ -366,6 +366,7 @@ class RelaxStep(Step):
             **self.before,
             "pull": self.options.pull,
             "bending": self.options.bending,
+            "chunk_px": self.chunk_px,
         }
 
     @property
@@ -438,12 +439,7 @@ class RelaxStep(Step):
             NewVolume(
                 *(2, "float32", self.cell_mip, self.placement.area, self.sections),
                 self.resolution,
-                {
-                    "kind": "fields",
-                    "direction": "pull",
-                    "channel_order": "yx",
-                    "field_unit": "relative",
-                },
+                {**FIELD_NOTES, "mip": self.cell_mip},
             ),
             flag="--dst_path",
             block_px=self.chunk_px << self.mip >> self.cell_mip,
@@ -467,8 +463,3 @@ class RelaxStep(Step):
             )
             for name in names
         }
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Leave out what a copy opens by itself."""
-        opened = ("_writer", "_fields", "_pairs")
-        return {k: v for k, v in self.__dict__.items() if k not in opened}

@@ -2,12 +2,13 @@
 
 The field of a section leads from an aligned pixel to the raw section, placement
 included. So grey levels are interpolated once. Coarser mips average the tissue of the
-block that was just made, so nothing is read back.
+block that was just made, so nothing is read back. Other layers of the raw volume
+(masks, labels) are pulled through the same fields.
 """
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -15,21 +16,30 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from metroem.errors import UsageError
+from metroem.errors import DatasetError, UsageError
 from metroem.geometry import affine
 from metroem.geometry.grid import Grid
 from metroem.imaging.normalize import coarsen_image
+from metroem.io.cloud_paths import cloud_path
 from metroem.io.image_volume import ImageVolume
 from metroem.io.volume import Volume
+from metroem.io.volume_info import check_encoding
 from metroem.io.volume_write import BlockWriter, NewVolume
 from metroem.stack.place import Placement
 from metroem.stack.pulled_sections import ReadCount, iter_nearest, iter_pulled
 from metroem.stack.tasks import Block, Step, split_blocks
+from metroem.utils import cli
 
 # Pixels of its mip around a block that interpolating a field needs.
 _MARGIN_PX = 1
-# Encodings that hold 8 bits a pixel.
-_8_BIT = ("jpeg", "png")
+# A field that is made of the placement has pixels of so many mips more.
+_PLACED_LEVELS = 3
+# Types that are interpolated: grey levels.
+_GREY_TYPES = ("uint8", "uint16", "float32")
+# Encodings that change values a little.
+_LOSSY = ("jpeg", "jxl", "zfpc")
+# Chunks of a source that do not fit are replaced by these, unless they are that small.
+_CHUNK_PX, _SMALLEST_PX = 128, 32
 
 
 @dataclass(frozen=True)
@@ -40,8 +50,7 @@ class RenderStep(Step):
         destination: the folder of the stack.
         path: volume to write.
         cv_path: volume of raw sections to pull: the images, or another layer of them.
-        flag: the flag that gave it, for messages.
-        placement: where the sections lie.
+        placement: where the sections lie, and the area that is written.
         field_mip: mip of the fields in <destination>/field; None: only the placement.
         sections: range of z.
         mip: finest mip to write.
@@ -50,8 +59,9 @@ class RenderStep(Step):
         block_sections: sections of a block.
         resolution: nm of a mip-0 voxel of the images.
         encoding: of the written volume; None: that of `cv_path`.
-        chunk_size: of the written volume, x, y, z; None: that of `cv_path`.
+        chunk_size: of the written volume, x, y, z; None: that of `cv_path`, or nearly.
         nearest: take the nearest pixel: labels, masks.
+        flag: the flag that gave `cv_path`, for messages.
         before: settings of the steps before.
         name: name of the step.
     """
@@ -79,6 +89,9 @@ class RenderStep(Step):
         return {
             **self.before,
             "rendered": self.cv_path,
+            # A stack that is moved as a whole stays done.
+            "to": self.path.removeprefix(f"{self.destination}/"),
+            "mip": self.mip,
             "mips": self.mips,
             "encoding": self.encoding,
             "chunk_size": self.chunk_size and list(self.chunk_size),
@@ -92,132 +105,271 @@ class RenderStep(Step):
 
     def run(self, task: str) -> Mapping[str, Any]:
         block = Block.parse(task)
+        fields = self._read_fields(block)
         count = ReadCount()
         finest = np.zeros(
             (len(block.sections), 1, *block.grid.shape), self._volume.dtype
         )
-        fields = {z: self._field(z, block.grid) for z in block.sections}
         if self.nearest:
             for z, labels in iter_nearest(self._volume, fields, block.grid, count):
                 finest[z - block.sections.start, 0] = labels
         else:
             for z, image in iter_pulled(self._volume, fields, block.grid, count):
-                stored = _to_dtype(image, finest.dtype)
-                finest[z - block.sections.start] = stored[0]
-        for mip in self._writer.mips:
-            levels = mip - self.mip
-            self._writer.write(
-                self._coarsen(finest, levels), block.grid.at_mip(mip), block.sections
-            )
+                finest[z - block.sections.start] = _to_dtype(image, finest.dtype)[0]
+        made = _iter_label_mips(finest) if self.nearest else _iter_grey_mips(finest)
+        for mip, values in zip(self._writer.mips, made, strict=False):
+            self._writer.write(values, block.grid.at_mip(mip), block.sections)
         return count.figures()
 
     def check(self) -> None:
-        """Refuse what cannot be written, before any task runs.
+        """Refuse what cannot be written, before any task runs; make the volume.
 
         Raises:
-            UsageError: an encoding does not fit the type, or too many mips are wanted.
-            DatasetError: another volume exists there, or the source lacks the mip.
+            UsageError: flags that do not fit the source; see `check_rendering`.
+            DatasetError: another volume exists there, or the source lacks sections.
         """
-        if self._encoding in _8_BIT and self._volume.dtype != np.uint8:
-            raise UsageError(
-                f"--encoding {self._encoding}: holds 8 bits, {self._volume.path} is "
-                f"{self._volume.dtype}; give --encoding raw"
-            )
-        if self.chunk_px >> (self.mips - 1) << (self.mips - 1) != self.chunk_px:
-            raise UsageError(
-                f"--mips {self.mips}: chunks of {self.chunk_px} px cannot be halved "
-                f"{self.mips - 1} times; give fewer mips or another --chunk_px"
-            )
-        if self.nearest is False and self._volume.dtype.itemsize > 4:
-            raise UsageError(
-                f"{self.flag} {self.cv_path}: is {self._volume.dtype}, so these are "
-                "labels; give --nearest"
-            )
-        self._volume.check_mip(self.flag, self.mip)
-        _ = self._writer
-
-    def _field(self, z: int, block: Grid) -> tuple[Tensor, Grid]:
-        """Read the field of a section around a block, and its grid."""
-        if self.field_mip is None:
-            grid = block.cover(max(self.mip + 3, 3), margin_px=_MARGIN_PX)
-            return affine.as_field(self.placement.matrices[z], grid), grid
-        grid = block.cover(self.field_mip, margin_px=_MARGIN_PX)
-        inside = self._fields.clip(grid)
-        assert inside is not None  # fields cover the whole area
-        stored = torch.from_numpy(self._fields.read(inside, range(z, z + 1)))
-        if inside == grid:
-            return stored, grid
-        # Beyond the border of all fields the displacement stays the same, and the
-        # placement goes on.
-        matrix = self.placement.matrices[z]
-        placed = affine.as_field(matrix, grid)
-        left = (inside.y - grid.y) >> grid.mip
-        top = (inside.x - grid.x) >> grid.mip
-        pad = (
-            *(left, grid.cols - inside.cols - left),
-            *(top, grid.rows - inside.rows - top),
+        volume = self._volume
+        check_rendering(
+            *(volume, self.mip, self.mips, self.chunk_px, self.block_sections),
+            *(self.encoding, self.chunk_size, self.nearest),
         )
-        rest = stored - affine.as_field(matrix, inside)
-        return torch.nn.functional.pad(rest, pad, mode="replicate") + placed, grid
+        held = volume.sections_at(volume.source_mip(self.mip))
+        sections = self.sections
+        if not (held.start <= sections.start and sections.stop <= held.stop):
+            raise DatasetError(
+                f"{self.flag} {self.cv_path}: holds sections {held.start}..."
+                f"{held.stop - 1}, the stack {sections.start}...{sections.stop - 1}; "
+                "give a volume that holds all of them"
+            )
+        area, step = self.placement.area, 1 << (self.mip + self.mips - 1)
+        if any(one % step for one in (area.x, area.y, area.rows, area.cols)):
+            raise UsageError(
+                f"--mips {self.mips}: the aligned area, x {area.x}...{area.end[0]}, y "
+                f"{area.y}...{area.end[1]}, does not consist of whole pixels of mip "
+                f"{self.mip + self.mips - 1}; give fewer mips"
+            )
+        sources = [cloud_path(self.cv_path)]
+        method: dict[str, Any] = {"command": cli.command_line()}
+        if self.field_mip is None:
+            sources.append(f"{self.destination}/placement.json")
+        else:
+            sources.append(f"{self.destination}/field")
+        method["interpolation"] = "nearest" if self.nearest else "linear"
+        self._writer.describe(sources, {"method": method, "by": f"metroem {self.name}"})
 
-    def _coarsen(self, finest: np.ndarray, levels: int) -> np.ndarray:
-        """Make a coarser mip of a block, (n, 1, H, W), in its type."""
-        if levels == 0:
-            return finest
-        if self.nearest:
-            return np.ascontiguousarray(finest[..., :: 1 << levels, :: 1 << levels])
-        coarse = [
-            _to_dtype(
-                coarsen_image(torch.from_numpy(one.astype(np.float32))[None], levels),
-                finest.dtype,
-            )[0]
-            for one in finest
-        ]
-        return np.stack(coarse)
+    def of_layer(self, layer: str, nearest: bool) -> "RenderStep":
+        """Make the step that renders another volume of the same raw sections.
 
-    @property
-    def _encoding(self) -> str:
-        if self.encoding is not None:
-            return self.encoding
-        scale = self._volume.info["scales"][
-            self._volume.index_of(self._volume.source_mip(self.mip))
-        ]
-        return "raw" if self.nearest else str(scale.get("encoding", "raw"))
+        It is written to <destination>/layers/<name of its folder>, at `layer_mips`. Its
+        chunks and encoding are its own ones.
+
+        Args:
+            layer: path of the volume.
+            nearest: take the nearest pixel.
+
+        Raises:
+            DatasetError: it cannot be opened, or has no such mip.
+        """
+        volume = Volume(layer, flag="--layer", resolution=self.resolution)
+        mips = layer_mips(volume, range(self.mip, self.mip + self.mips))
+        folder = cloud_path(layer).rstrip("/").rpartition("/")[2]
+        return replace(
+            self,
+            path=f"{self.destination}/layers/{folder}",
+            cv_path=layer,
+            flag="--layer",
+            mip=mips.start,
+            mips=len(mips),
+            chunk_px=self.chunk_px >> (mips.start - self.mip),
+            encoding=None,
+            chunk_size=None,
+            nearest=nearest,
+            name=f"{self.name}-layer",
+        )
+
+    def _read_fields(self, block: Block) -> dict[int, tuple[Tensor, Grid]]:
+        """Read the fields of a block's sections, by z, with their grid."""
+        if self.field_mip is None:
+            mip = block.grid.mip + _PLACED_LEVELS
+            grid = block.grid.cover(mip, margin_px=_MARGIN_PX)
+            return {
+                z: (affine.as_field(self.placement.matrices[z], grid), grid)
+                for z in block.sections
+            }
+        wide = block.grid.cover(self.field_mip, margin_px=_MARGIN_PX)
+        grid = self._fields.clip(wide) or wide
+        stored = torch.from_numpy(self._fields.read(grid, block.sections))
+        return {
+            z: (one[None], grid) for z, one in zip(block.sections, stored, strict=True)
+        }
 
     @cached_property
     def _writer(self) -> BlockWriter:
-        rows, cols, thickness = self.chunk_size or self._source_chunk()
         wanted = NewVolume(
             *(1, str(self._volume.dtype), self.mip, self.placement.area),
             *(self.sections, self.resolution, {"kind": "images", "aligned": True}),
         )
+        size = self.chunk_size or _fitting_chunk(
+            self._volume, self.mip, self.chunk_px, self.block_sections
+        )
+        encoding = self.encoding or _own_encoding(self._volume, self.mip, self.nearest)
         return BlockWriter(
             *(self.path, wanted),
             flag="--dst_path",
             block_px=self.chunk_px,
-            chunk_size=(rows, cols, math.gcd(thickness, self.block_sections)),
+            chunk_size=size,
             mips=self.mips,
-            encoding=self._encoding,
+            encoding=encoding,
         )
 
-    def _source_chunk(self) -> tuple[int, int, int]:
-        index = self._volume.index_of(self._volume.source_mip(self.mip))
-        rows, cols, thickness = self._volume.info["scales"][index]["chunk_sizes"][0]
-        return int(rows), int(cols), int(thickness)
-
     @cached_property
-    def _volume(self) -> ImageVolume:
-        return ImageVolume(self.cv_path, flag=self.flag, resolution=self.resolution)
+    def _volume(self) -> Volume:
+        # Labels cannot be averaged, so mips that are not stored are not made of them.
+        kind = Volume if self.nearest else ImageVolume
+        return kind(self.cv_path, flag=self.flag, resolution=self.resolution)
 
     @cached_property
     def _fields(self) -> Volume:
         path = f"{self.destination}/field"
         return Volume(path, flag="--dst_path", resolution=self.resolution)
 
-    def __getstate__(self) -> dict[str, Any]:
-        """Leave out what a copy opens by itself."""
-        opened = ("_writer", "_volume", "_fields")
-        return {k: v for k, v in self.__dict__.items() if k not in opened}
+
+def layer_mips(layer: Volume, mips: range) -> range:
+    """Choose the mips of a layer that are written.
+
+    Args:
+        layer: the volume.
+        mips: those of the aligned images.
+
+    Returns:
+        From the finest mip of the layer that is not finer than the images, up to their
+        coarsest one.
+
+    Raises:
+        DatasetError: it has none of the mips.
+    """
+    found = [mip for mip in layer.mips if mip in mips]
+    if not found:
+        raise DatasetError(
+            f"{layer.flag} {layer.path}: has mips {', '.join(map(str, layer.mips))}, "
+            f"the aligned images {mips.start} to {mips.stop - 1}; give a layer that "
+            "has one of them, or more --mips"
+        )
+    return range(found[0], mips.stop)
+
+
+def check_rendering(
+    volume: Volume,
+    mip: int,
+    mips: int,
+    chunk_px: int,
+    block_sections: int,
+    encoding: str | None = None,
+    chunk_size: tuple[int, int, int] | None = None,
+    nearest: bool = False,
+) -> None:
+    """Refuse to render a volume in a form that it cannot have.
+
+    Args:
+        volume: the source.
+        mip: see `RenderStep`, also for the rest.
+        mips: number of mips.
+        chunk_px: side of a block.
+        block_sections: sections of a block.
+        encoding: of the result.
+        chunk_size: of the result, x, y, z.
+        nearest: take the nearest pixel.
+
+    Raises:
+        UsageError: the encoding, the chunks or the mips do not fit.
+        DatasetError: the volume lacks the mip or has several channels.
+    """
+    volume.check_channels(1, "what is rendered")
+    volume.check_mip("--mip", mip)
+    if not nearest and str(volume.dtype) not in _GREY_TYPES:
+        raise UsageError(
+            f"{volume.flag} {volume.path}: is {volume.dtype}; grey levels are "
+            f"{', '.join(_GREY_TYPES)}; give --nearest if these are labels"
+        )
+    if encoding is not None:
+        check_encoding(encoding, str(volume.dtype))
+        if nearest and encoding in _LOSSY:
+            raise UsageError(
+                f"--encoding {encoding}: changes labels; give --encoding raw"
+            )
+    if chunk_px % (1 << (mips - 1)):
+        raise UsageError(
+            f"--mips {mips}: blocks of {chunk_px} px cannot be halved {mips - 1} "
+            "times; give fewer mips or another --chunk_px"
+        )
+    if chunk_size is not None:
+        rows, cols, layers = chunk_size
+        is_positive = min(chunk_size) > 0
+        if not is_positive or chunk_px % rows or chunk_px % cols:
+            raise UsageError(
+                f"--chunk_size {rows} {cols} {layers}: a block of {chunk_px} px does "
+                "not consist of whole chunks; give sizes that divide --chunk_px"
+            )
+        if block_sections % layers:
+            raise UsageError(
+                f"--chunk_size {rows} {cols} {layers}: a block of {block_sections} "
+                "sections does not consist of whole chunks; give a size along z that "
+                "divides --block_sections"
+            )
+
+
+def _own_encoding(volume: Volume, mip: int, nearest: bool) -> str:
+    """Choose the encoding of the source, or raw where it cannot be written."""
+    index = volume.index_of(volume.source_mip(mip))
+    encoding = str(volume.info["scales"][index].get("encoding", "raw"))
+    if nearest and encoding in _LOSSY:
+        return "raw"
+    try:
+        check_encoding(encoding, str(volume.dtype))
+    except UsageError:
+        return "raw"
+    return encoding
+
+
+def _fitting_chunk(
+    volume: Volume, mip: int, chunk_px: int, block_sections: int
+) -> tuple[int, int, int]:
+    """Choose chunks of which blocks consist: those of the source, or nearly."""
+    index = volume.index_of(volume.source_mip(mip))
+    size = [int(one) for one in volume.info["scales"][index]["chunk_sizes"][0]]
+    sides = []
+    for one in size[:2]:
+        side = math.gcd(one, chunk_px)
+        if side < min(one, _SMALLEST_PX):
+            side = math.gcd(_CHUNK_PX, chunk_px)
+        sides.append(side)
+    return sides[0], sides[1], math.gcd(size[2], block_sections)
+
+
+def _iter_grey_mips(finest: np.ndarray) -> Iterator[np.ndarray]:
+    """Yield a block, (n, 1, H, W), and its coarser mips: averages of tissue."""
+    yield finest
+    grey = [torch.from_numpy(one.astype(np.float32))[None] for one in finest]
+    while True:
+        grey = [coarsen_image(one, 1) for one in grey]
+        yield np.concatenate([_to_dtype(one, finest.dtype) for one in grey])
+
+
+def _iter_label_mips(finest: np.ndarray) -> Iterator[np.ndarray]:
+    """Yield a block, (n, 1, H, W), and its coarser mips: the most frequent of 2 x 2.
+
+    Of labels that are as frequent, the first one is taken.
+    """
+    labels = finest
+    while True:
+        yield labels
+        rows, cols = labels.shape[-2:]
+        pad = ((0, 0), (0, 0), (0, rows % 2), (0, cols % 2))
+        labels = np.pad(labels, pad, mode="edge")
+        a, b = labels[..., ::2, ::2], labels[..., ::2, 1::2]
+        c, d = labels[..., 1::2, ::2], labels[..., 1::2, 1::2]
+        rest = np.where((b == c) | (b == d), b, np.where(c == d, c, a))
+        labels = np.where((a == b) | (a == c) | (a == d), a, rest)
 
 
 def _to_dtype(image: Tensor, dtype: np.dtype) -> np.ndarray:

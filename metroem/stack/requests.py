@@ -128,13 +128,28 @@ class AlignStackRequest(SectionsRequest):
     pyramid_path: Path = flag("trained pyramid that aligns pairs of sections")
     checkpoint_name: str = _aligning("name of the pyramid's weights", "checkpoint")
     steps: list[str] = _aligning("steps to run", list(STEPS), choices=STEPS)
-    neighbours: int = _aligning("align each section with so many before it", 2, least=1)
+    neighbours: int = _aligning(
+        "align each section with so many before it: crosses one bad section less",
+        3,
+        least=1,
+    )
     masks: str | None = _aligning(
-        "volume of masks: 0 where the tissue can be trusted", unset="defects are found"
+        "volume of masks of folds, cracks and dirt: 0 where there are none",
+        unset="defects are found",
     )
     chunk_px: int = _aligning("side of the area of a task, px", 2048, least=64)
     block_sections: int = _aligning("sections of a task", 16, least=1)
-    halo_px: int = _aligning("pixels around a chunk that its task also reads", 256)
+    window_px: int = _aligning(
+        "side of the area that the pyramid runs on at once, px; it needs the most "
+        "memory of all",
+        2048,
+        least=64,
+    )
+    halo_px: int = _aligning(
+        "pixels of each stage's mip around a window that the pyramid also reads",
+        256,
+        least=0,
+    )
     smoothness: float = _aligning("how much bending costs", 1.0, least=0)
     device: str = _aligning("cpu, cuda or cuda:N", "cpu")
     mips: int = _aligning("number of mips of the aligned volume", 4, least=1)
@@ -147,6 +162,22 @@ class AlignStackRequest(SectionsRequest):
         nargs=3,
         metavar=("X", "Y", "Z"),
     )
+    layer: str | None = _aligning(
+        "also render this volume of the same raw sections, to DST_PATH/layers",
+        unset="none",
+    )
+    nearest: bool = _aligning("render --layer without interpolation: labels", False)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.nearest and self.layer is None:
+            raise UsageError("--nearest: goes with --layer; give a layer of labels")
+
+    def check_paths(self) -> None:
+        super().check_paths()
+        for name in ("masks", "layer"):
+            check_exists(f"--{name}", getattr(self, name))
+        find_modules(self.pyramid_path)
 
 
 @dataclass(frozen=True, kw_only=True)

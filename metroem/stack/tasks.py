@@ -7,6 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Collection, Generator, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from metroem.errors import TaskError, UsageError
@@ -111,6 +112,16 @@ class Step(ABC):
     destination: str
     settings: Mapping[str, Any]
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out cached properties: volumes that a copy opens by itself."""
+        cached = {
+            name
+            for one in type(self).__mro__
+            for name, value in vars(one).items()
+            if isinstance(value, cached_property)
+        }
+        return {k: v for k, v in self.__dict__.items() if k not in cached}
+
     @abstractmethod
     def tasks(self) -> Sequence[str]:
         """List the names of all tasks: the same list in every process."""
@@ -147,7 +158,7 @@ def run_step(step: Step, request: RunRequest) -> bool:
             written to.
         UsageError, DatasetError: see `open_queue`.
     """
-    with _one_command(step.destination, request):
+    with one_command(step.destination, request):
         records = TaskRecords(step.destination, step.name, step.settings)
         tasks = step.tasks()
         mine = _tasks_of_shard(tasks, request.shard)
@@ -175,7 +186,7 @@ def run_step(step: Step, request: RunRequest) -> bool:
 
 
 @contextmanager
-def _one_command(destination: str, request: RunRequest) -> Iterator[None]:
+def one_command(destination: str, request: RunRequest) -> Iterator[None]:
     """Lock a local destination against other commands; shards run side by side."""
     folder = local_folder(destination)
     if folder is None or request.shard or request.queue:
@@ -256,7 +267,9 @@ def _summarize(name: str, outcomes: Sequence[Outcome], seconds: float) -> None:
         sum(outcome.is_done for outcome in outcomes),
         in_words(seconds),
         in_words(sum(outcome.seconds for outcome in outcomes)),
-        f"; {_size(read)} read, {_size(needed)} needed" if needed else "",
+        f"; {size_in_words(read)} read, {size_in_words(needed)} needed"
+        if needed
+        else "",
     )
     if needed and read > _READ_TOO_MUCH * needed:
         logger.warning(
@@ -266,7 +279,7 @@ def _summarize(name: str, outcomes: Sequence[Outcome], seconds: float) -> None:
         )
 
 
-def _size(num_bytes: float) -> str:
+def size_in_words(num_bytes: float) -> str:
     """Say a number of bytes in words, "3.2 GB"."""
     for unit in ("bytes", "kB", "MB", "GB"):
         if num_bytes < 1000:

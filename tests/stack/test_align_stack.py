@@ -20,6 +20,7 @@ from metroem.models.weights import checkpoint_path, save_weights
 from metroem.stack.align_stack import make_step
 from metroem.synthetic.tissue import TissueRecipe, make_tissue
 from tests.models.specs import CORRELATION, write_spec
+from tests.volumes import make_volume
 
 NUM, ROWS, COLS = 4, 112, 176
 
@@ -54,7 +55,8 @@ def align(stack, dst, *flags, z_end=NUM):
             *("align-stack", "--cv_path", str(stack / "raw"), "--dst_path", str(dst)),
             *("--pyramid_path", str(stack / "pyramid"), "--z_start", "0"),
             *("--z_end", str(z_end), "--chunk_px", "128", "--block_sections", "2"),
-            *("--halo_px", "32", "--neighbours", "2", "--mips", "2", *flags),
+            *("--window_px", "128", "--halo_px", "32", "--neighbours", "2"),
+            *("--mips", "2", *flags),
         ]
     )
 
@@ -69,12 +71,12 @@ def aligned(stack):
 
 
 def digests(folder):
-    """Checksums of all files of the aligned volume and of the fields."""
+    """Checksums of the aligned volume and of the fields, but for the command."""
     files = [p for name in ("image", "field") for p in (folder / name).rglob("*")]
     return {
         str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
         for path in sorted(files)
-        if path.is_file()
+        if path.is_file() and path.name != "provenance"
     }
 
 
@@ -147,6 +149,23 @@ def test_shards_in_any_order_write_the_same_bytes(aligned, stack, tmp_path):
     assert digests(tmp_path / "a") == digests(aligned)
 
 
+def test_other_chunks_and_blocks_give_the_same_fields(aligned, stack, tmp_path):
+    flags = ("--chunk_px", "64", "--block_sections", "3")
+    align(stack, tmp_path / "a", *WITHOUT_CHECK, *flags)
+
+    nm = ImageVolume(str(stack / "raw")).resolution
+    one, other = (
+        Volume(str(folder / "field"), resolution=nm)
+        for folder in (aligned, tmp_path / "a")
+    )
+    area, sections = one.extent()
+    assert other.extent() == (area, sections)
+    before, after = (volume.read(area.cover(3), sections) for volume in (one, other))
+    assert np.abs(before).max() > 0.1
+    # Cells of 8 px, so this is 0.05 px.
+    assert np.quantile(np.abs(after - before), 0.999) < 0.05 / 8
+
+
 def test_a_stack_grows_and_keeps_its_blocks(aligned, stack, tmp_path, caplog):
     align(stack, tmp_path / "a", *WITHOUT_CHECK)
     before = digests(tmp_path / "a")
@@ -207,7 +226,8 @@ def test_bad_input_is_refused_in_one_line_before_anything_is_written(stack, tmp_
     refused(
         stack, tmp_path, "--mip", "1", match="the last stage .* mip 0, which is finer"
     )
-    refused(stack, tmp_path, "--chunk_px", "72", match="expected a multiple of 16")
+    for flag in ("--chunk_px", "--window_px"):
+        refused(stack, tmp_path, flag, "72", match=f"{flag} 72: expected a multiple of")
     flags = ("--checkpoint_name", "other")
     refused(stack, tmp_path, *flags, match="no weights 'other'")
 
@@ -249,3 +269,65 @@ def test_place_alone_writes_the_placed_volume(stack, tmp_path):
     area, sections = placed.extent()
     assert sections == range(NUM) and Path(tmp_path / "a" / "placement.json").is_file()
     assert min(likeness(placed.read(area, sections)[:, 0])) > 0.5
+
+
+def test_a_step_is_refused_if_one_before_it_is_not_done(stack, aligned, tmp_path):
+    """What was not written looks like zeros: the stack would not be aligned."""
+    align(stack, tmp_path / "a", "--steps", "place")
+    before = (tmp_path / "a" / "stack.json").read_bytes()
+    with pytest.raises(MetroEMError, match="tasks of the step pairs before are not"):
+        align(stack, tmp_path / "a", "--steps", "relax", "--smoothness", "2")
+    assert (tmp_path / "a" / "stack.json").read_bytes() == before
+    with pytest.raises(MetroEMError, match="tasks of the step place before"):
+        align(stack, tmp_path / "b", "--steps", "render")
+    assert not (tmp_path / "b").exists()
+    # Another setting makes the fields of pairs stale.
+    with pytest.raises(MetroEMError, match="tasks of the step pairs before"):
+        align(stack, aligned, "--steps", "relax", "--halo_px", "48")
+
+
+def test_a_layer_of_labels_is_rendered_with_the_nearest_pixel(stack, aligned):
+    raw = ImageVolume(str(stack / "raw"))
+    area, sections = raw.extent()
+    labels = np.zeros((*raw.read(area, sections).shape,), np.uint64)
+    labels[:] = 2**40 + np.arange(labels.size).reshape(labels.shape)
+    make_volume(stack / "labels", [labels], resolution=(8, 8, 40))
+    flags = ("--layer", str(stack / "labels"), "--nearest")
+
+    align(stack, aligned, "--steps", "render", *flags)
+
+    layer = Volume(str(aligned / "layers" / "labels"))
+    area, _ = layer.extent()
+    found = layer.read(area, range(2, 3))[0, 0]
+    image = ImageVolume(str(aligned / "image")).read(area, range(2, 3))[0, 0]
+    known = found > 0
+    assert known.mean() > 0.2 and set(found[known]) <= set(labels[2].ravel())
+    # A pixel with tissue has the label of the raw pixel that it comes from.
+    assert (known | (image == 0)).mean() > 0.99
+
+
+def test_masks_that_do_not_cover_the_sections_are_refused(stack, tmp_path):
+    make_volume(
+        tmp_path / "masks",
+        [np.ones((NUM, 1, 32, 32), np.uint8)],
+        resolution=(8, 8, 40),
+    )
+    flags = ("--masks", str(tmp_path / "masks"))
+    refused(stack, tmp_path, *flags, match="--masks .*spans")
+
+
+def test_masks_are_used_as_defects(stack, tmp_path):
+    raw = ImageVolume(str(stack / "raw"))
+    shape = raw.read(raw.extent()[0], raw.extent()[1]).shape
+    masks = np.zeros(shape, np.uint8)
+    masks[1, :, 40:60, 50:90] = 1
+    make_volume(tmp_path / "masks", [masks], resolution=(8, 8, 40))
+    flags = ("--masks", str(tmp_path / "masks"), "--steps", "place", "pairs")
+
+    align(stack, tmp_path / "a", *flags)
+
+    defects = Volume(str(tmp_path / "a" / "pairs" / "defects"))
+    area, _ = defects.extent()
+    found = defects.read(area.cover(3), range(NUM))[:, 0]
+    # 20 x 40 px are at most 4 x 6 cells of 8 px, in section 1 alone.
+    assert 6 <= found[1].sum() <= 24 and not found[[0, 2, 3]].any()
