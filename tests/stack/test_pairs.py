@@ -1,6 +1,7 @@
 """Pairs of sections: windows, likeness, cells and grey levels, by formula."""
 
 import json
+from typing import cast
 
 import numpy as np
 import pytest
@@ -10,9 +11,12 @@ from metroem.errors import DatasetError
 from metroem.geometry.grid import Grid
 from metroem.io.image_volume import ImageVolume
 from metroem.io.volume_write import write_volume
+from metroem.pyramid import Pyramid
 from metroem.stack.pairs import (
     GreysStep,
+    align_windows,
     correlate,
+    finetuned_share,
     make_window,
     open_masks,
     stage_grids,
@@ -41,6 +45,57 @@ def test_each_stage_reads_its_own_halo_within_the_area():
     assert fine == Grid(0, 240, 64, 272, 144)
     # 16 px of mip 2 are 64 px of mip 0.
     assert coarse == Grid(2, 192, 64, 80, 48)
+
+
+def test_what_the_finetuner_adds_falls_to_0_where_another_window_begins():
+    area = Grid(0, 0, 0, 512, 1024)
+    core = Grid(0, 0, 512, 512, 512)  # the area begins and ends at its other borders
+
+    share = finetuned_share(core, Grid(0, 0, 480, 512, 544), area)
+
+    assert share.shape == (1, 1, 512, 544)
+    # Columns 480...511 are halo; from column 512 on it rises over 128 px.
+    expected = np.clip((np.arange(544) - 32 + 0.5) / 128, 0, 1)
+    np.testing.assert_allclose(share[0, 0], np.tile(expected, (512, 1)), atol=1e-6)
+    coarse = finetuned_share(core.at_mip(1), core.at_mip(1), area)
+    np.testing.assert_allclose(
+        coarse[0, 0, 7], np.clip((np.arange(256) + 0.5) / 128, 0, 1)
+    )
+    assert bool((finetuned_share(area, area, area) == 1).all())
+
+
+class KnownFields:
+    """Stands in for a pyramid: networks find 1 px, finetuned 3 px, along cols."""
+
+    def __init__(self):
+        self.runs = []
+
+    def run(self, inputs, finetune):
+        self.runs.append((finetune, inputs[-1].sample.src_defects is not None))
+        field = torch.zeros(1, 2, ROWS, COLS)
+        field[:, 0] = 3.0 if finetune else 1.0
+        return [field]
+
+
+@pytest.mark.parametrize(
+    "share, along_cols, runs",
+    [
+        (None, 1.0, [(False, False)]),
+        (0.25, 1.5, [(False, False), (True, True)]),
+        (1.0, 3.0, [(True, True)]),
+    ],
+)
+def test_the_share_of_the_finetuner_counts(share, along_cols, runs):
+    pyramid, window = KnownFields(), make_window([texture(0)])
+    weight = None if share is None else torch.full((1, 1, ROWS, COLS), share)
+
+    field, alike = align_windows(
+        cast(Pyramid, pyramid), window, window, [Grid(0, 0, 0, ROWS, COLS)], weight
+    )
+
+    assert bool((field[:, 0] == along_cols).all() and (field[:, 1] == 0).all())
+    assert pyramid.runs == runs
+    assert alike.shape == (1, 1, ROWS, COLS)
 
 
 def test_equal_sections_correlate_fully_whatever_their_contrast():
