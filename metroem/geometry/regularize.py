@@ -113,13 +113,27 @@ def remove_folds(field: Tensor) -> Tensor:
         if not bool(folded.any()):
             break
         radius = 2**round_
-        size = 2 * radius + 1
-        near_fold = F.max_pool2d(F.pad(folded.float(), (1, 1, 1, 1)), size, 1, radius)
+        near_fold = F.pad(folded.float(), (1, 1, 1, 1))
+        for size, pad in _along_rows_and_cols(radius):
+            near_fold = F.max_pool2d(near_fold, size, 1, pad)
         # A soft border, so that the window itself does not leave a step.
-        border = F.avg_pool2d(near_fold, size, 1, radius, count_include_pad=False)
-        smooth = F.avg_pool2d(field, size, 1, radius, count_include_pad=False)
+        border = _window_mean(near_fold, radius)
+        smooth = _window_mean(field, radius)
         field = torch.lerp(field, smooth, torch.maximum(border, near_fold))
     return field
+
+
+def _window_mean(values: Tensor, radius: int) -> Tensor:
+    """Average over the squares of 2 * radius + 1 px around each pixel."""
+    for size, pad in _along_rows_and_cols(radius):
+        values = F.avg_pool2d(values, size, 1, pad, count_include_pad=False)
+    return values
+
+
+def _along_rows_and_cols(radius: int) -> tuple[tuple[tuple[int, int], ...], ...]:
+    """Return windows and paddings, along rows and along cols: fast for large radii."""
+    size = 2 * radius + 1
+    return ((size, 1), (radius, 0)), ((1, size), (0, radius))
 
 
 def make_inverse_consistent(forward: Tensor, backward: Tensor) -> Tensor:
