@@ -77,8 +77,8 @@ class RelaxOptions:
         bending: b, how much bending costs, at cells of 8 px.
     """
 
-    pull: float = 0.007
-    bending: float = 4.0
+    pull: float = 0.005
+    bending: float = 6.0
 
 
 @dataclass(frozen=True)

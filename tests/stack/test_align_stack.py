@@ -192,7 +192,7 @@ def test_another_setting_names_the_steps_that_it_makes_stale(
 
     align(stack, tmp_path / "a", "--steps", "relax", "--smoothness", "30")
 
-    assert "bending 4.0 (asked for: 120.0)" in caplog.text
+    assert "bending 6.0 (asked for: 180.0)" in caplog.text
     assert "steps render are stale now: run them again: --steps render" in caplog.text
     after = digests(tmp_path / "a")
     assert any(after[n] != before[n] for n in before if n.startswith("field/"))
