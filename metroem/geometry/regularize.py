@@ -113,27 +113,25 @@ def remove_folds(field: Tensor) -> Tensor:
         if not bool(folded.any()):
             break
         radius = 2**round_
+        size = 2 * radius + 1
         near_fold = F.pad(folded.float(), (1, 1, 1, 1))
-        for size, pad in _along_rows_and_cols(radius):
-            near_fold = F.max_pool2d(near_fold, size, 1, pad)
+        near_fold = F.max_pool2d(near_fold, (size, 1), 1, (radius, 0))
+        near_fold = F.max_pool2d(near_fold, (1, size), 1, (0, radius))
         # A soft border, so that the window itself does not leave a step.
-        border = _window_mean(near_fold, radius)
-        smooth = _window_mean(field, radius)
+        border, smooth = (_box_average(maps, radius) for maps in (near_fold, field))
         field = torch.lerp(field, smooth, torch.maximum(border, near_fold))
     return field
 
 
-def _window_mean(values: Tensor, radius: int) -> Tensor:
-    """Average over the squares of 2 * radius + 1 px around each pixel."""
-    for size, pad in _along_rows_and_cols(radius):
-        values = F.avg_pool2d(values, size, 1, pad, count_include_pad=False)
-    return values
+def _box_average(maps: Tensor, radius: int) -> Tensor:
+    """Average over a window around each pixel that ends at the border.
 
-
-def _along_rows_and_cols(radius: int) -> tuple[tuple[tuple[int, int], ...], ...]:
-    """Return windows and paddings, along rows and along cols: fast for large radii."""
+    Along one axis after the other: a window of 65 px takes a thirtieth of the time.
+    """
     size = 2 * radius + 1
-    return ((size, 1), (radius, 0)), ((1, size), (0, radius))
+    for sides, margins in (((size, 1), (radius, 0)), ((1, size), (0, radius))):
+        maps = F.avg_pool2d(maps, sides, 1, margins, count_include_pad=False)
+    return maps
 
 
 def make_inverse_consistent(forward: Tensor, backward: Tensor) -> Tensor:
