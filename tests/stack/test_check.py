@@ -74,6 +74,9 @@ def test_sections_that_stand_out_are_named_with_a_reason(figures):
     assert list(reasons) == [BLANK, MOVED, MOVED + 1]
     assert reasons[BLANK] == "is blank"
     assert reasons[MOVED] == f"jumps by 6.0 px from z {OFFSET[2] + MOVED - 1}"
+    z = OFFSET[2] + MOVED
+    back = f"jumps by 6.0 px from z {z}, but z {z} stands out itself"
+    assert reasons[MOVED + 1] == back
 
 
 def test_the_worst_places_are_where_they_were_put(figures):
