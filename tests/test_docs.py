@@ -49,6 +49,7 @@ OURS = [words for words in COMMANDS if words[0] in ("python", "torchrun")]
 OF_TORCHRUN = ("--nproc_per_node", "--nnodes", "--max_restarts", "--rdzv_backend")
 OF_TORCHRUN += ("--rdzv_endpoint", "--rdzv_id", "--rdzv_conf")
 OF_OTHERS = ("--logdir", "--no-deps")  # tensorboard, pip
+OF_OTHERS += ("--cases", "--alien", "--write")  # the benchmark of stacks
 MAX_COLUMNS = 96  # of code; pages are as wide (docs/_static/wide.css)
 OF_CORGIE = [words for words in COMMANDS if words[0] == CORGIE]
 

@@ -315,7 +315,7 @@ function drawCut(cut) {
 }
 
 function fillCuts() {
-  byId("cuts-note").textContent = "Enlarged along z. Borders of cells should run down without steps; black rows are blank sections.";
+  byId("cuts-note").textContent = "Enlarged along z; all sections are shown equally bright. Borders of cells should run down without steps; black rows are blank sections.";
   byId("cuts").append(...data.cuts.map(drawCut));
 }
 
