@@ -125,6 +125,7 @@ class AlignStackRequest(SectionsRequest):
 
     GROUPS = ("", _SECTIONS, _PLACING, _ALIGNING, _RUNNING)
 
+    dst_path: str = flag("folder to write: image, field, check.json, report.html")
     pyramid_path: Path = flag("trained pyramid that aligns pairs of sections")
     checkpoint_name: str = _aligning("name of the pyramid's weights", "checkpoint")
     steps: list[str] = _aligning("steps to run", list(STEPS), choices=STEPS)
@@ -158,7 +159,7 @@ class AlignStackRequest(SectionsRequest):
     )
     chunk_size: list[int] | None = _aligning(
         "chunks of the aligned volume, voxels along x, y, z",
-        None,
+        unset="those of --cv_path, if the area of a task consists of them",
         nargs=3,
         metavar=("X", "Y", "Z"),
     )
