@@ -249,6 +249,26 @@ def test_the_field_of_a_pyramid_is_measured(volume, tmp_path, monkeypatch):
     assert seen == (NUM - 2) * [((ROWS, COLS), 0, False)]
 
 
+def test_fields_beside_pixels_without_data_do_not_count(tmp_path, monkeypatch):
+    sections = [waves(200, 300) for _ in range(2)]
+    sections[0][:, :100] = sections[1][:, 260:] = 0
+    path = write_sections(tmp_path / "image", sections)
+
+    def align(src, tgt, mip, finetune):
+        field = np.zeros((2, *src.shape), np.float32)
+        field[0, :, 100:130] = field[0, :, 230:260] = 50
+        field[1, :, 132:228] = 2
+        return field
+
+    monkeypatch.setattr(Pyramid, "load", lambda *_: SimpleNamespace(align=align))
+    plan = plan_check(CheckRequest(cv_path=path, dst_path=str(tmp_path)))
+    check = CheckStep(replace(plan, pyramid_path="pyramid"))
+    for task in check.tasks():
+        check.run(task)
+    stack = run_report(check)["stack"]
+    assert (stack["residual_median_px"], stack["residual_p95_px"]) == (2, 2)
+
+
 def write_field(folder, values, mip, notes):
     """Write fields (n, 2, h, w) of the volume at a mip."""
     num, _, rows, cols = values.shape
