@@ -47,8 +47,8 @@ logger = logging.getLogger(__name__)
 
 # Version of check.json.
 _FORMAT_VERSION = 1
-# A pyramid's own field does not count this near to the border of a task's area, or to
-# pixels without data: it does not see what lies beyond. Of the others every fourth pixel
+# A pyramid does not see what lies beyond the border of a task's area, or beyond tissue.
+# So its own field does not count so many pixels from there. Of the others every fourth
 # counts, along both axes.
 _FIELD_BORDER_PX, _FIELD_STRIDE = 32, 4
 _REPORT = "report"
