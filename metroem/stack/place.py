@@ -21,7 +21,7 @@ from metroem.io.volume import iter_sections
 from metroem.io.volume_write import Notes
 from metroem.stack.match_sections import Section, match, tissue_box
 from metroem.stack.solve_placements import Edge, Placed, in_words, solve_placements
-from metroem.stack.tasks import Step
+from metroem.stack.tasks import Step, parse_sections
 
 logger = logging.getLogger(__name__)
 
@@ -307,7 +307,8 @@ class PlaceMatchStep(Step):
         return names
 
     def run(self, task: str) -> Mapping[str, Any]:
-        start, stop = map(int, task[1:].split("-"))
+        sections = parse_sections(task)
+        start, stop = sections.start, sections.stop
         read = range(max(start - NEIGHBOURS, self.sections.start), stop)
         window = self._volume.extent()[0].cover(self._mip)
         images = (

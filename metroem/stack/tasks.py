@@ -68,6 +68,18 @@ class Block:
 _EXAMPLE = "z0-16_x0-2048_y0-2048_mip0"
 
 
+def parse_sections(name: str) -> range:
+    """Read the name of a task of whole sections, "z0-16" or "z-3-1"; the end excluded.
+
+    Raises:
+        UsageError: it is not such a name.
+    """
+    found = re.fullmatch(r"z(-?\d+)-(-?\d+)", name)
+    if not found:
+        raise UsageError(f"task {name!r}: expected a name such as z0-16")
+    return range(int(found[1]), int(found[2]))
+
+
 def split_blocks(
     area: Grid, sections: range, chunk_px: int, block_sections: int
 ) -> list[Block]:
