@@ -116,6 +116,7 @@ class NewVolume:
         resolution: nm of a mip-0 voxel along x, y, z.
         notes: what its values mean; stored in its info. An existing volume with other
             notes is not written to.
+        layer_type: "image", or "segmentation" for labels, as viewers show it.
     """
 
     num_channels: int
@@ -125,6 +126,7 @@ class NewVolume:
     sections: range
     resolution: tuple[float, float, float]
     notes: Mapping[str, Any] = field(default_factory=dict)
+    layer_type: str = "image"
 
     def info(self, path: str, mips: int = 1) -> dict[str, Any]:
         """Make the info, with mip 0 and all mips up to those that are written.
@@ -135,7 +137,7 @@ class NewVolume:
         """
         info = CloudVolume.create_new_info(
             num_channels=self.num_channels,
-            layer_type="image",
+            layer_type=self.layer_type,
             data_type=self.dtype,
             encoding="raw",
             resolution=self.resolution,

@@ -205,9 +205,12 @@ class RenderStep(Step):
 
     @cached_property
     def _writer(self) -> BlockWriter:
+        layer_type = str(self._volume.info["type"])
+        kind = "images" if layer_type == "image" else "labels"
         wanted = NewVolume(
             *(1, str(self._volume.dtype), self.mip, self.placement.area),
-            *(self.sections, self.resolution, {"kind": "images", "aligned": True}),
+            *(self.sections, self.resolution, {"kind": kind, "aligned": True}),
+            layer_type,
         )
         size = self.chunk_size or _fitting_chunk(
             self._volume, self.mip, self.chunk_px, self.block_sections
@@ -290,6 +293,11 @@ def check_rendering(
         raise UsageError(
             f"{volume.flag} {volume.path}: is {volume.dtype}; grey levels are "
             f"{', '.join(_GREY_TYPES)}; give --nearest if these are labels"
+        )
+    if not nearest and volume.info["type"] == "segmentation":
+        raise UsageError(
+            f"{volume.flag} {volume.path}: is a segmentation, says its info file, and "
+            "the mean of two labels is a third one; give --nearest"
         )
     if encoding is not None:
         check_encoding(encoding, str(volume.dtype))

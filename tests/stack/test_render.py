@@ -373,6 +373,22 @@ def test_labels_keep_the_encoding_of_labels(tmp_path, raw):
     assert read(layer.path, 1)[2, 20:].all()
 
 
+def test_a_segmentation_stays_one_and_is_not_interpolated(tmp_path, raw):
+    made = np.random.default_rng(5).integers(1, 99, (NUM, 1, ROWS, COLS), np.uint16)
+    cells = make_volume(tmp_path / "cells", [made])
+    file = tmp_path / "cells" / "info"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"type": "segmentation"}))
+    write_fields(tmp_path, shifted)
+    step = step_of(tmp_path, raw)
+
+    layer = step.of_layer(cells, nearest=False)
+    refused(layer, UsageError, "is a segmentation", "--nearest")
+    run(step.of_layer(cells, nearest=True))
+
+    info = json.loads((tmp_path / "layers" / "cells" / "info").read_text())
+    assert info["type"] == "segmentation" and info["metroem"]["kind"] == "labels"
+
+
 def test_a_broken_chunk_of_the_source_is_an_error_and_nothing_is_written(tmp_path, raw):
     write_fields(tmp_path, shifted)
     chunk = tmp_path / "raw" / "4_4_40" / "32-64_48-96_0-2"
