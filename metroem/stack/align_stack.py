@@ -22,6 +22,7 @@ from pathlib import Path
 import torch
 
 from metroem.errors import DatasetError, UsageError, first_line
+from metroem.io.cloud_errors import storage_errors
 from metroem.io.cloud_paths import cloud_path
 from metroem.io.image_volume import ImageVolume
 from metroem.io.volume import Volume
@@ -43,6 +44,7 @@ from metroem.stack.requests import (
     AlignStackRequest,
     PlaceRequest,
     SectionsRequest,
+    with_full_paths,
 )
 from metroem.stack.task_records import TaskRecords
 from metroem.stack.tasks import Step, one_command, run_step, size_in_words
@@ -74,6 +76,7 @@ def align_stack(request: AlignStackRequest) -> None:
         DatasetError: sections match nothing, unless that is allowed; all steps are
             done then.
     """
+    request = with_full_paths(request)
     stack = _check_input(request)
     first = min(STEPS.index(step) for step in request.steps)
     for step in STEPS[:first]:
@@ -145,7 +148,8 @@ class _StoredStack:
     @classmethod
     def find(cls, destination: str) -> "_StoredStack | None":
         """Read what is stored at a destination; None if there is nothing."""
-        note = Notes(cloud_path(destination)).read([_STACK]).get(_STACK)
+        with storage_errors("--dst_path", destination):
+            note = Notes(cloud_path(destination)).read([_STACK]).get(_STACK)
         if note is None:
             return None
         known = {one.name for one in fields(AlignStackRequest)}
@@ -266,6 +270,7 @@ def place_stack(request: PlaceRequest) -> None:
     Raises:
         MetroEMError: see the steps; the message says what to do.
     """
+    request = with_full_paths(request)
     volume = ImageVolume(request.cv_path)
     volume.check_channels(1, "a volume of sections")
     volume.check_mip("--mip", request.mip)
@@ -416,6 +421,20 @@ def _check_rendering(request: AlignStackRequest, volume: ImageVolume) -> None:
         *(layer, mips.start, len(mips), request.chunk_px >> mips.start - request.mip),
         *(request.block_sections, None, None, request.nearest),
     )
+    layer.check_lies_on(volume, mips.start)
+    area = volume.extent()[0].cover(mips.start)
+    if (inner := layer.clip(area)) is None:
+        raise DatasetError(
+            f"--layer {layer.path}: has nothing where the sections of {volume.path} "
+            "lie; expected the same coordinates: correct voxel_offset in its info"
+        )
+    if inner != area:
+        logger.warning(
+            "--layer %s: covers x %d...%d, y %d...%d of the sections, which have x "
+            "%d...%d, y %d...%d (mip-0 pixels); the rest will be 0",
+            *(layer.path, inner.x, inner.end[0], inner.y, inner.end[1]),
+            *(area.x, area.end[0], area.y, area.end[1]),
+        )
 
 
 def _announce(request: AlignStackRequest) -> None:
