@@ -52,8 +52,8 @@ from metroem.stack.tasks import Step, one_command, run_step, size_in_words
 logger = logging.getLogger(__name__)
 
 _STACK = "stack.json"
-# The tasks of each step of --steps, in order.
-PARTS = {
+# What is run for each step of --steps, in order.
+_PARTS = {
     "place": ("place-match", "place-solve"),
     "pairs": ("pairs-greys", "pairs"),
     "relax": ("relax",),
@@ -88,13 +88,10 @@ def align_stack(request: AlignStackRequest) -> None:
         if step not in request.steps:
             _check_complete(stack, step, request.steps)
             continue
-        for part in PARTS[step]:
+        for part in stack.parts(step):
             if part == "render-layer" and request.layer is None:
                 continue
-            made = make_step(stack.destination, part)
-            if isinstance(made, RenderStep):
-                made.check()
-            if not run_step(made, request):
+            if not run_step(stack.step(part), request):
                 return  # the tasks of other shards are to be done first
     _name_stale_steps(stack, request.steps)
     if not request.allow_unplaced:
@@ -106,16 +103,17 @@ def make_step(destination: str, name: str) -> Step:
 
     Args:
         destination: the folder of the stack.
-        name: "place-match", "pairs", ...: one of `PARTS`.
+        name: "place-match", "pairs", ...: see `_StoredStack.parts`.
 
     Raises:
         UsageError: there is no such step.
         DatasetError: no stack was begun there, or a step before is not complete.
     """
-    if not any(name in parts for parts in PARTS.values()):
-        known = ", ".join(part for parts in PARTS.values() for part in parts)
-        raise UsageError(f"step {name!r}: expected one of {known}")
-    return _StoredStack.read(destination).step(name)
+    stack = _StoredStack.read(destination)
+    known = [part for step in STEPS for part in stack.parts(step)]
+    if name not in known:
+        raise UsageError(f"step {name!r}: expected one of {', '.join(known)}")
+    return stack.step(name)
 
 
 class _StoredStack:
@@ -175,8 +173,16 @@ class _StoredStack:
         note = {"format": 1, "request": flags, "ends": list(self.ends)}
         Notes(self.destination).write(_STACK, note)
 
+    def parts(self, step: str) -> list[str]:
+        """List what is run for a step of --steps, in order; see `step`."""
+        parts = list(_PARTS[step])
+        if step == "relax":
+            # Blocks that came when the stack grew read the fields of earlier ones.
+            parts += [f"relax-{index}" for index in range(1, len(self.ends))]
+        return parts
+
     def step(self, name: str) -> Step:
-        """Make one of the steps of `PARTS`."""
+        """Make one of the steps that `parts` lists."""
         request = self.request
         sections = range(request.z_start, self.ends[-1])
         mips = tuple(module.in_mip for module in find_modules(request.pyramid_path))
@@ -190,10 +196,20 @@ class _StoredStack:
         if name == solve.name:
             return solve
         placement = Placement.read(self.destination)
+        if placement.settings != solve.method or not {*sections} <= {
+            *placement.matrices
+        }:
+            raise DatasetError(
+                f"{self.destination}/placement.json: was written by a command with "
+                "other settings or sections; run the step place again: --steps place"
+            )
+        # Sections of the first run keep their places when the stack grows.
+        first = placement.digest(range(request.z_start, self.ends[0]))
+        placed = {**solve.method, "placement": first}
         greys = GreysStep(
             *(self.destination, request.cv_path, placement, sections),
             *(request.block_sections, mips),
-            before=solve.settings,
+            before=placed,
         )
         if name == greys.name:
             return greys
@@ -215,7 +231,7 @@ class _StoredStack:
             mips,
             weights_digest(request.pyramid_path, request.checkpoint_name),
             resolution,
-            before=solve.settings,
+            before=placed,
         )
         if name == pairs.name:
             return pairs
@@ -233,8 +249,8 @@ class _StoredStack:
             RelaxOptions(bending=RelaxOptions.bending * request.smoothness),
             before=pairs.settings,
         )
-        if name == relax.name:
-            return relax
+        if name in self.parts("relax"):
+            return replace(relax, generation=self.parts("relax").index(name))
         size = request.chunk_size
         render = RenderStep(
             self.destination,
@@ -300,10 +316,9 @@ def place_stack(request: PlaceRequest) -> None:
             _RENDERED_PX,
             _RENDERED_SECTIONS,
             volume.resolution,
-            before=solve.settings,
+            before=solve.method,
             name="place-render",
         )
-        render.check()
         run_step(render, request)
     if not request.allow_unplaced:
         check_placed(placement)
@@ -474,7 +489,7 @@ def _check_complete(stack: _StoredStack, step: str, run: Sequence[str]) -> None:
     """
     if STEPS.index(step) > max(STEPS.index(one) for one in run):
         return
-    for name in PARTS[step]:
+    for name in stack.parts(step):
         if name == "render-layer":
             continue
         part = stack.step(name)
@@ -492,9 +507,10 @@ def _name_stale_steps(stack: _StoredStack, run: Sequence[str]) -> None:
     """Log the later steps whose results are of other settings than today's."""
     stale = []
     for step in STEPS[max(STEPS.index(one) for one in run) + 1 :]:
-        if TaskRecords(stack.destination, PARTS[step][0], {}).stored_digest() is None:
+        first = stack.parts(step)[0]
+        if TaskRecords(stack.destination, first, {}).stored_digest() is None:
             continue  # it was never run
-        part = make_step(stack.destination, PARTS[step][0])
+        part = stack.step(first)
         records = TaskRecords(part.destination, part.name, part.settings)
         if records.look(part.tasks()).stale:
             stale.append(step)

@@ -380,6 +380,9 @@ class PairsStep(Step):
         )
         return [block.name for block in blocks]
 
+    def prepare(self, replaces: bool) -> None:
+        self._open_writers(replaces)
+
     def run(self, task: str) -> Mapping[str, Any]:
         block = Block.parse(task)
         core = block.grid.cover(self.mips[-1])
@@ -475,7 +478,10 @@ class PairsStep(Step):
 
     @cached_property
     def _writers(self) -> dict[str, BlockWriter]:
-        """The volumes of the fields, correlations and defects."""
+        return self._open_writers()
+
+    def _open_writers(self, replaces: bool = False) -> dict[str, BlockWriter]:
+        """Open the volumes of the fields, correlations and defects."""
         kinds = {
             f"k{k}": (2, "float32", FIELD_NOTES) for k in range(1, self.neighbours + 1)
         }
@@ -491,6 +497,7 @@ class PairsStep(Step):
                 flag="--dst_path",
                 block_px=self.window_px << self.mip >> self.cell_mip,
                 chunk_size=(256, 256, 1),
+                replaces=replaces,
             )
             for name, (num_channels, dtype, about) in kinds.items()
         }

@@ -195,6 +195,9 @@ def test_a_stack_grows_and_keeps_its_blocks(aligned, stack, tmp_path, caplog):
     assert (image.read(image.extent()[0], range(4, 5)) > 0).mean() > 0.5
     with pytest.raises(MetroEMError, match="--z_end 4: .* up to section 5"):
         align(stack, tmp_path / "a", *WITHOUT_CHECK)
+    # Old sections get other places, which the fields of pairs do not know.
+    align(stack, tmp_path / "a", "--steps", "place", "--again", z_end=NUM + 1)
+    assert "steps pairs, relax, render are stale now" in caplog.text
 
 
 def test_another_setting_names_the_steps_that_it_makes_stale(
@@ -304,6 +307,20 @@ def test_a_step_of_no_stack_or_no_name_is_refused(tmp_path, aligned):
         make_step(str(tmp_path), "pairs")
     with pytest.raises(MetroEMError, match="step 'os.system': expected one of"):
         make_step(str(aligned), "os.system")
+
+
+def test_sections_that_were_placed_at_one_destination_are_not_those_of_today(
+    stack, tmp_path
+):
+    for start in (0, 1, 0):
+        main(
+            [
+                *("place", "--cv_path", str(stack / "raw"), "--z_start", str(start)),
+                *("--z_end", str(NUM), "--dst_path", str(tmp_path)),
+            ]
+        )
+        note = json.loads((tmp_path / "placement.json").read_text())
+        assert list(note["sections"]) == [str(z) for z in range(start, NUM)]
 
 
 def test_place_alone_writes_the_placed_volume(stack, tmp_path):

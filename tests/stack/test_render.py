@@ -85,7 +85,7 @@ def step_of(folder, source, **changes):
 
 def run(step):
     """Run all tasks of a step, and sum up what they read."""
-    step.check()
+    step.prepare(replaces=False)
     figures = [step.run(task) for task in step.tasks()]
     return {key: sum(one[key] for one in figures) for key in figures[0]}
 
@@ -252,6 +252,40 @@ def test_a_stack_grows_and_its_chunks_keep_their_bytes(tmp_path, raw):
     np.testing.assert_array_equal(inner, read(tmp_path / "whole", sections=range(4)))
 
 
+def test_nothing_of_another_placement_shows_beside_a_new_one(tmp_path, raw, caplog):
+    write_fields(tmp_path, elastic)
+    run(step_of(tmp_path, raw))
+    # Not whole chunks away: part of the old area, and more.
+    moved = Grid(0, 0, 48, 128, 160)
+    write_fields(tmp_path / "b", elastic, sections=range(3), canvas=moved)
+    step = step_of(
+        *(tmp_path / "b", raw),
+        path=f"{tmp_path}/image",
+        placement=placement(moved),
+        sections=range(3),
+        mips=2,
+    )
+    with pytest.raises(DatasetError, match="already exists, with"):
+        step.prepare(replaces=True)  # of three mips
+    step = replace(step, mips=3)
+    with pytest.raises(DatasetError, match="not whole chunks of"):
+        step.prepare(replaces=False)
+
+    step.prepare(replaces=True)
+    for task in step.tasks():
+        step.run(task)
+
+    assert "image: held voxels [-32, 32, 0] to [128, 128, 5], and is" in caplog.text
+    volume = Volume(f"{tmp_path}/image")
+    assert volume.extent() == (moved, range(3))
+    run(replace(step, path=f"{tmp_path}/fresh"))
+    for mip in range(3):
+        one, two = (
+            read(tmp_path / name, mip, range(3), moved) for name in ("image", "fresh")
+        )
+        assert one.any() and np.array_equal(one, two)
+
+
 def test_a_section_without_a_field_is_blank(tmp_path, raw):
     def missing(grid, z):
         return elastic(grid, z) if z != 1 else np.full((2, *grid.shape), np.nan, "f4")
@@ -394,7 +428,7 @@ def test_a_broken_chunk_of_the_source_is_an_error_and_nothing_is_written(tmp_pat
     chunk = tmp_path / "raw" / "4_4_40" / "32-64_48-96_0-2"
     chunk.write_bytes(b"")
     step = step_of(tmp_path, raw)
-    step.check()
+    step.prepare(replaces=False)
 
     with pytest.raises(DatasetError, match="32-64_48-96_0-2"):
         for task in step.tasks():
@@ -406,7 +440,7 @@ def test_a_broken_chunk_of_the_source_is_an_error_and_nothing_is_written(tmp_pat
 def refused(step, error, *words):
     """Check that a step is refused in one line, before anything is written."""
     with pytest.raises(error) as caught:
-        step.check()
+        step.prepare(replaces=False)
     message = str(caught.value)
     assert "\n" not in message
     assert all(word in message for word in words), message
