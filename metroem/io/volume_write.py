@@ -143,7 +143,8 @@ class NewVolume:
             layer_type=self.layer_type,
             data_type=self.dtype,
             encoding="raw",
-            resolution=self.resolution,
+            # Scales are named by it: 4_4_40, not 4.0_4.0_40.0.
+            resolution=[int(nm) if nm == int(nm) else nm for nm in self.resolution],
             voxel_offset=(self.area.x, self.area.y, self.sections.start),
             chunk_size=(_CHUNK_PX, _CHUNK_PX, 1),
             volume_size=(*self.area.shape, len(self.sections)),
