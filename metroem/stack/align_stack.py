@@ -16,6 +16,7 @@ import hashlib
 import logging
 import math
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 
@@ -30,6 +31,7 @@ from metroem.io.volume_write import Notes
 from metroem.models.weights import check_weights, checkpoint_path
 from metroem.specs.modules import find_modules
 from metroem.stack.check import CheckReportStep, CheckStep
+from metroem.stack.check_plan import load_plan
 from metroem.stack.pairs import CELL_LEVELS, GreysStep, PairsStep, open_masks
 from metroem.stack.place import (
     PlaceMatchStep,
@@ -99,7 +101,7 @@ def align_stack(request: AlignStackRequest) -> None:
 
 
 def make_step(destination: str, name: str) -> Step:
-    """Make a step of a stack from what `align_stack` stored of it.
+    """Make a step of a stack, or of a check, from what its command stored of it.
 
     Args:
         destination: the folder of the stack.
@@ -109,6 +111,13 @@ def make_step(destination: str, name: str) -> Step:
         UsageError: there is no such step.
         DatasetError: no stack was begun there, or a step before is not complete.
     """
+    if name in _PARTS["check"]:
+        with suppress(DatasetError):  # there is no plan: it is the check of a stack
+            check = CheckStep(load_plan(destination))
+            part = check if name == check.name else CheckReportStep.of(check)
+            records = TaskRecords(part.destination, part.name, part.settings)
+            if records.stored_digest() == records.digest:
+                return part
     stack = _StoredStack.read(destination)
     known = [part for step in STEPS for part in stack.parts(step)]
     if name not in known:

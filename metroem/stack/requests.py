@@ -144,6 +144,11 @@ class PlaceRequest(SectionsRequest):
         if self.render is not None:
             check_destination("--render", self.render)
             self.check_not_written("cv_path", self.render)
+        if self.queue is not None:
+            raise UsageError(
+                f"--queue {self.queue}: workers do not place alone; give --workers or "
+                "--shard, or align-stack --steps place --queue"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -282,12 +287,13 @@ RequestT = TypeVar("RequestT", bound=SectionsRequest | CheckRequest)
 
 
 def with_full_paths(request: RequestT) -> RequestT:
-    """Make the paths that a request reads independent of the folder that it runs in.
+    """Make the paths of a request independent of the folder that it runs in.
 
     They are stored, and other processes read them. So two spellings of a path also mean
     the same.
     """
-    names = "cv_path", "masks", "layer", "field_path", "before", "pyramid_path"
+    names = "cv_path", "dst_path", "masks", "layer", "field_path", "before"
+    names += ("pyramid_path",)
     paths = {name: getattr(request, name, None) for name in names}
     full = {
         name: path.resolve() if isinstance(path, Path) else cloud_path(path)
