@@ -40,7 +40,7 @@ from metroem.stack.jumps import SEARCH_PX, WINDOW_PX
 from metroem.stack.neighbour_scores import CORRELATION_PX, NeighbourScores
 from metroem.stack.place import Placement
 from metroem.stack.render import RenderStep
-from metroem.stack.requests import AlignStackRequest, CheckRequest
+from metroem.stack.requests import AlignStackRequest, CheckRequest, with_full_paths
 from metroem.stack.tasks import Block, Step, run_step
 
 logger = logging.getLogger(__name__)
@@ -261,7 +261,7 @@ def check_volume(request: CheckRequest) -> None:
         PyramidError, CheckpointError: the pyramid cannot be used at this mip.
         MetroEMError: tasks failed; the log names them.
     """
-    plan = plan_check(request)
+    plan = plan_check(with_full_paths(request))
     plan.save()
     logger.info(
         "check: sections %d to %d, %d x %d px at mip %d",

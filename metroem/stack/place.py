@@ -4,6 +4,8 @@
 <dst>/placement.json       where each section lies                     (place-solve)
 """
 
+import hashlib
+import json
 import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -21,7 +23,7 @@ from metroem.io.volume import iter_sections
 from metroem.io.volume_write import Notes
 from metroem.stack.match_sections import Section, match, tissue_box
 from metroem.stack.solve_placements import Edge, Placed, in_words, solve_placements
-from metroem.stack.tasks import Step
+from metroem.stack.tasks import Step, parse_sections
 
 logger = logging.getLogger(__name__)
 
@@ -122,6 +124,11 @@ class Placement:
     def describe(self) -> list[str]:
         """Say how many sections were placed by what, and name those that were not."""
         return describe_placed(self.placed)
+
+    def digest(self, sections: range) -> str:
+        """Compute a digest of the matrices of some sections."""
+        text = json.dumps([self.matrices[z].tolist() for z in sections])
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def describe_placed(placed: Mapping[int, Placed]) -> list[str]:
@@ -307,7 +314,8 @@ class PlaceMatchStep(Step):
         return names
 
     def run(self, task: str) -> Mapping[str, Any]:
-        start, stop = map(int, task[1:].split("-"))
+        sections = parse_sections(task)
+        start, stop = sections.start, sections.stop
         read = range(max(start - NEIGHBOURS, self.sections.start), stop)
         window = self._volume.extent()[0].cover(self._mip)
         images = (
@@ -410,12 +418,18 @@ class PlaceSolveStep(Step):
         return self.match.destination
 
     @property
+    def method(self) -> Mapping[str, Any]:
+        """Settings that stay when the stack grows."""
+        return {**self.match.settings, "fix": self.fix, "block_px": self.block_px}
+
+    @property
     def settings(self) -> Mapping[str, Any]:
-        return {**self.match.settings, "fix": self.fix}
+        sections = self.match.sections
+        return {**self.method, "sections": [sections.start, sections.stop]}
 
     def tasks(self) -> list[str]:
-        sections = self.match.sections
-        return [f"z{sections.start}-{sections.stop}"]
+        # All runs write one file, so they have one marker.
+        return ["all"]
 
     def run(self, task: str) -> Mapping[str, Any]:
         names = [f"{name}.json" for name in self.match.tasks()]
@@ -450,7 +464,7 @@ class PlaceSolveStep(Step):
         if before is not None:
             placed |= before.placed
         area = self._area(matrices, boxes, before)
-        placement = Placement(matrices, placed, area, self.settings, kept_end)
+        placement = Placement(matrices, placed, area, self.method, kept_end)
         placement.write(self.destination)
         for line in placement.describe():
             logger.info("%s", line)
@@ -469,7 +483,7 @@ class PlaceSolveStep(Step):
         if "placement.json" not in Notes(self.destination).read(["placement.json"]):
             return None, None
         before = Placement.read(self.destination)
-        if before.settings != self.settings or min(before.matrices) != sections[0]:
+        if before.settings != self.method or min(before.matrices) != sections[0]:
             return None, None
         end = max(before.matrices) + 1
         kept_end = end if end <= sections[-1] else before.kept_end

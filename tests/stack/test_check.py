@@ -13,9 +13,11 @@ from metroem.geometry.grid import Grid
 from metroem.io.volume_write import NewVolume, SectionWriter
 from metroem.models.module_folders import init_pyramid
 from metroem.pyramid import Pyramid
-from metroem.stack.check import CheckStep
+from metroem.stack.align_stack import make_step
+from metroem.stack.check import CheckReportStep, CheckStep
 from metroem.stack.check_plan import load_plan, plan_check
-from metroem.stack.requests import CheckRequest
+from metroem.stack.requests import CheckRequest, PlaceRequest
+from metroem.stack.task_records import TaskRecords
 from metroem.synthetic.tissue import TissueRecipe, make_tissue
 from tests.stack.checks import run_check, run_report
 from tests.stack.textures import waves, write_sections
@@ -155,6 +157,20 @@ def test_a_plan_is_stored_and_read(volume, tmp_path):
         load_plan(str(tmp_path))
     plan.save()
     assert load_plan(str(tmp_path)) == plan
+
+
+def test_a_worker_makes_the_steps_of_a_check(volume, tmp_path):
+    plan = plan_check(CheckRequest(cv_path=volume, dst_path=str(tmp_path)))
+    check = CheckStep(plan)
+    plan.save()
+    with pytest.raises(DatasetError, match="no stack was begun"):
+        make_step(str(tmp_path), "check")  # of a plan that was not begun
+    for step in (check, CheckReportStep(check)):
+        TaskRecords(str(tmp_path), step.name, step.settings).write_settings()
+        made = make_step(str(tmp_path), step.name)
+        assert type(made) is type(step) and made.settings == step.settings
+    with pytest.raises(UsageError, match="--queue fq://x: workers do not place"):
+        PlaceRequest(cv_path="v", dst_path="d", z_start=0, z_end=2, queue="fq://x")
 
 
 def test_settings_change_with_the_content_of_the_volume(tmp_path):
