@@ -13,6 +13,7 @@ from functools import cached_property
 from itertools import groupby
 from typing import Any, NamedTuple
 
+import cv2
 import numpy as np
 
 from metroem.errors import DatasetError
@@ -178,13 +179,14 @@ class Matched(NamedTuple):
         z: the section.
         middle: (2,) col and row of the middle of its tissue; None if blank.
         edges: its matches; points are px of the thumbnail.
-        box: first row, end row, first col, end col of its tissue; None if blank.
+        outline: (n, 2), col and row of the corners of the convex hull of its tissue;
+            None without any.
     """
 
     z: int
     middle: np.ndarray | None
     edges: list[Edge]
-    box: tuple[int, int, int, int] | None
+    outline: np.ndarray | None
 
 
 def match_thumbnails(
@@ -233,7 +235,18 @@ def match_thumbnails(
         if box is not None and not section.is_blank:
             middle = np.array([(box[2] + box[3] - 1) / 2, (box[0] + box[1] - 1) / 2])
         if z >= first:
-            yield Matched(z, middle, edges, box)
+            yield Matched(z, middle, edges, _tissue_outline(image))
+
+
+def _tissue_outline(image: np.ndarray) -> np.ndarray | None:
+    """Find the corners of the convex hull of all tissue: (n, 2), col and row."""
+    rows = np.flatnonzero((image != 0).any(1))
+    if not len(rows):
+        return None
+    tissue = image[rows] != 0
+    first, last = tissue.argmax(1), tissue.shape[1] - 1 - tissue[:, ::-1].argmax(1)
+    ends = np.concatenate([np.stack([cols, rows], 1) for cols in (first, last)])
+    return cv2.convexHull(ends.astype(np.int32))[:, 0]
 
 
 def place_sections(
@@ -327,7 +340,7 @@ class PlaceMatchStep(Step):
             images, self.model, self.flip, start, self.thumbnail_px
         ):
             note[str(one.z)] = {
-                "box": one.box and self._to_mip0_box(one.box, window),
+                "outline": self._to_mip0_outline(one.outline, window),
                 "matches": [
                     {
                         "on": edge.y,
@@ -339,7 +352,9 @@ class PlaceMatchStep(Step):
                     }
                     for edge in one.edges
                 ],
-                "is_blank": one.middle is None,
+                "middle": None
+                if one.middle is None
+                else self._to_mip0(one.middle[None], window)[0],
             }
         Notes(f"{self.destination}/matches").write(f"{task}.json", note)
         pixel_bytes = self._volume.dtype.itemsize
@@ -374,11 +389,16 @@ class PlaceMatchStep(Step):
         at = (points + 0.5) * spacing - 0.5 + [window.y, window.x]
         return np.round(at, 2).tolist()
 
-    def _to_mip0_box(self, box: tuple[int, int, int, int], window: Grid) -> list[int]:
-        """Convert a box to first row, end row, first col and end col at mip 0."""
-        top, bottom, left, right = (edge << window.mip for edge in box)
-        x, y = window.x, window.y
-        return [top + x, bottom + x, left + y, right + y]
+    def _to_mip0_outline(
+        self, outline: np.ndarray | None, window: Grid
+    ) -> list[list[int]]:
+        """Convert an outline to the pixels at mip 0 that its pixels consist of."""
+        if outline is None:
+            return []
+        last = (1 << window.mip) - 1
+        corners = (outline << window.mip) + [window.y, window.x]
+        ends = [corners + [col, row] for col in (0, last) for row in (0, last)]
+        return cv2.convexHull(np.concatenate(ends).astype(np.int32))[:, 0].tolist()
 
     @cached_property
     def _volume(self) -> ImageVolume:
@@ -439,14 +459,12 @@ class PlaceSolveStep(Step):
                 f"{self.destination}/matches/{missing[0]}: does not exist; run the "
                 "step place again: --steps place --again"
             )
-        edges, middles, boxes = [], {}, {}
+        edges, middles, outlines = [], {}, {}
         for note in notes.values():
             for key, about in note.items():
-                z, box = int(key), about["box"]
-                middles[z], boxes[z] = None, box
-                if not about["is_blank"]:
-                    top, bottom, left, right = box
-                    middles[z] = np.array([left + right - 1, top + bottom - 1]) / 2
+                z, middle = int(key), about["middle"]
+                middles[z] = None if middle is None else np.array(middle)
+                outlines[z] = about["outline"]
                 edges += [
                     Edge(
                         *(z, one["on"], np.array(one["points"], float)),
@@ -463,7 +481,7 @@ class PlaceSolveStep(Step):
         )
         if before is not None:
             placed |= before.placed
-        area = self._area(matrices, boxes, before)
+        area = self._area(matrices, outlines, before)
         placement = Placement(matrices, placed, area, self.method, kept_end)
         placement.write(self.destination)
         for line in placement.describe():
@@ -499,17 +517,15 @@ class PlaceSolveStep(Step):
     def _area(
         self,
         matrices: Mapping[int, np.ndarray],
-        boxes: Mapping[int, Sequence[int] | None],
+        outlines: Mapping[int, Sequence[Sequence[int]]],
         before: Placement | None,
     ) -> Grid:
         """Find the canvas: the box of the tissue of all placed sections."""
         corners = []
-        for z, box in boxes.items():
-            if box is not None:
-                top, bottom, left, right = box
-                ends = [(c, r) for c in (left, right - 1) for r in (top, bottom - 1)]
-                ends = np.array(ends, float)
-                corners.append(affine.apply(affine.invert(matrices[z]), ends))
+        for z, outline in outlines.items():
+            if outline:
+                to_canvas = affine.invert(matrices[z])
+                corners.append(affine.apply(to_canvas, np.array(outline, float)))
         found = np.concatenate(corners)
         low = np.floor(found.min(0)).astype(int)[::-1]
         high = np.ceil(found.max(0)).astype(int)[::-1] + 1
