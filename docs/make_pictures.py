@@ -2,12 +2,16 @@
 
     make demo
     python docs/make_pictures.py
+    python docs/make_pictures.py --stack FOLDER
 
 The grids of docs/fields.md are computed with `metroem.geometry.field`. The other
-pictures show sections 23 to 27 of the demo, which were not trained on. They need
-Chromium.
+pictures show sections 23 to 27 of the demo, which were not trained on. With --stack,
+only those of docs/stack.md are drawn, of a stack that `align-stack` wrote to a folder.
+They need Chromium.
 """
 
+import argparse
+import json
 import shlex
 import subprocess
 import sys
@@ -23,7 +27,9 @@ from torch import Tensor
 
 import metroem
 from metroem.geometry.field import compose, upsample_field, warp
+from metroem.io.image_volume import ImageVolume
 from metroem.io.pictures import overlay
+from metroem.stack.check_page.pictures import even_sections
 
 FOLDER = Path(__file__).parent
 PICTURES = FOLDER / "pictures"
@@ -40,6 +46,12 @@ download_image.py --cv_path {demo}/sections --dst_folder {folder}/unseen --mip 2
     --patch_size 112 448 --x_offset 32 --y_offset 0 --z_start 23 --z_end 28 --normalize
 -m metroem evaluate --pyramid_path pyramid --dataset_path unseen --known_warps
     --report report.html
+"""
+STACK_Z = 5  # section that is shown over the one before it, of a stack
+CUT_AT, CUT_PX = 0.6, (2, 12)  # where x is cut; size of a pixel along y and z
+SHORT_PATHS = """\
+for (const path of document.querySelectorAll("#about dd"))
+    path.textContent = path.textContent.split("/").slice(-2).join("/")
 """
 CELL = 44  # px of the picture per pixel of the finest grid
 ROWS, COLS = 8, 10
@@ -292,8 +304,59 @@ def save_screenshot(browser: Browser, name: str) -> None:
         fewer_colours(image.convert("RGB")).save(path, optimize=True)
 
 
+def draw_stack(folder: Path) -> None:
+    """Draw an aligned stack: cuts along z, a pair of sections, and the report."""
+    figures = json.loads((folder / "check.json").read_text())
+    raw = ImageVolume(figures["before_path"])
+    volumes = {"raw": raw, "aligned": ImageVolume(str(folder / "image"))}
+    extent, sections = raw.extent()
+    line = extent.crop(round(CUT_AT * extent.rows), 0, 1, extent.cols)
+    cuts = {
+        name: even_sections(volume.read(line, sections)[:, 0, 0]).clip(0, 255)
+        for name, volume in volumes.items()
+    }
+    height, width = len(sections) * CUT_PX[1], extent.cols * CUT_PX[0]
+    canvas = Canvas(width, 2 * (height + 34))
+    for number, (name, cut) in enumerate(cuts.items()):
+        top = number * (height + 34)
+        canvas.text(2, top + 4, f"{name}: z down, y to the right", size=17)
+        pixels = cut.astype(np.uint8).repeat(CUT_PX[0], 1).repeat(CUT_PX[1], 0)
+        canvas.image.paste(Image.fromarray(pixels), (0, top + 34))
+    canvas.image = canvas.image.convert("L")
+    canvas.save("pictures/stack_cut.png")
+
+    rows, cols = (min(360, side) for side in extent.shape)
+    window = extent.crop(
+        (extent.rows - rows) // 2, (extent.cols - cols) // 2, rows, cols
+    )
+    canvas = Canvas(2 * rows + 12, cols + 34)
+    for number, (name, volume) in enumerate(volumes.items()):
+        tgt, src = volume.read(window, range(STACK_Z - 1, STACK_Z + 1))[:, 0]
+        left = number * (rows + 12)
+        caption = f"{name}: z {STACK_Z} red, {STACK_Z - 1} cyan"
+        canvas.text(left + 2, 4, caption, size=17)
+        pixels = np.ascontiguousarray(overlay(src, tgt).swapaxes(0, 1))
+        canvas.image.paste(Image.fromarray(pixels), (left, 34))
+    canvas.image.save(PICTURES / "stack_pair.jpg", quality=80)
+
+    with Browser(1100, 760) as browser:
+        browser.load(folder / "report.html")
+        browser.run(SHORT_PATHS)
+        path = folder / "report.png"
+        browser.screenshot(path)
+        with Image.open(path) as image:
+            image.convert("RGB").save(PICTURES / "stack_report.jpg", quality=65)
+        path.unlink()
+
+
 if __name__ == "__main__":
-    draw_field()
-    draw_algebra()
-    draw_before_after()
-    draw_report()
+    parser = argparse.ArgumentParser(description="Draw the pictures of the pages.")
+    parser.add_argument("--stack", type=Path, help="folder that align-stack wrote")
+    stack = parser.parse_args().stack
+    if stack is not None:
+        draw_stack(stack)
+    else:
+        draw_field()
+        draw_algebra()
+        draw_before_after()
+        draw_report()

@@ -21,6 +21,7 @@ import cv2
 import numpy as np
 from scipy import fft, stats
 
+from metroem.errors import UsageError
 from metroem.geometry import affine
 
 cv2.setNumThreads(1)
@@ -111,11 +112,23 @@ class Section:
             if the section was mirrored.
 
     Args:
-        image: (H, W) of any type, grey levels, 0 = no data.
+        image: (H, W) of any type, grey levels; 0 = no data, as are NaN and infinite
+            pixels.
         mirrored: reverse the order of cols first.
+
+    Raises:
+        UsageError: it is not 2-d, or has no pixels.
     """
 
     def __init__(self, image: np.ndarray, mirrored: bool = False) -> None:
+        image = np.asarray(image)
+        if image.ndim != 2 or not image.size:
+            raise UsageError(
+                f"a section of shape {image.shape}: expected grey levels, [rows, cols]"
+            )
+        if image.dtype.kind == "f":
+            limit = np.finfo(np.float32).max
+            image = np.where(np.abs(image) <= limit, image, 0)
         self.to_image = affine.identity()
         if mirrored:
             self.to_image[0] = -1.0, 0.0, image.shape[1] - 1
@@ -215,6 +228,10 @@ def place(
     Returns:
         (2, 3) pull matrix: (col, row, 1) of a pixel of tgt -> (col, row) in src; None
         if the two have nothing in common that chance could not explain.
+
+    Raises:
+        UsageError: an image is not 2-d, or has no pixels.
+        FieldError: an unknown model.
     """
     found = match(Section(src), Section(tgt), model, flip)
     return None if found is None else found.matrix

@@ -328,7 +328,8 @@ class RelaxStep(Step):
     """Relax the fields of pairs: a block of sections and an area a task.
 
     When a stack grows, sections before the last block keep their fields. So blocks know
-    up to which section the stack went when they were relaxed first.
+    up to which section the stack went when they were relaxed first. Blocks of a later
+    run read the fields of the earlier ones, so each run is a step of its own.
 
     Attributes:
         destination: the folder of the stack.
@@ -344,6 +345,7 @@ class RelaxStep(Step):
         resolution: nm of a mip-0 voxel along x, y, z.
         options: see `RelaxOptions`.
         before: settings of the steps before.
+        generation: index in `ends` of the run that relaxed these blocks first.
     """
 
     destination: str
@@ -358,7 +360,12 @@ class RelaxStep(Step):
     resolution: tuple[float, float, float]
     options: RelaxOptions
     before: Mapping[str, Any] = field(default_factory=dict)
-    name: str = "relax"
+    generation: int = 0
+
+    @property
+    def name(self) -> str:  # type: ignore[override]
+        """Name of the step."""
+        return f"relax-{self.generation}" if self.generation else "relax"
 
     @property
     def settings(self) -> Mapping[str, Any]:
@@ -377,11 +384,17 @@ class RelaxStep(Step):
     def tasks(self) -> list[str]:
         area = self.placement.area.at_mip(self.mip)
         blocks = split_blocks(area, self.sections, self.chunk_px, self.block_sections)
-        return [block.name for block in blocks]
+        end = self.ends[self.generation]
+        return [block.name for block in blocks if self._known(block.sections)[1] == end]
+
+    def prepare(self, replaces: bool) -> None:
+        # Fields of earlier runs are kept.
+        is_first = Block.parse(self.tasks()[0]).sections.start == self.z_start
+        self._open_writer(replaces and is_first)
 
     def run(self, task: str) -> Mapping[str, Any]:
         block = Block.parse(task)
-        known_end, end = self._generation(block.sections)
+        known_end, end = self._known(block.sections)
         core = block.grid.cover(self.cell_mip)
         area = self.placement.area.cover(self.cell_mip)
         window = core.cover(core.mip, margin_px=MARGIN_CELLS).overlap(area)
@@ -407,7 +420,7 @@ class RelaxStep(Step):
         self._writer.write(fields.numpy(), core, block.sections)
         return {}
 
-    def _generation(self, sections: range) -> tuple[int, int]:
+    def _known(self, sections: range) -> tuple[int, int]:
         """Find when a block was relaxed first.
 
         Returns:
@@ -434,6 +447,9 @@ class RelaxStep(Step):
 
     @cached_property
     def _writer(self) -> BlockWriter:
+        return self._open_writer()
+
+    def _open_writer(self, replaces: bool = False) -> BlockWriter:
         return BlockWriter(
             f"{self.destination}/field",
             NewVolume(
@@ -444,6 +460,7 @@ class RelaxStep(Step):
             flag="--dst_path",
             block_px=self.chunk_px << self.mip >> self.cell_mip,
             chunk_size=(256, 256, 1),
+            replaces=replaces,
         )
 
     @cached_property

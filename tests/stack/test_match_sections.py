@@ -2,12 +2,14 @@
 
 import subprocess
 import sys
+import warnings
 
 import cv2
 import numpy as np
 import pytest
 
 import metroem
+from metroem.errors import UsageError
 from metroem.geometry import affine
 from metroem.stack.match_sections import Section, match, place
 from metroem.synthetic.tissue import TissueRecipe, make_tissue
@@ -191,3 +193,23 @@ def test_large_sections_are_reduced(tissue):
 def test_importing_metroem_does_not_import_opencv():
     code = "import sys, metroem, metroem.__main__; sys.exit('cv2' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_pixels_that_are_not_finite_have_no_data(tissue):
+    one, other, _ = tissue
+    for bad in (np.nan, np.inf, -np.inf, 1e39):
+        src = one.astype(np.float64)
+        src[:9], src[50, 60] = bad, bad
+        blank = np.where(src == one, src, 0)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            found = place(src, other)
+        assert found is not None
+        np.testing.assert_array_equal(found, place(blank, other))
+
+
+@pytest.mark.parametrize("shape", [(40, 50, 3), (0, 50), (40,)])
+def test_images_that_are_not_grey_levels_are_refused(tissue, shape):
+    with pytest.raises(UsageError, match="expected grey levels"):
+        place(np.ones(shape, np.uint8), tissue[0])
+    assert metroem.place([[0, 0], [0, 0]], tissue[0]) is None  # type: ignore[arg-type]

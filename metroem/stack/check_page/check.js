@@ -21,7 +21,7 @@ function styled(element, styles) {
 }
 
 function percent(value, digits) {
-  return typeof value === "number" ? `${(100 * value).toFixed(digits)} %` : "\u2013";
+  return typeof value === "number" ? `${value ? (100 * value).toFixed(digits) : 0} %` : "\u2013";
 }
 
 /** Height of a section in a picture of many: enough to be seen. */
@@ -67,6 +67,28 @@ function fillTiles() {
   for (const [figure, label] of tiles) {
     byId("tiles").append(make("div", { class: "tile" }, make("b", {}, figure), make("span", {}, label)));
   }
+}
+
+/** Explain every figure that the page shows. */
+function fillMeaning() {
+  const px = `px of mip ${data.mip}`;
+  const meaning = [
+    ["correlation", `of the grey levels of a section and the one before it, mean over squares of ${data.correlation_window_px} px. 1: the same picture; 0: nothing in common.`],
+    ["jump", `how far a window of ${data.jump_window_px} px lies from where it fits the section before it best, ${px}. 0 is best, but tissue that runs obliquely jumps a little, too.`],
+    ["jitter", `how much the jump changes from one section to the next, ${px}. Tissue that runs obliquely jumps steadily and does not jitter.`],
+    ["without a match", `windows that fit the section before it nowhere within ${data.search_px} px: other tissue, a fold, dirt, or too far away.`],
+    ["off by", `mean jump of the windows of a place; a window without a match counts as ${data.search_px} px.`],
+  ];
+  if ("residual_median_px" in stack) {
+    meaning.push(["residual", `length of the field that the pyramid finds between a section and the one before it, ${px}: what it would still move, with its own error.`]);
+  }
+  if ("folds" in stack) {
+    meaning.push(["folded pixels", "where the field turns tissue over. None is best; some at real folds of the section are no fault."]);
+  }
+  meaning.push(["blank", "a section without any data. The next one is compared with the last one that has data, up to three sections back."]);
+  if (hasBefore) meaning.push(["a \u2192 b", `a: ${data.before_path}, measured at the same coordinates; b: this volume.`]);
+  const list = byId("meaning").querySelector("dl");
+  for (const [term, words] of meaning) list.append(make("div", {}, make("dt", {}, term), make("dd", {}, words)));
 }
 
 function drawCrop(place) {
@@ -136,8 +158,8 @@ function drawCurve(curve, width) {
   if (curve.second) lines.push(["second", valuesOf(curve, curve.second)]);
   if (hasBefore && curve.main in stack.before) lines.push(["before", valuesOf(curve, curve.main, "before")]);
   const known = lines.flatMap(([, values]) => values.filter((value) => value !== null));
-  const high = known.length ? Math.max(...known, 1e-9) : 1;
-  const low = known.length ? Math.min(...known, 0) : 0;
+  const high = Math.max(...known, 0) || 1;
+  const low = Math.min(...known, 0);
   const x = (index) => left + ((right - left) * (index + 0.5)) / sections.length;
   const y = (value) => bottom - ((bottom - top) * (value - low)) / (high - low);
   const plot = svg("svg", { viewBox: `0 0 ${width} 172`, role: "img", "aria-label": curve.title });
@@ -146,9 +168,8 @@ function drawCurve(curve, width) {
     plot.append(svg("line", { x1: left, x2: right, y1: y(level), y2: y(level), class: "grid" }));
     plot.append(svg("text", { x: left - 5, y: y(level) + 4, "text-anchor": "end" }, String(Number(level.toPrecision(2)))));
   }
-  const num = Math.max(2, Math.min(sections.length, Math.floor(width / 90)));
-  for (let tick = 0; tick < num; tick++) {
-    const index = Math.round((tick * (sections.length - 1)) / (num - 1));
+  const step = Math.ceil((90 * sections.length) / width);
+  for (let index = 0; index < sections.length; index += step) {
     plot.append(svg("text", { x: x(index), y: bottom + 15, "text-anchor": "middle" }, `z ${sections[index].z}`));
   }
   for (const z of data.blank) {
@@ -201,10 +222,9 @@ function drawCurves() {
   const width = Math.max(box.clientWidth, 240);
   box.replaceChildren(...CURVES.map((curve) => drawCurve(curve, width)));
   const [left, right] = [46, width - 8];
-  const point = (event) => {
-    const at = event.clientX - box.getBoundingClientRect().left;
-    const index = Math.floor(((at - left) / (right - left)) * sections.length);
+  const read = (index) => {
     if (index < 0 || index >= sections.length) return;
+    box.dataset.index = index;
     byId("readout").textContent = describeSection(sections[index]);
     const x = left + ((right - left) * (index + 0.5)) / sections.length;
     for (const cursor of box.querySelectorAll(".cursor")) {
@@ -212,8 +232,20 @@ function drawCurves() {
       cursor.setAttribute("x2", x);
     }
   };
+  const point = (event) => {
+    const at = event.clientX - box.getBoundingClientRect().left;
+    read(Math.floor(((at - left) / (right - left)) * sections.length));
+  };
   box.onpointermove = point;
   box.onpointerdown = point;
+  box.onkeydown = (event) => {
+    const at = Number(box.dataset.index ?? -1);
+    const to = { ArrowLeft: at - 1, ArrowRight: at + 1, Home: 0, End: sections.length - 1 }[event.key];
+    if (to === undefined) return;
+    event.preventDefault();
+    read(to);
+  };
+  read(Number(box.dataset.index ?? -1));
 }
 
 // Maps and cuts
@@ -264,7 +296,8 @@ function fillMaps() {
   const area = `area${rows * cols === 1 ? "" : "s"} of ${data.cell_px} px`;
   byId("maps-note").textContent =
     `A row is a section, a column one of its ${rows * cols} ${area}: ${rows} along x, of each ${cols} along y. ` +
-    "Numbers are those of the worst places.";
+    "Numbers are those of the worst places. Hatched: nothing to compare, " +
+    `or less than half a window of ${data.jump_window_px} px.`;
   byId("maps").append(...data.maps.map(drawMap));
 }
 
@@ -282,13 +315,14 @@ function drawCut(cut) {
 }
 
 function fillCuts() {
-  byId("cuts-note").textContent = "Enlarged along z. Borders of cells should run down without steps; black rows are blank sections.";
+  byId("cuts-note").textContent = "Enlarged along z; all sections are shown equally bright. Borders of cells should run down without steps; black rows are blank sections.";
   byId("cuts").append(...data.cuts.map(drawCut));
 }
 
 function fillOut() {
-  const reasons = data.stand_out.map(({ z, reason }) => ({ z, reason }));
-  for (const z of data.unplaced) reasons.push({ z, reason: "matched nothing when sections were placed" });
+  const byZ = new Map(data.stand_out.map(({ z, reason }) => [z, [reason]]));
+  for (const z of data.unplaced) byZ.set(z, [...(byZ.get(z) || []), "matched nothing when sections were placed"]);
+  const reasons = [...byZ].map(([z, all]) => ({ z, reason: all.join("; ") })).sort((a, b) => a.z - b.z);
   byId("out-note").textContent = reasons.length ? "" : "None.";
   byId("out").hidden = !reasons.length;
   const of = (z) => sections[z - data.z_start] || {};
@@ -312,6 +346,7 @@ function fillOut() {
 byId("verdict").textContent = data.verdict;
 fillAbout();
 fillTiles();
+fillMeaning();
 byId("worst").append(...data.worst.map(drawPlace));
 fillLegend();
 drawCurves();
