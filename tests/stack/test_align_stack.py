@@ -245,6 +245,7 @@ def test_bad_input_is_refused_in_one_line_before_anything_is_written(stack, tmp_
     )
     for flag in ("--chunk_px", "--window_px"):
         refused(stack, tmp_path, flag, "72", match=f"{flag} 72: expected a multiple of")
+    refused(stack, tmp_path, "--smoothness", "inf", match="--smoothness inf")
     flags = ("--checkpoint_name", "other")
     refused(stack, tmp_path, *flags, match="no weights 'other'")
 
@@ -295,6 +296,25 @@ def test_a_stack_is_the_same_from_another_folder(stack, tmp_path, monkeypatch):
     assert (tmp_path / "a" / "stack.json").read_bytes() == before
     monkeypatch.chdir("/")  # as a worker that was started there
     assert make_step(str(tmp_path / "a"), "place-match").tasks() == ["z0-4"]
+
+
+def test_a_volume_that_was_written_again_is_placed_again(stack, tissue, tmp_path):
+    write_volume(tmp_path / "raw", tissue, 1, chunk_px=64)
+    (tmp_path / "pyramid").symlink_to(stack / "pyramid")
+    align(tmp_path, tmp_path / "a", "--steps", "place", "--mips", "8")
+    before = json.loads((tmp_path / "a" / "placement.json").read_text())["canvas"]
+    # It consists of whole pixels of all mips.
+    assert not any(size % 2**7 for size in before.values())
+
+    changed = tissue.copy()
+    changed[1] = np.roll(tissue[1], 30, 1)
+    write_volume(tmp_path / "raw", changed, 1, chunk_px=64)
+    with pytest.raises(MetroEMError, match="tasks of the step place before are not"):
+        align(tmp_path, tmp_path / "a", "--steps", "pairs")
+    align(tmp_path, tmp_path / "a", "--steps", "place")
+    after = json.loads((tmp_path / "a" / "placement.json").read_text())["sections"]
+    moved = after["1"]["matrix"][1][2] - after["2"]["matrix"][1][2]
+    assert abs(moved - 30) < 3
 
 
 def test_a_destination_below_a_file_is_refused(stack):
