@@ -308,6 +308,10 @@ def place_stack(request: PlaceRequest) -> None:
     volume.check_channels(1, "a volume of sections")
     volume.check_mip("--mip", request.mip)
     volume.check_sections(request.sections, volume.mips[0])
+    if request.render is not None:
+        check_rendering(
+            *(volume, request.mip, _RENDERED_MIPS, _RENDERED_PX, _RENDERED_SECTIONS)
+        )
     logger.info(
         "place: %d sections of %s by thumbnails of at most %d px, to %s",
         *(len(request.sections), volume.path, request.thumbnail_px, request.dst_path),
@@ -403,7 +407,7 @@ def _check_input(request: AlignStackRequest) -> _StoredStack:
                 "pool"
             )
     if request.masks is not None:
-        open_masks(request.masks, volume, modules[-1].in_mip)
+        open_masks(request.masks, volume, modules[-1].in_mip, request.sections)
     _check_device(request.device)
     found = _StoredStack.find(request.dst_path)
     ends = (request.z_end,)
@@ -449,6 +453,12 @@ def _check_rendering(request: AlignStackRequest, volume: ImageVolume) -> None:
         *(volume, request.mip, request.mips, request.chunk_px, request.block_sections),
         *(request.encoding, (size[0], size[1], size[2]) if size else None),
     )
+    if request.encoding in ("jpeg", "jxl"):
+        logger.warning(
+            "--encoding %s: leaves dark traces of tissue beside it where the raw "
+            "sections are 0; png and raw do not",
+            request.encoding,
+        )
     if request.layer is None:
         return
     layer = Volume(request.layer, flag="--layer", resolution=volume.resolution)

@@ -246,6 +246,8 @@ def test_bad_input_is_refused_in_one_line_before_anything_is_written(stack, tmp_
     for flag in ("--chunk_px", "--window_px"):
         refused(stack, tmp_path, flag, "72", match=f"{flag} 72: expected a multiple of")
     refused(stack, tmp_path, "--smoothness", "inf", match="--smoothness inf")
+    flags = ("--again", "--shard", "0/2")
+    refused(stack, tmp_path, *flags, match="run one array for each step")
     flags = ("--checkpoint_name", "other")
     refused(stack, tmp_path, *flags, match="no weights 'other'")
 
@@ -327,6 +329,19 @@ def test_a_step_of_no_stack_or_no_name_is_refused(tmp_path, aligned):
         make_step(str(tmp_path), "pairs")
     with pytest.raises(MetroEMError, match="step 'os.system': expected one of"):
         make_step(str(aligned), "os.system")
+
+
+def test_what_cannot_be_written_is_refused_before_sections_are_placed(tmp_path):
+    make_volume(tmp_path / "raw", [np.ones((2, 1, 64, 80))])
+    with pytest.raises(MetroEMError, match="--cv_path .* is float64; grey levels are"):
+        main(
+            [
+                *("place", "--cv_path", str(tmp_path / "raw"), "--z_start", "0"),
+                *("--z_end", "2", "--dst_path", str(tmp_path / "a")),
+                *("--render", str(tmp_path / "placed")),
+            ]
+        )
+    assert not (tmp_path / "a").exists() and not (tmp_path / "placed").exists()
 
 
 def test_sections_that_were_placed_at_one_destination_are_not_those_of_today(
@@ -425,9 +440,8 @@ def test_masks_that_do_not_cover_the_sections_are_refused(stack, tmp_path):
 
 
 def test_masks_are_used_as_defects(stack, tmp_path):
-    raw = ImageVolume(str(stack / "raw"))
-    shape = raw.read(raw.extent()[0], raw.extent()[1]).shape
-    masks = np.zeros(shape, np.uint8)
+    # Of the sections that are aligned; the volume has one more.
+    masks = np.zeros((NUM, 1, ROWS, COLS), np.uint8)
     masks[1, :, 40:60, 50:90] = 1
     make_volume(tmp_path / "masks", [masks], resolution=(8, 8, 40))
     flags = ("--masks", str(tmp_path / "masks"), "--steps", "place", "pairs")
