@@ -25,7 +25,7 @@ import torch
 from metroem.errors import DatasetError, UsageError, first_line
 from metroem.io.cloud_errors import storage_errors
 from metroem.io.cloud_paths import cloud_path
-from metroem.io.image_volume import ImageVolume
+from metroem.io.image_volume import ImageVolume, content_digest
 from metroem.io.volume import Volume
 from metroem.io.volume_write import Notes
 from metroem.models.weights import check_weights, checkpoint_path
@@ -133,12 +133,17 @@ class _StoredStack:
         request: the flags, with those of `_NOT_STORED` at their defaults.
         ends: one past the last section of the first run, and of each run that made the
             stack grow.
+        content: digest of samples of the sections of the first run.
     """
 
     def __init__(
-        self, destination: str, request: AlignStackRequest, ends: Sequence[int]
+        self,
+        destination: str,
+        request: AlignStackRequest,
+        ends: Sequence[int],
+        content: str,
     ) -> None:
-        self.destination = cloud_path(destination)
+        self.destination, self.content = cloud_path(destination), content
         self.request, self.ends = request, tuple(ends)
 
     @classmethod
@@ -165,7 +170,8 @@ class _StoredStack:
             flags["pyramid_path"] = Path(flags["pyramid_path"])
             if unknown := sorted(set(flags) - known):
                 raise KeyError(", ".join(unknown))
-            return cls(destination, AlignStackRequest(**flags), note["ends"])
+            request = AlignStackRequest(**flags)
+            return cls(destination, request, note["ends"], note["content"])
         except (KeyError, TypeError, UsageError) as error:
             raise DatasetError(
                 f"{destination}/{_STACK}: is not what this version writes ({error}); "
@@ -180,6 +186,7 @@ class _StoredStack:
             if name not in _NOT_STORED
         }
         note = {"format": 1, "request": flags, "ends": list(self.ends)}
+        note["content"] = self.content
         Notes(self.destination).write(_STACK, note)
 
     def parts(self, step: str) -> list[str]:
@@ -195,12 +202,13 @@ class _StoredStack:
         request = self.request
         sections = range(request.z_start, self.ends[-1])
         mips = tuple(module.in_mip for module in find_modules(request.pyramid_path))
-        match = _match_step(self.destination, request, sections)
+        match = _match_step(self.destination, request, sections, self.content)
         if name == match.name:
             return match
         # A stack that grows keeps the borders of its chunks and windows.
         growth_px = math.lcm(request.chunk_px, request.window_px) << request.mip
         block_px = max(_pooled_px(mips), 64 << request.mip)
+        block_px = max(block_px, 1 << (request.mip + request.mips - 1))
         solve = PlaceSolveStep(match, request.fix, block_px, growth_px, self.ends)
         if name == solve.name:
             return solve
@@ -300,12 +308,19 @@ def place_stack(request: PlaceRequest) -> None:
     volume.check_channels(1, "a volume of sections")
     volume.check_mip("--mip", request.mip)
     volume.check_sections(request.sections, volume.mips[0])
+    if request.render is not None:
+        check_rendering(
+            *(volume, request.mip, _RENDERED_MIPS, _RENDERED_PX, _RENDERED_SECTIONS)
+        )
     logger.info(
         "place: %d sections of %s by thumbnails of at most %d px, to %s",
         *(len(request.sections), volume.path, request.thumbnail_px, request.dst_path),
     )
     destination = cloud_path(request.dst_path)
-    match = _match_step(destination, request, request.sections)
+    # Of the first sections: the others may come later.
+    first = range(request.z_start, request.z_start + 2)
+    content = content_digest(volume, first)
+    match = _match_step(destination, request, request.sections, content)
     block_px = _RENDERED_PX << request.mip
     ends = (request.z_end,) if request.again else None
     solve = PlaceSolveStep(match, request.fix, 64 << request.mip, block_px, ends)
@@ -334,11 +349,11 @@ def place_stack(request: PlaceRequest) -> None:
 
 
 def _match_step(
-    destination: str, request: SectionsRequest, sections: range
+    destination: str, request: SectionsRequest, sections: range, content: str
 ) -> PlaceMatchStep:
     return PlaceMatchStep(
         *(destination, request.cv_path, sections),
-        *(request.model, request.flip, request.thumbnail_px),
+        *(request.model, request.flip, request.thumbnail_px, content),
     )
 
 
@@ -392,7 +407,7 @@ def _check_input(request: AlignStackRequest) -> _StoredStack:
                 "pool"
             )
     if request.masks is not None:
-        open_masks(request.masks, volume, modules[-1].in_mip)
+        open_masks(request.masks, volume, modules[-1].in_mip, request.sections)
     _check_device(request.device)
     found = _StoredStack.find(request.dst_path)
     ends = (request.z_end,)
@@ -416,7 +431,8 @@ def _check_input(request: AlignStackRequest) -> _StoredStack:
         one.name: one.default for one in fields(request) if one.name in _NOT_STORED
     }
     defaults["steps"] = list(STEPS)
-    return _StoredStack(request.dst_path, replace(request, **defaults), ends)
+    content = content_digest(volume, range(request.z_start, ends[0]))
+    return _StoredStack(request.dst_path, replace(request, **defaults), ends, content)
 
 
 def _check_device(device: str) -> None:
@@ -437,6 +453,12 @@ def _check_rendering(request: AlignStackRequest, volume: ImageVolume) -> None:
         *(volume, request.mip, request.mips, request.chunk_px, request.block_sections),
         *(request.encoding, (size[0], size[1], size[2]) if size else None),
     )
+    if request.encoding in ("jpeg", "jxl"):
+        logger.warning(
+            "--encoding %s: leaves dark traces of tissue beside it where the raw "
+            "sections are 0; png and raw do not",
+            request.encoding,
+        )
     if request.layer is None:
         return
     layer = Volume(request.layer, flag="--layer", resolution=volume.resolution)

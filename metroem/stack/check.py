@@ -41,6 +41,7 @@ from metroem.stack.neighbour_scores import CORRELATION_PX, NeighbourScores
 from metroem.stack.place import Placement
 from metroem.stack.render import RenderStep
 from metroem.stack.requests import AlignStackRequest, CheckRequest, with_full_paths
+from metroem.stack.task_records import TaskRecords
 from metroem.stack.tasks import Block, Step, run_step
 
 logger = logging.getLogger(__name__)
@@ -268,6 +269,15 @@ def check_volume(request: CheckRequest) -> None:
         *(plan.sections.start, plan.sections.stop - 1, *plan.area.shape, plan.mip),
     )
     check = CheckStep(plan)
+    records, tasks = (
+        TaskRecords(check.destination, check.name, check.settings),
+        check.tasks(),
+    )
+    if not request.again and len(records.look(tasks).done) == len(tasks):
+        logger.warning(
+            "these figures were measured before; samples of the volume are unchanged. "
+            "If other parts were written again, give --again"
+        )
     if run_step(check, request) and run_step(CheckReportStep(check), request):
         print_check(plan.destination)
 

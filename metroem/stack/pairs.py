@@ -79,13 +79,14 @@ def stage_grids(
     return grids
 
 
-def open_masks(path: str, images: ImageVolume, mip: int) -> Volume:
+def open_masks(path: str, images: ImageVolume, mip: int, sections: range) -> Volume:
     """Open the volume of masks.
 
     Args:
         path: the volume.
         images: the volume of the raw sections.
         mip: mip of the last stage, which reads the masks.
+        sections: range of z that is aligned.
 
     Raises:
         DatasetError: it cannot be opened, lacks the mip, or does not cover the images.
@@ -93,8 +94,7 @@ def open_masks(path: str, images: ImageVolume, mip: int) -> Volume:
     masks = Volume(path, flag="--masks", resolution=images.resolution)
     masks.check_channels(1, "a volume of masks")
     masks.check_mip("mip of the last stage", mip)
-    area, sections = images.extent()
-    masks.check_covers(area, "the volume of sections", at=mip)
+    masks.check_covers(images.extent()[0], "the volume of sections", at=mip)
     masks.check_sections(sections, mip)
     return masks
 
@@ -549,7 +549,7 @@ class PairsStep(Step):
     def _masks(self) -> Volume | None:
         if self.masks is None:
             return None
-        return open_masks(self.masks, self._volume, self.mips[-1])
+        return open_masks(self.masks, self._volume, self.mips[-1], self.sections)
 
     @cached_property
     def _pyramid(self) -> Pyramid:

@@ -292,6 +292,7 @@ class PlaceMatchStep(Step):
         model: map of a section.
         flip: whether sections may be mirrored.
         thumbnail_px: longest side of a thumbnail.
+        content: digest of samples of the volume, which may be written again.
         name: name of the step.
     """
 
@@ -301,6 +302,7 @@ class PlaceMatchStep(Step):
     model: str
     flip: bool
     thumbnail_px: int
+    content: str = ""
     name: str = "place-match"
 
     @property
@@ -310,6 +312,7 @@ class PlaceMatchStep(Step):
             "model": self.model,
             "flip": self.flip,
             "thumbnail_px": self.thumbnail_px,
+            "content": self.content,
         }
 
     def tasks(self) -> list[str]:

@@ -44,6 +44,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from metroem.errors import DatasetError
 from metroem.geometry import affine
 from metroem.geometry.field import pixel_positions, sample
 from metroem.geometry.grid import Grid
@@ -121,6 +122,9 @@ def relax(
 
     Returns:
         (n, 2, h, w): U, pull, pixels of the grid.
+
+    Raises:
+        DatasetError: they are not finite, since bending costs too much.
     """
     known = known or {}
     found: Tensor | None = None
@@ -141,6 +145,11 @@ def relax(
         bending = options.bending / 16**level
         found = _relax_level(here, found, free, options.pull, bending)
     assert found is not None
+    if not torch.isfinite(found).all():
+        raise DatasetError(
+            "the displacements that align the sections are not finite; give a smaller "
+            "--smoothness"
+        )
     return found
 
 
@@ -466,7 +475,8 @@ class RelaxStep(Step):
     @cached_property
     def _fields(self) -> Volume:
         path = f"{self.destination}/field"
-        return Volume(path, flag="--dst_path", resolution=self.resolution)
+        nm = self.resolution
+        return Volume(path, flag="--dst_path", resolution=nm, is_whole=True)
 
     @cached_property
     def _pairs(self) -> dict[str, Volume]:
@@ -477,6 +487,7 @@ class RelaxStep(Step):
                 f"{self.destination}/pairs/{name}",
                 flag="--dst_path",
                 resolution=self.resolution,
+                is_whole=True,
             )
             for name in names
         }

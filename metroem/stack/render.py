@@ -242,7 +242,8 @@ class RenderStep(Step):
     @cached_property
     def _fields(self) -> Volume:
         path = f"{self.destination}/field"
-        return Volume(path, flag="--dst_path", resolution=self.resolution)
+        nm = self.resolution
+        return Volume(path, flag="--dst_path", resolution=nm, is_whole=True)
 
 
 def layer_mips(layer: Volume, mips: range) -> range:

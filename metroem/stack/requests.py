@@ -1,5 +1,6 @@
 """Define the flags of place, align-stack, worker and check."""
 
+import math
 import re
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -203,6 +204,13 @@ class AlignStackRequest(SectionsRequest):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.again and self.shard is not None and len(self.steps) > 1:
+            raise UsageError(
+                "--again --shard: a step would begin while others still hold results "
+                "of before; run one array for each step, --steps place and so on"
+            )
+        if not math.isfinite(self.smoothness):
+            raise UsageError(f"--smoothness {self.smoothness}: expected a number")
         if self.nearest and self.layer is None:
             raise UsageError("--nearest: goes with --layer; give a layer of labels")
         folders = "image", "field", "pairs", "layers"

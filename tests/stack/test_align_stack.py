@@ -245,6 +245,9 @@ def test_bad_input_is_refused_in_one_line_before_anything_is_written(stack, tmp_
     )
     for flag in ("--chunk_px", "--window_px"):
         refused(stack, tmp_path, flag, "72", match=f"{flag} 72: expected a multiple of")
+    refused(stack, tmp_path, "--smoothness", "inf", match="--smoothness inf")
+    flags = ("--again", "--shard", "0/2")
+    refused(stack, tmp_path, *flags, match="run one array for each step")
     flags = ("--checkpoint_name", "other")
     refused(stack, tmp_path, *flags, match="no weights 'other'")
 
@@ -297,6 +300,25 @@ def test_a_stack_is_the_same_from_another_folder(stack, tmp_path, monkeypatch):
     assert make_step(str(tmp_path / "a"), "place-match").tasks() == ["z0-4"]
 
 
+def test_a_volume_that_was_written_again_is_placed_again(stack, tissue, tmp_path):
+    write_volume(tmp_path / "raw", tissue, 1, chunk_px=64)
+    (tmp_path / "pyramid").symlink_to(stack / "pyramid")
+    align(tmp_path, tmp_path / "a", "--steps", "place", "--mips", "8")
+    before = json.loads((tmp_path / "a" / "placement.json").read_text())["canvas"]
+    # It consists of whole pixels of all mips.
+    assert not any(size % 2**7 for size in before.values())
+
+    changed = tissue.copy()
+    changed[1] = np.roll(tissue[1], 30, 1)
+    write_volume(tmp_path / "raw", changed, 1, chunk_px=64)
+    with pytest.raises(MetroEMError, match="tasks of the step place before are not"):
+        align(tmp_path, tmp_path / "a", "--steps", "pairs")
+    align(tmp_path, tmp_path / "a", "--steps", "place")
+    after = json.loads((tmp_path / "a" / "placement.json").read_text())["sections"]
+    moved = after["1"]["matrix"][1][2] - after["2"]["matrix"][1][2]
+    assert abs(moved - 30) < 3
+
+
 def test_a_destination_below_a_file_is_refused(stack):
     with pytest.raises(MetroEMError, match="--dst_path .*info.*[Nn]ot a directory"):
         align(stack, stack / "raw" / "info")
@@ -307,6 +329,19 @@ def test_a_step_of_no_stack_or_no_name_is_refused(tmp_path, aligned):
         make_step(str(tmp_path), "pairs")
     with pytest.raises(MetroEMError, match="step 'os.system': expected one of"):
         make_step(str(aligned), "os.system")
+
+
+def test_what_cannot_be_written_is_refused_before_sections_are_placed(tmp_path):
+    make_volume(tmp_path / "raw", [np.ones((2, 1, 64, 80))])
+    with pytest.raises(MetroEMError, match="--cv_path .* is float64; grey levels are"):
+        main(
+            [
+                *("place", "--cv_path", str(tmp_path / "raw"), "--z_start", "0"),
+                *("--z_end", "2", "--dst_path", str(tmp_path / "a")),
+                *("--render", str(tmp_path / "placed")),
+            ]
+        )
+    assert not (tmp_path / "a").exists() and not (tmp_path / "placed").exists()
 
 
 def test_sections_that_were_placed_at_one_destination_are_not_those_of_today(
@@ -405,9 +440,8 @@ def test_masks_that_do_not_cover_the_sections_are_refused(stack, tmp_path):
 
 
 def test_masks_are_used_as_defects(stack, tmp_path):
-    raw = ImageVolume(str(stack / "raw"))
-    shape = raw.read(raw.extent()[0], raw.extent()[1]).shape
-    masks = np.zeros(shape, np.uint8)
+    # Of the sections that are aligned; the volume has one more.
+    masks = np.zeros((NUM, 1, ROWS, COLS), np.uint8)
     masks[1, :, 40:60, 50:90] = 1
     make_volume(tmp_path / "masks", [masks], resolution=(8, 8, 40))
     flags = ("--masks", str(tmp_path / "masks"), "--steps", "place", "pairs")

@@ -14,7 +14,7 @@ from metroem.io.volume_write import NewVolume, SectionWriter
 from metroem.models.module_folders import init_pyramid
 from metroem.pyramid import Pyramid
 from metroem.stack.align_stack import make_step
-from metroem.stack.check import CheckReportStep, CheckStep
+from metroem.stack.check import CheckReportStep, CheckStep, check_volume
 from metroem.stack.check_plan import load_plan, plan_check
 from metroem.stack.requests import CheckRequest, PlaceRequest
 from metroem.stack.task_records import TaskRecords
@@ -171,6 +171,15 @@ def test_a_worker_makes_the_steps_of_a_check(volume, tmp_path):
         assert type(made) is type(step) and made.settings == step.settings
     with pytest.raises(UsageError, match="--queue fq://x: workers do not place"):
         PlaceRequest(cv_path="v", dst_path="d", z_start=0, z_end=2, queue="fq://x")
+
+
+def test_figures_of_an_earlier_run_are_said_to_be_so(volume, tmp_path, caplog):
+    request = CheckRequest(cv_path=volume, dst_path=str(tmp_path), z_end=OFFSET[2] + 2)
+    for times in (0, 1):
+        check_volume(request)
+        assert caplog.text.count("these figures were measured before") == times
+    check_volume(replace(request, again=True))
+    assert caplog.text.count("these figures were measured before") == 1
 
 
 def test_settings_change_with_the_content_of_the_volume(tmp_path):

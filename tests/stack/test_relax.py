@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from metroem.errors import DatasetError
 from metroem.geometry import affine
 from metroem.geometry.field import pixel_positions, sample
 from metroem.geometry.grid import Grid
@@ -175,6 +176,12 @@ def test_fields_are_read_where_the_neighbour_was_moved_to():
     expected = 2.0 + sample(pairs.fields[1][1:], found[:1], positions, padding="border")
     inner = (..., slice(2, -2), slice(2, -6))
     assert float((found[1:][inner] - expected[inner])[:, 0].abs().max()) < 0.02
+
+
+def test_displacements_that_are_not_finite_are_an_error():
+    pairs = pair_fields(torch.tensor([[0.0, 0.0], [1.0, 2.0], [0.0, 1.0]]))
+    with pytest.raises(DatasetError, match="not finite; give a smaller --smoothness"):
+        relax(pairs, RelaxOptions(bending=1e39))
 
 
 def test_blocks_that_read_fields_of_others_are_a_step_after_them():

@@ -15,7 +15,7 @@ from metroem.geometry.grid import Grid
 from metroem.imaging.normalize import coarsen_image
 from metroem.io.image_volume import ImageVolume
 from metroem.io.volume import Volume
-from metroem.io.volume_write import NewVolume, SectionWriter
+from metroem.io.volume_write import BlockWriter, NewVolume
 from metroem.stack.place import Placement
 from metroem.stack.render import RenderStep
 from tests.volumes import make_scales, make_volume
@@ -61,12 +61,17 @@ def shifted(grid, z):
 
 
 def write_fields(folder, make, sections=range(NUM), canvas=CANVAS):
-    """Write the fields of a stack, as export-fields writes them."""
+    """Write the fields of a stack, as the step relax writes them."""
     wanted = NewVolume(2, "float32", FIELD_MIP, canvas, sections, RESOLUTION, NOTES)
-    writer = SectionWriter(f"{folder}/field", wanted, flag="--dst_path")
+    writer = BlockWriter(
+        *(f"{folder}/field", wanted),
+        flag="--dst_path",
+        block_px=256,
+        chunk_size=(256, 256, 1),
+    )
     grid = canvas.at_mip(FIELD_MIP)
     for z in sections:
-        writer.put(np.ascontiguousarray(make(grid, z)), grid, z)
+        writer.write(np.ascontiguousarray(make(grid, z))[None], grid, range(z, z + 1))
 
 
 def placement(canvas=CANVAS, matrix=None):
@@ -252,6 +257,19 @@ def test_a_stack_grows_and_its_chunks_keep_their_bytes(tmp_path, raw):
     # Within half a pixel of the field from its border, a longer field says more.
     whole = read(tmp_path / "whole", sections=range(4))
     np.testing.assert_array_equal(inner[:, 4:, :-4], whole[:, 4:, :-4])
+
+
+def test_a_field_that_is_lost_is_not_zero(tmp_path, raw):
+    write_fields(tmp_path, elastic)
+    step = step_of(tmp_path, raw)
+    run(step)
+    lost = next((tmp_path / "field" / "32_32_40").glob("*_1-2"))
+    lost.unlink()
+
+    with pytest.raises(
+        DatasetError, match=f"{lost.name}: this chunk .* missing.*again"
+    ):
+        pickle.loads(pickle.dumps(step)).run(step.tasks()[0])
 
 
 def test_nothing_of_another_placement_shows_beside_a_new_one(tmp_path, raw, caplog):
