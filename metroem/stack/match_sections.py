@@ -699,34 +699,70 @@ def _correlate(src: Level, tgt: Level) -> Iterator[_Peak]:
     """Correlate two sections at all shifts, at one angle after the other.
 
     A correlation is divided by the square root of the area in common, so that its
-    deviation does not depend on the shift.
+    deviation does not depend on the shift. Areas are smooth: they are computed at a
+    quarter of the resolution. Angles that differ by quarter turns share a spectrum of
+    src, since tgt can be turned by them instead.
     """
     rows, cols = src.edges.shape
-    side = int(np.ceil(np.hypot(rows, cols))) + 2  # of a square that holds src turned
+    side = 4 * int(np.ceil((np.hypot(rows, cols) + 2) / 4))  # holds src turned
     # Shifts repeat after `size` px. Less overlap than a quarter of a side is not told
     # apart from a shift to the other side.
     overlap_px = min(*src.edges.shape, *tgt.edges.shape) // 4
-    size = _fast_length(side + max(tgt.edges.shape) - overlap_px)
-    shape = size, size
-    edges, mask = _spectrum(tgt.edges, shape), _spectrum(tgt.mask, shape)
+    size = 4 * _fast_length(-(-(side + max(tgt.edges.shape) - overlap_px) // 4))
+    shape, small = (size, size), (size // 4, size // 4)
     least = _MIN_OVERLAP * min(float(src.mask.sum()), float(tgt.mask.sum()))
-    for degrees in np.arange(0, 360, _STEP_DEGREES):
+    quarters = [
+        (
+            _quarter_turn(num, *tgt.mask.shape),
+            _spectrum(np.rot90(tgt.edges, num), shape),
+            _spectrum(_sum_squares(np.rot90(tgt.mask, num)), small),
+        )
+        for num in range(4)
+    ]
+    for degrees in np.arange(0, 90, _STEP_DEGREES):
         cos, sin = np.cos(np.deg2rad(degrees)), np.sin(np.deg2rad(degrees))
         linear = np.array([[cos, -sin], [sin, cos]])
         middle = np.array([(cols - 1) / 2, (rows - 1) / 2])
         turned = np.column_stack([linear, (side - 1) / 2 - linear @ middle])
-        heights, common = (
-            _correlation(
-                _spectrum(cv2.warpAffine(a, turned, (side, side)), shape), b, shape
-            )
-            for a, b in ((src.edges, edges), (src.mask, mask))
+        edges, mask = (
+            cv2.warpAffine(a, turned, (side, side)) for a in (src.edges, src.mask)
         )
-        enough = common > least
-        heights = np.where(enough, heights / np.sqrt(np.maximum(common, least)), 0)
-        deviation = np.sqrt(np.square(heights).sum() / max(int(enough.sum()), 1))
-        for sign, at in ((1, heights.argmax()), (-1, heights.argmin())):
-            down, right = divmod(int(at), size)
-            height = sign * float(heights[down, right] / max(deviation, 1e-9))
-            shift = [px - size * (px > size - side) for px in (right, down)]
-            push = np.column_stack([linear, turned[:, 2] + shift])
-            yield _Peak(height, float(degrees), sign, push)
+        spectra = _spectrum(edges, shape), _spectrum(_sum_squares(mask), small)
+        for num, (back, tgt_edges, tgt_mask) in enumerate(quarters):
+            common = _correlation(spectra[1], tgt_mask, small) / 16
+            weight = (common > least) / np.sqrt(np.maximum(common, least))
+            heights = _correlation(spectra[0], tgt_edges, shape)
+            heights *= cv2.resize(weight, shape)
+            num_shifts = 16 * max(np.count_nonzero(weight), 1)
+            deviation = max(float(np.linalg.norm(heights)) / num_shifts**0.5, 1e-9)
+            least_height, most_height, at_least, at_most = cv2.minMaxLoc(heights)
+            for sign, height, at in (
+                (1, most_height, at_most),
+                (-1, -least_height, at_least),
+            ):
+                shift = [px - size * (px > size - side) for px in at]
+                push = np.column_stack([linear, turned[:, 2] + shift])
+                yield _Peak(
+                    height / deviation,
+                    float(degrees) + 90 * num,
+                    sign,
+                    affine.compose(push, back),
+                )
+
+
+def _sum_squares(mask: np.ndarray) -> np.ndarray:
+    """Sum squares of 4 x 4 px."""
+    padded = np.pad(mask, [(0, -size % 4) for size in mask.shape])
+    rows, cols = padded.shape
+    return padded.reshape(rows // 4, 4, cols // 4, 4).sum((1, 3))
+
+
+def _quarter_turn(num: int, rows: int, cols: int) -> np.ndarray:
+    """Make the map from pixels of np.rot90(image, num) to those of the image."""
+    turns = (
+        [[1, 0, 0], [0, 1, 0]],
+        [[0, -1, cols - 1], [1, 0, 0]],
+        [[-1, 0, cols - 1], [0, -1, rows - 1]],
+        [[0, 1, 0], [-1, 0, rows - 1]],
+    )
+    return np.array(turns[num], float)

@@ -9,6 +9,7 @@ import pytest
 
 import metroem
 from metroem.geometry import affine
+from metroem.stack import match_sections
 from metroem.stack.match_sections import Section, match, place
 from metroem.synthetic.tissue import TissueRecipe, make_tissue
 
@@ -78,15 +79,20 @@ def test_inverted_contrast_is_found(tissue):
     assert found is not None and error_px(found.matrix, truth) < 1.3
 
 
-def test_correlation_finds_what_has_no_keypoints(tissue, monkeypatch):
-    monkeypatch.setattr(
-        "metroem.stack.match_sections._propose_by_keypoints", lambda pair: []
-    )
-    for sign, contrast in ((1, tissue[1]), (-1, 255 - tissue[1])):
-        truth = similarity(sign * 128, (-40, 25))
-        found = match(Section(moved(contrast, truth, (450, 470))), Section(tissue[0]))
-        assert found is not None and found.how == "correlation"
-        assert error_px(found.matrix, truth) < 1.3
+@pytest.mark.parametrize(
+    ("degrees", "is_inverted"), [(38, True), (128, False), (-128, True), (-38, False)]
+)
+def test_correlation_finds_what_has_no_keypoints(
+    tissue, monkeypatch, degrees, is_inverted
+):
+    monkeypatch.setattr(match_sections, "_propose_by_keypoints", lambda pair: [])
+    truth = similarity(degrees, (-40, 25))
+    contrast = 255 - tissue[1] if is_inverted else tissue[1]
+
+    found = match(Section(moved(contrast, truth, (450, 470))), Section(tissue[0]))
+
+    assert found is not None and found.how == "correlation"
+    assert error_px(found.matrix, truth) < 1.3
 
 
 def test_points_of_a_match_show_the_same_tissue(tissue):
