@@ -2,7 +2,8 @@
 
 1. Keypoints of both are matched. Two matches that agree in length and angle propose a
    similarity; the one that most other matches agree with is tried.
-2. Where that fails, the sections are correlated at all angles and shifts.
+2. Where that fails or is not sure, the sections are correlated at all angles and
+   shifts.
 3. A proposal is refined on blocks, coarse to fine, and verified: the edges of both
    sections must correlate better than chance lets any of all possible maps do. Else it
    is refused.
@@ -65,7 +66,9 @@ _FIT_ROUNDS = 15
 # are fitted to the same edges that are then compared.
 _CHANCE = 1e-4
 _FITTED = 1.5  # taken from the score of the second level
-_MIN_FIRST_SCORE = 4.0  # at the first level: right maps have 6 and more
+_MIN_FIRST_SCORE = 4.0  # at the first level
+# A match of a lower score is compared with all others, and not relied on alone.
+SURE_SCORE = 8.0
 _MIN_COMMON_PX = 400  # of the level
 _INDEPENDENT_PX = 12.0  # area in which correlations at different shifts are alike
 
@@ -364,13 +367,18 @@ def match(
     pairs = [_Pair(src, tgt, factors, model)]
     if flip:
         pairs.append(pairs[0]._replace(src=src.mirrored()))
-    for pair in pairs:
-        if found := _best(pair, _propose_by_keypoints(pair), "keypoints"):
-            return found
-    for pair in pairs:
-        if found := _best(pair, _propose_by_correlation(pair), "correlation"):
-            return found
-    return None
+    best = None
+    for how, propose in (
+        ("keypoints", _propose_by_keypoints),
+        ("correlation", _propose_by_correlation),
+    ):
+        for pair in pairs:
+            found = _best(pair, propose(pair), how)
+            if found and (best is None or found.score > best.score):
+                best = found
+            if best and best.score >= SURE_SCORE:
+                return best
+    return best
 
 
 class _Pair(NamedTuple):

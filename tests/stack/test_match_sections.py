@@ -95,6 +95,33 @@ def test_correlation_finds_what_has_no_keypoints(
     assert error_px(found.matrix, truth) < 1.3
 
 
+@pytest.mark.parametrize(
+    ("score", "correlates", "how"),
+    [
+        (7.9, True, "correlation"),
+        (7.9, False, "keypoints"),
+        (8.0, True, "keypoints"),
+    ],
+)
+def test_a_match_by_keypoints_that_is_not_sure_is_compared_with_correlation(
+    tissue, monkeypatch, score, correlates, how
+):
+    """The best map by keypoints had 7.2 in two sections, and was 39 px off."""
+    best = match_sections._best
+
+    def score_keypoints(pair, proposals, by):
+        found = best(pair, proposals, by)
+        return found._replace(score=score) if by == "keypoints" else found
+
+    monkeypatch.setattr(match_sections, "_best", score_keypoints)
+    if not correlates:
+        monkeypatch.setattr(match_sections, "_propose_by_correlation", lambda pair: [])
+
+    found = match(Section(tissue[1]), Section(tissue[0]))
+
+    assert found is not None and found.how == how
+
+
 def test_points_of_a_match_show_the_same_tissue(tissue):
     truth = similarity(50, (20, 10))
 
