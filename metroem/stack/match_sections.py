@@ -59,6 +59,7 @@ _BLOCKS_PX = (24, 4), (48, 6), (64, 6)
 _MIN_BLOCKS, _MAX_BLOCKS = 6, 200
 _MIN_BLOCK_TISSUE = 0.6
 _FIT_ROUNDS = 15
+_FIT_SCALE = 2.0  # distance at which a block counts a quarter, in medians
 
 # Probability that any wrong map of a pair is accepted. It asks for 6.5 standard
 # deviations above chance. Of 240 pairs of different tissues, the best wrong maps reach
@@ -583,14 +584,14 @@ def _fit(blocks: _Blocks, model: str) -> tuple[np.ndarray, np.ndarray]:
     1985.
     """
     src_points, tgt_points, heights = blocks
-    trust = weights = heights**2
+    weights = heights
     matrix, distance, scale = affine.identity(), np.zeros(len(heights)), 1.0
     for _ in range(_FIT_ROUNDS):
         matrix = affine.fit(tgt_points, src_points, model, weights)
         distance = np.hypot(*(affine.apply(matrix, tgt_points) - src_points).T)
-        scale = max(1.5 * float(np.median(distance)), 1e-3)
-        weights = trust / (1 + (distance / scale) ** 2) ** 2
-    return matrix, distance < 2 * scale
+        scale = max(_FIT_SCALE * float(np.median(distance)), 1e-3)
+        weights = heights / (1 + (distance / scale) ** 2) ** 2
+    return matrix, distance < 1.5 * scale
 
 
 # ------------------------------------------------------------------ proposals
