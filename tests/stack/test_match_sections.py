@@ -11,6 +11,7 @@ import pytest
 import metroem
 from metroem.errors import UsageError
 from metroem.geometry import affine
+from metroem.stack import match_sections
 from metroem.stack.match_sections import Section, match, place
 from metroem.synthetic.tissue import TissueRecipe, make_tissue
 
@@ -80,15 +81,47 @@ def test_inverted_contrast_is_found(tissue):
     assert found is not None and error_px(found.matrix, truth) < 1.3
 
 
-def test_correlation_finds_what_has_no_keypoints(tissue, monkeypatch):
-    monkeypatch.setattr(
-        "metroem.stack.match_sections._propose_by_keypoints", lambda pair: []
-    )
-    for sign, contrast in ((1, tissue[1]), (-1, 255 - tissue[1])):
-        truth = similarity(sign * 128, (-40, 25))
-        found = match(Section(moved(contrast, truth, (450, 470))), Section(tissue[0]))
-        assert found is not None and found.how == "correlation"
-        assert error_px(found.matrix, truth) < 1.3
+@pytest.mark.parametrize(
+    ("degrees", "is_inverted"), [(38, True), (128, False), (-128, True), (-38, False)]
+)
+def test_correlation_finds_what_has_no_keypoints(
+    tissue, monkeypatch, degrees, is_inverted
+):
+    monkeypatch.setattr(match_sections, "_propose_by_keypoints", lambda pair: [])
+    truth = similarity(degrees, (-40, 25))
+    contrast = 255 - tissue[1] if is_inverted else tissue[1]
+
+    found = match(Section(moved(contrast, truth, (450, 470))), Section(tissue[0]))
+
+    assert found is not None and found.how == "correlation"
+    assert error_px(found.matrix, truth) < 1.3
+
+
+@pytest.mark.parametrize(
+    ("score", "correlates", "how"),
+    [
+        (7.9, True, "correlation"),
+        (7.9, False, "keypoints"),
+        (8.0, True, "keypoints"),
+    ],
+)
+def test_a_match_by_keypoints_that_is_not_sure_is_compared_with_correlation(
+    tissue, monkeypatch, score, correlates, how
+):
+    """The best map by keypoints had 7.2 in two sections, and was 39 px off."""
+    best = match_sections._best
+
+    def score_keypoints(pair, proposals, by):
+        found = best(pair, proposals, by)
+        return found._replace(score=score) if by == "keypoints" else found
+
+    monkeypatch.setattr(match_sections, "_best", score_keypoints)
+    if not correlates:
+        monkeypatch.setattr(match_sections, "_propose_by_correlation", lambda pair: [])
+
+    found = match(Section(tissue[1]), Section(tissue[0]))
+
+    assert found is not None and found.how == how
 
 
 def test_points_of_a_match_show_the_same_tissue(tissue):
