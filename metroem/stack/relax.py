@@ -30,9 +30,9 @@ sections of mouse cortex with known distortions of 5 px (2026-11):
     jitter                0.55    0.55    0.59    0.72
     drift                 1.70    1.68    1.69    1.81
 
-Of 40 such sections 1.7 px of drift are left. 1.2 px are their own distortions, averaged.
-1.1 px are shifts: the tissue itself moves on along z, and pairs follow it. The rest are
-size and turn, of which the placement knows no more.
+Of 40 such sections 1.7 px of drift are left: 1.2 px of their own distortions, averaged,
+and 1.1 px of shifts: the tissue itself moves on along z, and pairs follow it. The rest
+is size and turn, of which the placement knows no more.
 
 Source: elastic relaxation of stacks as in Saalfeld et al. 2012
 (doi:10.1038/nmeth.2072), with an energy that is quadratic.
