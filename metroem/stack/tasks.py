@@ -162,7 +162,7 @@ def run_step(step: Step, request: RunRequest) -> bool:
         records = TaskRecords(step.destination, step.name, step.settings)
         tasks = step.tasks()
         mine = _tasks_of_shard(tasks, request.shard)
-        found = records.look(tasks)
+        found = records.look(mine)
         todo = [task for task in mine if request.again or task not in found.done]
         _announce(step, len(tasks), len(mine), len(todo), request)
         changed = records.write_settings()
@@ -310,11 +310,10 @@ def _is_complete(
     """Whether all tasks are done; if not, log how many belong to other shards."""
     if shard is None or len(tasks) == 1:
         return True
-    done = len(records.look(tasks).done)
-    if done < len(tasks):
+    if num_open := records.count_open(tasks):
         logger.info(
-            "step %s: %d of %d tasks are done, %d belong to other shards; run them, "
-            "then this command again",
-            *(name, done, len(tasks), len(tasks) - done),
+            "step %s: %d of %d tasks belong to other shards and are not done; run "
+            "them, then this command again",
+            *(name, num_open, len(tasks)),
         )
-    return done == len(tasks)
+    return not num_open

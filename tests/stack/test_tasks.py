@@ -127,9 +127,33 @@ def test_shards_in_any_order_write_what_one_command_writes(tmp_path, order, log)
     assert runs_of(sharded) == runs_of(plain)
     mine = (3, 2, 2)[order[0]]
     assert (
-        f"step files: {mine} of 7 tasks are done, {7 - mine} belong to other shards; "
+        f"step files: {7 - mine} of 7 tasks belong to other shards and are not done; "
         "run them, then this command again"
     ) in log.messages
+
+
+def test_a_shard_reads_the_markers_of_others_only_when_all_tasks_have_one(
+    tmp_path, monkeypatch
+):
+    step, read, all_read = FilesStep(tmp_path, tasks=9), Notes.read, []
+    monkeypatch.setattr(
+        Notes, "read", lambda self, names: all_read.extend(names) or read(self, names)
+    )
+    for part in (0, 1):
+        assert not run_step(step, RunRequest(shard=f"{part}/3"))
+    assert not run_step(step, RunRequest(shard="0/3"))
+    read_markers = {name for name in all_read if re.match("files/z", name)}
+    assert read_markers == {f"files/z{i}-{i + 1}.json" for i in (0, 3, 6)}
+    assert run_step(step, RunRequest(shard="2/3"))
+
+
+def test_a_step_is_not_complete_if_others_did_it_with_other_settings(tmp_path, log):
+    run_step(FilesStep(tmp_path, tasks=4, px=1), HERE)
+    step = FilesStep(tmp_path, tasks=4, px=2)
+    assert not run_step(step, RunRequest(shard="0/2"))
+    assert "step files: 2 of 4 tasks belong to other shards" in log.text
+    assert run_step(step, RunRequest(shard="1/2"))
+    assert outputs(tmp_path)["z3-4.txt"] == b'["z3-4", {"px": 2}]'
 
 
 def test_a_task_that_is_the_only_one_is_of_every_shard(tmp_path):
