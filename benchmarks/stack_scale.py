@@ -4,7 +4,8 @@ For each case a volume is made of a real stack: its sections are mirrored side b
 and run back and forth along z. Then each step of align-stack runs in a process of one
 thread. Times are those of the CPU, so other work on the machine hardly changes them.
 
-- seconds: CPU seconds a section and megapixel, without the start of the process.
+- seconds: CPU seconds a section and megapixel of the canvas, which is larger than the
+  sections; without the start of the process.
 - peak: most memory of the process (VmHWM), MiB; it has `start` before its first task.
 - read: bytes of stored chunks that the tasks read, over the bytes that they needed, as
   their markers say; 0 for relax, which does not read the volume.
@@ -34,9 +35,11 @@ import torch
 
 from metroem.demo import environment
 from metroem.errors import UsageError
+from metroem.io.cloud_paths import cloud_path
 from metroem.io.volume_write import write_volume
 from metroem.specs.modules import find_modules
 from metroem.stack.align_stack import PARTS, align_stack
+from metroem.stack.place import Placement
 from metroem.stack.requests import STEPS, AlignStackRequest
 from metroem.utils import cli
 
@@ -130,12 +133,14 @@ def _measure_step(
 ) -> dict[str, float]:
     """Run one step of a case in a process of its own."""
     found = _in_process(_flags(args, cv_path, dst_path, case, steps=[step]))
-    megapixels = case[0] * case[1] ** 2 / 1e6
+    area = Placement.read(cloud_path(str(dst_path))).area
+    megapixels = case[0] * area.rows * area.cols / 1e6
     read, needed = (
         sum(note["figures"].get(key, 0) for note in _markers(dst_path, step))
         for key in ("bytes_read", "bytes_needed")
     )
     return {
+        "canvas_px": (area.rows * area.cols) ** 0.5,
         "seconds": found["cpu"] / megapixels,
         "wall": found["wall"] / megapixels,
         "start": found["start"],
@@ -231,7 +236,8 @@ def _peak_mib() -> float:
 
 def _print_table(case: Case, steps: dict[str, dict[str, float]]) -> None:
     """Print the figures of a case, and what all steps take together."""
-    print(f"{case[0]} sections of {case[1]} px")
+    canvas = _together(steps)["canvas_px"]
+    print(f"{case[0]} sections of {case[1]} px, canvas of {canvas:.0f} px")
     print(f"{'step':>8}{'CPU s':>10}{'wall s':>10}{'peak MiB':>10}{'read':>8}")
     for step, one in {**steps, "all": _together(steps)}.items():
         print(
@@ -247,7 +253,7 @@ def _together(steps: dict[str, dict[str, float]]) -> dict[str, float]:
         key: (sum if key in ("seconds", "wall") else max)(
             [one[key] for one in steps.values()]
         )
-        for key in ("seconds", "wall", "peak", "read")
+        for key in ("canvas_px", "seconds", "wall", "peak", "read")
     }
 
 

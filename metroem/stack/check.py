@@ -50,6 +50,9 @@ _FORMAT_VERSION = 1
 # does not see what lies beyond. Of the others every fourth counts, along both axes.
 _FIELD_BORDER_PX, _FIELD_STRIDE = 32, 4
 _REPORT = "report"
+# Figures of areas that the report reads at once, some 100 kB each: storage in a cloud
+# takes as long for one.
+_READ_AT_ONCE = 32
 _NUM_PRINTED = 5
 
 
@@ -216,19 +219,21 @@ class CheckReportStep(Step):
         """
         plan, summary = self.plan, Summary(self.plan)
         results, blocks = _results(plan), plan.blocks()
-        for number, block in enumerate(blocks):
-            name = f"{block.name}.json"
-            found = results.read([name])
-            if name not in found:
-                raise DatasetError(
-                    f"{results.path}/{name}: the figures of this area are missing; "
-                    "give the same command again, with --again"
-                )
-            for record in found[name]["sections"]:
-                summary.add(block, record)
-            following = blocks[number + 1 : number + 2]
-            if not following or following[0].sections != block.sections:
-                summary.close(block.sections)
+        for start in range(0, len(blocks), _READ_AT_ONCE):
+            some = blocks[start : start + _READ_AT_ONCE]
+            found = results.read([f"{block.name}.json" for block in some])
+            for number, block in enumerate(some, start=start):
+                name = f"{block.name}.json"
+                if name not in found:
+                    raise DatasetError(
+                        f"{results.path}/{name}: the figures of this area are missing; "
+                        "give the same command again, with --again"
+                    )
+                for record in found[name]["sections"]:
+                    summary.add(block, record)
+                following = blocks[number + 1 : number + 2]
+                if not following or following[0].sections != block.sections:
+                    summary.close(block.sections)
         if not summary.has_data:
             raise DatasetError(
                 f"--cv_path {plan.cv_path}: no section has data at mip {plan.mip}; "

@@ -10,7 +10,7 @@ import pytest
 from metroem import __main__ as metroem_main
 from metroem.errors import CheckpointError, DatasetError, PyramidError, UsageError
 from metroem.geometry.grid import Grid
-from metroem.io.volume_write import NewVolume, SectionWriter
+from metroem.io.volume_write import NewVolume, Notes, SectionWriter
 from metroem.models.module_folders import init_pyramid
 from metroem.pyramid import Pyramid
 from metroem.stack.check import CheckStep
@@ -121,6 +121,21 @@ def test_the_split_into_tasks_changes_no_figure(volume, figures, tmp_path, monke
     split = run_check(volume, tmp_path, chunk_px=256)
     assert len(list((tmp_path / "check").glob("z*.json"))) == 5 * 4
     assert split == figures
+
+
+def test_the_report_reads_the_figures_of_several_areas_at_once(
+    volume, figures, tmp_path, monkeypatch
+):
+    monkeypatch.setattr("metroem.stack.check_plan._MIN_SECTIONS", 2)
+    monkeypatch.setattr("metroem.stack.check._READ_AT_ONCE", 3)
+    read, numbers = Notes.read, []
+    monkeypatch.setattr(
+        Notes,
+        "read",
+        lambda self, names: numbers.append(len(names)) or read(self, names),
+    )
+    assert run_check(volume, tmp_path, chunk_px=256) == figures
+    assert numbers == [3] * 6 + [2]  # 5 ranges of sections, 4 areas each
 
 
 def test_tasks_may_run_twice_and_in_any_order(volume, tmp_path):
