@@ -2,12 +2,16 @@
 
     make demo
     python docs/make_pictures.py
+    python docs/make_pictures.py --stack FOLDER
 
 The grids of docs/fields.md are computed with `metroem.geometry.field`. The other
-pictures show sections 23 to 27 of the demo, which were not trained on. They need
-Chromium.
+pictures show sections 23 to 27 of the demo, which were not trained on. With --stack,
+only those of docs/stack.md are drawn, of a stack that `align-stack` wrote to a folder.
+They need Chromium.
 """
 
+import argparse
+import json
 import shlex
 import subprocess
 import sys
@@ -23,6 +27,7 @@ from torch import Tensor
 
 import metroem
 from metroem.geometry.field import compose, upsample_field, warp
+from metroem.io.image_volume import ImageVolume
 from metroem.io.pictures import overlay
 
 FOLDER = Path(__file__).parent
@@ -41,6 +46,8 @@ download_image.py --cv_path {demo}/sections --dst_folder {folder}/unseen --mip 2
 -m metroem evaluate --pyramid_path pyramid --dataset_path unseen --known_warps
     --report report.html
 """
+STACK_Z = 4  # section that is shown over the one before it, of a stack
+CUT_PX = 2, 12  # height and width of a pixel in a cut: along y, along z
 CELL = 44  # px of the picture per pixel of the finest grid
 ROWS, COLS = 8, 10
 INK, GREY, LINE = "#1c2733", "#5f6f80", "#c9d2dc"
@@ -292,8 +299,57 @@ def save_screenshot(browser: Browser, name: str) -> None:
         fewer_colours(image.convert("RGB")).save(path, optimize=True)
 
 
+def draw_stack(folder: Path) -> None:
+    """Draw an aligned stack: cuts along z, a pair of sections, and the report."""
+    figures = json.loads((folder / "check.json").read_text())
+    raw = ImageVolume(figures["before_path"])
+    volumes = {"raw": raw, "aligned": ImageVolume(str(folder / "image"))}
+    extent, sections = raw.extent()
+    line = extent.crop(extent.rows // 2, 0, 1, extent.cols)
+    cuts = {
+        name: volume.read(line, sections)[:, 0, 0].repeat(CUT_PX[1], 0)
+        for name, volume in volumes.items()
+    }
+    height, width = len(sections) * CUT_PX[1], extent.cols * CUT_PX[0]
+    canvas = Canvas(width, 2 * (height + 34))
+    for number, (name, cut) in enumerate(cuts.items()):
+        top = number * (height + 34)
+        canvas.text(2, top + 4, f"{name}: z down, y to the right", size=17)
+        canvas.image.paste(Image.fromarray(cut.repeat(CUT_PX[0], 1)), (0, top + 34))
+    canvas.image = canvas.image.convert("L")
+    canvas.save("pictures/stack_cut.png")
+
+    rows, cols = (min(360, side) for side in extent.shape)
+    window = extent.crop(
+        (extent.rows - rows) // 2, (extent.cols - cols) // 2, rows, cols
+    )
+    canvas = Canvas(2 * rows + 12, cols + 34)
+    for number, (name, volume) in enumerate(volumes.items()):
+        tgt, src = volume.read(window, range(STACK_Z - 1, STACK_Z + 1))[:, 0]
+        left = number * (rows + 12)
+        caption = f"{name}: z {STACK_Z} red, {STACK_Z - 1} cyan"
+        canvas.text(left + 2, 4, caption, size=17)
+        pixels = np.ascontiguousarray(overlay(src, tgt).swapaxes(0, 1))
+        canvas.image.paste(Image.fromarray(pixels), (left, 34))
+    canvas.image.save(PICTURES / "stack_pair.jpg", quality=80)
+
+    with Browser(1280, 900) as browser:
+        browser.load(folder / "report.html")
+        path = folder / "report.png"
+        browser.screenshot(path)
+        with Image.open(path) as image:
+            image.convert("RGB").save(PICTURES / "stack_report.jpg", quality=70)
+        path.unlink()
+
+
 if __name__ == "__main__":
-    draw_field()
-    draw_algebra()
-    draw_before_after()
-    draw_report()
+    parser = argparse.ArgumentParser(description="Draw the pictures of the pages.")
+    parser.add_argument("--stack", type=Path, help="folder that align-stack wrote")
+    stack = parser.parse_args().stack
+    if stack is not None:
+        draw_stack(stack)
+    else:
+        draw_field()
+        draw_algebra()
+        draw_before_after()
+        draw_report()

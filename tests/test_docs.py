@@ -17,6 +17,7 @@ import train
 from metroem import __main__ as metroem_main
 from metroem.aligner import Aligner
 from metroem.demo import make_sections
+from metroem.io.image_volume import ImageVolume
 from metroem.io.volume_write import write_volume
 from metroem.models.load import load_module
 from metroem.models.options import AlignerOptions
@@ -176,6 +177,20 @@ def test_the_place_that_the_link_states_is_where_the_tutorial_downloads():
 
 def test_the_examples_of_fields_are_true():
     exec("\n".join(blocks(PAGES["fields"], "python")), {})
+
+
+def test_sections_become_a_volume_as_the_page_on_stacks_has_it(tmp_path, monkeypatch):
+    sections = np.random.default_rng(0).integers(1, 255, (3, 40, 72), np.uint8)
+    np.save(tmp_path / "sections.npy", sections)
+    monkeypatch.chdir(tmp_path)
+    (example,) = blocks(PAGES["stack"], "python")
+    exec(example, {})
+    volume = ImageVolume("em")
+    area, held = volume.extent()
+    assert volume.mips == [0, 1, 2, 3] and volume.resolution == (24, 24, 30)
+    # cols of the array are x, which a volume has first.
+    stored = volume.read(area, held)[:, 0]
+    np.testing.assert_array_equal(stored, sections.swapaxes(1, 2))
 
 
 def test_the_schedules_of_the_pages_are_read():

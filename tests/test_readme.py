@@ -3,6 +3,7 @@
 Here, in tests/clients (corgie), or by .ci/run (make, pip).
 """
 
+import json
 import re
 
 import numpy as np
@@ -26,7 +27,8 @@ from tests.volumes import make_volume
 
 # In the order in which their commands need each other.
 TO_FOLLOW = [README] + [
-    PAGES[name] for name in ("data_sets", "points", "training", "report", "volumes")
+    PAGES[name]
+    for name in ("data_sets", "points", "training", "report", "stack", "volumes")
 ]
 RUN_ELSEWHERE = ("make", "source", "pip", CORGIE)
 
@@ -53,6 +55,9 @@ def test_the_commands_of_the_readme_and_its_pages_work_in_their_order(
     for field in by_mip:
         field[:, 0] = 4.0
     make_volume(tmp_path / "field", by_mip, resolution=(8, 8, 40))
+    labels = [np.arange(1, 29, dtype=np.uint64).repeat(512 * 512)]
+    labels[0].shape = (28, 1, 512, 512)
+    make_volume(tmp_path / "labels", labels, chunk=(128,) * 3, resolution=(8, 8, 40))
     monkeypatch.chdir(tmp_path)
     (template,) = blocks(PAGES["points"], "json")
     (tmp_path / "template.json").write_text(small(template, tmp_path))
@@ -76,6 +81,22 @@ def test_the_commands_of_the_readme_and_its_pages_work_in_their_order(
     assert list(tmp_path.glob("points/x*.h5"))
     assert "<html" in (tmp_path / "report.html").read_text()
     assert names["field"].shape == (2, 128, 128)
+    assert (tmp_path / "stack" / "layers" / "labels" / "info").is_file()
+    for name in ("check.json", "placement.json"):
+        stored = json.loads((tmp_path / "stack" / name).read_text())
+        stored.get("settings", {}).clear()  # flags
+        for key in all_keys(stored):
+            assert f"`{key}`" in PAGES["stack"], f"{name}: {key}"
+
+
+def all_keys(value):
+    """The keys of all objects in a JSON value; a section's number is none."""
+    if isinstance(value, list):
+        return {key for one in value for key in all_keys(one)}
+    if not isinstance(value, dict):
+        return set()
+    keys = {key for key in value if not key.isdigit()}
+    return keys | {key for one in value.values() for key in all_keys(one)}
 
 
 def test_the_readme_is_short():

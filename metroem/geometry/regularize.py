@@ -114,12 +114,24 @@ def remove_folds(field: Tensor) -> Tensor:
             break
         radius = 2**round_
         size = 2 * radius + 1
-        near_fold = F.max_pool2d(F.pad(folded.float(), (1, 1, 1, 1)), size, 1, radius)
+        near_fold = F.pad(folded.float(), (1, 1, 1, 1))
+        near_fold = F.max_pool2d(near_fold, (size, 1), 1, (radius, 0))
+        near_fold = F.max_pool2d(near_fold, (1, size), 1, (0, radius))
         # A soft border, so that the window itself does not leave a step.
-        border = F.avg_pool2d(near_fold, size, 1, radius, count_include_pad=False)
-        smooth = F.avg_pool2d(field, size, 1, radius, count_include_pad=False)
+        border, smooth = (_box_average(maps, radius) for maps in (near_fold, field))
         field = torch.lerp(field, smooth, torch.maximum(border, near_fold))
     return field
+
+
+def _box_average(maps: Tensor, radius: int) -> Tensor:
+    """Average over a window around each pixel that ends at the border.
+
+    Along one axis after the other: a window of 65 px takes a thirtieth of the time.
+    """
+    size = 2 * radius + 1
+    for sides, margins in (((size, 1), (radius, 0)), ((1, size), (0, radius))):
+        maps = F.avg_pool2d(maps, sides, 1, margins, count_include_pad=False)
+    return maps
 
 
 def make_inverse_consistent(forward: Tensor, backward: Tensor) -> Tensor:

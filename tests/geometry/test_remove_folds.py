@@ -40,3 +40,19 @@ def test_samples_of_a_batch_do_not_touch_each_other():
     both = remove_folds(torch.stack((smooth, folded)))
     assert torch.equal(both[0], smooth)
     assert torch.allclose(both[1], remove_folds(folded[None])[0])
+
+
+def test_windows_are_square_and_end_at_the_border():
+    rows, cols = positions()
+    # An oblique fold that runs into a corner.
+    along = (2 * rows + cols - 40) / 5**0.5
+    step = -2 * along.clamp(-3, 3)
+    field = torch.stack((step / 5**0.5, 2 * step / 5**0.5))[None]
+    unfolded = remove_folds(field)
+    assert fold_fraction(field) > 0.05 and fold_fraction(unfolded) == 0
+    # A displacement of all pixels stays as it is, also at the border.
+    moved = remove_folds(field + 7)
+    torch.testing.assert_close(moved, unfolded + 7, atol=1e-4, rtol=0)
+    # Rows are as cols.
+    turned = remove_folds(field.mT.flip(1)).mT.flip(1)
+    torch.testing.assert_close(turned, unfolded, atol=1e-4, rtol=0)

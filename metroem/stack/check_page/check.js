@@ -69,6 +69,28 @@ function fillTiles() {
   }
 }
 
+/** Explain every figure that the page shows. */
+function fillMeaning() {
+  const px = `px of mip ${data.mip}`;
+  const meaning = [
+    ["correlation", `of the grey levels of a section and the one before it, mean over squares of ${data.correlation_window_px} px. 1: the same picture; 0: nothing in common.`],
+    ["jump", `how far a window of ${data.jump_window_px} px lies from where it fits the section before it best, ${px}. 0 is best, but tissue that runs obliquely jumps a little, too.`],
+    ["jitter", `how much the jump changes from one section to the next, ${px}. Tissue that runs obliquely jumps steadily and does not jitter.`],
+    ["without a match", `windows that fit the section before it nowhere within ${data.search_px} px: other tissue, a fold, dirt, or too far away.`],
+    ["off by", `mean jump of the windows of a place; a window without a match counts as ${data.search_px} px.`],
+  ];
+  if ("residual_median_px" in stack) {
+    meaning.push(["residual", `length of the field that the pyramid finds between a section and the one before it, ${px}: what it would still move, with its own error.`]);
+  }
+  if ("folds" in stack) {
+    meaning.push(["folded pixels", "where the field turns tissue over. None is best; some at real folds of the section are no fault."]);
+  }
+  meaning.push(["blank", "a section without any data. The next one is compared with the last one that has data, up to three sections back."]);
+  if (hasBefore) meaning.push(["a \u2192 b", `a: ${data.before_path}, measured at the same coordinates; b: this volume.`]);
+  const list = byId("meaning").querySelector("dl");
+  for (const [term, words] of meaning) list.append(make("div", {}, make("dt", {}, term), make("dd", {}, words)));
+}
+
 function drawCrop(place) {
   const label = make("span");
   const crop = make("button", { class: "crop", type: "button" }, make("div", { class: "section" }), make("div", { class: "reference" }), label);
@@ -201,10 +223,9 @@ function drawCurves() {
   const width = Math.max(box.clientWidth, 240);
   box.replaceChildren(...CURVES.map((curve) => drawCurve(curve, width)));
   const [left, right] = [46, width - 8];
-  const point = (event) => {
-    const at = event.clientX - box.getBoundingClientRect().left;
-    const index = Math.floor(((at - left) / (right - left)) * sections.length);
+  const read = (index) => {
     if (index < 0 || index >= sections.length) return;
+    box.dataset.index = index;
     byId("readout").textContent = describeSection(sections[index]);
     const x = left + ((right - left) * (index + 0.5)) / sections.length;
     for (const cursor of box.querySelectorAll(".cursor")) {
@@ -212,8 +233,20 @@ function drawCurves() {
       cursor.setAttribute("x2", x);
     }
   };
+  const point = (event) => {
+    const at = event.clientX - box.getBoundingClientRect().left;
+    read(Math.floor(((at - left) / (right - left)) * sections.length));
+  };
   box.onpointermove = point;
   box.onpointerdown = point;
+  box.onkeydown = (event) => {
+    const at = Number(box.dataset.index ?? -1);
+    const to = { ArrowLeft: at - 1, ArrowRight: at + 1, Home: 0, End: sections.length - 1 }[event.key];
+    if (to === undefined) return;
+    event.preventDefault();
+    read(to);
+  };
+  read(Number(box.dataset.index ?? -1));
 }
 
 // Maps and cuts
@@ -312,6 +345,7 @@ function fillOut() {
 byId("verdict").textContent = data.verdict;
 fillAbout();
 fillTiles();
+fillMeaning();
 byId("worst").append(...data.worst.map(drawPlace));
 fillLegend();
 drawCurves();

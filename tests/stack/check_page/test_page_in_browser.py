@@ -95,3 +95,43 @@ def test_the_pointer_reads_a_section(browser):
     x = left + 46 + (width - 54) * (BLANK + 0.5) / NUM
     browser.mouse("mouseMoved", x, top + 60)
     browser.wait("document.querySelector('#readout').textContent === 'z 3: blank'")
+
+
+def test_arrow_keys_read_one_section_after_the_other(browser):
+    browser.run("document.querySelector('#curves').focus()")
+    read = []
+    for key in ("End", "ArrowLeft", "Home", "ArrowLeft", "ArrowRight"):
+        browser.press(key)
+        read.append(text(browser, "#readout")[:4])
+    # At an end the section stays.
+    assert read == [f"z {NUM - 1} ", f"z {NUM - 2} ", "z 0:", "z 0:", "z 1 "]
+    at = "document.querySelector('#curves .cursor').getAttribute('x1')"
+    before = browser.run(at)
+    # Curves are drawn again when the window changes; the section stays.
+    browser.run("dispatchEvent(new Event('resize'))")
+    assert browser.run(at) == before
+    assert text(browser, "#readout").startswith("z 1 on 0")
+
+
+def test_a_number_on_a_map_leads_to_its_place(browser):
+    browser.run("document.querySelector('.marker').focus()")
+    browser.press("Enter")
+    browser.wait("document.querySelector('#place-1:target')")
+    top = "document.querySelector('#place-1').getBoundingClientRect().top"
+    browser.wait(f"Math.abs({top}) < innerHeight")
+
+
+def test_every_figure_is_explained(browser):
+    assert browser.run("document.querySelector('#meaning').open") is False
+    browser.run("document.querySelector('#meaning summary').click()")
+    terms = browser.run(
+        "[...document.querySelectorAll('#meaning dt')].map((one) => one.textContent)"
+    )
+    assert len(terms) == len(set(terms))
+    labels = browser.run(
+        "[...document.querySelectorAll('.tile span')].map((one) => one.textContent)"
+    )
+    assert len(labels) == 7
+    for label in labels:
+        assert any(term in label for term in terms), label
+    assert "off by" in terms
