@@ -128,6 +128,7 @@ def _align_pairs(
     fields = {k: torch.zeros(num, 2, *cells) for k in reach}
     correlations = {k: torch.zeros(num, 1, *cells) for k in reach}
     defects = torch.zeros(num, 1, *cells)
+    everywhere = torch.ones(1, 1, *area.shape)
     windows: list[SectionWindow] = []
     items = zip(sections, matrices, strict=True)
     for z, (section, matrix) in enumerate(
@@ -139,7 +140,9 @@ def _align_pairs(
         for k in reach:
             if k <= z:
                 pair = windows[-1], windows[-1 - k]
-                found = align_windows(pyramid, *pair, grids, finetune=k == 1)
+                found = align_windows(
+                    *(pyramid, *pair, grids), everywhere if k == 1 else None
+                )
                 fields[k][z : z + 1], correlations[k][z : z + 1] = to_cells(*found)
         windows = windows[-neighbours:]
     return PairFields(fields, correlations, defects)
