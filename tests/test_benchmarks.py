@@ -10,7 +10,11 @@ import numpy as np
 import pytest
 import torch
 
+from metroem.models.load import load_module
+from metroem.models.module_folders import init_pyramid
+from metroem.models.weights import checkpoint_path, save_weights
 from metroem.synthetic.tissue import TissueRecipe, make_tissue
+from tests.models.specs import CORRELATION, write_spec
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 SHARED = os.environ.get("METROEM_SHARED")
@@ -47,6 +51,24 @@ def test_a_large_section_is_measured_in_tiles_and_whole(zygote):
     assert found["192"]["apart_max_px"] == 0  # not cut at all
     assert found["544"]["tiled"]["bytes_per_px"] > 0
     assert found["544"]["apart_max_px"] < 1e-3  # but for rounding
+
+
+@pytest.mark.long
+def test_the_steps_of_a_stack_are_measured_by_sections_and_size(tmp_path, zygote):
+    np.save(tmp_path / "stack.npy", make_tissue(TissueRecipe(3, 128, 144)))
+    (module,) = init_pyramid(tmp_path / "pyramid", [0])
+    write_spec(module / "model", CORRELATION)
+    net = load_module(module, checkpoint_name=None).aligner.net
+    save_weights(net, checkpoint_path(module / "model", "checkpoint"))
+    paths = ("--stack", str(tmp_path / "stack.npy"))
+    paths += ("--pyramid", str(tmp_path / "pyramid"))
+    found = figures(zygote, "stack_scale.py", *paths, "--cases", "2x128", "3x160")
+    assert set(found["2x128"]) == {"place", "pairs", "relax", "render", "check"}
+    assert found["3x160"]["pairs"]["peak"] > found["3x160"]["pairs"]["start"] > 0
+    assert 1 <= found["3x160"]["render"]["read"] < 1.3
+    # One case of 128 px, and one of two sections.
+    assert found["by_sections"] == found["by_size"]
+    assert found["by_size"]["all"] == {"seconds": 1, "peak": 1}
 
 
 def test_the_script_for_a_gpu_runs_on_a_cpu(tmp_path, zygote):

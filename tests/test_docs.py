@@ -50,6 +50,8 @@ OF_TORCHRUN = ("--nproc_per_node", "--nnodes", "--max_restarts", "--rdzv_backend
 OF_TORCHRUN += ("--rdzv_endpoint", "--rdzv_id", "--rdzv_conf")
 OF_OTHERS = ("--logdir", "--no-deps")  # tensorboard, pip
 OF_OTHERS += ("--cases", "--alien", "--write")  # the benchmark of stacks
+OF_OTHERS += ("--array", "--cpus-per-task", "--mem", "--parsable", "--dependency")
+OF_OTHERS += ("--queue-name", "--attributes")  # SLURM above, aws
 MAX_COLUMNS = 96  # of code; pages are as wide (docs/_static/wide.css)
 OF_CORGIE = [words for words in COMMANDS if words[0] == CORGIE]
 

@@ -5,11 +5,13 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 
 from metroem.errors import DatasetError
 from metroem.geometry import affine
 from metroem.geometry.field import pixel_positions, sample
 from metroem.geometry.grid import Grid
+from metroem.stack import relax as relax_module
 from metroem.stack.place import Placement
 from metroem.stack.relax import (
     PairFields,
@@ -140,6 +142,34 @@ def test_a_part_of_a_long_stack_is_relaxed_as_the_whole():
 
     # 48 sections later, in cells of 8 px.
     assert float((part[:16] - whole[:16]).abs().max()) * 8 < 0.05
+
+
+def test_the_finest_level_solves_fewer_sections_and_finds_the_same(monkeypatch):
+    num, wanted = 100, range(48, 60)
+    generator = torch.Generator().manual_seed(6)
+    # Distortions of each section, over 2 to 20 cells, and errors of the pairs.
+    own, error = torch.zeros(num, 2, ROWS, COLS), torch.zeros(num, 2, ROWS, COLS)
+    for values, size, height in ((own, 20, 0.5), (own, 5, 0.1), (error, 2, 0.03)):
+        nodes = torch.randn(
+            num, 2, ROWS // size + 1, COLS // size + 1, generator=generator
+        )
+        values += height * F.interpolate(nodes, (ROWS, COLS), mode="bilinear")
+    pairs = pair_fields(torch.zeros(num, 2), bad=(45, 62))
+    for k, fields in pairs.fields.items():
+        fields[k:] += own[k:] - own[:-k] + k * error[k:]
+    sizes = []
+    solve = relax_module._relax_level
+    monkeypatch.setattr(
+        *(relax_module, "_relax_level"),
+        lambda here, *rest: sizes.append(len(here.defects)) or solve(here, *rest),
+    )
+
+    part = relax(pairs, RelaxOptions(), wanted=wanted)
+    whole = relax(pairs, RelaxOptions())
+
+    assert sizes == [num, num, 24 + 12 + 24, num, num, num]
+    assert float((part - whole[wanted.start : wanted.stop]).abs().max()) * 8 < 0.03
+    assert float(whole.std()) * 8 > 2
 
 
 def test_a_field_is_composed_with_a_turn_and_taken_apart_again():
