@@ -30,15 +30,13 @@ cv2.setNumThreads(1)
 # Longest sides of the levels of a section, px. Angles are searched at the first one,
 # keypoints are those of the second one, both verify.
 _LEVEL_PX = (192, 512, 1024, 2048, 4096, 8192)
-# Edges are details between these two sigmas, px of the level. Measured on four tissues,
-# 1 to 3 sections apart, out of focus: at the first level the correlation of true pairs
-# is 0.2 to 0.9; with half of these sigmas it vanishes in the pairs that are hardest.
+# Edges are details between these two sigmas, px of the level. Finer ones change more
+# from section to section, and are lost out of focus.
 _BAND_PX = 1.5, 4.5
 _MOST_DEVIATIONS = 2.5  # edges are cut here, so that dirt does not outweigh all else
 _MIN_TISSUE_PX = 400  # of the first level: a section with less is not matched
 
-# Keypoints. With these values 96 of 96 pairs of neighbours are found on four tissues,
-# and 90 of 96 that are up to 3 sections apart, out of focus, inverted or torn.
+# Keypoints.
 _MAX_KEYPOINTS = 2000
 _MAX_RATIO = 0.92  # of the distances to the nearest and to the next descriptor
 _MAX_MATCHES = 400
@@ -54,8 +52,7 @@ _NUM_PROPOSALS = 4
 _MIN_OVERLAP = 0.1  # fraction of the smaller section
 _SAME_PX = 6  # proposals that are nearer to each other than this are one
 
-# Refining: side of a block and how far it is looked for, px, for each level. Blocks of
-# 32 to 96 px at the first levels leave up to twice the error.
+# Refining: side of a block and how far it is looked for, px, for each level.
 _BLOCKS_PX = (24, 4), (48, 6), (64, 6)
 _MIN_BLOCKS, _MAX_BLOCKS = 6, 200
 _MIN_BLOCK_TISSUE = 0.6
@@ -63,11 +60,11 @@ _FIT_ROUNDS = 15
 _FIT_SCALE = 2.0  # distance at which a block counts a quarter, in medians
 
 # Probability that any wrong map of a pair is accepted. It asks for 6.5 standard
-# deviations above chance. Of 240 pairs of different tissues, the best wrong maps reach
-# 5.9 at the first level; 6.3, and in another stack 6.9, at the second one, where blocks
-# are fitted to the same edges that are then compared.
+# deviations above chance. Of 136 pairs of different tissue, or of parts that do not
+# overlap, the best wrong maps reach 5.9 at the first level and at the second.
 _CHANCE = 1e-4
-_FITTED = 1.5  # taken from the score of the second level
+# Taken from the score of the second level: blocks were fitted to the same edges.
+_FITTED = 1.5
 _MIN_FIRST_SCORE = 4.0  # at the first level
 # A match of a lower score is compared with all others, and not relied on alone.
 SURE_SCORE = 8.0
