@@ -38,7 +38,7 @@ from metroem.errors import UsageError
 from metroem.io.cloud_paths import cloud_path
 from metroem.io.volume_write import write_volume
 from metroem.specs.modules import find_modules
-from metroem.stack.align_stack import PARTS, align_stack
+from metroem.stack.align_stack import align_stack
 from metroem.stack.place import Placement
 from metroem.stack.requests import STEPS, AlignStackRequest
 from metroem.utils import cli
@@ -194,9 +194,8 @@ def _flags(
 
 def _markers(dst_path: Path, step: str) -> Iterable[dict[str, Any]]:
     """Read the markers of the tasks of a step of --steps."""
-    for part in PARTS[step]:
-        for path in (dst_path / "tasks" / part).glob("*.json"):
-            yield json.loads(path.read_text())
+    for path in (dst_path / "tasks").glob(f"{step}*/*.json"):
+        yield json.loads(path.read_text())
 
 
 def _in_process(flags: dict[str, Any]) -> dict[str, float]:

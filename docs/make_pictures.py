@@ -29,6 +29,7 @@ import metroem
 from metroem.geometry.field import compose, upsample_field, warp
 from metroem.io.image_volume import ImageVolume
 from metroem.io.pictures import overlay
+from metroem.stack.check_page.pictures import even_sections
 
 FOLDER = Path(__file__).parent
 PICTURES = FOLDER / "pictures"
@@ -46,8 +47,12 @@ download_image.py --cv_path {demo}/sections --dst_folder {folder}/unseen --mip 2
 -m metroem evaluate --pyramid_path pyramid --dataset_path unseen --known_warps
     --report report.html
 """
-STACK_Z = 4  # section that is shown over the one before it, of a stack
-CUT_PX = 2, 12  # height and width of a pixel in a cut: along y, along z
+STACK_Z = 5  # section that is shown over the one before it, of a stack
+CUT_AT, CUT_PX = 0.6, (2, 12)  # where x is cut; size of a pixel along y and z
+SHORT_PATHS = """\
+for (const path of document.querySelectorAll("#about dd"))
+    path.textContent = path.textContent.split("/").slice(-2).join("/")
+"""
 CELL = 44  # px of the picture per pixel of the finest grid
 ROWS, COLS = 8, 10
 INK, GREY, LINE = "#1c2733", "#5f6f80", "#c9d2dc"
@@ -305,9 +310,9 @@ def draw_stack(folder: Path) -> None:
     raw = ImageVolume(figures["before_path"])
     volumes = {"raw": raw, "aligned": ImageVolume(str(folder / "image"))}
     extent, sections = raw.extent()
-    line = extent.crop(extent.rows // 2, 0, 1, extent.cols)
+    line = extent.crop(round(CUT_AT * extent.rows), 0, 1, extent.cols)
     cuts = {
-        name: volume.read(line, sections)[:, 0, 0].repeat(CUT_PX[1], 0)
+        name: even_sections(volume.read(line, sections)[:, 0, 0]).clip(0, 255)
         for name, volume in volumes.items()
     }
     height, width = len(sections) * CUT_PX[1], extent.cols * CUT_PX[0]
@@ -315,7 +320,8 @@ def draw_stack(folder: Path) -> None:
     for number, (name, cut) in enumerate(cuts.items()):
         top = number * (height + 34)
         canvas.text(2, top + 4, f"{name}: z down, y to the right", size=17)
-        canvas.image.paste(Image.fromarray(cut.repeat(CUT_PX[0], 1)), (0, top + 34))
+        pixels = cut.astype(np.uint8).repeat(CUT_PX[0], 1).repeat(CUT_PX[1], 0)
+        canvas.image.paste(Image.fromarray(pixels), (0, top + 34))
     canvas.image = canvas.image.convert("L")
     canvas.save("pictures/stack_cut.png")
 
@@ -333,12 +339,13 @@ def draw_stack(folder: Path) -> None:
         canvas.image.paste(Image.fromarray(pixels), (left, 34))
     canvas.image.save(PICTURES / "stack_pair.jpg", quality=80)
 
-    with Browser(1280, 900) as browser:
+    with Browser(1100, 760) as browser:
         browser.load(folder / "report.html")
+        browser.run(SHORT_PATHS)
         path = folder / "report.png"
         browser.screenshot(path)
         with Image.open(path) as image:
-            image.convert("RGB").save(PICTURES / "stack_report.jpg", quality=70)
+            image.convert("RGB").save(PICTURES / "stack_report.jpg", quality=65)
         path.unlink()
 
 

@@ -51,6 +51,7 @@ OF_TORCHRUN += ("--rdzv_endpoint", "--rdzv_id", "--rdzv_conf")
 OF_OTHERS = ("--logdir", "--no-deps")  # tensorboard, pip
 OF_OTHERS += ("--array", "--cpus-per-task", "--mem", "--parsable", "--dependency")
 OF_OTHERS += ("--queue-name", "--attributes")  # SLURM above, aws
+OF_OTHERS += ("--cases", "--alien", "--write")  # the benchmark of stacks
 MAX_COLUMNS = 96  # of code; pages are as wide (docs/_static/wide.css)
 OF_CORGIE = [words for words in COMMANDS if words[0] == CORGIE]
 

@@ -29,8 +29,9 @@ FLOORS = {
     **dict.fromkeys(("__main__", "demo"), 8),
     "benchmarks": 9,
 }
-# The room stack brings ten arrows: it joins what the rooms below it do.
-MAX_ROOMS, MAX_FLOORS, MAX_ARROWS = 26, 13, 135
+# The room stack brings eleven arrows: it joins what the rooms below it do, and a
+# benchmark measures it.
+MAX_ROOMS, MAX_FLOORS, MAX_ARROWS = 26, 13, 136
 MIN_LINES = 60
 COMMANDS = ("train.py", "download_image.py", "download_field.py", "__main__.py")
 

@@ -6,6 +6,7 @@ lacks is made from its next finer mip by `coarsen_image`. FIB-SEM volumes need t
 their coarser scales also halve z, and so hold other sections.
 """
 
+import hashlib
 import logging
 from collections.abc import Iterator
 
@@ -19,6 +20,9 @@ from metroem.io.volume import Volume, bounding_grid, crop_array
 
 logger = logging.getLogger(__name__)
 
+# Sections, and the side of the square in the middle of each, that tell whether a volume
+# has changed.
+_DIGEST_SECTIONS, _DIGEST_PX = 8, 64
 # Bytes that are read at a time when a coarser mip is made.
 _STRIP_BYTES = 2**26
 # Side of the blocks that jpeg transforms; its errors stay inside a block.
@@ -115,6 +119,33 @@ class ImageVolume(Volume):
         return encoding == "jpeg" or (
             encoding == "jxl" and (scale.get("jxl_quality") or 0) < 100
         )
+
+
+def content_digest(
+    volume: ImageVolume, sections: range, area: Grid | None = None
+) -> str:
+    """Compute a digest of small squares in the middle of some sections.
+
+    It tells that a volume was written again, most likely; not that it was not.
+
+    Args:
+        volume: the volume.
+        sections: range of z; at most `_DIGEST_SECTIONS` of them are read.
+        area: area whose middle is read, at its mip; None: all of the volume, at its
+            finest and coarsest mip.
+    """
+    whole = volume.extent()[0]
+    mips = sorted({volume.mips[0], volume.mips[-1]})
+    areas = [whole.cover(mip) for mip in mips] if area is None else [area]
+    digest = hashlib.sha256()
+    count = min(_DIGEST_SECTIONS, len(sections))
+    for one in areas:
+        rows, cols = (min(_DIGEST_PX, size) for size in one.shape)
+        square = one.crop((one.rows - rows) // 2, (one.cols - cols) // 2, rows, cols)
+        for number in range(count):
+            z = sections[number * len(sections) // count]
+            digest.update(volume.read(square, range(z, z + 1)).tobytes())
+    return digest.hexdigest()[:16]
 
 
 def blank_traces(image: np.ndarray) -> np.ndarray:

@@ -15,11 +15,18 @@ from typing import Any, TypeVar
 
 import numpy as np
 from cloudvolume import Bbox, CloudVolume
-from cloudvolume.exceptions import InfoUnavailableError
+from cloudvolume.exceptions import EmptyVolumeException, InfoUnavailableError
 
 from metroem.errors import DatasetError
 from metroem.geometry.grid import Grid, Resolution, in_nm, nm_of, same_resolution
-from metroem.io.cloud_errors import InfoError, file_address, reading, storage_errors
+from metroem.io.cloud_errors import (
+    BrokenFileError,
+    InfoError,
+    failed_file,
+    file_address,
+    reading,
+    storage_errors,
+)
 from metroem.io.cloud_paths import check_source, cloud_path, split_format
 from metroem.io.cloud_retry import prepare_storage
 from metroem.io.shards import download
@@ -57,6 +64,8 @@ class Volume:
         only_mip: mip of the only scale, if the volume has a single one and
             `resolution` is None.
         is_read: False if only its bounds are needed; then missing codecs are no error.
+        is_whole: metroem wrote all chunks of it, so a missing one is an error. Others
+            may leave out chunks without data: they are 0.
 
     Raises:
         DatasetError: it cannot be opened, no scale is a mip of that resolution, or no
@@ -71,9 +80,11 @@ class Volume:
         resolution: Resolution | None = None,
         only_mip: int = 0,
         is_read: bool = True,
+        is_whole: bool = False,
     ) -> None:
         self.path = cloud_path(path)
         self.flag = flag
+        self._options: dict[str, Any] = _OPTIONS | {"fill_missing": not is_whole}
         self._local = threading.local()
         check_source(flag, self.path)
         prepare_storage()
@@ -296,7 +307,14 @@ class Volume:
         voxels = f"mip {grid.mip}, voxels {box}"
         with storage_errors(self.flag, self.path), reading(voxels):
             if self._arrays is None:
-                cutout = download(volume, box)
+                try:
+                    cutout = download(volume, box)
+                except EmptyVolumeException as error:
+                    raise BrokenFileError(
+                        "this chunk was written and is missing",
+                        "copy it again, or run the step that writes it: --again",
+                        file=failed_file(error),
+                    ) from error
             else:
                 cutout = self._arrays.read(self._index[grid.mip], box)
         array = np.asarray(cutout).transpose(2, 3, 0, 1)
@@ -402,7 +420,7 @@ class Volume:
         if index not in opened:
             with storage_errors(self.flag, self.path):
                 opened[index] = CloudVolume(
-                    self.location, mip=index, info=self._info, **_OPTIONS
+                    self.location, mip=index, info=self._info, **self._options
                 )
         return opened[index]
 
@@ -413,7 +431,7 @@ class Volume:
         self.location = f"precomputed://{location}"
         if form not in FORMATS:
             try:
-                volume: Any = CloudVolume(self.location, **_OPTIONS)
+                volume: Any = CloudVolume(self.location, **self._options)
             except InfoUnavailableError:
                 if form:
                     raise

@@ -6,6 +6,7 @@ can serve them.
 """
 
 import json
+import logging
 import math
 import os
 import shutil
@@ -38,6 +39,8 @@ from metroem.io.resume import describe_differences
 from metroem.io.volume import Volume, crop_array
 from metroem.io.volume_info import check_encoding
 from metroem.io.zarr_n5 import open_arrays
+
+logger = logging.getLogger(__name__)
 
 # Key of an info under which MetroEM stores its own metadata.
 NOTES_KEY = "metroem"
@@ -116,6 +119,7 @@ class NewVolume:
         resolution: nm of a mip-0 voxel along x, y, z.
         notes: what its values mean; stored in its info. An existing volume with other
             notes is not written to.
+        layer_type: "image", or "segmentation" for labels, as viewers show it.
     """
 
     num_channels: int
@@ -125,6 +129,7 @@ class NewVolume:
     sections: range
     resolution: tuple[float, float, float]
     notes: Mapping[str, Any] = field(default_factory=dict)
+    layer_type: str = "image"
 
     def info(self, path: str, mips: int = 1) -> dict[str, Any]:
         """Make the info, with mip 0 and all mips up to those that are written.
@@ -135,10 +140,11 @@ class NewVolume:
         """
         info = CloudVolume.create_new_info(
             num_channels=self.num_channels,
-            layer_type="image",
+            layer_type=self.layer_type,
             data_type=self.dtype,
             encoding="raw",
-            resolution=self.resolution,
+            # Scales are named by it: 4_4_40, not 4.0_4.0_40.0.
+            resolution=[int(nm) if nm == int(nm) else nm for nm in self.resolution],
             voxel_offset=(self.area.x, self.area.y, self.sections.start),
             chunk_size=(_CHUNK_PX, _CHUNK_PX, 1),
             volume_size=(*self.area.shape, len(self.sections)),
@@ -288,7 +294,7 @@ class BlockWriter:
 
     Writing a block again replaces its files by the same bytes. A volume that exists may
     only differ in its bounds. It grows to what is wanted and never shrinks, and its
-    chunks keep their names.
+    chunks keep their names, unless its content is to be replaced.
 
     Attributes:
         path: path of the volume, with a scheme.
@@ -304,6 +310,8 @@ class BlockWriter:
         chunk_size: size of a chunk along rows, cols and z. In coarser mips they are
             smaller where a block would not consist of whole ones.
         encoding: of the chunks, as cloud-volume names it.
+        replaces: all that exists will be written again: the volume gets the bounds that
+            are wanted, so that nothing old shows beyond them.
 
     Raises:
         UsageError: the encoding cannot hold the type.
@@ -320,6 +328,7 @@ class BlockWriter:
         chunk_size: tuple[int, int, int],
         mips: int = 1,
         encoding: str = "raw",
+        replaces: bool = False,
     ) -> None:
         check_destination(flag, path)
         check_encoding(encoding, wanted.dtype)
@@ -348,7 +357,11 @@ class BlockWriter:
                     "give another path"
                 )
             if found is not None:
-                self._grow_to_hold(found)
+                self._check_kind(found)
+                if replaces:
+                    self._warn_of_hidden(found)
+                else:
+                    self._grow_to_hold(found)
             if found != self._info:
                 _put_json(self._files, self._folder, "info", self._info)
 
@@ -374,19 +387,31 @@ class BlockWriter:
         with storage_errors(self.flag, self.path, doing="written"):
             _describe(self._files, self._folder, sources, entry)
 
-    def _grow_to_hold(self, found: dict[str, Any]) -> None:
-        """Extend the bounds to those of the volume that exists.
-
-        Raises:
-            DatasetError: more than the bounds differs, or chunks would get other names.
-        """
-        wanted = self._info
-        if differences := describe_differences(_kind(found), _kind(wanted)):
+    def _check_kind(self, found: dict[str, Any]) -> None:
+        """Refuse an existing volume that differs in more than its bounds."""
+        if differences := describe_differences(_kind(found), _kind(self._info)):
             raise DatasetError(
                 f"{self.flag} {self.path}: already exists, with {differences}; delete "
                 "it, or give another path"
             )
-        for scale, old in zip(wanted["scales"], found["scales"], strict=True):
+
+    def _warn_of_hidden(self, found: dict[str, Any]) -> None:
+        """Say that the volume that exists reached further."""
+        (start, end), (new_start, new_end) = map(_bounds, (found, self._info))
+        if (start < new_start).any() or (end > new_end).any():
+            logger.warning(
+                "%s: held voxels %s to %s, and is replaced by %s to %s",
+                *(self.path, start.tolist(), end.tolist()),
+                *(new_start.tolist(), new_end.tolist()),
+            )
+
+    def _grow_to_hold(self, found: dict[str, Any]) -> None:
+        """Extend the bounds to those of the volume that exists.
+
+        Raises:
+            DatasetError: chunks would get other names.
+        """
+        for scale, old in zip(self._info["scales"], found["scales"], strict=True):
             starts = np.array([old["voxel_offset"], scale["voxel_offset"]])
             ends = starts + np.array([old["size"], scale["size"]])
             if (np.diff(starts, axis=0) % scale["chunk_sizes"][0]).any():
@@ -398,6 +423,12 @@ class BlockWriter:
                 )
             scale["voxel_offset"] = starts.min(0).tolist()
             scale["size"] = (ends.max(0) - starts.min(0)).tolist()
+
+
+def _bounds(info: Mapping[str, Any]) -> tuple[np.ndarray, np.ndarray]:
+    """Return first and end voxel of mip 0, x, y, z."""
+    start = np.array(info["scales"][0]["voxel_offset"])
+    return start, start + info["scales"][0]["size"]
 
 
 def _kind(info: Mapping[str, Any]) -> dict[str, Any]:

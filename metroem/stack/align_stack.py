@@ -16,19 +16,22 @@ import hashlib
 import logging
 import math
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 
 import torch
 
 from metroem.errors import DatasetError, UsageError, first_line
+from metroem.io.cloud_errors import storage_errors
 from metroem.io.cloud_paths import cloud_path
-from metroem.io.image_volume import ImageVolume
+from metroem.io.image_volume import ImageVolume, content_digest
 from metroem.io.volume import Volume
 from metroem.io.volume_write import Notes
 from metroem.models.weights import check_weights, checkpoint_path
 from metroem.specs.modules import find_modules
 from metroem.stack.check import CheckReportStep, CheckStep
+from metroem.stack.check_plan import load_plan
 from metroem.stack.pairs import CELL_LEVELS, GreysStep, PairsStep, open_masks
 from metroem.stack.place import (
     PlaceMatchStep,
@@ -43,6 +46,7 @@ from metroem.stack.requests import (
     AlignStackRequest,
     PlaceRequest,
     SectionsRequest,
+    with_full_paths,
 )
 from metroem.stack.task_records import TaskRecords
 from metroem.stack.tasks import Step, one_command, run_step, size_in_words
@@ -50,8 +54,8 @@ from metroem.stack.tasks import Step, one_command, run_step, size_in_words
 logger = logging.getLogger(__name__)
 
 _STACK = "stack.json"
-# The tasks of each step of --steps, in order.
-PARTS = {
+# What is run for each step of --steps, in order.
+_PARTS = {
     "place": ("place-match", "place-solve"),
     "pairs": ("pairs-greys", "pairs"),
     "relax": ("relax",),
@@ -74,6 +78,7 @@ def align_stack(request: AlignStackRequest) -> None:
         DatasetError: sections match nothing, unless that is allowed; all steps are
             done then.
     """
+    request = with_full_paths(request)
     stack = _check_input(request)
     first = min(STEPS.index(step) for step in request.steps)
     for step in STEPS[:first]:
@@ -85,13 +90,10 @@ def align_stack(request: AlignStackRequest) -> None:
         if step not in request.steps:
             _check_complete(stack, step, request.steps)
             continue
-        for part in PARTS[step]:
+        for part in stack.parts(step):
             if part == "render-layer" and request.layer is None:
                 continue
-            made = make_step(stack.destination, part)
-            if isinstance(made, RenderStep):
-                made.check()
-            if not run_step(made, request):
+            if not run_step(stack.step(part), request):
                 return  # the tasks of other shards are to be done first
     _name_stale_steps(stack, request.steps)
     if not request.allow_unplaced:
@@ -99,20 +101,28 @@ def align_stack(request: AlignStackRequest) -> None:
 
 
 def make_step(destination: str, name: str) -> Step:
-    """Make a step of a stack from what `align_stack` stored of it.
+    """Make a step of a stack, or of a check, from what its command stored of it.
 
     Args:
         destination: the folder of the stack.
-        name: "place-match", "pairs", ...: one of `PARTS`.
+        name: "place-match", "pairs", ...: see `_StoredStack.parts`.
 
     Raises:
         UsageError: there is no such step.
         DatasetError: no stack was begun there, or a step before is not complete.
     """
-    if not any(name in parts for parts in PARTS.values()):
-        known = ", ".join(part for parts in PARTS.values() for part in parts)
-        raise UsageError(f"step {name!r}: expected one of {known}")
-    return _StoredStack.read(destination).step(name)
+    if name in _PARTS["check"]:
+        with suppress(DatasetError):  # there is no plan: it is the check of a stack
+            check = CheckStep(load_plan(destination))
+            part = check if name == check.name else CheckReportStep.of(check)
+            records = TaskRecords(part.destination, part.name, part.settings)
+            if records.stored_digest() == records.digest:
+                return part
+    stack = _StoredStack.read(destination)
+    known = [part for step in STEPS for part in stack.parts(step)]
+    if name not in known:
+        raise UsageError(f"step {name!r}: expected one of {', '.join(known)}")
+    return stack.step(name)
 
 
 class _StoredStack:
@@ -123,12 +133,17 @@ class _StoredStack:
         request: the flags, with those of `_NOT_STORED` at their defaults.
         ends: one past the last section of the first run, and of each run that made the
             stack grow.
+        content: digest of samples of the sections of the first run.
     """
 
     def __init__(
-        self, destination: str, request: AlignStackRequest, ends: Sequence[int]
+        self,
+        destination: str,
+        request: AlignStackRequest,
+        ends: Sequence[int],
+        content: str,
     ) -> None:
-        self.destination = cloud_path(destination)
+        self.destination, self.content = cloud_path(destination), content
         self.request, self.ends = request, tuple(ends)
 
     @classmethod
@@ -145,7 +160,8 @@ class _StoredStack:
     @classmethod
     def find(cls, destination: str) -> "_StoredStack | None":
         """Read what is stored at a destination; None if there is nothing."""
-        note = Notes(cloud_path(destination)).read([_STACK]).get(_STACK)
+        with storage_errors("--dst_path", destination):
+            note = Notes(cloud_path(destination)).read([_STACK]).get(_STACK)
         if note is None:
             return None
         known = {one.name for one in fields(AlignStackRequest)}
@@ -154,7 +170,8 @@ class _StoredStack:
             flags["pyramid_path"] = Path(flags["pyramid_path"])
             if unknown := sorted(set(flags) - known):
                 raise KeyError(", ".join(unknown))
-            return cls(destination, AlignStackRequest(**flags), note["ends"])
+            request = AlignStackRequest(**flags)
+            return cls(destination, request, note["ends"], note["content"])
         except (KeyError, TypeError, UsageError) as error:
             raise DatasetError(
                 f"{destination}/{_STACK}: is not what this version writes ({error}); "
@@ -169,27 +186,47 @@ class _StoredStack:
             if name not in _NOT_STORED
         }
         note = {"format": 1, "request": flags, "ends": list(self.ends)}
+        note["content"] = self.content
         Notes(self.destination).write(_STACK, note)
 
+    def parts(self, step: str) -> list[str]:
+        """List what is run for a step of --steps, in order; see `step`."""
+        parts = list(_PARTS[step])
+        if step == "relax":
+            # Blocks that came when the stack grew read the fields of earlier ones.
+            parts += [f"relax-{index}" for index in range(1, len(self.ends))]
+        return parts
+
     def step(self, name: str) -> Step:
-        """Make one of the steps of `PARTS`."""
+        """Make one of the steps that `parts` lists."""
         request = self.request
         sections = range(request.z_start, self.ends[-1])
         mips = tuple(module.in_mip for module in find_modules(request.pyramid_path))
-        match = _match_step(self.destination, request, sections)
+        match = _match_step(self.destination, request, sections, self.content)
         if name == match.name:
             return match
         # A stack that grows keeps the borders of its chunks and windows.
         growth_px = math.lcm(request.chunk_px, request.window_px) << request.mip
         block_px = max(_pooled_px(mips), 64 << request.mip)
+        block_px = max(block_px, 1 << (request.mip + request.mips - 1))
         solve = PlaceSolveStep(match, request.fix, block_px, growth_px, self.ends)
         if name == solve.name:
             return solve
         placement = Placement.read(self.destination)
+        if placement.settings != solve.method or not {*sections} <= {
+            *placement.matrices
+        }:
+            raise DatasetError(
+                f"{self.destination}/placement.json: was written by a command with "
+                "other settings or sections; run the step place again: --steps place"
+            )
+        # Sections of the first run keep their places when the stack grows.
+        first = placement.digest(range(request.z_start, self.ends[0]))
+        placed = {**solve.method, "placement": first}
         greys = GreysStep(
             *(self.destination, request.cv_path, placement, sections),
             *(request.block_sections, mips),
-            before=solve.settings,
+            before=placed,
         )
         if name == greys.name:
             return greys
@@ -211,7 +248,7 @@ class _StoredStack:
             mips,
             weights_digest(request.pyramid_path, request.checkpoint_name),
             resolution,
-            before=solve.settings,
+            before=placed,
         )
         if name == pairs.name:
             return pairs
@@ -229,8 +266,8 @@ class _StoredStack:
             RelaxOptions(bending=RelaxOptions.bending * request.smoothness),
             before=pairs.settings,
         )
-        if name == relax.name:
-            return relax
+        if name in self.parts("relax"):
+            return replace(relax, generation=self.parts("relax").index(name))
         size = request.chunk_size
         render = RenderStep(
             self.destination,
@@ -266,16 +303,24 @@ def place_stack(request: PlaceRequest) -> None:
     Raises:
         MetroEMError: see the steps; the message says what to do.
     """
+    request = with_full_paths(request)
     volume = ImageVolume(request.cv_path)
     volume.check_channels(1, "a volume of sections")
     volume.check_mip("--mip", request.mip)
     volume.check_sections(request.sections, volume.mips[0])
+    if request.render is not None:
+        check_rendering(
+            *(volume, request.mip, _RENDERED_MIPS, _RENDERED_PX, _RENDERED_SECTIONS)
+        )
     logger.info(
         "place: %d sections of %s by thumbnails of at most %d px, to %s",
         *(len(request.sections), volume.path, request.thumbnail_px, request.dst_path),
     )
     destination = cloud_path(request.dst_path)
-    match = _match_step(destination, request, request.sections)
+    # Of the first sections: the others may come later.
+    first = range(request.z_start, request.z_start + 2)
+    content = content_digest(volume, first)
+    match = _match_step(destination, request, request.sections, content)
     block_px = _RENDERED_PX << request.mip
     ends = (request.z_end,) if request.again else None
     solve = PlaceSolveStep(match, request.fix, 64 << request.mip, block_px, ends)
@@ -295,21 +340,20 @@ def place_stack(request: PlaceRequest) -> None:
             _RENDERED_PX,
             _RENDERED_SECTIONS,
             volume.resolution,
-            before=solve.settings,
+            before=solve.method,
             name="place-render",
         )
-        render.check()
         run_step(render, request)
     if not request.allow_unplaced:
         check_placed(placement)
 
 
 def _match_step(
-    destination: str, request: SectionsRequest, sections: range
+    destination: str, request: SectionsRequest, sections: range, content: str
 ) -> PlaceMatchStep:
     return PlaceMatchStep(
         *(destination, request.cv_path, sections),
-        *(request.model, request.flip, request.thumbnail_px),
+        *(request.model, request.flip, request.thumbnail_px, content),
     )
 
 
@@ -363,7 +407,7 @@ def _check_input(request: AlignStackRequest) -> _StoredStack:
                 "pool"
             )
     if request.masks is not None:
-        open_masks(request.masks, volume, modules[-1].in_mip)
+        open_masks(request.masks, volume, modules[-1].in_mip, request.sections)
     _check_device(request.device)
     found = _StoredStack.find(request.dst_path)
     ends = (request.z_end,)
@@ -387,7 +431,8 @@ def _check_input(request: AlignStackRequest) -> _StoredStack:
         one.name: one.default for one in fields(request) if one.name in _NOT_STORED
     }
     defaults["steps"] = list(STEPS)
-    return _StoredStack(request.dst_path, replace(request, **defaults), ends)
+    content = content_digest(volume, range(request.z_start, ends[0]))
+    return _StoredStack(request.dst_path, replace(request, **defaults), ends, content)
 
 
 def _check_device(device: str) -> None:
@@ -408,6 +453,12 @@ def _check_rendering(request: AlignStackRequest, volume: ImageVolume) -> None:
         *(volume, request.mip, request.mips, request.chunk_px, request.block_sections),
         *(request.encoding, (size[0], size[1], size[2]) if size else None),
     )
+    if request.encoding in ("jpeg", "jxl"):
+        logger.warning(
+            "--encoding %s: leaves dark traces of tissue beside it where the raw "
+            "sections are 0; png and raw do not",
+            request.encoding,
+        )
     if request.layer is None:
         return
     layer = Volume(request.layer, flag="--layer", resolution=volume.resolution)
@@ -416,6 +467,20 @@ def _check_rendering(request: AlignStackRequest, volume: ImageVolume) -> None:
         *(layer, mips.start, len(mips), request.chunk_px >> mips.start - request.mip),
         *(request.block_sections, None, None, request.nearest),
     )
+    layer.check_lies_on(volume, mips.start)
+    area = volume.extent()[0].cover(mips.start)
+    if (inner := layer.clip(area)) is None:
+        raise DatasetError(
+            f"--layer {layer.path}: has nothing where the sections of {volume.path} "
+            "lie; expected the same coordinates: correct voxel_offset in its info"
+        )
+    if inner != area:
+        logger.warning(
+            "--layer %s: covers x %d...%d, y %d...%d of the sections, which have x "
+            "%d...%d, y %d...%d (mip-0 pixels); the rest will be 0",
+            *(layer.path, inner.x, inner.end[0], inner.y, inner.end[1]),
+            *(area.x, area.end[0], area.y, area.end[1]),
+        )
 
 
 def _announce(request: AlignStackRequest) -> None:
@@ -455,7 +520,7 @@ def _check_complete(stack: _StoredStack, step: str, run: Sequence[str]) -> None:
     """
     if STEPS.index(step) > max(STEPS.index(one) for one in run):
         return
-    for name in PARTS[step]:
+    for name in stack.parts(step):
         if name == "render-layer":
             continue
         part = stack.step(name)
@@ -473,9 +538,10 @@ def _name_stale_steps(stack: _StoredStack, run: Sequence[str]) -> None:
     """Log the later steps whose results are of other settings than today's."""
     stale = []
     for step in STEPS[max(STEPS.index(one) for one in run) + 1 :]:
-        if TaskRecords(stack.destination, PARTS[step][0], {}).stored_digest() is None:
+        first = stack.parts(step)[0]
+        if TaskRecords(stack.destination, first, {}).stored_digest() is None:
             continue  # it was never run
-        part = make_step(stack.destination, PARTS[step][0])
+        part = stack.step(first)
         records = TaskRecords(part.destination, part.name, part.settings)
         if records.look(part.tasks()).stale:
             stale.append(step)

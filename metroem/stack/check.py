@@ -19,6 +19,7 @@ import numpy as np
 from metroem import __version__
 from metroem.errors import DatasetError
 from metroem.evaluation.tables import plain, print_json
+from metroem.imaging.masks import dilate
 from metroem.io.cloud_paths import cloud_path
 from metroem.io.field_volume import FieldVolume
 from metroem.io.image_volume import ImageVolume
@@ -39,15 +40,17 @@ from metroem.stack.jumps import SEARCH_PX, WINDOW_PX
 from metroem.stack.neighbour_scores import CORRELATION_PX, NeighbourScores
 from metroem.stack.place import Placement
 from metroem.stack.render import RenderStep
-from metroem.stack.requests import AlignStackRequest, CheckRequest
+from metroem.stack.requests import AlignStackRequest, CheckRequest, with_full_paths
+from metroem.stack.task_records import TaskRecords
 from metroem.stack.tasks import Block, Step, run_step
 
 logger = logging.getLogger(__name__)
 
 # Version of check.json.
 _FORMAT_VERSION = 1
-# Pixels at the border of a task's area that do not count for a pyramid's own field: it
-# does not see what lies beyond. Of the others every fourth counts, along both axes.
+# A pyramid does not see what lies beyond the border of a task's area, or beyond tissue.
+# So its own field does not count so many pixels from there. Of the others every fourth
+# counts, along both axes.
 _FIELD_BORDER_PX, _FIELD_STRIDE = 32, 4
 _REPORT = "report"
 # Figures of areas that the report reads at once, some 100 kB each: storage in a cloud
@@ -181,8 +184,9 @@ class CheckStep(Step):
         field = self._pyramid.align(src, tgt, self.plan.mip, finetune=False)
         border = min(_FIELD_BORDER_PX, min(src.shape) // 4)
         inner = (slice(border, -border or None, _FIELD_STRIDE),) * 2
-        valid = ((src != 0) & (tgt != 0))[inner]
-        lengths.add(np.hypot(field[0][inner], field[1][inner])[valid])
+        unseen = (scores.image == 0) | (scores.reference == 0)
+        unseen = dilate(unseen[None, None], border)[0, 0].numpy()[inner]
+        lengths.add(np.hypot(field[0][inner], field[1][inner])[~unseen])
         return lengths
 
 
@@ -263,13 +267,22 @@ def check_volume(request: CheckRequest) -> None:
         PyramidError, CheckpointError: the pyramid cannot be used at this mip.
         MetroEMError: tasks failed; the log names them.
     """
-    plan = plan_check(request)
+    plan = plan_check(with_full_paths(request))
     plan.save()
     logger.info(
         "check: sections %d to %d, %d x %d px at mip %d",
         *(plan.sections.start, plan.sections.stop - 1, *plan.area.shape, plan.mip),
     )
     check = CheckStep(plan)
+    records, tasks = (
+        TaskRecords(check.destination, check.name, check.settings),
+        check.tasks(),
+    )
+    if not request.again and len(records.look(tasks).done) == len(tasks):
+        logger.warning(
+            "these figures were measured before; samples of the volume are unchanged. "
+            "If other parts were written again, give --again"
+        )
     if run_step(check, request) and run_step(CheckReportStep(check), request):
         print_check(plan.destination)
 

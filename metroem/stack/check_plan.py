@@ -4,7 +4,6 @@ A plan says all that a task needs, so that any process can run it. It is stored 
 `<dst>/check/plan.json`.
 """
 
-import hashlib
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ from metroem.errors import DatasetError, PyramidError
 from metroem.geometry.grid import Grid
 from metroem.io.cloud_paths import cloud_path
 from metroem.io.field_volume import FieldFormat, FieldVolume
-from metroem.io.image_volume import ImageVolume
+from metroem.io.image_volume import ImageVolume, content_digest
 from metroem.io.volume import Volume
 from metroem.io.volume_write import NOTES_KEY, Notes
 from metroem.models.weights import check_weights
@@ -31,9 +30,6 @@ _MAX_CELLS = 4096
 # A task reads a few sections before its own. With so many sections, and so many layers
 # of stored chunks, it reads at most a quarter more than it measures.
 _MIN_SECTIONS, _MIN_LAYERS = 32, 4
-# The volume may change between two runs: so many sections, and the side of the square
-# in the middle of each, tell.
-_SAMPLES, _SAMPLE_PX = 8, 64
 _PLAN = "plan.json"
 
 
@@ -168,7 +164,7 @@ def plan_check(request: CheckRequest) -> CheckPlan:
         z_ranges=_z_ranges(image, request.mip, sections),
         chunk_px=chunk_px,
         cell_px=_cell_px(area, chunk_px),
-        content=_digest(image, area, sections),
+        content=content_digest(image, sections, area),
         checkpoint_name=request.checkpoint_name,
     )
     if request.pyramid_path is not None:
@@ -219,17 +215,6 @@ def _cell_px(area: Grid, chunk_px: int) -> int:
     ):
         cell_px *= 2
     return cell_px
-
-
-def _digest(image: ImageVolume, area: Grid, sections: range) -> str:
-    """Compute a digest of small squares in the middle of some sections."""
-    rows, cols = (min(_SAMPLE_PX, size) for size in area.shape)
-    square = area.crop((area.rows - rows) // 2, (area.cols - cols) // 2, rows, cols)
-    digest = hashlib.sha256()
-    for number in range(min(_SAMPLES, len(sections))):
-        z = sections[number * len(sections) // min(_SAMPLES, len(sections))]
-        digest.update(image.read(square, range(z, z + 1)).tobytes())
-    return digest.hexdigest()[:16]
 
 
 def _check_pyramid(request: CheckRequest, path: Path) -> None:

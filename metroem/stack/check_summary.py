@@ -315,7 +315,7 @@ def _stand_out(sections: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     limit = usual_jump + max(_JUMP_PX, _DEVIATIONS * spread)
     correlations = _known(sections, "correlation")
     usual = statistics.median(correlations) if correlations else 0.0
-    found = []
+    found: list[dict[str, Any]] = []
     for one in sections:
         reason = None
         if one["is_blank"]:
@@ -335,6 +335,9 @@ def _stand_out(sections: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
                 f"stack {usual:.2f}"
             )
         if reason is not None:
+            # Its neighbour may be the bad one.
+            if one["against"] in (other["z"] for other in found):
+                reason += f", but z {one['against']} stands out itself"
             found.append({"z": one["z"], "reason": reason})
     return found
 
@@ -371,6 +374,6 @@ def describe_place(place: Mapping[str, Any]) -> str:
         what = f"off by {place['error_px']:.1f} px"
     correlation = place["correlation"]
     if correlation is not None:
-        what += f", correlation {correlation:.2f}"
+        what += f", correlation {round(correlation, 2) + 0.0:.2f}"  # not -0.00
     where = f"x {place['x']}, y {place['y']}, z {place['z']} on {place['against']}"
     return f"{where}: {what}"

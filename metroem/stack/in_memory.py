@@ -59,17 +59,25 @@ def align_stack(
         aligned_z(p) = sections[z](p + fields[z](p)).
 
     Raises:
-        UsageError: fewer than two sections, or sections of several shapes or types.
+        UsageError: fewer than two sections, sections of several shapes or types or not
+            2-d, or no such section as `fix`.
         PyramidError: `pyramid` is not a pyramid.
         CheckpointError: it has no weights.
     """
+    sections = [np.asarray(section) for section in sections]
     shapes = {section.shape for section in sections}
     types = {section.dtype for section in sections}
-    if len(sections) < 2 or len(shapes) > 1 or types != {np.dtype(np.uint8)}:
+    is_one_kind = len(shapes) == 1 and types == {np.dtype(np.uint8)}
+    if len(sections) < 2 or not is_one_kind or len(sections[0].shape) != 2:
         raise UsageError(
             f"{len(sections)} sections of shapes {sorted(shapes)} and types "
-            f"{sorted(map(str, types))}: expected two or more, uint8, of one shape"
+            f"{sorted(map(str, types))}: expected two or more, uint8, [rows, cols] of "
+            "one shape"
         )
+    if fix is not None and not 0 <= fix < len(sections):
+        raise UsageError(f"fix {fix}: expected 0 to {len(sections) - 1}")
+    if neighbours < 1:
+        raise UsageError(f"neighbours {neighbours}: expected 1 or more")
     if not isinstance(pyramid, Pyramid):
         pyramid = Pyramid.load(pyramid)
     matrices, lines = place_sections(sections, model=model, flip=flip, fix=fix)

@@ -2,7 +2,8 @@
 
 1. Keypoints of both are matched. Two matches that agree in length and angle propose a
    similarity; the one that most other matches agree with is tried.
-2. Where that fails, the sections are correlated at all angles and shifts.
+2. Where that fails or is not sure, the sections are correlated at all angles and
+   shifts.
 3. A proposal is refined on blocks, coarse to fine, and verified: the edges of both
    sections must correlate better than chance lets any of all possible maps do. Else it
    is refused.
@@ -21,6 +22,7 @@ import cv2
 import numpy as np
 from scipy import fft, stats
 
+from metroem.errors import UsageError
 from metroem.geometry import affine
 
 cv2.setNumThreads(1)
@@ -58,6 +60,7 @@ _BLOCKS_PX = (24, 4), (48, 6), (64, 6)
 _MIN_BLOCKS, _MAX_BLOCKS = 6, 200
 _MIN_BLOCK_TISSUE = 0.6
 _FIT_ROUNDS = 15
+_FIT_SCALE = 2.0  # distance at which a block counts a quarter, in medians
 
 # Probability that any wrong map of a pair is accepted. It asks for 6.5 standard
 # deviations above chance. Of 240 pairs of different tissues, the best wrong maps reach
@@ -65,7 +68,9 @@ _FIT_ROUNDS = 15
 # are fitted to the same edges that are then compared.
 _CHANCE = 1e-4
 _FITTED = 1.5  # taken from the score of the second level
-_MIN_FIRST_SCORE = 4.0  # at the first level: right maps have 6 and more
+_MIN_FIRST_SCORE = 4.0  # at the first level
+# A match of a lower score is compared with all others, and not relied on alone.
+SURE_SCORE = 8.0
 _MIN_COMMON_PX = 400  # of the level
 _INDEPENDENT_PX = 12.0  # area in which correlations at different shifts are alike
 
@@ -111,11 +116,23 @@ class Section:
             if the section was mirrored.
 
     Args:
-        image: (H, W) of any type, grey levels, 0 = no data.
+        image: (H, W) of any type, grey levels; 0 = no data, as are NaN and infinite
+            pixels.
         mirrored: reverse the order of cols first.
+
+    Raises:
+        UsageError: it is not 2-d, or has no pixels.
     """
 
     def __init__(self, image: np.ndarray, mirrored: bool = False) -> None:
+        image = np.asarray(image)
+        if image.ndim != 2 or not image.size:
+            raise UsageError(
+                f"a section of shape {image.shape}: expected grey levels, [rows, cols]"
+            )
+        if image.dtype.kind == "f":
+            limit = np.finfo(np.float32).max
+            image = np.where(np.abs(image) <= limit, image, 0)
         self.to_image = affine.identity()
         if mirrored:
             self.to_image[0] = -1.0, 0.0, image.shape[1] - 1
@@ -215,6 +232,10 @@ def place(
     Returns:
         (2, 3) pull matrix: (col, row, 1) of a pixel of tgt -> (col, row) in src; None
         if the two have nothing in common that chance could not explain.
+
+    Raises:
+        UsageError: an image is not 2-d, or has no pixels.
+        FieldError: an unknown model.
     """
     found = match(Section(src), Section(tgt), model, flip)
     return None if found is None else found.matrix
@@ -364,13 +385,18 @@ def match(
     pairs = [_Pair(src, tgt, factors, model)]
     if flip:
         pairs.append(pairs[0]._replace(src=src.mirrored()))
-    for pair in pairs:
-        if found := _best(pair, _propose_by_keypoints(pair), "keypoints"):
-            return found
-    for pair in pairs:
-        if found := _best(pair, _propose_by_correlation(pair), "correlation"):
-            return found
-    return None
+    best = None
+    for how, propose in (
+        ("keypoints", _propose_by_keypoints),
+        ("correlation", _propose_by_correlation),
+    ):
+        for pair in pairs:
+            found = _best(pair, propose(pair), how)
+            if found and (best is None or found.score > best.score):
+                best = found
+            if best and best.score >= SURE_SCORE:
+                return best
+    return best
 
 
 class _Pair(NamedTuple):
@@ -575,14 +601,14 @@ def _fit(blocks: _Blocks, model: str) -> tuple[np.ndarray, np.ndarray]:
     1985.
     """
     src_points, tgt_points, heights = blocks
-    trust = weights = heights**2
+    weights = heights
     matrix, distance, scale = affine.identity(), np.zeros(len(heights)), 1.0
     for _ in range(_FIT_ROUNDS):
         matrix = affine.fit(tgt_points, src_points, model, weights)
         distance = np.hypot(*(affine.apply(matrix, tgt_points) - src_points).T)
-        scale = max(1.5 * float(np.median(distance)), 1e-3)
-        weights = trust / (1 + (distance / scale) ** 2) ** 2
-    return matrix, distance < 2 * scale
+        scale = max(_FIT_SCALE * float(np.median(distance)), 1e-3)
+        weights = heights / (1 + (distance / scale) ** 2) ** 2
+    return matrix, distance < 1.5 * scale
 
 
 # ------------------------------------------------------------------ proposals
@@ -699,34 +725,70 @@ def _correlate(src: Level, tgt: Level) -> Iterator[_Peak]:
     """Correlate two sections at all shifts, at one angle after the other.
 
     A correlation is divided by the square root of the area in common, so that its
-    deviation does not depend on the shift.
+    deviation does not depend on the shift. Areas are smooth: they are computed at a
+    quarter of the resolution. Angles that differ by quarter turns share a spectrum of
+    src, since tgt can be turned by them instead.
     """
     rows, cols = src.edges.shape
-    side = int(np.ceil(np.hypot(rows, cols))) + 2  # of a square that holds src turned
+    side = 4 * int(np.ceil((np.hypot(rows, cols) + 2) / 4))  # holds src turned
     # Shifts repeat after `size` px. Less overlap than a quarter of a side is not told
     # apart from a shift to the other side.
     overlap_px = min(*src.edges.shape, *tgt.edges.shape) // 4
-    size = _fast_length(side + max(tgt.edges.shape) - overlap_px)
-    shape = size, size
-    edges, mask = _spectrum(tgt.edges, shape), _spectrum(tgt.mask, shape)
+    size = 4 * _fast_length(-(-(side + max(tgt.edges.shape) - overlap_px) // 4))
+    shape, small = (size, size), (size // 4, size // 4)
     least = _MIN_OVERLAP * min(float(src.mask.sum()), float(tgt.mask.sum()))
-    for degrees in np.arange(0, 360, _STEP_DEGREES):
+    quarters = [
+        (
+            _quarter_turn(num, *tgt.mask.shape),
+            _spectrum(np.rot90(tgt.edges, num), shape),
+            _spectrum(_sum_squares(np.rot90(tgt.mask, num)), small),
+        )
+        for num in range(4)
+    ]
+    for degrees in np.arange(0, 90, _STEP_DEGREES):
         cos, sin = np.cos(np.deg2rad(degrees)), np.sin(np.deg2rad(degrees))
         linear = np.array([[cos, -sin], [sin, cos]])
         middle = np.array([(cols - 1) / 2, (rows - 1) / 2])
         turned = np.column_stack([linear, (side - 1) / 2 - linear @ middle])
-        heights, common = (
-            _correlation(
-                _spectrum(cv2.warpAffine(a, turned, (side, side)), shape), b, shape
-            )
-            for a, b in ((src.edges, edges), (src.mask, mask))
+        edges, mask = (
+            cv2.warpAffine(a, turned, (side, side)) for a in (src.edges, src.mask)
         )
-        enough = common > least
-        heights = np.where(enough, heights / np.sqrt(np.maximum(common, least)), 0)
-        deviation = np.sqrt(np.square(heights).sum() / max(int(enough.sum()), 1))
-        for sign, at in ((1, heights.argmax()), (-1, heights.argmin())):
-            down, right = divmod(int(at), size)
-            height = sign * float(heights[down, right] / max(deviation, 1e-9))
-            shift = [px - size * (px > size - side) for px in (right, down)]
-            push = np.column_stack([linear, turned[:, 2] + shift])
-            yield _Peak(height, float(degrees), sign, push)
+        spectra = _spectrum(edges, shape), _spectrum(_sum_squares(mask), small)
+        for num, (back, tgt_edges, tgt_mask) in enumerate(quarters):
+            common = _correlation(spectra[1], tgt_mask, small) / 16
+            weight = (common > least) / np.sqrt(np.maximum(common, least))
+            heights = _correlation(spectra[0], tgt_edges, shape)
+            heights *= cv2.resize(weight, shape)
+            num_shifts = 16 * max(np.count_nonzero(weight), 1)
+            deviation = max(float(np.linalg.norm(heights)) / num_shifts**0.5, 1e-9)
+            least_height, most_height, at_least, at_most = cv2.minMaxLoc(heights)
+            for sign, height, at in (
+                (1, most_height, at_most),
+                (-1, -least_height, at_least),
+            ):
+                shift = [px - size * (px > size - side) for px in at]
+                push = np.column_stack([linear, turned[:, 2] + shift])
+                yield _Peak(
+                    height / deviation,
+                    float(degrees) + 90 * num,
+                    sign,
+                    affine.compose(push, back),
+                )
+
+
+def _sum_squares(mask: np.ndarray) -> np.ndarray:
+    """Sum squares of 4 x 4 px."""
+    padded = np.pad(mask, [(0, -size % 4) for size in mask.shape])
+    rows, cols = padded.shape
+    return padded.reshape(rows // 4, 4, cols // 4, 4).sum((1, 3))
+
+
+def _quarter_turn(num: int, rows: int, cols: int) -> np.ndarray:
+    """Make the map from pixels of np.rot90(image, num) to those of the image."""
+    turns = (
+        [[1, 0, 0], [0, 1, 0]],
+        [[0, -1, cols - 1], [1, 0, 0]],
+        [[-1, 0, cols - 1], [0, -1, rows - 1]],
+        [[0, 1, 0], [-1, 0, rows - 1]],
+    )
+    return np.array(turns[num], float)

@@ -39,7 +39,7 @@ from metroem.io.volume_write import FIELD_NOTES, BlockWriter, NewVolume, Notes
 from metroem.pyramid import Pyramid, StageInput
 from metroem.stack.place import Placement
 from metroem.stack.pulled_sections import ReadCount, iter_nearest, iter_pulled
-from metroem.stack.tasks import Block, Step, split_blocks
+from metroem.stack.tasks import Block, Step, parse_sections, split_blocks
 
 # A cell of the stored fields spans 2**CELL_LEVELS px of the last stage.
 CELL_LEVELS = 3
@@ -79,13 +79,14 @@ def stage_grids(
     return grids
 
 
-def open_masks(path: str, images: ImageVolume, mip: int) -> Volume:
+def open_masks(path: str, images: ImageVolume, mip: int, sections: range) -> Volume:
     """Open the volume of masks.
 
     Args:
         path: the volume.
         images: the volume of the raw sections.
         mip: mip of the last stage, which reads the masks.
+        sections: range of z that is aligned.
 
     Raises:
         DatasetError: it cannot be opened, lacks the mip, or does not cover the images.
@@ -93,8 +94,7 @@ def open_masks(path: str, images: ImageVolume, mip: int) -> Volume:
     masks = Volume(path, flag="--masks", resolution=images.resolution)
     masks.check_channels(1, "a volume of masks")
     masks.check_mip("mip of the last stage", mip)
-    area, sections = images.extent()
-    masks.check_covers(area, "the volume of sections", at=mip)
+    masks.check_covers(images.extent()[0], "the volume of sections", at=mip)
     masks.check_sections(sections, mip)
     return masks
 
@@ -283,35 +283,30 @@ class GreysStep(Step):
         ]
 
     def run(self, task: str) -> Mapping[str, Any]:
-        start, stop = map(int, task[1:].split("-"))
+        sections = parse_sections(task)
         volume = ImageVolume(self.cv_path)
-        tissue = self._tissue_area(volume, range(start, stop))
-        found: dict[str, dict[str, list[float] | None]] = {
-            str(z): {} for z in range(start, stop)
-        }
+        tissue = self._tissue_area(volume, sections)
+        found: dict[str, dict[str, list[float] | None]] = {str(z): {} for z in sections}
         num_bytes = 0
         for mip in self.mips:
-            sums = np.zeros((stop - start, 3))
+            sums = np.zeros((len(sections), 3))
             for window in _sample_windows(tissue.cover(mip)):
-                layers = volume.read(window, range(start, stop))[:, 0]
+                layers = volume.read(window, sections)[:, 0]
                 num_bytes += layers.nbytes
                 for index, layer in enumerate(layers):
                     grey = layer[np.isfinite(layer) & (layer != 0)].astype(np.float64)
                     sums[index] += len(grey), grey.sum(), (grey**2).sum()
-            for index, (count, total, squares) in enumerate(sums):
+            for z, (count, total, squares) in zip(sections, sums, strict=True):
                 mean = total / max(count, 1)
                 variance = squares / max(count, 1) - mean**2
                 known = [mean, variance**0.5] if variance > 0 else None
-                if (
-                    known is None
-                    and self.placement.placed[start + index].how != "blank"
-                ):
+                if known is None and self.placement.placed[z].how != "blank":
                     raise DatasetError(
-                        f"{self.cv_path}: section {start + index} has tissue, but none "
+                        f"{self.cv_path}: section {z} has tissue, but none "
                         f"at mip {mip} on {_SAMPLES} squares of {_SAMPLE_PX} px that "
                         "are spread over it; crop the volume to the tissue"
                     )
-                found[str(start + index)][str(mip)] = known
+                found[str(z)][str(mip)] = known
         Notes(f"{self.destination}/greys").write(f"{task}.json", found)
         return {"bytes_read": num_bytes, "bytes_needed": num_bytes}
 
@@ -419,6 +414,9 @@ class PairsStep(Step):
         )
         return [block.name for block in blocks]
 
+    def prepare(self, replaces: bool) -> None:
+        self._open_writers(replaces)
+
     def run(self, task: str) -> Mapping[str, Any]:
         block = Block.parse(task)
         core = block.grid.cover(self.mips[-1])
@@ -515,7 +513,10 @@ class PairsStep(Step):
 
     @cached_property
     def _writers(self) -> dict[str, BlockWriter]:
-        """The volumes of the fields, correlations and defects."""
+        return self._open_writers()
+
+    def _open_writers(self, replaces: bool = False) -> dict[str, BlockWriter]:
+        """Open the volumes of the fields, correlations and defects."""
         kinds = {
             f"k{k}": (2, "float32", FIELD_NOTES) for k in range(1, self.neighbours + 1)
         }
@@ -531,6 +532,7 @@ class PairsStep(Step):
                 flag="--dst_path",
                 block_px=self.window_px << self.mip >> self.cell_mip,
                 chunk_size=(256, 256, 1),
+                replaces=replaces,
             )
             for name, (num_channels, dtype, about) in kinds.items()
         }
@@ -547,7 +549,7 @@ class PairsStep(Step):
     def _masks(self) -> Volume | None:
         if self.masks is None:
             return None
-        return open_masks(self.masks, self._volume, self.mips[-1])
+        return open_masks(self.masks, self._volume, self.mips[-1], self.sections)
 
     @cached_property
     def _pyramid(self) -> Pyramid:

@@ -4,6 +4,8 @@
 <dst>/placement.json       where each section lies                     (place-solve)
 """
 
+import hashlib
+import json
 import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -11,6 +13,7 @@ from functools import cached_property
 from itertools import groupby
 from typing import Any, NamedTuple
 
+import cv2
 import numpy as np
 
 from metroem.errors import DatasetError
@@ -21,7 +24,7 @@ from metroem.io.volume import iter_sections
 from metroem.io.volume_write import Notes
 from metroem.stack.match_sections import Section, match, tissue_box
 from metroem.stack.solve_placements import Edge, Placed, in_words, solve_placements
-from metroem.stack.tasks import Step
+from metroem.stack.tasks import Step, parse_sections
 
 logger = logging.getLogger(__name__)
 
@@ -123,6 +126,11 @@ class Placement:
         """Say how many sections were placed by what, and name those that were not."""
         return describe_placed(self.placed)
 
+    def digest(self, sections: range) -> str:
+        """Compute a digest of the matrices of some sections."""
+        text = json.dumps([self.matrices[z].tolist() for z in sections])
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
 
 def describe_placed(placed: Mapping[int, Placed]) -> list[str]:
     """Say how many sections were placed by what, and name those that were not."""
@@ -171,13 +179,14 @@ class Matched(NamedTuple):
         z: the section.
         middle: (2,) col and row of the middle of its tissue; None if blank.
         edges: its matches; points are px of the thumbnail.
-        box: first row, end row, first col, end col of its tissue; None if blank.
+        outline: (n, 2), col and row of the corners of the convex hull of its tissue;
+            None without any.
     """
 
     z: int
     middle: np.ndarray | None
     edges: list[Edge]
-    box: tuple[int, int, int, int] | None
+    outline: np.ndarray | None
 
 
 def match_thumbnails(
@@ -226,7 +235,18 @@ def match_thumbnails(
         if box is not None and not section.is_blank:
             middle = np.array([(box[2] + box[3] - 1) / 2, (box[0] + box[1] - 1) / 2])
         if z >= first:
-            yield Matched(z, middle, edges, box)
+            yield Matched(z, middle, edges, _tissue_outline(image))
+
+
+def _tissue_outline(image: np.ndarray) -> np.ndarray | None:
+    """Find the corners of the convex hull of all tissue: (n, 2), col and row."""
+    rows = np.flatnonzero((image != 0).any(1))
+    if not len(rows):
+        return None
+    tissue = image[rows] != 0
+    first, last = tissue.argmax(1), tissue.shape[1] - 1 - tissue[:, ::-1].argmax(1)
+    ends = np.concatenate([np.stack([cols, rows], 1) for cols in (first, last)])
+    return cv2.convexHull(ends.astype(np.int32))[:, 0]
 
 
 def place_sections(
@@ -272,6 +292,7 @@ class PlaceMatchStep(Step):
         model: map of a section.
         flip: whether sections may be mirrored.
         thumbnail_px: longest side of a thumbnail.
+        content: digest of samples of the volume, which may be written again.
         name: name of the step.
     """
 
@@ -281,6 +302,7 @@ class PlaceMatchStep(Step):
     model: str
     flip: bool
     thumbnail_px: int
+    content: str = ""
     name: str = "place-match"
 
     @property
@@ -290,6 +312,7 @@ class PlaceMatchStep(Step):
             "model": self.model,
             "flip": self.flip,
             "thumbnail_px": self.thumbnail_px,
+            "content": self.content,
         }
 
     def tasks(self) -> list[str]:
@@ -307,7 +330,8 @@ class PlaceMatchStep(Step):
         return names
 
     def run(self, task: str) -> Mapping[str, Any]:
-        start, stop = map(int, task[1:].split("-"))
+        sections = parse_sections(task)
+        start, stop = sections.start, sections.stop
         read = range(max(start - NEIGHBOURS, self.sections.start), stop)
         window = self._volume.extent()[0].cover(self._mip)
         images = (
@@ -319,7 +343,7 @@ class PlaceMatchStep(Step):
             images, self.model, self.flip, start, self.thumbnail_px
         ):
             note[str(one.z)] = {
-                "box": one.box and self._to_mip0_box(one.box, window),
+                "outline": self._to_mip0_outline(one.outline, window),
                 "matches": [
                     {
                         "on": edge.y,
@@ -331,7 +355,9 @@ class PlaceMatchStep(Step):
                     }
                     for edge in one.edges
                 ],
-                "is_blank": one.middle is None,
+                "middle": None
+                if one.middle is None
+                else self._to_mip0(one.middle[None], window)[0],
             }
         Notes(f"{self.destination}/matches").write(f"{task}.json", note)
         pixel_bytes = self._volume.dtype.itemsize
@@ -366,11 +392,16 @@ class PlaceMatchStep(Step):
         at = (points + 0.5) * spacing - 0.5 + [window.y, window.x]
         return np.round(at, 2).tolist()
 
-    def _to_mip0_box(self, box: tuple[int, int, int, int], window: Grid) -> list[int]:
-        """Convert a box to first row, end row, first col and end col at mip 0."""
-        top, bottom, left, right = (edge << window.mip for edge in box)
-        x, y = window.x, window.y
-        return [top + x, bottom + x, left + y, right + y]
+    def _to_mip0_outline(
+        self, outline: np.ndarray | None, window: Grid
+    ) -> list[list[int]]:
+        """Convert an outline to the pixels at mip 0 that its pixels consist of."""
+        if outline is None:
+            return []
+        last = (1 << window.mip) - 1
+        corners = (outline << window.mip) + [window.y, window.x]
+        ends = [corners + [col, row] for col in (0, last) for row in (0, last)]
+        return cv2.convexHull(np.concatenate(ends).astype(np.int32))[:, 0].tolist()
 
     @cached_property
     def _volume(self) -> ImageVolume:
@@ -410,12 +441,18 @@ class PlaceSolveStep(Step):
         return self.match.destination
 
     @property
+    def method(self) -> Mapping[str, Any]:
+        """Settings that stay when the stack grows."""
+        return {**self.match.settings, "fix": self.fix, "block_px": self.block_px}
+
+    @property
     def settings(self) -> Mapping[str, Any]:
-        return {**self.match.settings, "fix": self.fix}
+        sections = self.match.sections
+        return {**self.method, "sections": [sections.start, sections.stop]}
 
     def tasks(self) -> list[str]:
-        sections = self.match.sections
-        return [f"z{sections.start}-{sections.stop}"]
+        # All runs write one file, so they have one marker.
+        return ["all"]
 
     def run(self, task: str) -> Mapping[str, Any]:
         names = [f"{name}.json" for name in self.match.tasks()]
@@ -425,14 +462,12 @@ class PlaceSolveStep(Step):
                 f"{self.destination}/matches/{missing[0]}: does not exist; run the "
                 "step place again: --steps place --again"
             )
-        edges, middles, boxes = [], {}, {}
+        edges, middles, outlines = [], {}, {}
         for note in notes.values():
             for key, about in note.items():
-                z, box = int(key), about["box"]
-                middles[z], boxes[z] = None, box
-                if not about["is_blank"]:
-                    top, bottom, left, right = box
-                    middles[z] = np.array([left + right - 1, top + bottom - 1]) / 2
+                z, middle = int(key), about["middle"]
+                middles[z] = None if middle is None else np.array(middle)
+                outlines[z] = about["outline"]
                 edges += [
                     Edge(
                         *(z, one["on"], np.array(one["points"], float)),
@@ -449,8 +484,8 @@ class PlaceSolveStep(Step):
         )
         if before is not None:
             placed |= before.placed
-        area = self._area(matrices, boxes, before)
-        placement = Placement(matrices, placed, area, self.settings, kept_end)
+        area = self._area(matrices, outlines, before)
+        placement = Placement(matrices, placed, area, self.method, kept_end)
         placement.write(self.destination)
         for line in placement.describe():
             logger.info("%s", line)
@@ -469,7 +504,7 @@ class PlaceSolveStep(Step):
         if "placement.json" not in Notes(self.destination).read(["placement.json"]):
             return None, None
         before = Placement.read(self.destination)
-        if before.settings != self.settings or min(before.matrices) != sections[0]:
+        if before.settings != self.method or min(before.matrices) != sections[0]:
             return None, None
         end = max(before.matrices) + 1
         kept_end = end if end <= sections[-1] else before.kept_end
@@ -485,17 +520,15 @@ class PlaceSolveStep(Step):
     def _area(
         self,
         matrices: Mapping[int, np.ndarray],
-        boxes: Mapping[int, Sequence[int] | None],
+        outlines: Mapping[int, Sequence[Sequence[int]]],
         before: Placement | None,
     ) -> Grid:
         """Find the canvas: the box of the tissue of all placed sections."""
         corners = []
-        for z, box in boxes.items():
-            if box is not None:
-                top, bottom, left, right = box
-                ends = [(c, r) for c in (left, right - 1) for r in (top, bottom - 1)]
-                ends = np.array(ends, float)
-                corners.append(affine.apply(affine.invert(matrices[z]), ends))
+        for z, outline in outlines.items():
+            if outline:
+                to_canvas = affine.invert(matrices[z])
+                corners.append(affine.apply(to_canvas, np.array(outline, float)))
         found = np.concatenate(corners)
         low = np.floor(found.min(0)).astype(int)[::-1]
         high = np.ceil(found.max(0)).astype(int)[::-1] + 1

@@ -22,13 +22,17 @@ through sections between has less than a quarter of its precision: there a secti
 bad, and z-2 or z-3 carries the stack over it.
 
 *Drift.* Each section has its own distortion, and the placement is all that is known of
-the truth. The weak pull averages the distortions of sqrt(w / a), about 10, sections on
+the truth. The weak pull averages the distortions of sqrt(w / a), about 14, sections on
 each side. It is too weak to straighten what runs obliquely. Mean error, px, of 12
 sections of mouse cortex with known distortions of 5 px (2026-11):
 
     a                     0.001   0.005   0.02    0.05
-    jitter                0.54    0.54    0.55    0.60
-    drift                 1.70    1.68    1.66    1.70
+    jitter                0.55    0.55    0.59    0.72
+    drift                 1.70    1.68    1.69    1.81
+
+Of 40 such sections 1.7 px of drift are left: 1.2 px of their own distortions, averaged,
+and 1.1 px of shifts: the tissue itself moves on along z, and pairs follow it. The rest
+is size and turn, of which the placement knows no more.
 
 Source: elastic relaxation of stacks as in Saalfeld et al. 2012
 (doi:10.1038/nmeth.2072), with an energy that is quadratic.
@@ -44,6 +48,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from metroem.errors import DatasetError
 from metroem.geometry import affine
 from metroem.geometry.field import pixel_positions, sample
 from metroem.geometry.grid import Grid
@@ -63,14 +68,14 @@ _OUTLIER = 0.75
 _AT_DEFECT = 0.02
 _LEVELS, _ROUNDS, _STEPS, _SOLVED = 3, 3, 150, 1e-4
 # A task also solves so many sections before and after its own, and cells around its
-# area, and drops them. A section's influence falls to 1 / e over 11 sections. So two
+# area, and drops them. A section's influence falls to 1 / e over 14 sections. So two
 # sizes of blocks differ by 0.04 px at most (99.9 % of pixels).
 MARGIN_SECTIONS, MARGIN_CELLS = 48, 32
 # The finest level, which takes most time and memory, solves only so many on both sides,
 # between ones that the coarser level has solved. 112 sections with known distortions,
 # 16 wanted, against all of them at all levels, solved to 1e-6 (two stacks, 99.9 % of
-# pixels; CPU time): 12 sections 0.046 and 0.046 px, 0.32 s; 20 0.022 and 0.034 px, 0.44
-# s; 24 0.019 and 0.025 px, 0.45 s; all 0.015 and 0.020 px, 0.72 s (2026-11).
+# pixels; CPU time): 12 sections 0.050 and 0.056 px, 0.4 s; 20 0.026 and 0.036 px, 0.5 s;
+# 24 0.023 and 0.021 px, 0.5 s; all 0.017 and 0.023 px, 0.8 s (2026-11).
 _FINEST_MARGIN = 24
 
 
@@ -83,8 +88,8 @@ class RelaxOptions:
         bending: b, how much bending costs, at cells of 8 px.
     """
 
-    pull: float = 0.007
-    bending: float = 4.0
+    pull: float = 0.005
+    bending: float = 6.0
 
 
 @dataclass(frozen=True)
@@ -141,6 +146,9 @@ def relax(
 
     Returns:
         (sections, 2, h, w): U, pull, pixels of the grid.
+
+    Raises:
+        DatasetError: they are not finite, since bending costs too much.
     """
     known = known or {}
     part = range(len(pairs.defects))
@@ -172,6 +180,11 @@ def relax(
         found = _relax_level(here, found, free, options.pull, bending)
         part = inner
     assert found is not None
+    if not torch.isfinite(found).all():
+        raise DatasetError(
+            "the displacements that align the sections are not finite; give a smaller "
+            "--smoothness"
+        )
     return found[wanted.start - part.start : wanted.stop - part.start]
 
 
@@ -367,7 +380,8 @@ class RelaxStep(Step):
     """Relax the fields of pairs: a block of sections and an area a task.
 
     When a stack grows, sections before the last block keep their fields. So blocks know
-    up to which section the stack went when they were relaxed first.
+    up to which section the stack went when they were relaxed first. Blocks of a later
+    run read the fields of the earlier ones, so each run is a step of its own.
 
     Attributes:
         destination: the folder of the stack.
@@ -383,6 +397,7 @@ class RelaxStep(Step):
         resolution: nm of a mip-0 voxel along x, y, z.
         options: see `RelaxOptions`.
         before: settings of the steps before.
+        generation: index in `ends` of the run that relaxed these blocks first.
     """
 
     destination: str
@@ -397,7 +412,12 @@ class RelaxStep(Step):
     resolution: tuple[float, float, float]
     options: RelaxOptions
     before: Mapping[str, Any] = field(default_factory=dict)
-    name: str = "relax"
+    generation: int = 0
+
+    @property
+    def name(self) -> str:  # type: ignore[override]
+        """Name of the step."""
+        return f"relax-{self.generation}" if self.generation else "relax"
 
     @property
     def settings(self) -> Mapping[str, Any]:
@@ -416,11 +436,17 @@ class RelaxStep(Step):
     def tasks(self) -> list[str]:
         area = self.placement.area.at_mip(self.mip)
         blocks = split_blocks(area, self.sections, self.chunk_px, self.block_sections)
-        return [block.name for block in blocks]
+        end = self.ends[self.generation]
+        return [block.name for block in blocks if self._known(block.sections)[1] == end]
+
+    def prepare(self, replaces: bool) -> None:
+        # Fields of earlier runs are kept.
+        is_first = Block.parse(self.tasks()[0]).sections.start == self.z_start
+        self._open_writer(replaces and is_first)
 
     def run(self, task: str) -> Mapping[str, Any]:
         block = Block.parse(task)
-        known_end, end = self._generation(block.sections)
+        known_end, end = self._known(block.sections)
         core = block.grid.cover(self.cell_mip)
         area = self.placement.area.cover(self.cell_mip)
         window = core.cover(core.mip, margin_px=MARGIN_CELLS).overlap(area)
@@ -447,7 +473,7 @@ class RelaxStep(Step):
         self._writer.write(fields.numpy(), core, block.sections)
         return {}
 
-    def _generation(self, sections: range) -> tuple[int, int]:
+    def _known(self, sections: range) -> tuple[int, int]:
         """Find when a block was relaxed first.
 
         Returns:
@@ -474,6 +500,9 @@ class RelaxStep(Step):
 
     @cached_property
     def _writer(self) -> BlockWriter:
+        return self._open_writer()
+
+    def _open_writer(self, replaces: bool = False) -> BlockWriter:
         return BlockWriter(
             f"{self.destination}/field",
             NewVolume(
@@ -484,12 +513,14 @@ class RelaxStep(Step):
             flag="--dst_path",
             block_px=self.chunk_px << self.mip >> self.cell_mip,
             chunk_size=(256, 256, 1),
+            replaces=replaces,
         )
 
     @cached_property
     def _fields(self) -> Volume:
         path = f"{self.destination}/field"
-        return Volume(path, flag="--dst_path", resolution=self.resolution)
+        nm = self.resolution
+        return Volume(path, flag="--dst_path", resolution=nm, is_whole=True)
 
     @cached_property
     def _pairs(self) -> dict[str, Volume]:
@@ -500,6 +531,7 @@ class RelaxStep(Step):
                 f"{self.destination}/pairs/{name}",
                 flag="--dst_path",
                 resolution=self.resolution,
+                is_whole=True,
             )
             for name in names
         }

@@ -121,8 +121,11 @@ class RenderStep(Step):
             self._writer.write(values, block.grid.at_mip(mip), block.sections)
         return count.figures()
 
-    def check(self) -> None:
+    def prepare(self, replaces: bool) -> None:
         """Refuse what cannot be written, before any task runs; make the volume.
+
+        Args:
+            replaces: see `Step.prepare`.
 
         Raises:
             UsageError: flags that do not fit the source; see `check_rendering`.
@@ -155,7 +158,8 @@ class RenderStep(Step):
         else:
             sources.append(f"{self.destination}/field")
         method["interpolation"] = "nearest" if self.nearest else "linear"
-        self._writer.describe(sources, {"method": method, "by": f"metroem {self.name}"})
+        entry = {"method": method, "by": f"metroem {self.name}"}
+        self._open_writer(replaces).describe(sources, entry)
 
     def of_layer(self, layer: str, nearest: bool) -> "RenderStep":
         """Make the step that renders another volume of the same raw sections.
@@ -205,9 +209,15 @@ class RenderStep(Step):
 
     @cached_property
     def _writer(self) -> BlockWriter:
+        return self._open_writer()
+
+    def _open_writer(self, replaces: bool = False) -> BlockWriter:
+        layer_type = str(self._volume.info["type"])
+        kind = "images" if layer_type == "image" else "labels"
         wanted = NewVolume(
             *(1, str(self._volume.dtype), self.mip, self.placement.area),
-            *(self.sections, self.resolution, {"kind": "images", "aligned": True}),
+            *(self.sections, self.resolution, {"kind": kind, "aligned": True}),
+            layer_type,
         )
         size = self.chunk_size or _fitting_chunk(
             self._volume, self.mip, self.chunk_px, self.block_sections
@@ -220,6 +230,7 @@ class RenderStep(Step):
             chunk_size=size,
             mips=self.mips,
             encoding=encoding,
+            replaces=replaces,
         )
 
     @cached_property
@@ -231,7 +242,8 @@ class RenderStep(Step):
     @cached_property
     def _fields(self) -> Volume:
         path = f"{self.destination}/field"
-        return Volume(path, flag="--dst_path", resolution=self.resolution)
+        nm = self.resolution
+        return Volume(path, flag="--dst_path", resolution=nm, is_whole=True)
 
 
 def layer_mips(layer: Volume, mips: range) -> range:
@@ -290,6 +302,11 @@ def check_rendering(
         raise UsageError(
             f"{volume.flag} {volume.path}: is {volume.dtype}; grey levels are "
             f"{', '.join(_GREY_TYPES)}; give --nearest if these are labels"
+        )
+    if not nearest and volume.info["type"] == "segmentation":
+        raise UsageError(
+            f"{volume.flag} {volume.path}: is a segmentation, says its info file, and "
+            "the mean of two labels is a third one; give --nearest"
         )
     if encoding is not None:
         check_encoding(encoding, str(volume.dtype))

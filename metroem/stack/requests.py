@@ -1,11 +1,18 @@
 """Define the flags of place, align-stack, worker and check."""
 
+import math
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TypeVar
 
 from metroem.errors import UsageError
-from metroem.io.cloud_paths import check_destination, check_exists, split_format
+from metroem.io.cloud_paths import (
+    check_destination,
+    check_exists,
+    cloud_path,
+    split_format,
+)
 from metroem.specs.modules import find_modules
 from metroem.utils.cli import Request, flag, flags_of_group
 
@@ -101,6 +108,26 @@ class SectionsRequest(RunRequest):
     def check_paths(self) -> None:
         check_exists("--cv_path", self.cv_path)
 
+    def check_not_written(self, name: str, *written: str) -> None:
+        """Refuse a volume that is read and would be written to, or lies inside of that.
+
+        Args:
+            name: of the field that holds its path; None passes.
+            written: paths that are written.
+
+        Raises:
+            UsageError: it is one of them.
+        """
+        if (source := getattr(self, name)) is None:
+            return
+        source_path = _without_format(source)
+        for path in written:
+            if f"{source_path}/".startswith(f"{_without_format(path)}/"):
+                raise UsageError(
+                    f"--{name} {source}: would be overwritten, since this command "
+                    f"writes to {path}; name another path to write to"
+                )
+
     @property
     def sections(self) -> range:
         """The range of z."""
@@ -117,6 +144,12 @@ class PlaceRequest(SectionsRequest):
         super().__post_init__()
         if self.render is not None:
             check_destination("--render", self.render)
+            self.check_not_written("cv_path", self.render)
+        if self.queue is not None:
+            raise UsageError(
+                f"--queue {self.queue}: workers do not place alone; give --workers or "
+                "--shard, or align-stack --steps place --queue"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,6 +158,7 @@ class AlignStackRequest(SectionsRequest):
 
     GROUPS = ("", _SECTIONS, _PLACING, _ALIGNING, _RUNNING)
 
+    dst_path: str = flag("folder to write: image, field, check.json, report.html")
     pyramid_path: Path = flag("trained pyramid that aligns pairs of sections")
     checkpoint_name: str = _aligning("name of the pyramid's weights", "checkpoint")
     steps: list[str] = _aligning("steps to run", list(STEPS), choices=STEPS)
@@ -158,7 +192,7 @@ class AlignStackRequest(SectionsRequest):
     )
     chunk_size: list[int] | None = _aligning(
         "chunks of the aligned volume, voxels along x, y, z",
-        None,
+        unset="those of --cv_path, if the area of a task consists of them",
         nargs=3,
         metavar=("X", "Y", "Z"),
     )
@@ -170,8 +204,19 @@ class AlignStackRequest(SectionsRequest):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.again and self.shard is not None and len(self.steps) > 1:
+            raise UsageError(
+                "--again --shard: a step would begin while others still hold results "
+                "of before; run one array for each step, --steps place and so on"
+            )
+        if not math.isfinite(self.smoothness):
+            raise UsageError(f"--smoothness {self.smoothness}: expected a number")
         if self.nearest and self.layer is None:
             raise UsageError("--nearest: goes with --layer; give a layer of labels")
+        folders = "image", "field", "pairs", "layers"
+        written = [f"{self.dst_path.rstrip('/')}/{folder}" for folder in folders]
+        for name in ("cv_path", "masks", "layer"):
+            self.check_not_written(name, *written)
 
     def check_paths(self) -> None:
         super().check_paths()
@@ -245,3 +290,27 @@ class CheckRequest(RunRequest):
         if self.dst_path is not None:
             return self.dst_path
         return split_format(self.cv_path.rstrip("/"))[1].rpartition("/")[0] or "."
+
+
+RequestT = TypeVar("RequestT", bound=SectionsRequest | CheckRequest)
+
+
+def with_full_paths(request: RequestT) -> RequestT:
+    """Make the paths of a request independent of the folder that it runs in.
+
+    They are stored, and other processes read them. So two spellings of a path also mean
+    the same.
+    """
+    names = "cv_path", "dst_path", "masks", "layer", "field_path", "before"
+    names += ("pyramid_path",)
+    paths = {name: getattr(request, name, None) for name in names}
+    full = {
+        name: path.resolve() if isinstance(path, Path) else cloud_path(path)
+        for name, path in paths.items()
+        if path is not None
+    }
+    return replace(request, **full)
+
+
+def _without_format(path: str) -> str:
+    return split_format(cloud_path(path))[1]

@@ -24,10 +24,8 @@ from scipy.sparse import linalg
 
 from metroem.errors import DatasetError
 from metroem.geometry import affine
+from metroem.stack.match_sections import SURE_SCORE
 
-# A match of a lower score is used only if another one confirms it. Right ones have 9
-# and more in stacks with damaged sections; the best wrong ones of 300 pairs 5.9.
-_SURE_SCORE = 8.0
 # Two ways to the same section agree if they end this near, in units of the spread of
 # the points. Right ones miss by some px, wrong ones by a good part of it.
 _SAME = 0.1
@@ -183,14 +181,14 @@ def confirmed_edges(
     Sections are grouped by sure matches. A match that is not sure and that connects two
     groups needs another one between them that says the same.
     """
-    sure = [edge for edge in edges if edge.score >= _SURE_SCORE]
+    sure = [edge for edge in edges if edge.score >= SURE_SCORE]
     kept = list(sure)
     tree, groups = _span(sure, sections, ())
     group_of = {z: index for index, group in enumerate(groups) for z in group}
     maps = _chain(tree, {group[0]: affine.identity() for group in groups}, "affine")
     by_groups: dict[tuple[int, int], list[Edge]] = {}
     for edge in edges:
-        if edge.score < _SURE_SCORE:
+        if edge.score < SURE_SCORE:
             one, other = sorted((group_of[edge.z], group_of[edge.y]))
             by_groups.setdefault((one, other), []).append(edge)
     for (one, other), between in by_groups.items():

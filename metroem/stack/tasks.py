@@ -68,6 +68,18 @@ class Block:
 _EXAMPLE = "z0-16_x0-2048_y0-2048_mip0"
 
 
+def parse_sections(name: str) -> range:
+    """Read the name of a task of whole sections, "z0-16" or "z-3-1"; the end excluded.
+
+    Raises:
+        UsageError: it is not such a name.
+    """
+    found = re.fullmatch(r"z(-?\d+)-(-?\d+)", name)
+    if not found:
+        raise UsageError(f"task {name!r}: expected a name such as z0-16")
+    return range(int(found[1]), int(found[2]))
+
+
 def split_blocks(
     area: Grid, sections: range, chunk_px: int, block_sections: int
 ) -> list[Block]:
@@ -126,6 +138,18 @@ class Step(ABC):
     def tasks(self) -> Sequence[str]:
         """List the names of all tasks: the same list in every process."""
 
+    def prepare(self, replaces: bool) -> None:  # noqa: B027  most have nothing to do
+        """Refuse what cannot be written, and make the volumes, before any task runs.
+
+        Each command and each shard does so; workers of a queue do not.
+
+        Args:
+            replaces: no task is done with today's settings, or all are run again.
+
+        Raises:
+            MetroEMError: the tasks cannot be done.
+        """
+
     @abstractmethod
     def run(self, task: str) -> Mapping[str, Any]:
         """Do one task. Doing it again, also at the same time, writes the same bytes.
@@ -165,6 +189,8 @@ def run_step(step: Step, request: RunRequest) -> bool:
         found = records.look(mine)
         todo = [task for task in mine if request.again or task not in found.done]
         _announce(step, len(tasks), len(mine), len(todo), request)
+        if todo:
+            step.prepare(replaces=request.again or not found.done)
         changed = records.write_settings()
         if changed and found.stale:
             logger.info(

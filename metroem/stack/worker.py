@@ -216,6 +216,8 @@ class _Worker:
                     "those that its tasks were put into the queue with; they stay in "
                     "the queue"
                 )
+        if message.task not in tasks:  # the stack may have grown
+            step, records, tasks = self._make(message.step)
         if message.task not in tasks:
             raise _Refused(f"step {step.name} has no task {message.task!r}")
         return _Work(step, records, message.task)

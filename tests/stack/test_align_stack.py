@@ -49,11 +49,11 @@ def stack(tissue, tmp_path_factory):
     return folder
 
 
-def align(stack, dst, *flags, z_end=NUM):
+def align(stack, dst, *flags, z_start=0, z_end=NUM):
     main(
         [
             *("align-stack", "--cv_path", str(stack / "raw"), "--dst_path", str(dst)),
-            *("--pyramid_path", str(stack / "pyramid"), "--z_start", "0"),
+            *("--pyramid_path", str(stack / "pyramid"), "--z_start", str(z_start)),
             *("--z_end", str(z_end), "--chunk_px", "128", "--block_sections", "2"),
             *("--window_px", "128", "--halo_px", "32", "--neighbours", "2"),
             *("--mips", "2", *flags),
@@ -101,6 +101,20 @@ def likeness(sections):
     return [
         np.corrcoef(a, b)[0, 1] for a, b in zip(values[:-1], values[1:], strict=True)
     ]
+
+
+def test_sections_may_begin_below_0(stack, aligned, tmp_path):
+    raw = ImageVolume(str(stack / "raw"))
+    sections = raw.read(raw.extent()[0], range(NUM))[:, 0]
+    write_volume(tmp_path / "raw", sections, 3, chunk_px=64, offset=(-48, 28, -3))
+    (tmp_path / "pyramid").symlink_to(stack / "pyramid")
+
+    align(tmp_path, tmp_path / "a", *WITHOUT_CHECK, z_start=-3, z_end=NUM - 3)
+
+    there = ImageVolume(str(tmp_path / "a" / "image"))
+    assert there.extent()[1] == range(-3, NUM - 3)
+    # Windows begin elsewhere, so fields differ a little.
+    assert min(likeness(there.read(there.extent()[0], range(-3, 1))[:, 0])) > 0.5
 
 
 def test_the_field_leads_from_the_image_to_the_raw_section(aligned):
@@ -181,6 +195,9 @@ def test_a_stack_grows_and_keeps_its_blocks(aligned, stack, tmp_path, caplog):
     assert (image.read(image.extent()[0], range(4, 5)) > 0).mean() > 0.5
     with pytest.raises(MetroEMError, match="--z_end 4: .* up to section 5"):
         align(stack, tmp_path / "a", *WITHOUT_CHECK)
+    # Old sections get other places, which the fields of pairs do not know.
+    align(stack, tmp_path / "a", "--steps", "place", "--again", z_end=NUM + 1)
+    assert "steps pairs, relax, render are stale now" in caplog.text
 
 
 def test_another_setting_names_the_steps_that_it_makes_stale(
@@ -192,7 +209,7 @@ def test_another_setting_names_the_steps_that_it_makes_stale(
 
     align(stack, tmp_path / "a", "--steps", "relax", "--smoothness", "30")
 
-    assert "bending 4.0 (asked for: 120.0)" in caplog.text
+    assert "bending 6.0 (asked for: 180.0)" in caplog.text
     assert "steps render are stale now: run them again: --steps render" in caplog.text
     after = digests(tmp_path / "a")
     assert any(after[n] != before[n] for n in before if n.startswith("field/"))
@@ -228,6 +245,9 @@ def test_bad_input_is_refused_in_one_line_before_anything_is_written(stack, tmp_
     )
     for flag in ("--chunk_px", "--window_px"):
         refused(stack, tmp_path, flag, "72", match=f"{flag} 72: expected a multiple of")
+    refused(stack, tmp_path, "--smoothness", "inf", match="--smoothness inf")
+    flags = ("--again", "--shard", "0/2")
+    refused(stack, tmp_path, *flags, match="run one array for each step")
     flags = ("--checkpoint_name", "other")
     refused(stack, tmp_path, *flags, match="no weights 'other'")
 
@@ -239,15 +259,69 @@ def test_a_volume_of_16_bit_is_refused(stack, tmp_path):
     refused(tmp_path, tmp_path, z_end=3, match="is float32; expected uint8")
 
 
-def test_a_destination_of_another_volume_is_refused(aligned, stack, tmp_path):
+def test_a_destination_of_another_volume_is_refused(aligned, stack, tmp_path, tissue):
+    write_volume(tmp_path / "raw", tissue, 3, chunk_px=64)
+    (tmp_path / "pyramid").symlink_to(stack / "pyramid")
     with pytest.raises(MetroEMError, match="holds a stack with --cv_path"):
-        main(
-            [
-                *("align-stack", "--cv_path", str(stack / "aligned" / "image")),
-                *("--dst_path", str(aligned), "--z_start", "0", "--z_end", "4"),
-                *("--pyramid_path", str(stack / "pyramid")),
-            ]
-        )
+        align(tmp_path, aligned)
+
+
+def test_what_is_read_is_not_written_to(stack, tmp_path):
+    """Both volumes are of one kind, so writing one over the other would succeed."""
+    project = tmp_path / "project"
+    flags = ["--z_start", "0", "--z_end", "4", "--dst_path", str(tmp_path / "p")]
+    flags += ["--render", f"file://{project}/image/"]
+    main(["place", "--cv_path", str(stack / "raw"), *flags])
+    before = digests(project)
+    with pytest.raises(MetroEMError, match="--cv_path .* would be overwritten"):
+        main(["place", "--cv_path", str(project / "image"), *flags])
+    (tmp_path / "raw").symlink_to(project / "image")
+    (tmp_path / "pyramid").symlink_to(stack / "pyramid")
+    with pytest.raises(MetroEMError, match="--cv_path .* would be overwritten"):
+        align(tmp_path, project)
+    with pytest.raises(MetroEMError, match="--layer .* would be overwritten"):
+        align(stack, project, "--layer", str(project / "image"))
+    assert digests(project) == before and not (project / "stack.json").exists()
+
+
+def test_a_stack_is_the_same_from_another_folder(stack, tmp_path, monkeypatch):
+    align(stack, tmp_path / "a", "--steps", "place")
+    for name in ("raw", "pyramid"):
+        (tmp_path / name).symlink_to(stack / name)
+    before = (tmp_path / "a" / "stack.json").read_bytes()
+
+    monkeypatch.chdir(tmp_path)
+    align(Path(), "a/", "--steps", "place")
+    monkeypatch.chdir(stack)
+    align(Path("../stack0/."), tmp_path / "a", "--steps", "place")
+
+    assert (tmp_path / "a" / "stack.json").read_bytes() == before
+    monkeypatch.chdir("/")  # as a worker that was started there
+    assert make_step(str(tmp_path / "a"), "place-match").tasks() == ["z0-4"]
+
+
+def test_a_volume_that_was_written_again_is_placed_again(stack, tissue, tmp_path):
+    write_volume(tmp_path / "raw", tissue, 1, chunk_px=64)
+    (tmp_path / "pyramid").symlink_to(stack / "pyramid")
+    align(tmp_path, tmp_path / "a", "--steps", "place", "--mips", "8")
+    before = json.loads((tmp_path / "a" / "placement.json").read_text())["canvas"]
+    # It consists of whole pixels of all mips.
+    assert not any(size % 2**7 for size in before.values())
+
+    changed = tissue.copy()
+    changed[1] = np.roll(tissue[1], 30, 1)
+    write_volume(tmp_path / "raw", changed, 1, chunk_px=64)
+    with pytest.raises(MetroEMError, match="tasks of the step place before are not"):
+        align(tmp_path, tmp_path / "a", "--steps", "pairs")
+    align(tmp_path, tmp_path / "a", "--steps", "place")
+    after = json.loads((tmp_path / "a" / "placement.json").read_text())["sections"]
+    moved = after["1"]["matrix"][1][2] - after["2"]["matrix"][1][2]
+    assert abs(moved - 30) < 3
+
+
+def test_a_destination_below_a_file_is_refused(stack):
+    with pytest.raises(MetroEMError, match="--dst_path .*info.*[Nn]ot a directory"):
+        align(stack, stack / "raw" / "info")
 
 
 def test_a_step_of_no_stack_or_no_name_is_refused(tmp_path, aligned):
@@ -255,6 +329,33 @@ def test_a_step_of_no_stack_or_no_name_is_refused(tmp_path, aligned):
         make_step(str(tmp_path), "pairs")
     with pytest.raises(MetroEMError, match="step 'os.system': expected one of"):
         make_step(str(aligned), "os.system")
+
+
+def test_what_cannot_be_written_is_refused_before_sections_are_placed(tmp_path):
+    make_volume(tmp_path / "raw", [np.ones((2, 1, 64, 80))])
+    with pytest.raises(MetroEMError, match="--cv_path .* is float64; grey levels are"):
+        main(
+            [
+                *("place", "--cv_path", str(tmp_path / "raw"), "--z_start", "0"),
+                *("--z_end", "2", "--dst_path", str(tmp_path / "a")),
+                *("--render", str(tmp_path / "placed")),
+            ]
+        )
+    assert not (tmp_path / "a").exists() and not (tmp_path / "placed").exists()
+
+
+def test_sections_that_were_placed_at_one_destination_are_not_those_of_today(
+    stack, tmp_path
+):
+    for start in (0, 1, 0):
+        main(
+            [
+                *("place", "--cv_path", str(stack / "raw"), "--z_start", str(start)),
+                *("--z_end", str(NUM), "--dst_path", str(tmp_path)),
+            ]
+        )
+        note = json.loads((tmp_path / "placement.json").read_text())
+        assert list(note["sections"]) == [str(z) for z in range(start, NUM)]
 
 
 def test_place_alone_writes_the_placed_volume(stack, tmp_path):
@@ -306,6 +407,28 @@ def test_a_layer_of_labels_is_rendered_with_the_nearest_pixel(stack, aligned):
     assert (known | (image == 0)).mean() > 0.99
 
 
+def test_a_layer_that_lies_elsewhere_is_refused(stack, aligned, tmp_path, caplog):
+    labels = np.ones((NUM + 1, 1, ROWS, COLS), np.uint64)
+    before = digests(aligned)
+    flags = ("--steps", "render", "--nearest", "--layer", str(tmp_path / "cells"))
+    for offset, match in (
+        ((8, 0, 0), "mip 0 begins at x, y, z .8, 0, 0."),
+        ((0, 1000, 0), "begins at"),
+    ):
+        make_volume(tmp_path / "cells", [labels], resolution=(8, 8, 40), offset=offset)
+        with pytest.raises(MetroEMError, match=f"--layer .*{match}"):
+            align(stack, aligned, *flags)
+    few = labels[:, :, :40, :50]
+    make_volume(tmp_path / "cells", [few], resolution=(8, 8, 40), offset=(-99, 0, 0))
+    with pytest.raises(MetroEMError, match="has nothing where the sections"):
+        align(stack, aligned, *flags)
+    assert not (aligned / "layers" / "cells").exists() and digests(aligned) == before
+
+    make_volume(tmp_path / "cells", [few], resolution=(8, 8, 40))
+    align(stack, aligned, *flags)
+    assert "covers x 0...40, y 0...50 of the sections" in caplog.text
+
+
 def test_masks_that_do_not_cover_the_sections_are_refused(stack, tmp_path):
     make_volume(
         tmp_path / "masks",
@@ -317,9 +440,8 @@ def test_masks_that_do_not_cover_the_sections_are_refused(stack, tmp_path):
 
 
 def test_masks_are_used_as_defects(stack, tmp_path):
-    raw = ImageVolume(str(stack / "raw"))
-    shape = raw.read(raw.extent()[0], raw.extent()[1]).shape
-    masks = np.zeros(shape, np.uint8)
+    # Of the sections that are aligned; the volume has one more.
+    masks = np.zeros((NUM, 1, ROWS, COLS), np.uint8)
     masks[1, :, 40:60, 50:90] = 1
     make_volume(tmp_path / "masks", [masks], resolution=(8, 8, 40))
     flags = ("--masks", str(tmp_path / "masks"), "--steps", "place", "pairs")

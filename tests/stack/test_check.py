@@ -13,9 +13,11 @@ from metroem.geometry.grid import Grid
 from metroem.io.volume_write import NewVolume, Notes, SectionWriter
 from metroem.models.module_folders import init_pyramid
 from metroem.pyramid import Pyramid
-from metroem.stack.check import CheckStep
+from metroem.stack.align_stack import make_step
+from metroem.stack.check import CheckReportStep, CheckStep, check_volume
 from metroem.stack.check_plan import load_plan, plan_check
-from metroem.stack.requests import CheckRequest
+from metroem.stack.requests import CheckRequest, PlaceRequest
+from metroem.stack.task_records import TaskRecords
 from metroem.synthetic.tissue import TissueRecipe, make_tissue
 from tests.stack.checks import run_check, run_report
 from tests.stack.textures import waves, write_sections
@@ -74,6 +76,9 @@ def test_sections_that_stand_out_are_named_with_a_reason(figures):
     assert list(reasons) == [BLANK, MOVED, MOVED + 1]
     assert reasons[BLANK] == "is blank"
     assert reasons[MOVED] == f"jumps by 6.0 px from z {OFFSET[2] + MOVED - 1}"
+    z = OFFSET[2] + MOVED
+    back = f"jumps by 6.0 px from z {z}, but z {z} stands out itself"
+    assert reasons[MOVED + 1] == back
 
 
 def test_the_worst_places_are_where_they_were_put(figures):
@@ -169,6 +174,29 @@ def test_a_plan_is_stored_and_read(volume, tmp_path):
     assert load_plan(str(tmp_path)) == plan
 
 
+def test_a_worker_makes_the_steps_of_a_check(volume, tmp_path):
+    plan = plan_check(CheckRequest(cv_path=volume, dst_path=str(tmp_path)))
+    check = CheckStep(plan)
+    plan.save()
+    with pytest.raises(DatasetError, match="no stack was begun"):
+        make_step(str(tmp_path), "check")  # of a plan that was not begun
+    for step in (check, CheckReportStep(check)):
+        TaskRecords(str(tmp_path), step.name, step.settings).write_settings()
+        made = make_step(str(tmp_path), step.name)
+        assert type(made) is type(step) and made.settings == step.settings
+    with pytest.raises(UsageError, match="--queue fq://x: workers do not place"):
+        PlaceRequest(cv_path="v", dst_path="d", z_start=0, z_end=2, queue="fq://x")
+
+
+def test_figures_of_an_earlier_run_are_said_to_be_so(volume, tmp_path, caplog):
+    request = CheckRequest(cv_path=volume, dst_path=str(tmp_path), z_end=OFFSET[2] + 2)
+    for times in (0, 1):
+        check_volume(request)
+        assert caplog.text.count("these figures were measured before") == times
+    check_volume(replace(request, again=True))
+    assert caplog.text.count("these figures were measured before") == 1
+
+
 def test_settings_change_with_the_content_of_the_volume(tmp_path):
     sections = [waves(150, 200, seed=seed) for seed in (0, 1)]
     digests = []
@@ -259,6 +287,26 @@ def test_the_field_of_a_pyramid_is_measured(volume, tmp_path, monkeypatch):
     assert sections[MOVED]["residual_p95_px"] < 110
     assert sections[0]["residual_median_px"] is None
     assert seen == (NUM - 2) * [((ROWS, COLS), 0, False)]
+
+
+def test_fields_beside_pixels_without_data_do_not_count(tmp_path, monkeypatch):
+    sections = [waves(200, 300) for _ in range(2)]
+    sections[0][:, :100] = sections[1][:, 260:] = 0
+    path = write_sections(tmp_path / "image", sections)
+
+    def align(src, tgt, mip, finetune):
+        field = np.zeros((2, *src.shape), np.float32)
+        field[0, :, 100:130] = field[0, :, 230:260] = 50
+        field[1, :, 132:228] = 2
+        return field
+
+    monkeypatch.setattr(Pyramid, "load", lambda *_: SimpleNamespace(align=align))
+    plan = plan_check(CheckRequest(cv_path=path, dst_path=str(tmp_path)))
+    check = CheckStep(replace(plan, pyramid_path="pyramid"))
+    for task in check.tasks():
+        check.run(task)
+    stack = run_report(check)["stack"]
+    assert (stack["residual_median_px"], stack["residual_p95_px"]) == (2, 2)
 
 
 def write_field(folder, values, mip, notes):

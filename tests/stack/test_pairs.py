@@ -168,9 +168,9 @@ def test_masks_have_to_cover_the_sections(volume, tmp_path):
     write_volume(tmp_path / "coarse", grey[:, ::2, ::2] * 0, 1, chunk_px=64)
     images = ImageVolume(str(path))
     with pytest.raises(DatasetError, match="--masks .*small"):
-        open_masks(str(tmp_path / "small"), images, 0)
+        open_masks(str(tmp_path / "small"), images, 0, range(2))
     write_volume(tmp_path / "good", grey * 0, 2, chunk_px=64)
-    assert open_masks(str(tmp_path / "good"), images, 1).mips[:2] == [0, 1]
+    assert open_masks(str(tmp_path / "good"), images, 1, range(3)).mips[:2] == [0, 1]
 
 
 def greys_step(tmp_path, path, how):

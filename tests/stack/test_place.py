@@ -348,6 +348,14 @@ def test_sections_of_a_volume_are_placed(raw, tmp_path):
         at = affine.apply(affine.invert(placement.matrices[10 + z]), inside)
         assert (at >= (area.y, area.x)).all()
         assert (at < (area.end[1], area.end[0])).all()
+    # It is not larger, although turned sections lie in larger boxes.
+    found = []
+    for z in (0, 1, 2, 4, 5, 6):
+        tissue = np.argwhere(sections[z])[:, ::-1] + corner
+        found.append(affine.apply(affine.invert(placement.matrices[10 + z]), tissue))
+    low, high = np.concatenate(found).min(0), np.concatenate(found).max(0)
+    assert (low - (area.y, area.x) < 33).all()
+    assert ((area.end[1], area.end[0]) - high <= 33).all()
 
 
 def test_a_stack_that_grew_is_the_same_when_its_task_is_run_again(raw, tmp_path):

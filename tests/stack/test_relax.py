@@ -1,22 +1,28 @@
 """Relaxing stacks: truth is a dense solution, or displacements that were put in."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 
+from metroem.errors import DatasetError
 from metroem.geometry import affine
 from metroem.geometry.field import pixel_positions, sample
 from metroem.geometry.grid import Grid
 from metroem.stack import relax as relax_module
+from metroem.stack.place import Placement
 from metroem.stack.relax import (
     PairFields,
     RelaxOptions,
+    RelaxStep,
     compose_affine,
     pair_precisions,
     relax,
     remove_affine,
 )
+from metroem.stack.tasks import Block, split_blocks
 
 ROWS, COLS = 20, 28
 
@@ -200,3 +206,30 @@ def test_fields_are_read_where_the_neighbour_was_moved_to():
     expected = 2.0 + sample(pairs.fields[1][1:], found[:1], positions, padding="border")
     inner = (..., slice(2, -2), slice(2, -6))
     assert float((found[1:][inner] - expected[inner])[:, 0].abs().max()) < 0.02
+
+
+def test_displacements_that_are_not_finite_are_an_error():
+    pairs = pair_fields(torch.tensor([[0.0, 0.0], [1.0, 2.0], [0.0, 1.0]]))
+    with pytest.raises(DatasetError, match="not finite; give a smaller --smoothness"):
+        relax(pairs, RelaxOptions(bending=1e39))
+
+
+def test_blocks_that_read_fields_of_others_are_a_step_after_them():
+    """Tasks of a step run in any order, so none may read what another one writes."""
+    area = Grid(0, 0, 0, 128, 64)
+    step = RelaxStep(
+        *("file:///nowhere", Placement({}, {}, area), (4, 5, 9), 0, 0, 64, 2, 3, 2),
+        *((4.0, 4.0, 40.0), RelaxOptions()),
+    )
+    found, end = [], 0
+    for generation, blocks in enumerate(
+        (["z0-2", "z2-4"], [], ["z4-6", "z6-8", "z8-9"])
+    ):
+        tasks = replace(step, generation=generation).tasks()
+        assert [task.split("_")[0] for task in tasks[::2]] == blocks
+        known = {step._known(Block.parse(task).sections)[0] for task in tasks}
+        assert known <= {end}
+        end = max([Block.parse(task).sections.stop for task in tasks], default=end)
+        found += tasks
+    everything = split_blocks(area, range(9), 64, 2)
+    assert found == [block.name for block in everything]

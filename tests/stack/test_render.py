@@ -15,7 +15,7 @@ from metroem.geometry.grid import Grid
 from metroem.imaging.normalize import coarsen_image
 from metroem.io.image_volume import ImageVolume
 from metroem.io.volume import Volume
-from metroem.io.volume_write import NewVolume, SectionWriter
+from metroem.io.volume_write import BlockWriter, NewVolume
 from metroem.stack.place import Placement
 from metroem.stack.render import RenderStep
 from tests.volumes import make_scales, make_volume
@@ -61,12 +61,17 @@ def shifted(grid, z):
 
 
 def write_fields(folder, make, sections=range(NUM), canvas=CANVAS):
-    """Write the fields of a stack, as export-fields writes them."""
+    """Write the fields of a stack, as the step relax writes them."""
     wanted = NewVolume(2, "float32", FIELD_MIP, canvas, sections, RESOLUTION, NOTES)
-    writer = SectionWriter(f"{folder}/field", wanted, flag="--dst_path")
+    writer = BlockWriter(
+        *(f"{folder}/field", wanted),
+        flag="--dst_path",
+        block_px=256,
+        chunk_size=(256, 256, 1),
+    )
     grid = canvas.at_mip(FIELD_MIP)
     for z in sections:
-        writer.put(np.ascontiguousarray(make(grid, z)), grid, z)
+        writer.write(np.ascontiguousarray(make(grid, z))[None], grid, range(z, z + 1))
 
 
 def placement(canvas=CANVAS, matrix=None):
@@ -85,7 +90,7 @@ def step_of(folder, source, **changes):
 
 def run(step):
     """Run all tasks of a step, and sum up what they read."""
-    step.check()
+    step.prepare(replaces=False)
     figures = [step.run(task) for task in step.tasks()]
     return {key: sum(one[key] for one in figures) for key in figures[0]}
 
@@ -161,8 +166,8 @@ def test_the_volume_is_of_the_kind_of_its_source_and_says_where_it_is_from(
     info = json.loads((tmp_path / "image" / "info").read_text())
     assert info["data_type"] == "uint8" and info["metroem"]["kind"] == "images"
     assert [scale["chunk_sizes"] for scale in info["scales"]] == [
-        [[32, 16, 2]],  # 48 px do not fit into blocks of 64
-        [[32, 16, 2]],
+        [[32, 64, 2]],  # 48 px do not fit into blocks of 64
+        [[32, 32, 2]],
         [[16, 16, 2]],
     ]
     assert [scale["resolution"] for scale in info["scales"]] == [
@@ -173,7 +178,7 @@ def test_the_volume_is_of_the_kind_of_its_source_and_says_where_it_is_from(
     assert info["scales"][0]["voxel_offset"] == [-32, 32, 0]
     assert info["scales"][0]["size"] == [160, 96, 5]
     made = json.loads((tmp_path / "image" / "provenance").read_text())
-    assert made["sources"] == [raw, f"{tmp_path}/field"]
+    assert made["sources"] == sorted([raw, f"{tmp_path}/field"])
     assert "command" in made["processing"][0]["method"]
 
 
@@ -249,7 +254,56 @@ def test_a_stack_grows_and_its_chunks_keep_their_bytes(tmp_path, raw):
     assert volume.extent() == (wide, range(5))
     inner = volume.read(CANVAS, range(4))[:, 0]
     run(step_of(tmp_path, raw, path=f"{tmp_path}/whole", sections=range(4)))
-    np.testing.assert_array_equal(inner, read(tmp_path / "whole", sections=range(4)))
+    # Within half a pixel of the field from its border, a longer field says more.
+    whole = read(tmp_path / "whole", sections=range(4))
+    np.testing.assert_array_equal(inner[:, 4:, :-4], whole[:, 4:, :-4])
+
+
+def test_a_field_that_is_lost_is_not_zero(tmp_path, raw):
+    write_fields(tmp_path, elastic)
+    step = step_of(tmp_path, raw)
+    run(step)
+    lost = next((tmp_path / "field" / "32_32_40").glob("*_1-2"))
+    lost.unlink()
+
+    with pytest.raises(
+        DatasetError, match=f"{lost.name}: this chunk .* missing.*again"
+    ):
+        pickle.loads(pickle.dumps(step)).run(step.tasks()[0])
+
+
+def test_nothing_of_another_placement_shows_beside_a_new_one(tmp_path, raw, caplog):
+    write_fields(tmp_path, elastic)
+    run(step_of(tmp_path, raw))
+    # Not whole chunks away: part of the old area, and more.
+    moved = Grid(0, 0, 48, 128, 160)
+    write_fields(tmp_path / "b", elastic, sections=range(3), canvas=moved)
+    step = step_of(
+        *(tmp_path / "b", raw),
+        path=f"{tmp_path}/image",
+        placement=placement(moved),
+        sections=range(3),
+        mips=2,
+    )
+    with pytest.raises(DatasetError, match="already exists, with"):
+        step.prepare(replaces=True)  # of three mips
+    step = replace(step, mips=3)
+    with pytest.raises(DatasetError, match="not whole chunks of"):
+        step.prepare(replaces=False)
+
+    step.prepare(replaces=True)
+    for task in step.tasks():
+        step.run(task)
+
+    assert "image: held voxels [-32, 32, 0] to [128, 128, 5], and is" in caplog.text
+    volume = Volume(f"{tmp_path}/image")
+    assert volume.extent() == (moved, range(3))
+    run(replace(step, path=f"{tmp_path}/fresh"))
+    for mip in range(3):
+        one, two = (
+            read(tmp_path / name, mip, range(3), moved) for name in ("image", "fresh")
+        )
+        assert one.any() and np.array_equal(one, two)
 
 
 def test_a_section_without_a_field_is_blank(tmp_path, raw):
@@ -373,12 +427,28 @@ def test_labels_keep_the_encoding_of_labels(tmp_path, raw):
     assert read(layer.path, 1)[2, 20:].all()
 
 
+def test_a_segmentation_stays_one_and_is_not_interpolated(tmp_path, raw):
+    made = np.random.default_rng(5).integers(1, 99, (NUM, 1, ROWS, COLS), np.uint16)
+    cells = make_volume(tmp_path / "cells", [made])
+    file = tmp_path / "cells" / "info"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"type": "segmentation"}))
+    write_fields(tmp_path, shifted)
+    step = step_of(tmp_path, raw)
+
+    layer = step.of_layer(cells, nearest=False)
+    refused(layer, UsageError, "is a segmentation", "--nearest")
+    run(step.of_layer(cells, nearest=True))
+
+    info = json.loads((tmp_path / "layers" / "cells" / "info").read_text())
+    assert info["type"] == "segmentation" and info["metroem"]["kind"] == "labels"
+
+
 def test_a_broken_chunk_of_the_source_is_an_error_and_nothing_is_written(tmp_path, raw):
     write_fields(tmp_path, shifted)
     chunk = tmp_path / "raw" / "4_4_40" / "32-64_48-96_0-2"
     chunk.write_bytes(b"")
     step = step_of(tmp_path, raw)
-    step.check()
+    step.prepare(replaces=False)
 
     with pytest.raises(DatasetError, match="32-64_48-96_0-2"):
         for task in step.tasks():
@@ -390,7 +460,7 @@ def test_a_broken_chunk_of_the_source_is_an_error_and_nothing_is_written(tmp_pat
 def refused(step, error, *words):
     """Check that a step is refused in one line, before anything is written."""
     with pytest.raises(error) as caught:
-        step.check()
+        step.prepare(replaces=False)
     message = str(caught.value)
     assert "\n" not in message
     assert all(word in message for word in words), message

@@ -20,6 +20,7 @@ from metroem.stack.queue_tasks import Message
 from metroem.stack.requests import RunRequest, WorkerRequest
 from metroem.stack.tasks import run_step
 from metroem.stack.worker import run_worker
+from metroem.utils.stop_request import StopRequest
 from tests.cloud.servers import KEYS, s3_server
 from tests.stack.steps import (
     FilesStep,
@@ -104,6 +105,20 @@ def test_a_worker_does_all_tasks_of_a_queue_and_ends_with_it(
     assert stack.made == ["files"]
     assert sum(line.endswith(": done in 0 s") for line in log.messages) == 5
     assert log.messages[-1] == "5 tasks done, 0 failed"
+
+
+def test_a_worker_that_waits_does_the_tasks_of_a_stack_that_grew(
+    tmp_path, monkeypatch, log
+):
+    stack = Stack(tmp_path, monkeypatch, tasks=2)
+    one = worker._Worker(stack.request(), stack.queue)
+    for num in (2, 3):
+        stack.step = FilesStep(stack.folder, tasks=num)
+        stack.put()
+        with StopRequest(None) as stop:
+            one.run(stop)
+    assert runs_of(stack.folder) == {"z0-1": 1, "z1-2": 1, "z2-3": 1}
+    assert refused(stack) == []
 
 
 def test_a_task_that_is_done_is_not_run_again(tmp_path, monkeypatch, log):

@@ -14,7 +14,9 @@ function byId(id) {
 
 /** Write a figure with this number of digits, or a dash if it is unknown. */
 function shown(value, digits) {
-  return typeof value === "number" ? value.toFixed(digits) : "\u2013";
+  if (typeof value !== "number") return "\u2013";
+  const text = value.toFixed(digits);
+  return Number(text) === 0 ? text.replace("-", "") : text; // not -0.0
 }
 
 function mean(values) {

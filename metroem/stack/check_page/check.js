@@ -21,7 +21,7 @@ function styled(element, styles) {
 }
 
 function percent(value, digits) {
-  return typeof value === "number" ? `${(100 * value).toFixed(digits)} %` : "\u2013";
+  return typeof value === "number" ? `${value ? (100 * value).toFixed(digits) : 0} %` : "\u2013";
 }
 
 /** Height of a section in a picture of many: enough to be seen. */
@@ -158,8 +158,8 @@ function drawCurve(curve, width) {
   if (curve.second) lines.push(["second", valuesOf(curve, curve.second)]);
   if (hasBefore && curve.main in stack.before) lines.push(["before", valuesOf(curve, curve.main, "before")]);
   const known = lines.flatMap(([, values]) => values.filter((value) => value !== null));
-  const high = known.length ? Math.max(...known, 1e-9) : 1;
-  const low = known.length ? Math.min(...known, 0) : 0;
+  const high = Math.max(...known, 0) || 1;
+  const low = Math.min(...known, 0);
   const x = (index) => left + ((right - left) * (index + 0.5)) / sections.length;
   const y = (value) => bottom - ((bottom - top) * (value - low)) / (high - low);
   const plot = svg("svg", { viewBox: `0 0 ${width} 172`, role: "img", "aria-label": curve.title });
@@ -168,9 +168,8 @@ function drawCurve(curve, width) {
     plot.append(svg("line", { x1: left, x2: right, y1: y(level), y2: y(level), class: "grid" }));
     plot.append(svg("text", { x: left - 5, y: y(level) + 4, "text-anchor": "end" }, String(Number(level.toPrecision(2)))));
   }
-  const num = Math.max(2, Math.min(sections.length, Math.floor(width / 90)));
-  for (let tick = 0; tick < num; tick++) {
-    const index = Math.round((tick * (sections.length - 1)) / (num - 1));
+  const step = Math.ceil((90 * sections.length) / width);
+  for (let index = 0; index < sections.length; index += step) {
     plot.append(svg("text", { x: x(index), y: bottom + 15, "text-anchor": "middle" }, `z ${sections[index].z}`));
   }
   for (const z of data.blank) {
@@ -297,7 +296,8 @@ function fillMaps() {
   const area = `area${rows * cols === 1 ? "" : "s"} of ${data.cell_px} px`;
   byId("maps-note").textContent =
     `A row is a section, a column one of its ${rows * cols} ${area}: ${rows} along x, of each ${cols} along y. ` +
-    "Numbers are those of the worst places.";
+    "Numbers are those of the worst places. Hatched: nothing to compare, " +
+    `or less than half a window of ${data.jump_window_px} px.`;
   byId("maps").append(...data.maps.map(drawMap));
 }
 
@@ -315,13 +315,14 @@ function drawCut(cut) {
 }
 
 function fillCuts() {
-  byId("cuts-note").textContent = "Enlarged along z. Borders of cells should run down without steps; black rows are blank sections.";
+  byId("cuts-note").textContent = "Enlarged along z; all sections are shown equally bright. Borders of cells should run down without steps; black rows are blank sections.";
   byId("cuts").append(...data.cuts.map(drawCut));
 }
 
 function fillOut() {
-  const reasons = data.stand_out.map(({ z, reason }) => ({ z, reason }));
-  for (const z of data.unplaced) reasons.push({ z, reason: "matched nothing when sections were placed" });
+  const byZ = new Map(data.stand_out.map(({ z, reason }) => [z, [reason]]));
+  for (const z of data.unplaced) byZ.set(z, [...(byZ.get(z) || []), "matched nothing when sections were placed"]);
+  const reasons = [...byZ].map(([z, all]) => ({ z, reason: all.join("; ") })).sort((a, b) => a.z - b.z);
   byId("out-note").textContent = reasons.length ? "" : "None.";
   byId("out").hidden = !reasons.length;
   const of = (z) => sections[z - data.z_start] || {};

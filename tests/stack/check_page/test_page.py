@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from metroem.stack.check_page.pictures import draw_map
+from metroem.stack.check_page.pictures import draw_map, even_sections
 from tests.evaluation.report.pages import HOSTILE, Scripts, blocks
 from tests.stack.checks import run_check
 from tests.stack.textures import waves, write_sections
@@ -78,6 +78,19 @@ def test_cuts_go_through_the_middle(page):
     expected = waves(ROWS, COLS)[:, 209]
     found = decoded(along_x["picture"])[0]
     assert np.corrcoef(expected, found)[0, 1] > 0.99
+
+
+def test_sections_of_a_cut_are_equally_bright():
+    greys = 128 + waves(1, 200)
+    cut = np.concatenate([greys, 40 + 0.3 * greys, 0 * greys])
+    cut[:, 150:] = 0
+    evened = even_sections(cut)
+    np.testing.assert_allclose(evened[0], evened[1], atol=1e-3)
+    assert evened[0, :150].std() == pytest.approx(40, rel=0.05)
+    assert evened[:2, :150].min() >= 1
+    assert not evened[2].any() and not evened[:, 150:].any()
+    # One grey level is tissue, too.
+    assert even_sections(np.full((1, 9), 7, np.uint8)).tolist() == [[128.0] * 9]
 
 
 def test_large_volumes_are_cut_at_a_coarser_mip(volume, tmp_path, monkeypatch):

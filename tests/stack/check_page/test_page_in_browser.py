@@ -1,10 +1,17 @@
 """The page of a check in a real browser."""
 
+from dataclasses import replace
+
+import numpy as np
 import pytest
 
+from metroem.stack.check import CheckStep
+from metroem.stack.check_plan import plan_check
+from metroem.stack.requests import CheckRequest
 from tests.browser import Browser, find_chromium
-from tests.stack.checks import run_check
+from tests.stack.checks import run_report
 from tests.stack.textures import waves, write_sections
+from tests.volumes import make_volume
 
 pytestmark = [
     pytest.mark.slow,
@@ -23,8 +30,20 @@ def page(tmp_path_factory):
     sections[BLANK][:] = 0
     sections[MOVED] = waves(ROWS, COLS, (5, 0))
     raw = [waves(ROWS, COLS, (0, 2.0 * (z % 2))) for z in range(NUM)]
-    before = write_sections(folder / "raw", raw)
-    run_check(write_sections(folder / "image", sections), folder, before=before)
+    field = np.full((NUM, 2, ROWS, COLS), 2, np.float32)
+    chunk = (ROWS, COLS, 1)
+    request = CheckRequest(
+        cv_path=write_sections(folder / "image", sections),
+        dst_path=str(folder),
+        before=write_sections(folder / "raw", raw),
+        field_path=make_volume(
+            folder / "field", [field], chunk=chunk, resolution=(8, 8, 40)
+        ),
+    )
+    check = CheckStep(replace(plan_check(request), unplaced=(MOVED,)))
+    for task in check.tasks():
+        check.run(task)
+    run_report(check)
     return folder / "report.html"
 
 
@@ -55,12 +74,14 @@ def test_the_page_shows_what_was_found(browser):
     first = text(browser, "#place-1 code").split(", ")
     assert int(first[2]) in (MOVED, MOVED + 1)
     assert count(browser, ".place") == 12
-    assert count(browser, "#curves svg") == 3
+    assert count(browser, "#curves svg") == 4
     # Correlation, jump and jitter: each with its median, its 95 % and before.
     assert count(browser, "#curves polyline.before") == 3
-    assert count(browser, "#curves .blank") == 3
+    assert count(browser, "#curves .blank") == 4
     assert count(browser, ".map img") == 2 and count(browser, ".cut img") == 2
     assert count(browser, "#out tbody tr") == 3
+    moved = text(browser, "#out tbody tr:nth-child(2)")
+    assert moved.startswith("6jumps by 5.0 px from z 5; matched nothing when sect")
     # All pictures can be decoded.
     sizes = (
         "[...document.images].every((image) => image.complete && image.naturalWidth)"
@@ -131,7 +152,20 @@ def test_every_figure_is_explained(browser):
     labels = browser.run(
         "[...document.querySelectorAll('.tile span')].map((one) => one.textContent)"
     )
-    assert len(labels) == 7
+    assert len(labels) == 8
     for label in labels:
         assert any(term in label for term in terms), label
     assert "off by" in terms
+
+
+def test_axes_have_round_figures_and_equal_steps(browser):
+    labels = browser.run(
+        "[...document.querySelectorAll('#curves svg:last-child text')]"
+        ".map((one) => [one.textContent, Number(one.getAttribute('x'))])"
+    )
+    assert labels[0][0] == "Folded pixels, %"
+    # There are no folds.
+    assert [words for words, _ in labels[1:4]] == ["0", "0.5", "1"]
+    at = [x for words, x in labels if words.startswith("z ")]
+    assert len(at) >= 4 and np.ptp(np.diff(at)) < 0.01
+    assert browser.run("[shown(-0.04, 1), shown(-0.06, 1)]") == ["0.0", "-0.1"]
