@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -58,8 +59,9 @@ def test_the_steps_of_a_stack_are_measured_by_sections_and_size(tmp_path, zygote
     np.save(tmp_path / "stack.npy", make_tissue(TissueRecipe(3, 128, 144)))
     (module,) = init_pyramid(tmp_path / "pyramid", [0])
     write_spec(module / "model", CORRELATION)
-    net = load_module(module, checkpoint_name=None).aligner.net
-    save_weights(net, checkpoint_path(module / "model", "checkpoint"))
+    loaded: Any = load_module(module, checkpoint_name=None)
+    weights = checkpoint_path(module / "model", "checkpoint")
+    save_weights(loaded.aligner.net, weights)
     paths = ("--stack", str(tmp_path / "stack.npy"))
     paths += ("--pyramid", str(tmp_path / "pyramid"))
     found = figures(zygote, "stack_scale.py", *paths, "--cases", "2x128", "3x160")

@@ -72,10 +72,10 @@ _LEVELS, _ROUNDS, _STEPS, _SOLVED = 3, 3, 150, 1e-4
 # sizes of blocks differ by 0.03 px at most (99.9 % of pixels).
 MARGIN_SECTIONS, MARGIN_CELLS = 64, 32
 # The finest level, which takes most time and memory, solves only so many on both sides,
-# between ones that the coarser level has solved. 112 sections with known distortions,
-# 16 wanted, against all of them at all levels, solved to 1e-6 (two stacks, 99.9 % of
-# pixels; CPU time): 12 sections 0.046 and 0.046 px, 0.32 s; 20 0.022 and 0.034 px, 0.44
-# s; 24 0.019 and 0.025 px, 0.45 s; all 0.015 and 0.020 px, 0.72 s (2026-11).
+# between ones that the coarser level has solved. Of 112 sections with known distortions
+# 16 were wanted. Against all of them at all levels, solved to 1e-6 (two stacks, 99.9 %
+# of pixels; CPU time): 12 sections 0.050 and 0.056 px, 0.4 s; 20 0.026 and 0.036 px, 0.5
+# s; 24 0.023 and 0.021 px, 0.5 s; all 0.017 and 0.023 px, 0.8 s (2026-11).
 _FINEST_MARGIN = 24
 
 
