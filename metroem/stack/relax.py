@@ -74,8 +74,8 @@ MARGIN_SECTIONS, MARGIN_CELLS = 64, 32
 # The finest level, which takes most time and memory, solves only so many on both sides,
 # between ones that the coarser level has solved. Of 112 sections with known distortions
 # 16 were wanted. Against all of them at all levels, solved to 1e-6 (two stacks, 99.9 %
-# of pixels; CPU time): 12 sections 0.050 and 0.056 px, 0.4 s; 20 0.026 and 0.036 px, 0.5
-# s; 24 0.023 and 0.021 px, 0.5 s; all 0.017 and 0.023 px, 0.8 s (2026-11).
+# of pixels; CPU time): 12 sections 0.050 and 0.056 px, 0.4 s; 20 0.026 and 0.036 px,
+# 0.5 s; 24 0.023 and 0.021 px, 0.5 s; all 0.017 and 0.023 px, 0.8 s (2026-11).
 _FINEST_MARGIN = 24
 
 
