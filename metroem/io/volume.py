@@ -84,7 +84,9 @@ class Volume:
     ) -> None:
         self.path = cloud_path(path)
         self.flag = flag
-        self._options: dict[str, Any] = _OPTIONS | {"fill_missing": not is_whole}
+        self._options: dict[str, Any] = dict(_OPTIONS)
+        if is_whole:
+            self._options["fill_missing"] = False
         self._local = threading.local()
         check_source(flag, self.path)
         prepare_storage()

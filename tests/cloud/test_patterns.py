@@ -253,7 +253,8 @@ def test_a_chunk_that_is_not_there_is_black_only_where_that_is_asked_for(
 ):
     download(server, "images, http", tmp_path / "black")
     monkeypatch.setitem(volume._OPTIONS, "fill_missing", False)
-    with pytest.raises(DatasetError, match=f"{server.url}.*/0-32_32-64_1-2: Empty"):
+    missing = f"{server.url}.*/0-32_32-64_1-2: this chunk was written and is missing"
+    with pytest.raises(DatasetError, match=missing):
         download(server, "images, http", tmp_path / "refused")
 
 
