@@ -23,7 +23,7 @@ from metroem.stack.pairs import (
     stage_grids,
     to_cells,
 )
-from metroem.stack.place import place_sections
+from metroem.stack.place import place_sections, tissue_outline
 from metroem.stack.relax import PairFields, RelaxOptions, compose_affine, relax
 from metroem.utils.progress import progress
 
@@ -106,10 +106,10 @@ def _tissue_area(
     """Find the part of the frame that holds placed tissue, on whole blocks of px."""
     corners = []
     for section, matrix in zip(sections, matrices, strict=True):
-        rows, cols = (np.flatnonzero(section.any(axis)) for axis in (1, 0))
-        if len(rows):
-            ends = [(c, r) for c in (cols[0], cols[-1]) for r in (rows[0], rows[-1])]
-            corners.append(affine.apply(affine.invert(matrix), np.array(ends, float)))
+        outline = tissue_outline(section)
+        if outline is not None:
+            to_frame = affine.invert(matrix)
+            corners.append(affine.apply(to_frame, outline.astype(float)))
     if not corners:
         return frame
     found = np.concatenate(corners)

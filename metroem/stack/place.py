@@ -235,10 +235,10 @@ def match_thumbnails(
         if box is not None and not section.is_blank:
             middle = np.array([(box[2] + box[3] - 1) / 2, (box[0] + box[1] - 1) / 2])
         if z >= first:
-            yield Matched(z, middle, edges, _tissue_outline(image))
+            yield Matched(z, middle, edges, tissue_outline(image))
 
 
-def _tissue_outline(image: np.ndarray) -> np.ndarray | None:
+def tissue_outline(image: np.ndarray) -> np.ndarray | None:
     """Find the corners of the convex hull of all tissue: (n, 2), col and row."""
     rows = np.flatnonzero((image != 0).any(1))
     if not len(rows):
