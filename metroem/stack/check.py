@@ -274,10 +274,8 @@ def check_volume(request: CheckRequest) -> None:
         *(plan.sections.start, plan.sections.stop - 1, *plan.area.shape, plan.mip),
     )
     check = CheckStep(plan)
-    records, tasks = (
-        TaskRecords(check.destination, check.name, check.settings),
-        check.tasks(),
-    )
+    tasks = check.tasks()
+    records = TaskRecords(check.destination, check.name, check.settings)
     if not request.again and len(records.look(tasks).done) == len(tasks):
         logger.warning(
             "these figures were measured before; samples of the volume are unchanged. "

@@ -46,7 +46,7 @@ CELL_LEVELS = 3
 # Detail that is compared, and the window that is compared, standard deviations in px of
 # one mip coarser than the last stage. Wider windows miss folds: the two pairs of a
 # folded section had errors of 0.98 and 0.81 px, with 8 px 1.06 and 0.90 px (2026-11).
-_NOISE_PX, _BACKGROUND_PX, _WINDOW_PX = 0.75, 6.0, 4.0
+_NOISE_PX, _BACKGROUND_PX, _COMPARED_PX = 0.75, 6.0, 4.0
 # What the finetuner adds falls to 0 over so many px at the border of a window.
 _BLEND_PX = 128
 # Least tissue of a window, and least variance of normalised grey levels.
@@ -200,7 +200,7 @@ def correlate(one: Tensor, other: Tensor) -> Tensor:
     # Tissue has mean 0, so pixels without data do not stand out.
     a, b = (_band_pass(image) for image in (one, other))
     maps = torch.cat((both, a, b, a * a, b * b, a * b), 0) * both
-    weight, a, b, aa, bb, ab = _blur(maps, _WINDOW_PX).split(1)
+    weight, a, b, aa, bb, ab = _blur(maps, _COMPARED_PX).split(1)
     safe = weight.clamp(min=1e-6)
     a, b, aa, bb, ab = a / safe, b / safe, aa / safe, bb / safe, ab / safe
     variances = ((aa - a * a) * (bb - b * b)).clamp(min=_MIN_VARIANCE**2)

@@ -164,8 +164,9 @@ def check_placed(placement: Placement) -> None:
     lost = [z for z, one in placement.placed.items() if one.how == "neighbours"]
     if lost:
         raise DatasetError(
-            f"sections {in_words(lost)}: match no neighbour, so they lie where their "
-            "neighbours do; look at them, and give --allow_unplaced if that is right"
+            "these sections match no neighbour, and lie where their neighbours do: "
+            f"{in_words(lost)}; look at them, and give --allow_unplaced if that is "
+            "right"
         )
 
 

@@ -287,10 +287,11 @@ def _summarize(name: str, outcomes: Sequence[Outcome], seconds: float) -> None:
         sum(outcome.figures.get(key, 0) for outcome in outcomes)
         for key in ("bytes_read", "bytes_needed")
     )
+    num_done = sum(outcome.is_done for outcome in outcomes)
     logger.info(
-        "step %s: %d tasks are done; %s, %s of tasks%s",
+        "step %s: %s done; %s, %s of tasks%s",
         name,
-        sum(outcome.is_done for outcome in outcomes),
+        "1 task is" if num_done == 1 else f"{num_done} tasks are",
         in_words(seconds),
         in_words(sum(outcome.seconds for outcome in outcomes)),
         f"; {size_in_words(read)} read, {size_in_words(needed)} needed"
