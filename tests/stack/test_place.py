@@ -145,7 +145,9 @@ def test_a_section_that_matches_nothing_lies_between_its_neighbours():
         "sections 2: match no neighbour",
         "sections 4: have no tissue",
     ]
-    with pytest.raises(DatasetError, match=r"match no neighbour, .*: 2; look.*unplaced"):
+    with pytest.raises(
+        DatasetError, match=r"match no neighbour, .*: 2; look.*unplaced"
+    ):
         check_placed(Placement(found, placed, Grid(0, 0, 0, 8, 8)))
 
 
