@@ -1,13 +1,5 @@
 #!python
-r"""Train the modules of a pyramid, coarse to fine, on downloaded pairs.
-
-For each stage in order: train its module, then write its fields for every image
-set at the next stage's mip, as the start of the next stage. The same command resumes
-a run that was stopped.
-
-Example:
-    python train.py --pyramid_path pyramid --dataset_path data --train_mode scratch
-"""
+"""Train the modules of a pyramid, coarse to fine, on downloaded pairs."""
 
 import argparse
 import sys
@@ -19,13 +11,13 @@ from metroem.utils import cli
 
 def build_parser() -> argparse.ArgumentParser:
     """Make the parser of this command."""
-    return cli.parser(__doc__, TrainRequest)
+    return cli.script_parser(TrainRequest)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Parse the command line and train."""
     arguments = sys.argv[1:] if argv is None else argv
-    request = cli.parse(TrainRequest, __doc__, arguments)
+    request = cli.parse(TrainRequest, arguments)
     # Torch is slow to import, so only after the flags have been checked.
     from metroem.training.run import train_pyramid
     from metroem.utils.distributed import choose_device, launch

@@ -1,6 +1,7 @@
-"""Run a command of MetroEM; downloads and training have their own scripts."""
+"""Run a command of MetroEM."""
 
 import argparse
+import inspect
 import sys
 from collections.abc import Callable, Sequence
 from importlib import import_module
@@ -10,7 +11,13 @@ from metroem import __version__
 from metroem.evaluation.requests import EvaluateRequest
 from metroem.export.requests import ExportRequest
 from metroem.models.requests import FetchRequest, InitRequest
-from metroem.prepare.requests import DatasetRequest, InspectRequest, SpecRequest
+from metroem.prepare.requests import (
+    DatasetRequest,
+    FieldRequest,
+    ImageRequest,
+    InspectRequest,
+    SpecRequest,
+)
 from metroem.stack.requests import (
     AlignStackRequest,
     CheckRequest,
@@ -18,7 +25,7 @@ from metroem.stack.requests import (
     WorkerRequest,
 )
 from metroem.synthetic.requests import DemoRequest
-from metroem.training.requests import WriteFieldsRequest
+from metroem.training.requests import TrainRequest, WriteFieldsRequest
 from metroem.utils import cli
 
 Run = Callable[[Any, Sequence[str]], object]
@@ -36,7 +43,7 @@ def _import_and_run(name: str) -> Run:
 def _init(request: InitRequest, _: Sequence[str]) -> None:
     from metroem.models.module_folders import init_pyramid
 
-    init_pyramid(request.pyramid, request.mips, request.template)
+    init_pyramid(request.pyramid_path, request.mips, request.template)
 
 
 def _fetch(request: FetchRequest, _: Sequence[str]) -> None:
@@ -44,7 +51,7 @@ def _fetch(request: FetchRequest, _: Sequence[str]) -> None:
 
     is_sure = request.trust or request.is_local
     is_trusted = (lambda code: True) if is_sure else _is_trusted
-    fetch(request.source, request.pyramid, is_trusted)
+    fetch(request.source, request.pyramid_path, is_trusted)
 
 
 def _is_trusted(code: str) -> bool:
@@ -55,97 +62,111 @@ def _is_trusted(code: str) -> bool:
     return cli.confirms("Keep them?")
 
 
-def _write_fields(flags: WriteFieldsRequest, arguments: Sequence[str]) -> None:
+def _train(request: TrainRequest, arguments: Sequence[str]) -> None:
     from metroem.training.run import train_pyramid
     from metroem.utils.distributed import choose_device, launch
 
-    request = flags.as_training()
     if ranks := request.ranks_to_launch:
         choose_device(request.device, request.gpus)  # one error, not one per rank
         sys.exit(launch("metroem", arguments, ranks=ranks, port=request.port))
     train_pyramid(request)
 
 
-# Each command: its flags, its function and its help.
-COMMANDS: dict[str, tuple[type[cli.Request], Run, str]] = {
-    "init": (InitRequest, _init, "write untrained modules"),
-    "fetch": (FetchRequest, _fetch, "copy a pyramid or module from any cloud path"),
-    "inspect": (
-        InspectRequest,
-        _import_and_run("metroem.prepare.inspect.inspect_dataset"),
-        "list and check image sets and field sets",
-    ),
-    "evaluate": (
-        EvaluateRequest,
-        _import_and_run("metroem.evaluation.evaluate.evaluate_dataset"),
-        "measure how well a pyramid aligns a data set, and list the worst pairs",
-    ),
-    "create-spec": (
-        SpecRequest,
-        _import_and_run("metroem.prepare.create_spec.create_spec"),
-        "write a spec of pairs around points, for make-dataset",
-    ),
-    "make-dataset": (
-        DatasetRequest,
-        _import_and_run("metroem.prepare.make_dataset.make_dataset"),
-        "make image and field sets from a spec",
-    ),
-    "write-fields": (
-        WriteFieldsRequest,
-        _write_fields,
-        "write the fields of a trained pyramid",
-    ),
-    "export-fields": (
-        ExportRequest,
-        _import_and_run("metroem.export.export_fields.export_fields"),
-        "write fields as a CloudVolume, or for SOFIMA or ITK",
-    ),
-    "worker": (
-        WorkerRequest,
-        _import_and_run("metroem.stack.worker.run_worker"),
-        "do the tasks that align-stack --queue puts into a queue",
-    ),
-    "place": (
-        PlaceRequest,
-        _import_and_run("metroem.stack.align_stack.place_stack"),
-        "find where each section of a volume lies",
-    ),
-    "align-stack": (
-        AlignStackRequest,
-        _import_and_run("metroem.stack.align_stack.align_stack"),
-        "align all sections of a volume, and check the result",
-    ),
-    "check": (
-        CheckRequest,
-        _import_and_run("metroem.stack.check.check_volume"),
-        "measure how well neighbouring sections of a volume are aligned",
-    ),
-    "demo": (
-        DemoRequest,
-        _import_and_run("metroem.demo.run_demo"),
-        "run the three steps on synthetic sections",
-    ),
+def _write_fields(request: WriteFieldsRequest, arguments: Sequence[str]) -> None:
+    _train(request.as_training(), arguments)
+
+
+# By heading of the help, the commands: flags and function of each.
+_GROUPS: dict[str, dict[str, tuple[type[cli.Request], Run]]] = {
+    "first look": {"demo": (DemoRequest, _import_and_run("metroem.demo.run_demo"))},
+    "aligned stacks": {
+        "place": (
+            PlaceRequest,
+            _import_and_run("metroem.stack.align_stack.place_stack"),
+        ),
+        "align-stack": (
+            AlignStackRequest,
+            _import_and_run("metroem.stack.align_stack.align_stack"),
+        ),
+        "worker": (WorkerRequest, _import_and_run("metroem.stack.worker.run_worker")),
+        "check": (CheckRequest, _import_and_run("metroem.stack.check.check_volume")),
+    },
+    "data sets": {
+        "download-image": (
+            ImageRequest,
+            _import_and_run("metroem.prepare.download_image.download_image"),
+        ),
+        "download-field": (
+            FieldRequest,
+            _import_and_run("metroem.prepare.download_field.download_field"),
+        ),
+        "create-spec": (
+            SpecRequest,
+            _import_and_run("metroem.prepare.create_spec.create_spec"),
+        ),
+        "make-dataset": (
+            DatasetRequest,
+            _import_and_run("metroem.prepare.make_dataset.make_dataset"),
+        ),
+        "inspect": (
+            InspectRequest,
+            _import_and_run("metroem.prepare.inspect.inspect_dataset"),
+        ),
+    },
+    "pyramids": {
+        "init": (InitRequest, _init),
+        "fetch": (FetchRequest, _fetch),
+        "train": (TrainRequest, _train),
+        "write-fields": (WriteFieldsRequest, _write_fields),
+        "evaluate": (
+            EvaluateRequest,
+            _import_and_run("metroem.evaluation.evaluate.evaluate_dataset"),
+        ),
+        "export-fields": (
+            ExportRequest,
+            _import_and_run("metroem.export.export_fields.export_fields"),
+        ),
+    },
 }
+COMMANDS = {name: known for group in _GROUPS.values() for name, known in group.items()}
 
 
 def build_parser() -> argparse.ArgumentParser:
     """Make the parser, with a sub-parser for each command."""
-    parser = cli.parser(__doc__)
+    parser = cli.parser(_overview())
+    parser.prog, parser.usage = "metroem", "metroem COMMAND [flags]"
     parser.add_argument("--version", action="version", version=__version__)
-    commands = parser.add_subparsers(dest="command", required=True)
-    for name, (request, _, help) in COMMANDS.items():
-        made = commands.add_parser(
-            name, help=help, description=help, allow_abbrev=False
-        )
+    commands = parser.add_subparsers(
+        dest="command", required=True, metavar="COMMAND", help=argparse.SUPPRESS
+    )
+    for name, (request, _) in COMMANDS.items():
+        help = inspect.cleandoc(request.HELP)
+        made = commands.add_parser(name, prog=f"metroem {name}", description=help)
         cli.add_flags(made, request)
     return parser
+
+
+def _overview() -> str:
+    """List all commands, each with the first line of its help."""
+    lines = ["Align the sections of electron microscopy."]
+    for heading, commands in _GROUPS.items():
+        lines += ["", f"{heading}:"]
+        for name, (request, _) in commands.items():
+            does = inspect.cleandoc(request.HELP).splitlines()[0]
+            lines.append(f"  {name:<16}{does}")
+    lines += ["", "metroem COMMAND --help tells more of a command."]
+    return "\n".join(lines)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Parse the command line and run its command."""
     arguments = sys.argv[1:] if argv is None else argv
-    flags = vars(build_parser().parse_args(arguments))
-    request_type, run, _ = COMMANDS[flags.pop("command")]
+    parser = build_parser()
+    if not arguments:
+        parser.print_help()
+        sys.exit(2)
+    flags = vars(parser.parse_args(arguments))
+    request_type, run = COMMANDS[flags.pop("command")]
     request = request_type(**flags)
     request.check_paths()
     run(request, arguments)

@@ -60,10 +60,13 @@ def shortened(arguments):
 def run(words):
     """Run one command, pyramids of small networks; ranks in processes of their own."""
     match words:
-        case ["python", "-m", "metroem", "init", pyramid, *_]:
-            metroem_main.main(words[3:])
+        case ["metroem", "init", *arguments]:
+            metroem_main.main(words[1:])
+            pyramid = arguments[arguments.index("--pyramid_path") + 1]
             for module in Path(pyramid).glob("*_mip*"):
                 write_spec(module / "model", CORRELATION)
+        case ["metroem", "train", *arguments]:
+            metroem_main.main(["train", *arguments, *shortened(arguments)])
         case ["torchrun", *arguments] | ["python", *arguments] if (
             words[0] == "torchrun" or "--gpu" in words
         ):
@@ -75,7 +78,7 @@ def run(words):
             command[script] = str(ROOT / "train.py")
             environment = {**os.environ, "PYTHONPATH": str(ROOT)}
             subprocess.run(command, env=environment, check=True)
-        case ["python", "-m", "metroem", *arguments]:
+        case ["metroem", *arguments]:
             metroem_main.main(arguments)
         case ["python", script, *arguments]:
             extra = shortened(arguments) if script == "train.py" else []
@@ -87,7 +90,7 @@ def run(words):
 def check_spelling(words):
     """Parse one command by its parser, without running it."""
     match words:
-        case ["python", "-m", "metroem", *arguments]:
+        case ["metroem", *arguments]:
             metroem_main.build_parser().parse_args(arguments)
         case ["torchrun", _, _, script, *arguments] | ["python", script, *arguments]:
             if script != "-m":

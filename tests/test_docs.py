@@ -135,7 +135,7 @@ def test_what_corgie_is_given_names_our_modules_and_options(words):
 
 def test_every_command_of_the_pages_is_one_that_is_checked():
     programs = {words[0] for words in COMMANDS}
-    assert programs <= {"python", "torchrun", "make", CORGIE}
+    assert programs <= {"metroem", "python", "torchrun", "make", CORGIE}
 
 
 def test_the_make_targets_exist():

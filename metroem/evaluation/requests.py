@@ -19,6 +19,13 @@ class EvaluateRequest(Request):
             or `report`, or the same file for both.
     """
 
+    HELP = """Measure how well a pyramid aligns a data set, and list the worst pairs.
+
+    Example:
+        %(prog)s --pyramid_path pyramid --dataset_path data --known_warps \\
+            --report report.html
+    """
+
     pyramid_path: Path = flag("the pyramid")
     dataset_path: Path = flag("folder of image sets, of every mip of the pyramid")
     checkpoint_name: str = flag("name of the weights", "checkpoint")

@@ -17,6 +17,12 @@ QUARTER = 0.25
 class ExportRequest(Request):
     """Flags of export-fields."""
 
+    HELP = """Write fields as a volume, or for SOFIMA or ITK.
+
+    Example:
+        %(prog)s --dataset_path data --dst_path fields --warped images
+    """
+
     dataset_path: Path = flag(
         "folder of image sets and, without --fields_path, of field sets"
     )

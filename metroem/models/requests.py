@@ -24,7 +24,15 @@ class InitRequest(Request):
         UsageError: no mips, a negative or increasing mip, or an unknown template.
     """
 
-    pyramid: Path = flag("directory to make", is_positional=True)
+    HELP = """Make a pyramid of untrained modules.
+
+    Example:
+        %(prog)s --pyramid_path pyramid --mip 2 0
+    """
+
+    pyramid_path: Path = flag(
+        "directory to make", names=("--pyramid_path",), is_positional=True
+    )
     mips: list[int] = flag("mip of each stage, coarse first", names=("--mip", "--mips"))
     template: str = flag("network of the modules", "correlation")
 
@@ -42,7 +50,7 @@ class InitRequest(Request):
             )
 
     def check_paths(self) -> None:
-        path = self.pyramid
+        path = self.pyramid_path
         if path.exists() and (not path.is_dir() or any(path.iterdir())):
             raise PyramidError(
                 f"{path}: exists already; name a new directory, or delete this one"
@@ -53,8 +61,18 @@ class InitRequest(Request):
 class FetchRequest(Request):
     """Flags of `metroem fetch`."""
 
+    HELP = """Copy a pyramid or a module from a folder or any cloud path.
+
+    Modules contain code. If it is unknown it is shown, and you are asked to keep it.
+
+    Example:
+        %(prog)s gs://bucket/pyramid --pyramid_path pyramid
+    """
+
     source: str = flag("gs://, s3://, https:// or local path", is_positional=True)
-    pyramid: Path = flag("directory to copy into", is_positional=True)
+    pyramid_path: Path = flag(
+        "directory to copy into", names=("--pyramid_path",), is_positional=True
+    )
     trust: bool = flag("keep the code of the fetched modules without asking", False)
 
     @property

@@ -183,7 +183,7 @@ def load_spec(path: Path) -> DatasetSpec:
     spec = parse_spec(read_json(path, f"--spec_path {path}"), str(path))
     if not spec.pairs:
         raise UsageError(
-            f"--spec_path {path}: no pairs; add some with python -m metroem create-spec"
+            f"--spec_path {path}: no pairs; add some with metroem create-spec"
         )
     return spec
 

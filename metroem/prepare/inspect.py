@@ -59,7 +59,7 @@ def inspect_dataset(request: InspectRequest) -> None:
         DatasetError: something is wrong; the message lists all problems.
         PyramidError: the pyramid cannot be used.
     """
-    folders = [request.dataset, *filter(None, [request.fields_path])]
+    folders = [request.dataset_path, *filter(None, [request.fields_path])]
     contents = _Contents()
     for folder in folders:
         _open(folder, contents)
@@ -68,7 +68,7 @@ def inspect_dataset(request: InspectRequest) -> None:
     for fields in contents.fields:
         contents.problems += _report_fields(fields)
     contents.problems += _check_locations(contents.images)
-    contents.problems += _check_fields_lie_on_images(contents, request.dataset)
+    contents.problems += _check_fields_lie_on_images(contents, request.dataset_path)
     for folder in folders:
         contents.problems += _find_unfinished(folder)
     if request.pyramid_path is not None:
@@ -76,16 +76,16 @@ def inspect_dataset(request: InspectRequest) -> None:
     if not contents.images:
         contents.problems.append(
             "no image set; make some with download_image.py --dst_folder "
-            f"{request.dataset}"
+            f"{request.dataset_path}"
         )
     if contents.problems:
         listed = "\n  ".join(contents.problems)
         raise DatasetError(
-            f"{request.dataset}: {len(contents.problems)} problems\n  {listed}"
+            f"{request.dataset_path}: {len(contents.problems)} problems\n  {listed}"
         )
     logger.info(
         "%s: %d image sets, %d field sets, all in order",
-        request.dataset,
+        request.dataset_path,
         len(contents.images),
         len(contents.fields),
     )

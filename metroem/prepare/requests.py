@@ -73,6 +73,21 @@ class DownloadRequest(Request):
 class ImageRequest(DownloadRequest):
     """Flags of download_image.py."""
 
+    HELP = """Make image sets from a volume: pairs of sections, one h5 file per mip.
+
+    In pair i, section z_start + i is src and the section before it is tgt. Files are
+    float32, and grey levels stay as stored. Give --normalize unless the volume already
+    has mean 0 and std 1 over tissue, and 0 for no data; any uint8 volume needs it.
+
+    The same command resumes a download that was stopped. --field_dset moves the images;
+    existing images that were not moved are replaced, at all mips of the location.
+
+    Example:
+        %(prog)s --cv_path gs://bucket/em --dst_folder data \\
+            --mip 5 3 --patch_size 512 2048 --normalize \\
+            --x_offset 200960 --y_offset 136448 --z_start 8175 --z_end 8180
+    """
+
     cv_path: str = _data(f"CloudVolume of the images: {_VOLUME}")
     mips: list[int] = _data(
         "mips to download, one file each", names=("--mip", "--mips")
@@ -171,6 +186,24 @@ class ImageRequest(DownloadRequest):
 class FieldRequest(DownloadRequest):
     """Flags of download_field.py."""
 
+    HELP = """Make a field set from a volume of fields, for stage 1 to start from.
+
+    The set replaces the fields of stage 0 of the checkpoint --suffix: train with
+    --checkpoint_name SUFFIX --train_stages 1 --generate_field_stages 1 uses it.
+    Fields are pull (inverse) displacements.
+
+    Channel order and unit differ between volumes. By default channel 0 is the
+    displacement along x and channel 1 along y, in mip-0 pixels. For volumes that corgie
+    wrote, give --channel_order yx --field_unit relative.
+
+    The same command resumes a download that was stopped.
+
+    Example:
+        %(prog)s --cv_path gs://bucket/field --dst_folder data \\
+            --src_mip 7 --dst_mip 5 --patch_size 512 --suffix precomputed \\
+            --x_offset 200960 --y_offset 136448 --z_start 8175 --z_end 8180
+    """
+
     cv_path: str = _data(f"CloudVolume of the fields, of two channels: {_VOLUME}")
     src_mip: int = _data("mip that is read")
     dst_mip: int = _data("mip of the images that the fields are for, <= src_mip")
@@ -247,6 +280,13 @@ class FieldRequest(DownloadRequest):
 class SpecRequest(Request):
     """Flags of `metroem create-spec`."""
 
+    HELP = """Write a spec of pairs around points, for make-dataset.
+
+    Example:
+        %(prog)s --src_spec_path template.json --points_path points.csv \\
+            --dst_spec_path spec.json --offsets -1 -2
+    """
+
     src_spec_path: Path = flag("template: a spec (JSON); pairs that it has are kept")
     points_path: Path = flag(
         "CSV: neuroglancer's export of annotations, or columns x0, y0, z0"
@@ -274,6 +314,14 @@ class SpecRequest(Request):
 @dataclass(frozen=True)
 class DatasetRequest(Request):
     """Flags of `metroem make-dataset`."""
+
+    HELP = """Make image and field sets from a spec of pairs.
+
+    The same command resumes a data set that was stopped.
+
+    Example:
+        %(prog)s --spec_path spec.json --dst_path data --parallel 8
+    """
 
     spec_path: Path = flag("spec (JSON), from create-spec")
     dst_path: str = flag(
@@ -312,7 +360,17 @@ class DatasetRequest(Request):
 class InspectRequest(Request):
     """Flags of `metroem inspect`."""
 
-    dataset: Path = flag("folder of image sets and field sets", is_positional=True)
+    HELP = """List and check image sets and field sets.
+
+    Example:
+        %(prog)s --dataset_path data --pyramid_path pyramid
+    """
+
+    dataset_path: Path = flag(
+        "folder of image sets and field sets",
+        names=("--dataset_path",),
+        is_positional=True,
+    )
     pyramid_path: Path | None = flag(
         "pyramid whose stages must find their images and prior fields", None
     )
@@ -324,7 +382,7 @@ class InspectRequest(Request):
         check_checkpoint_name(self.checkpoint_name)
 
     def check_paths(self) -> None:
-        check_dataset(self.dataset)
+        check_dataset(self.dataset_path)
         if self.fields_path is not None:
             check_dataset(self.fields_path)
         if self.pyramid_path is not None:

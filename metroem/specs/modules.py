@@ -71,7 +71,7 @@ def find_modules(pyramid: Path) -> list[ModuleSpec]:
     if not pyramid.is_dir():
         raise PyramidError(
             f"{pyramid}: no such pyramid directory; make one with "
-            f"`python -m metroem init {pyramid} --mip 5 3`"
+            f"`metroem init --pyramid_path {pyramid} --mip 5 3`"
         )
     folders = sorted(p for p in pyramid.iterdir() if p.is_dir())
     modules = sorted(

@@ -138,6 +138,16 @@ class SectionsRequest(RunRequest):
 class PlaceRequest(SectionsRequest):
     """Flags of place."""
 
+    HELP = """Find where each section of a volume lies.
+
+    Sections may be shifted and turned by any amount. The same command resumes a run
+    that was stopped.
+
+    Example:
+        %(prog)s --cv_path sections --dst_path placed --z_start 0 --z_end 100 \\
+            --render placed/image
+    """
+
     render: str | None = flag("volume to write with the placed sections", unset="none")
 
     def __post_init__(self) -> None:
@@ -155,6 +165,18 @@ class PlaceRequest(SectionsRequest):
 @dataclass(frozen=True, kw_only=True)
 class AlignStackRequest(SectionsRequest):
     """Flags of align-stack."""
+
+    HELP = """Align all sections of a volume, and check the result.
+
+    Steps: place finds where sections lie, pairs aligns each with its neighbours, relax
+    turns the fields of pairs into one field a section, render writes the aligned
+    volume, check measures what is left. The same command resumes a run that was
+    stopped; with a larger --z_end it adds sections.
+
+    Example:
+        %(prog)s --cv_path sections --dst_path stack --pyramid_path pyramid \\
+            --z_start 0 --z_end 100 --workers 2
+    """
 
     GROUPS = ("", _SECTIONS, _PLACING, _ALIGNING, _RUNNING)
 
@@ -229,6 +251,12 @@ class AlignStackRequest(SectionsRequest):
 class WorkerRequest(Request):
     """Flags of worker."""
 
+    HELP = """Do the tasks that align-stack --queue puts into a queue.
+
+    Example:
+        %(prog)s --queue fq://tasks --dst_path stack
+    """
+
     queue: str = flag("queue to work on: fq://FOLDER or sqs://NAME", metavar="URL")
     dst_path: str = flag("destination of the stack; tasks of others are refused")
     wait: bool = flag("wait for new tasks for ever; else end with the queue", False)
@@ -245,6 +273,14 @@ class WorkerRequest(Request):
 @dataclass(frozen=True, kw_only=True)
 class CheckRequest(RunRequest):
     """Flags of check."""
+
+    HELP = """Measure how well neighbouring sections of a volume are aligned.
+
+    The volume may be aligned by any program.
+
+    Example:
+        %(prog)s --cv_path stack/image --dst_path checked --pyramid_path pyramid
+    """
 
     cv_path: str = flag("aligned volume, by any program")
     dst_path: str | None = flag(

@@ -28,6 +28,12 @@ class DemoRequest(Request):
         UsageError: too few sections, or sizes that mip 2 does not divide.
     """
 
+    HELP = """Run the main job on sections made for it, in about two minutes.
+
+    Example:
+        %(prog)s --folder demo
+    """
+
     folder: Path = flag(
         "folder for all files; those of an earlier demo are removed",
         Path("demo"),

@@ -70,6 +70,16 @@ class RunRequest(Request):
 class TrainRequest(RunRequest):
     """The flags of train.py."""
 
+    HELP = """Train the modules of a pyramid, coarse to fine, on downloaded pairs.
+
+    For each stage in order: train its module, then write its fields for every image set
+    at the next stage's mip, as the start of the next stage. The same command resumes a
+    run that was stopped.
+
+    Example:
+        %(prog)s --pyramid_path pyramid --dataset_path data --train_mode scratch
+    """
+
     train_mode: str = _trained(
         "which schedule", "scratch", choices=MODES, read=str.lower
     )
@@ -179,6 +189,14 @@ class TrainRequest(RunRequest):
 @dataclass(frozen=True)
 class WriteFieldsRequest(RunRequest):
     """The flags of `metroem write-fields`."""
+
+    HELP = """Write the fields of a trained pyramid.
+
+    The same command resumes a run that was stopped.
+
+    Example:
+        %(prog)s --pyramid_path pyramid --dataset_path data
+    """
 
     stages: list[int] | None = _data(
         "stages to write fields of; the first starts from the fields of the previous "

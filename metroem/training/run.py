@@ -288,7 +288,7 @@ def _check_weights(
     if request.train_mode not in FINETUNING_MODES:
         return
     mode, path = request.train_mode, request.pyramid_path
-    how_to_copy = f"python -m metroem fetch {path} COPY, then --pyramid_path COPY"
+    how_to_copy = f"metroem fetch {path} --pyramid_path COPY, then train COPY"
     not_started = []
     for module in to_train:
         if not run.state(module.stage).is_file():

@@ -280,8 +280,7 @@ def _refuse_bad_steps(config: StageConfig, state: TrainingState) -> None:
         f"stage {config.stage}: {sum(state.recent_bad)} of the last "
         f"{len(state.recent_bad)} steps gave a loss that is not finite or too "
         f"large; the pairs are listed in {config.run.quarantine}. Try a lower lr, a "
-        "lower smoothness, or check that the images are normalised (python -m "
-        "metroem inspect)"
+        "lower smoothness, or check that the images are normalised (metroem inspect)"
     )
 
 

@@ -9,12 +9,14 @@ Exit codes: 0 done, 1 refused or failed, 2 usage, 130 interrupted (Ctrl-C),
 
 import argparse
 import dataclasses
+import difflib
+import inspect
 import logging
 import os
 import shlex
 import signal
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from numbers import Integral, Real
@@ -24,6 +26,7 @@ from typing import (
     Any,
     ClassVar,
     NamedTuple,
+    NoReturn,
     TextIO,
     TypeVar,
     Union,
@@ -79,7 +82,8 @@ def flag(
         nargs: number of values, as in argparse; "+" by default for a list.
         metavar: name of the value in --help.
         read: converts the text to the value; by default the field's type does.
-        is_positional: whether the flag has no name on the command line.
+        is_positional: whether the value may also be given without the flag, by its
+            place among the other words; if `names` is empty, only so.
     """
     about = locals()
     del about["default"]
@@ -116,7 +120,9 @@ class _Flag(NamedTuple):
     @property
     def name(self) -> str:
         """Name of the flag in messages."""
-        return self.dest if self.is_positional else (*self.names, f"--{self.dest}")[0]
+        if self.is_positional and not self.names:
+            return self.dest
+        return (*self.names, f"--{self.dest}")[0]
 
     def check(self, value: Any) -> None:
         """Raise UsageError for a value that the command line would not accept."""
@@ -151,10 +157,12 @@ class _Flag(NamedTuple):
             options["choices"] = self.choices
         if self.metavar is not None:
             options["metavar"] = self.metavar
-        if self.is_positional:
+        if self.is_positional and not self.names:
             return options
         if self.default is _REQUIRED:
-            return options | {"required": True, "help": f"{self.help} (required)"}
+            # argparse does not know that a place is enough; `_Parser` does.
+            is_needed = not self.is_positional
+            return options | {"required": is_needed, "help": f"{self.help} (required)"}
         default = [self.default] if not self.is_list else self.default or []
         text = f" {' '.join(map(str, default))}"
         if self.default is None:
@@ -170,6 +178,8 @@ class Request:
 
     Attributes:
         GROUPS: headings of --help, in order; "" for flags without a heading.
+        HELP: head of --help: what the command does, in a line, details, an example.
+            %(prog)s stands for the command as it was called.
 
     Raises:
         UsageError: a value has the wrong type, is not one of the choices, is too
@@ -178,6 +188,7 @@ class Request:
     """
 
     GROUPS: ClassVar[tuple[str, ...]] = ("",)
+    HELP: ClassVar[str] = ""
 
     def __post_init__(self) -> None:
         for one in _flags(type(self)):
@@ -217,45 +228,119 @@ def _flags(request: type[Request]) -> list[_Flag]:
     return sorted(found, key=lambda one: request.GROUPS.index(one.group))
 
 
+class _Parser(argparse.ArgumentParser):
+    """Parser that answers a mistake in two lines: what is wrong, and where to look.
+
+    A word that it does not know gets the nearest known one beside it. Flags are not
+    abbreviated. The help keeps the line breaks of the description.
+    """
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+            **options,
+        )
+        # Flags whose value may also be given by its place, in order.
+        self.by_place: list[argparse.Action] = []
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Parse a command line; name unknown flags and commands before missing ones."""
+        words = list(sys.argv[1:] if args is None else args)
+        commands = self._subparsers and self._subparsers._group_actions[0].choices
+        for word in words:
+            name, *_ = word.split("=")
+            if word == "--":
+                break
+            if name.startswith("--") and name not in self._option_string_actions:
+                self.error(_unknown("flag", name, self._option_string_actions))
+            if commands and not word.startswith("-"):
+                if word not in commands:
+                    self.error(_unknown("command", word, commands))
+                break  # the rest belongs to the command
+        found, others = super().parse_known_args(words, namespace)
+        for action in self.by_place:
+            if action.dest in found:
+                continue
+            if not others:
+                self.error(f"{action.option_strings[0]} is required")
+            try:
+                setattr(found, action.dest, self._get_value(action, others.pop(0)))
+            except argparse.ArgumentError as error:
+                self.error(str(error))
+        return found, others
+
+    def error(self, message: str) -> NoReturn:
+        """Print the message and where to find help; exit with 2."""
+        self.exit(2, f"{self.prog}: error: {message}\nsee: {self.prog} --help\n")
+
+
+def _unknown(kind: str, word: str, known: Iterable[str]) -> str:
+    """Say that a word is not known, and which one is like it."""
+    near = difflib.get_close_matches(word, list(known), 1, 0.5)
+    hint = f"; did you mean {near[0]}?" if near else ""
+    return f"unknown {kind} {word}{hint}"
+
+
 def parser(
     description: str | None, request: type[Request] | None = None
 ) -> argparse.ArgumentParser:
-    """Make a parser, with the flags of a request if one is given.
+    """Make a parser.
 
-    It accepts no abbreviated flags. Its help keeps the line breaks of the description.
+    Args:
+        description: head of its help.
+        request: gives its flags.
     """
-    made = argparse.ArgumentParser(
-        description=description,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    made = _Parser(description=description)
     if request is not None:
         add_flags(made, request)
     return made
 
 
+def script_parser(request: type[Request]) -> argparse.ArgumentParser:
+    """Make the parser of a script at the top of the repository."""
+    made = parser(inspect.cleandoc(request.HELP), request)
+    if not Path(sys.argv[0]).is_absolute():  # else it was installed as a program
+        made.prog = f"python {sys.argv[0]}"
+    return made
+
+
 def add_flags(parser: argparse.ArgumentParser, request: type[Request]) -> None:
-    """Add the flags of a request to a parser."""
+    """Add the flags of a request to a parser; its usage names the required ones."""
     groups: dict[str, Any] = {"": parser}
+    usage = ["%(prog)s"]
     for one in _flags(request):
         if one.group not in groups:
             groups[one.group] = parser.add_argument_group(one.group)
         add = groups[one.group].add_argument
+        options = one.options()
+        if one.is_positional and not one.names:
+            add(one.dest, **options)
+            usage.append(one.dest)
+            continue
         if one.is_positional:
-            add(one.dest, **one.options())
-        else:
-            add(*one.names or [f"--{one.dest}"], dest=one.dest, **one.options())
+            options["default"] = argparse.SUPPRESS
+        action = add(*one.names or [f"--{one.dest}"], dest=one.dest, **options)
+        if one.is_positional:
+            assert isinstance(parser, _Parser)
+            parser.by_place.append(action)
+        if one.default is _REQUIRED:
+            values = "..." if one.is_list else one.metavar or one.dest.upper()
+            usage.append(f"{action.option_strings[0]} {values}")
+    parser.usage = " ".join([*usage, "[flags]"])
 
 
-def parse(
-    request: type[RequestT], description: str | None, argv: Sequence[str] | None
-) -> RequestT:
-    """Parse a command line into a request; None means this process's command line.
+def parse(request: type[RequestT], argv: Sequence[str] | None) -> RequestT:
+    """Parse the command line of a script into a request.
+
+    Args:
+        request: its flags.
+        argv: the command line; None: that of this process.
 
     Raises:
         MetroEMError: a value or a path cannot work.
     """
-    made = request(**vars(parser(description, request).parse_args(argv)))
+    made = request(**vars(script_parser(request).parse_args(argv)))
     made.check_paths()
     return made
 
@@ -276,7 +361,8 @@ def local_path(text: str) -> Path:
 
 def command_line() -> str:
     """Return the running command as it was typed."""
-    return shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
+    name = Path(sys.argv[0]).name
+    return shlex.join(["metroem" if name == "__main__.py" else name, *sys.argv[1:]])
 
 
 def configure_logging(level: int = logging.INFO) -> None:

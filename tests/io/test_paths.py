@@ -173,7 +173,9 @@ def test_a_flag_of_a_local_folder_takes_no_other_storage(words, capsys):
             "--cv_path v --dst_folder gs://b/d --mip 0 --patch_size 8 --z_start 1 "
             "--z_end 2".split()
         )
-    assert Path("p") == build_parser().parse_args(["init", "p", "--mip", "1"]).pyramid
+    assert (
+        Path("p") == build_parser().parse_args(["init", "p", "--mip", "1"]).pyramid_path
+    )
 
 
 @pytest.mark.parametrize("flag", ["--dst_path", "--warped"])

@@ -1,6 +1,7 @@
 import logging
 import os
 import re
+import shlex
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -83,8 +84,7 @@ def test_the_log_goes_to_a_file_too(tmp_path, package_log):
 
 
 SCRIPTS = ["train.py", "download_image.py", "download_field.py"]
-COMMANDS = [*("init", "fetch", "inspect", "create-spec", "make-dataset", "evaluate")]
-COMMANDS += ["export-fields", "demo"]
+COMMANDS = [*metroem_main.COMMANDS]
 
 
 def loaded_by(program):
@@ -129,10 +129,87 @@ def test_help_comes_without_anything_slow(words):
     assert (code, loaded) == (0, "loaded []") and "usage:" in output
 
 
-@pytest.mark.parametrize("script", [*SCRIPTS, "-m"])
+@pytest.mark.parametrize("script", [*SCRIPTS, "-m metroem"])
 def test_usage_errors_come_without_anything_slow(script):
-    code, loaded, output = loaded_by(running([script, "--no_such_flag"]))
-    assert (code, loaded) == (2, "loaded []") and "usage:" in output
+    code, loaded, output = loaded_by(running([*script.split(), "--no_such_flag"]))
+    assert (code, loaded) == (2, "loaded []")
+    assert "unknown flag --no_such_flag" in output
+
+
+MISTAKES = {
+    "a command": (
+        "evalute",
+        "metroem",
+        "unknown command evalute; did you mean evaluate?",
+    ),
+    "a flag": (
+        "evaluate --pyramid_pth p",
+        "metroem evaluate",
+        "unknown flag --pyramid_pth; did you mean --pyramid_path?",
+    ),
+    "a flag like no other": (
+        "train --zzzzzz=3",
+        "metroem train",
+        "unknown flag --zzzzzz",
+    ),
+    "a missing flag": (
+        "init --mip 2 0",
+        "metroem init",
+        "--pyramid_path is required",
+    ),
+    "a value": (
+        "init --pyramid_path p --mip two",
+        "metroem init",
+        "argument --mip/--mips: invalid int value: 'two'",
+    ),
+}
+
+
+@pytest.mark.parametrize(
+    ("words", "command", "message"), MISTAKES.values(), ids=MISTAKES
+)
+def test_a_mistake_is_answered_in_two_lines(words, command, message, capsys):
+    with pytest.raises(SystemExit) as caught:
+        main(words.split())
+    assert caught.value.code == 2
+    told = capsys.readouterr()
+    assert told.out == ""
+    assert told.err == f"{command}: error: {message}\nsee: {command} --help\n"
+
+
+def test_a_path_is_taken_by_its_place_and_by_its_flag():
+    parse = metroem_main.build_parser().parse_args
+    for words in (
+        "fetch from --pyramid_path to --trust",
+        "fetch from to --trust",
+        "fetch from --trust to",
+        "fetch --trust from to",
+    ):
+        found = parse(words.split())
+        assert (found.source, found.pyramid_path) == ("from", Path("to")), words
+    assert parse(["inspect", "data"]) == parse(["inspect", "--dataset_path", "data"])
+
+
+def test_without_a_command_all_commands_are_listed(capsys):
+    with pytest.raises(SystemExit) as caught:
+        main([])
+    listed = re.findall(r"^  ([a-z][a-z-]+)  ", capsys.readouterr().out, re.M)
+    assert caught.value.code == 2 and listed == [*metroem_main.COMMANDS]
+
+
+def test_each_command_shows_an_example_that_is_right():
+    parser = metroem_main.build_parser()
+    for command, (request, _) in metroem_main.COMMANDS.items():
+        text = cli.parser(request.HELP.replace("%(prog)s", "PROG")).format_help()
+        example = text.partition("Example:")[2].partition("\n\n")[0]
+        words = shlex.split(example.replace("\\\n", " "))
+        assert words[0] == "PROG", command
+        parser.parse_args([command, *words[1:]])
+
+
+def test_results_name_the_command_as_it_is_typed(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["/x/metroem/__main__.py", "check", "--mip", "1"])
+    assert cli.command_line() == "metroem check --mip 1"
 
 
 def test_the_version_is_printed(capsys):
@@ -142,12 +219,12 @@ def test_the_version_is_printed(capsys):
 
 
 def test_init_makes_a_pyramid_that_can_be_inspected(tmp_path):
-    main(["init", str(tmp_path / "p"), "--mip", "5", "3"])
+    main(["init", "--pyramid_path", str(tmp_path / "p"), "--mip", "5", "3"])
     assert sorted(p.name for p in (tmp_path / "p").iterdir()) == [
         "0_mip5in_correlation",
         "1_mip3in_correlation",
     ]
-    main(["fetch", str(tmp_path / "p"), str(tmp_path / "copy")])
+    main(["fetch", str(tmp_path / "p"), "--pyramid_path", str(tmp_path / "copy")])
     assert (tmp_path / "copy" / "1_mip3in_correlation" / "create.py").is_file()
 
 
@@ -165,6 +242,9 @@ def test_each_flag_has_help_that_shows_its_default(command):
     for action in parser._actions:
         if action.dest == "help" or not action.option_strings:
             assert action.help
+            continue
+        if action in parser.by_place:
+            assert action.help.endswith(" (required)")
             continue
         shown = action.default
         if action.nargs == 0:
@@ -261,9 +341,9 @@ def test_a_request_refuses_what_its_parser_would(wrong, message):
 
 def test_a_request_takes_what_its_parser_makes():
     flags = "--sizes 4 5 --ratio 2 --mode b --folder f --point 1 2 3 --quiet".split()
-    made = cli.parse(Asked, None, flags)
+    made = cli.parse(Asked, flags)
     assert made == Asked([4, 5], 2.0, "b", Path("f"), [1.0, 2.0, 3.0], True)
-    assert cli.parse(Asked, None, []) == Asked()
+    assert cli.parse(Asked, []) == Asked()
 
 
 def test_a_training_on_a_device_that_is_none_is_refused(tmp_path):
