@@ -81,6 +81,7 @@ setup(
     extras_require={
         "queue": ["task-queue"],  # of metroem align-stack --queue and worker
         "tensorboard": ["tensorboard"],  # of train.py --tensorboard
+        "view": ["neuroglancer"],  # of metroem view
         "zarr": ["numcodecs"],  # of Zarr and N5 in blosc, lz4 and with filters
         # To lint, test and build docs/. requirements-dev.txt pins them.
         "dev": [
@@ -88,6 +89,7 @@ setup(
             "hypothesis",
             "moto[s3,server]",
             "myst-parser",
+            "neuroglancer",
             "numcodecs",
             "pip-audit",
             "pyright",

@@ -22,6 +22,7 @@ from metroem.stack.requests import (
     AlignStackRequest,
     CheckRequest,
     PlaceRequest,
+    ViewRequest,
     WorkerRequest,
 )
 from metroem.synthetic.requests import DemoRequest
@@ -90,6 +91,7 @@ _GROUPS: dict[str, dict[str, tuple[type[cli.Request], Run]]] = {
         ),
         "worker": (WorkerRequest, _import_and_run("metroem.stack.worker.run_worker")),
         "check": (CheckRequest, _import_and_run("metroem.stack.check.check_volume")),
+        "view": (ViewRequest, _import_and_run("metroem.stack.view.view")),
     },
     "data sets": {
         "download-image": (

@@ -1,12 +1,13 @@
 """Define the flags of place, align-stack, worker and check."""
 
+import importlib.util
 import math
 import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
 
-from metroem.errors import UsageError
+from metroem.errors import DatasetError, UsageError
 from metroem.io.cloud_paths import (
     check_destination,
     check_exists,
@@ -326,6 +327,48 @@ class CheckRequest(RunRequest):
         if self.dst_path is not None:
             return self.dst_path
         return split_format(self.cv_path.rstrip("/"))[1].rpartition("/")[0] or "."
+
+
+@dataclass(frozen=True, kw_only=True)
+class ViewRequest(Request):
+    """Flags of view."""
+
+    HELP = """Show a volume in neuroglancer, at its worst places.
+
+    The browser needs WebGL 2, but no network: this command serves the page. For a
+    volume of align-stack, the raw volume is shown beside it.
+
+    Example:
+        %(prog)s --cv_path stack/image
+    """
+
+    cv_path: str = flag("volume to look at")
+    before: str | None = flag(
+        "volume to show beside it", unset="the raw one, for a volume of align-stack"
+    )
+    check: Path | None = flag(
+        "check.json whose worst places are listed", unset="that beside --cv_path"
+    )
+    place: list[float] | None = flag(
+        "where to look first, mip-0 pixels",
+        unset="the worst place",
+        nargs=3,
+        metavar=("X", "Y", "Z"),
+    )
+    port: int | None = flag(
+        "port of this machine that serves it", unset="a free one", least=1
+    )
+
+    def check_paths(self) -> None:
+        if importlib.util.find_spec("neuroglancer") is None:
+            raise UsageError(
+                "metroem view: neuroglancer is not installed; get it with pip install "
+                "neuroglancer"
+            )
+        check_exists("--cv_path", self.cv_path)
+        check_exists("--before", self.before)
+        if self.check is not None and not self.check.is_file():
+            raise DatasetError(f"--check {self.check}: no such file")
 
 
 RequestT = TypeVar("RequestT", bound=SectionsRequest | CheckRequest)
