@@ -1,7 +1,7 @@
 r"""Train a pyramid for half an hour on a CPU, and measure how well it aligns.
 
 The first sections of a stack are written as a CloudVolume. download_image.py, metroem
-init and train.py are run on them as by a user. The last sections are aligned in the
+init and train are run on them as by a user. The last sections are aligned in the
 cases of a bench that also runs classical methods (the peers). Then a page of figures,
 loss curves and pictures is written. Sections of the stack must be aligned by the
 imaging itself (FIB-SEM), so that the truth is exact.
@@ -42,7 +42,7 @@ from quality_results import (
     bars_of_cases,
 )
 
-from metroem.demo import Run, environment, run_steps, script
+from metroem.demo import Run, environment, run_steps
 from metroem.errors import MetroEMError, UsageError
 from metroem.evaluation.report.curves import main_curves, read_curves
 from metroem.evaluation.tables import print_json, write_json
@@ -201,11 +201,11 @@ def train(request: QualityRequest) -> dict[str, object]:
     training = train_command(request, run)
     names = ("download", "init", "train")
     seconds = run_steps([download, init, training])
-    words = ["train.py", *(Path(w).name if "/" in w else w for w in training[1:])]
+    words = [Path(word).name if "/" in word else word for word in training]
     timing = dict(zip(names, seconds, strict=True))
     record = {
         "sections": len(images),
-        "command": f"python {' '.join(words)}",
+        "command": f"metroem {' '.join(words)}",
         "seconds": timing,
     }
     write_json(request.out / "training.json", record)
@@ -213,8 +213,8 @@ def train(request: QualityRequest) -> dict[str, object]:
 
 
 def train_command(request: QualityRequest, run: Run) -> list[str]:
-    """Build the command line of train.py, as a user types it."""
-    command = [script("train.py"), "--pyramid_path", str(run.pyramid)]
+    """Build the command of metroem that trains, as a user types it."""
+    command = ["train", "--pyramid_path", str(run.pyramid)]
     command += ["--dataset_path", str(run.folder / "dataset")]
     command += ["--train_mode", request.train_mode]
     command += ["--seed", str(request.seed)]

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 import metroem
-from metroem.errors import MetroEMError, UsageError
+from metroem.errors import MetroEMError
 from metroem.evaluation.scores import Score, mean_score, score_pair
 from metroem.evaluation.tables import print_json, print_scores
 from metroem.geometry.field import warp
@@ -69,18 +69,18 @@ class Run:
         return self.folder / "pyramid"
 
     def commands(self) -> list[list[str]]:
-        """The three steps: download the image sets, make a pyramid, train it."""
+        """Commands of metroem: download image sets, make a pyramid, train it."""
         mips = [str(mip) for mip in self.mips]
         sizes = [str(self.patch_px >> mip) for mip in self.mips]
         data = str(self.folder / "dataset")
-        download = [script("download_image.py"), "--cv_path", str(self.volume)]
+        download = ["download-image", "--cv_path", str(self.volume)]
         download += ["--dst_folder", data, "--mip", *mips, "--patch_size", *sizes]
         download += ["--x_offset", str(self.corner[0])]
         download += ["--y_offset", str(self.corner[1])]
         download += ["--z_start", str(self.train.start + 1)]
         download += ["--z_end", str(self.train.stop), "--normalize"]
-        init = ["-m", "metroem", "init", str(self.pyramid), "--mip", *mips]
-        train = [script("train.py"), "--pyramid_path", str(self.pyramid)]
+        init = ["init", "--pyramid_path", str(self.pyramid), "--mip", *mips]
+        train = ["train", "--pyramid_path", str(self.pyramid)]
         train += ["--dataset_path", data, "--train_mode", "custom"]
         train += ["--train_params_path", str(self.train_params_path)]
         # No later stage needs the fields of the last one.
@@ -185,24 +185,8 @@ def distort_sections(
     ]
 
 
-def script(name: str) -> str:
-    """Find the path of one of the three scripts: in the checkout, or installed.
-
-    Raises:
-        UsageError: it is in neither.
-    """
-    folders = Path(metroem.__file__).resolve().parents[1], Path(sys.executable).parent
-    for folder in folders:
-        if (folder / name).is_file():
-            return str(folder / name)
-    raise UsageError(
-        f"{name} is neither in {folders[0]} nor in {folders[1]}; run this from a "
-        "checkout of MetroEM, or install it"
-    )
-
-
 def run_steps(commands: Sequence[list[str]]) -> list[float]:
-    """Run python commands one after the other, and log them as typed.
+    """Run commands of metroem one after the other, and log them as typed.
 
     Returns:
         Duration of each, s.
@@ -212,10 +196,11 @@ def run_steps(commands: Sequence[list[str]]) -> list[float]:
     """
     seconds = []
     for command in commands:
-        typed = shlex.join(["python", *command])
+        typed = shlex.join(["metroem", *command])
         logger.info("\n$ %s", typed)
         started = time.monotonic()
-        result = subprocess.run([sys.executable, *command], env=environment())
+        words = [sys.executable, "-m", "metroem", *command]
+        result = subprocess.run(words, env=environment())
         if result.returncode:
             raise MetroEMError(
                 f"{typed}\nended with exit code "

@@ -6,6 +6,7 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
+from unittest.mock import patch
 
 import download_field
 import download_image
@@ -78,6 +79,9 @@ def run(words):
             command[script] = str(ROOT / "train.py")
             environment = {**os.environ, "PYTHONPATH": str(ROOT)}
             subprocess.run(command, env=environment, check=True)
+        case ["metroem", "view", *_]:  # it would wait for Ctrl-C
+            with patch("signal.pause", side_effect=KeyboardInterrupt):
+                metroem_main.main(words[1:])
         case ["metroem", *arguments]:
             metroem_main.main(arguments)
         case ["python", script, *arguments]:

@@ -65,20 +65,19 @@ def test_the_steps_are_those_a_user_would_type(tmp_path):
     download, init, train = (" ".join(command) for command in run.commands())
     assert "--mip 2 0 --patch_size 32 128 --x_offset 16 --y_offset 0" in download
     assert "--z_start 1 --z_end 9 --normalize" in download
-    assert init.endswith("-m metroem init " + str(tmp_path / "pyramid") + " --mip 2 0")
+    assert init == f"init --pyramid_path {tmp_path / 'pyramid'} --mip 2 0"
     assert "--train_mode custom" in train
     assert "--generate_field_stages 0 --seed 7" in train
 
 
 def test_a_step_that_fails_ends_the_run_and_is_named(tmp_path):
-    with pytest.raises(MetroEMError, match="exit code 3"):
-        run_steps([["-c", "raise SystemExit(3)"], ["-c", "open('never', 'w')"]])
-    assert not (tmp_path / "never").exists()
-
-
-def test_a_script_that_is_nowhere_is_refused():
-    with pytest.raises(UsageError, match="run this from a checkout"):
-        demo.script("no_such_script.py")
+    never = tmp_path / "never"
+    steps = [["inspect", str(never)], ["init", "--pyramid_path", str(never), "--mip=0"]]
+    with pytest.raises(
+        MetroEMError, match="metroem inspect .*\nended with exit code 1"
+    ):
+        run_steps(steps)
+    assert not never.exists()
 
 
 @pytest.mark.slow

@@ -45,7 +45,7 @@ from tests.pairs import texture, write_pairs
 DOCS = ROOT / "docs"
 TUTORIAL = PAGES["tutorial"]
 COMMANDS = [words for page in PAGES.values() for words in commands(page)]
-OURS = [words for words in COMMANDS if words[0] in ("python", "torchrun")]
+OURS = [words for words in COMMANDS if words[0] in ("metroem", "python", "torchrun")]
 OF_TORCHRUN = ("--nproc_per_node", "--nnodes", "--max_restarts", "--rdzv_backend")
 OF_TORCHRUN += ("--rdzv_endpoint", "--rdzv_id", "--rdzv_conf")
 OF_OTHERS = ("--logdir", "--no-deps")  # tensorboard, pip
@@ -78,7 +78,7 @@ def tutorial(tmp_path_factory):
     os.chdir(folder)
     try:
         for words in commands(TUTORIAL):
-            if words[0] == "python":
+            if words[0] in ("metroem", "python"):
                 run(smaller(words, folder))
     finally:
         os.chdir(before)

@@ -116,7 +116,7 @@ def how_to_make_again(fields: FieldSet, dataset: Path) -> str:
     weights = Path(str(fields.attributes.get("source_path")).split(" sha256 ")[0])
     names = map(FieldSetName.parse, _data_of(fields))
     first = max((name.stage + 1 for name in names if name is not None), default=0)
-    words = ["python", "-m", "metroem", "write-fields"]
+    words = ["metroem", "write-fields"]
     words += ["--pyramid_path", str(weights.parent.parent.parent)]
     words += ["--dataset_path", str(dataset)]
     words += ["--checkpoint_name", fields.name.tag or ""]
