@@ -81,6 +81,7 @@ def _run_in_processes(
     pool = ProcessPoolExecutor(num_workers, context, _start, (measurer,))
     waiting = deque(tasks)
     handed: deque[tuple[Task, Future[Measured]]] = deque()
+    abandoned: list[Future[Measured]] = []
     deadline = float("inf")
     try:
         while waiting or handed:
@@ -96,7 +97,7 @@ def _run_in_processes(
                 task, future = handed.popleft()
                 yield task, future.result()
             elif handed and time.monotonic() >= deadline:
-                handed.popleft()
+                abandoned.append(handed.popleft()[1])
             else:
                 wait(running, _LOOK_S, FIRST_COMPLETED)
     except BrokenProcessPool as error:
@@ -107,10 +108,11 @@ def _run_in_processes(
             "memory: give fewer; the same command resumes from here"
         ) from error
     finally:
-        pool.shutdown(wait=False, cancel_futures=True)
-        for process in set(multiprocessing.active_children()) - others:
-            process.kill()
-            process.join()
+        abandoned += [future for _, future in handed]
+        if not all(future.done() for future in abandoned):
+            for process in set(multiprocessing.active_children()) - others:
+                process.kill()
+        pool.shutdown(cancel_futures=True)
 
 
 # The measurer of this process, if it is one of several.

@@ -15,7 +15,6 @@ const sorting = { column: 1, reversed: false };
 let order = madeWorseFirst(data.pairs, worstFirst(data.pairs, COLUMNS[1], false));
 const EPE = { of: ({ score }) => score.after.mean, worst: "high" };
 const knownOrder = madeWorseFirst(data.known, worstFirst(data.known, EPE, false));
-let lastTop = 0; // how far down the overview was read last
 let opener = null; // what had the focus, and where the page was, when the viewer opened
 let current = null; // id of the pair shown
 let timer = null; // of the flicker
@@ -162,7 +161,7 @@ function fillLegend() {
     const line = make("div");
     for (const [name, color] of Object.entries(data.masks)) {
       const swatch = make("span", { class: `swatch ${name.replaceAll(" ", "-")}` });
-      line.append(styled(swatch, { "--color": color }), make("span", {}, MASK_WORDS[name]));
+      line.append(make("span", { class: "entry" }, styled(swatch, { "--color": color }), MASK_WORDS[name]));
     }
     lines.push(line);
   }
@@ -172,13 +171,15 @@ function fillLegend() {
 // The pair
 
 async function openPair(id, at) {
-  if (current === null) opener = { focus: document.activeElement, top: lastTop };
+  const isNew = current === null;
+  if (isNew) opener = { focus: document.activeElement, top: window.scrollY };
   current = id;
   const pair = items[id];
   byId("overview").hidden = true;
   byId("pair").hidden = false;
   byId("tip").hidden = true;
   if (!byId("pair").contains(document.activeElement)) byId("canvas").focus();
+  if (isNew) window.scrollTo(0, 0);
   byId("pair").style.setProperty("--top", `${document.querySelector("header").offsetHeight}px`);
   const beside = idsBeside(id);
   const position = beside.indexOf(id);
@@ -428,10 +429,6 @@ function start() {
   byId("next").addEventListener("click", () => step(1));
   byId("back").addEventListener("click", () => (location.hash = ""));
   window.addEventListener("hashchange", followHash);
-  // Another address moves the page to its top before it is followed.
-  window.addEventListener("scroll", () => {
-    if (current === null && !/^#\d/.test(location.hash)) lastTop = window.scrollY;
-  });
   window.addEventListener("resize", () => {
     if (current === null || !viewer.pair) return;
     viewer.fit();

@@ -151,7 +151,7 @@ def test_escape_closes_and_keeps_place_and_focus(browser):
     link = "document.querySelector('#pairs tbody tr:nth-child(3) a')"
     browser.run(f"{link}.scrollIntoView()")
     browser.run(f"{link}.focus({{ preventScroll: true }})")
-    browser.wait("lastTop > 0")
+    browser.wait("window.scrollY > 0")
     top = browser.run("window.scrollY")
     browser.run(f"{link}.click()")
     wait_for(browser, 0)
