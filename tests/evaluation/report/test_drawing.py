@@ -68,8 +68,9 @@ def test_masks_show_defects_and_folds_where_they_are(drawn):
 
 def test_the_worst_chunks_come_first_with_what_is_around_them(drawn):
     cpc = np.array(drawn.pictures["correlation"]["after"])
-    assert len(drawn.crops) == cpc.size == 6
-    assert [crop.cpc for crop in drawn.crops] == sorted(cpc.flatten())
+    # The chunk at rows 64 to 128 of cols 0 to 64 has too few pixels off the defect.
+    assert cpc.shape == (3, 2) and np.isnan(cpc[0, 1])
+    assert [crop.cpc for crop in drawn.crops] == sorted(cpc[np.isfinite(cpc)])
     for crop in drawn.crops:
         # x runs along rows of the arrays, which run to the right in pictures.
         assert cpc[crop.y // 64, crop.x // 64] == crop.cpc
