@@ -8,13 +8,13 @@ const MEANING = {
   ring: "CPC within 32 px of folds, cracks and dirt. Good: higher than before.",
   chunk: "CPC of the worst chunk. Good: near the mean of the pair.",
   length: "Mean length of the field: how far pixels are moved. Neither good nor bad.",
-  cycle: "How far a pixel of tgt misses itself after going to src and back; 95 % of the pixels miss by less. Good: near 0.",
-  swap: "Difference between the field of the swapped pair and the inverse of the field; 95 % of the pixels are below. Good: near 0.",
+  cycle: "How far a pixel of tgt misses itself after going to src and back: the mean, or p95, which 95 % of the pixels stay below. Good: near 0.",
+  swap: "Difference between the field of the swapped pair and the inverse of the field: the mean, or p95, which 95 % of the pixels stay below. Good: near 0.",
   folds: "Pixels of a million, off defects, where the field folds over itself. Good: 0.",
   compared: "Pixels with tissue in both sections under the field. Good: as many as the sections share.",
   det: "Local change of area, smallest and largest hundredth of the pixels. 1: none; below 0: folded. Good: around 1.",
   worse: "Pairs whose CPC fell by more than 0.001. Good: 0.",
-  epe: "Endpoint error: distance of the field from the exact one. Good: lower than before, near 0.",
+  epe: "Endpoint error: distance of the field from the exact one; 95 or 99 % of the pixels stay below p95 or p99. Good: lower than before, near 0.",
   share: "Pixels whose endpoint error is above 8 px. Good: 0.",
   near: "Mean endpoint error near folds, cracks and dirt. Good: as elsewhere.",
   itself: "Mean length of the field from the section to itself. Good: 0.",
@@ -90,7 +90,8 @@ function pairsDone({ done, in_data_set: all }) {
 function fillNotes(data) {
   const { done, asked, in_data_set: all, was_stopped: wasStopped } = data.about.coverage;
   const notes = [];
-  if (wasStopped) notes.push(`Stopped: ${done} of ${asked} pairs. The same command goes on from here.`);
+  const sections = done === asked ? ", not all warped sections" : "";
+  if (wasStopped) notes.push(`Stopped: ${done} of ${asked} pairs${sections}. The same command resumes from here.`);
   if (asked < all) notes.push(`${asked} of ${all} pairs, spread evenly over the data set (--max_pairs).`);
   const trained = data.pairs.filter((pair) => pair.role === "trained on").length;
   if (trained === data.pairs.length) notes.push("These pairs were trained on: figures flatter.");

@@ -84,7 +84,7 @@ def test_pairs_made_worse_come_first_and_are_marked_by_words(browser):
 def test_what_a_reader_must_know_first_is_said_above_all(browser):
     notes = browser.run("[...byId('notes').children].map((note) => note.textContent)")
     assert notes == [
-        "Stopped: 3 of 7 pairs. The same command goes on from here.",
+        "Stopped: 3 of 7 pairs. The same command resumes from here.",
         "7 of 20 pairs, spread evenly over the data set (--max_pairs).",
         "1 of 3 pairs were trained on: their figures flatter.",
     ]
