@@ -62,20 +62,23 @@ class Pyramid:
         path: str | Path,
         checkpoint_name: str | None = "checkpoint",
         device: str | torch.device = "cpu",
+        num_stages: int | None = None,
     ) -> "Pyramid":
-        """Load every module of a pyramid.
+        """Load the modules of a pyramid.
 
         Args:
             path: directory of the pyramid.
             checkpoint_name: name of the weights; None: untrained networks, whose
                 weights are torch's next random numbers (`torch.manual_seed`).
             device: device of the aligners.
+            num_stages: how many of the first stages to load; None loads all. The
+                others need no weights.
 
         Raises:
             PyramidError: the directory is not a pyramid, or a module is broken.
             CheckpointError: a module does not have these weights, or they do not fit.
         """
-        modules = find_modules(Path(path))
+        modules = find_modules(Path(path))[:num_stages]
         if checkpoint_name is not None:
             check_weights(modules, checkpoint_name, str(path))
         device = torch.device(device)

@@ -77,6 +77,7 @@ class Browser:
             **{"width": width, "height": height, "deviceScaleFactor": 1},
             mobile=False,
         )
+        self._send("Emulation.setFocusEmulationEnabled", enabled=True)
         scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
         self._send("Emulation.setEmulatedMedia", features=[scheme])
 

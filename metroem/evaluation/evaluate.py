@@ -1,134 +1,304 @@
 """Measure how well a pyramid aligns a data set, and where it is worst."""
 
 import logging
+import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from pathlib import Path
+from itertools import takewhile
 from typing import Any, NamedTuple
 
 import torch
 
 from metroem import __version__
-from metroem.data.dataset import PairRef, find_pairs, read_sample
-from metroem.data.known_warp import warp_section
-from metroem.data.photometric import augment_photometric
-from metroem.data.sample import Sample, seeded_generator, with_defects
 from metroem.errors import CheckpointError, DatasetError
+from metroem.evaluation.measure import Measured, Measurer
+from metroem.evaluation.plan import (
+    TRAINED_ON,
+    Location,
+    Task,
+    find_locations,
+    find_roles,
+    list_tasks,
+    select_pairs,
+)
+from metroem.evaluation.predictions import (
+    fields_bytes,
+    open_predictions,
+    prediction_key,
+)
 from metroem.evaluation.report.curves import Curve, read_curves
 from metroem.evaluation.report.page import ReportPage, report_page
 from metroem.evaluation.requests import EvaluateRequest
 from metroem.evaluation.scores import (
     BORDER_PX,
     CHUNK_PX,
-    NO_WARP_SCORE,
-    RING_FRACTION,
     RING_PX,
     AlignedPair,
-    Chunk,
+    Group,
     SetResult,
-    Spot,
     WarpedSection,
-    Where,
-    can_be_compared,
     mean_score,
-    score_aligned,
-    score_known,
     without_value,
 )
 from metroem.evaluation.tables import print_evaluation, write_json
-from metroem.geometry.field import resample_field
-from metroem.io.files import try_writing
-from metroem.io.h5 import ImageSet, find_image_sets
+from metroem.evaluation.workers import choose_workers, run_tasks
+from metroem.io.files import remove_partial_files, try_writing
+from metroem.io.resume import ResumeStore
 from metroem.models.weights import check_weights, weight_names
-from metroem.pyramid import Pyramid, StageInput
-from metroem.specs.augmentations import KnownWarp, Photometric
-from metroem.specs.modules import ModuleSpec, find_modules
-from metroem.synthetic.distortion import GroundTruth
+from metroem.specs.modules import ModuleSpec, find_modules, select_stages
 from metroem.training.checkpoint import RunFolder
-from metroem.training.write_fields import target_sets
 from metroem.utils import format_versions
 from metroem.utils.distributed import choose_device
 from metroem.utils.memory import enough_memory
 from metroem.utils.progress import progress
+from metroem.utils.stop_request import StopRequest
 
 logger = logging.getLogger(__name__)
 
-# The known warps, and the new noise and contrast that each side gets.
-_WARP, _IMAGING = KnownWarp(), Photometric()
+# Flags that change no figure, so that files do not depend on them.
+_NOT_WRITTEN = ("workers", "predictions")
 
 
-class _Location(NamedTuple):
-    """The image sets of one location, and its pairs that have tissue."""
+class Coverage(NamedTuple):
+    """How many pairs were evaluated."""
 
-    sets: tuple[ImageSet, ...]  # one per stage
-    indices: tuple[int, ...]
-
-    @property
-    def finest(self) -> ImageSet:
-        """The set of the last stage; all figures are in its pixels."""
-        return self.sets[-1]
+    done: int
+    asked: int  # `done` is less after a signal
+    in_data_set: int  # `asked` is less with --max_pairs
+    was_stopped: bool  # before all that was asked was done; sections count, too
 
 
-class _Run(NamedTuple):
-    """The pyramid, the request and the page; they are the same for all locations."""
+class _Plan(NamedTuple):
+    """All that is evaluated, and with what."""
 
-    pyramid: Pyramid
-    request: EvaluateRequest
-    page: ReportPage | None  # None without --report
-
-    @property
-    def finetune(self) -> bool:
-        """Whether each stage improves its field on the pair itself."""
-        return not self.request.no_finetune
+    modules: list[ModuleSpec]
+    checkpoint_name: str | None  # None: no module has weights
+    locations: list[Location]
+    tasks: list[Task]
+    keys: list[str]  # of the fields of each task
+    num_in_data_set: int
+    device: torch.device
+    num_workers: int
 
 
 def evaluate_dataset(request: EvaluateRequest) -> None:
     """Align every pair of a data set, then print and write the figures.
 
-    Each stage reads the image sets of its own mip. Figures are in pixels of the
-    last stage's mip. Grey levels are taken as they are in the files.
+    Each stage reads the image sets of its own mip. Figures are in pixels of the last
+    stage's mip. Grey levels are taken as they are in the files. The fields of each pair
+    are kept, and taken by the next run with the same weights and images.
 
     Raises:
-        PyramidError: the pyramid cannot be used.
+        PyramidError: the pyramid cannot be used, or lacks a stage of --stages.
         CheckpointError: some modules lack these weights. If no module has any, the
             figures are those of untrained networks; all are written before this error.
         DatasetError: a stage's mip has no images, images are too small to measure, or
             no pair can be compared.
-        StorageError: a result file cannot be written.
+        StorageError: a result file cannot be written, or another run is evaluating the
+            same.
+        ResourceError: memory ran out, or a process of --workers died.
+        SystemExit: with 130 or 143 after a signal; files of the pairs done so far are
+            written before.
     """
-    modules = find_modules(request.pyramid_path)
-    name = _checkpoint_name(modules, request)
-    locations = _find_locations(request, modules)
+    plan = _make_plan(request)
     if request.json is not None:
         try_writing(request.json.parent)
-    settings = {"chunk_px": CHUNK_PX, "border_px": BORDER_PX, "ring_px": RING_PX}
-    about = vars(request) | settings
-    device = choose_device("auto", ())
-    pyramid = Pyramid.load(request.pyramid_path, name, device)
     curves = [] if request.report is None else _curves(request)
-    with (
-        nullcontext() if request.report is None else report_page(request.report) as page
-    ):
-        run = _Run(pyramid, request, page)
-        with enough_memory("evaluation", "take smaller patches"):
-            results = [_evaluate_location(run, location) for location in locations]
-        if page is not None:
-            page.finish(about | _page_facts(modules, curves), results)
-    # Written first, since printing may fail.
-    if request.json is not None:
-        version = {"format_version": format_versions.FIGURES}
-        write_json(request.json, version | about | {"sets": results})
+    kept = open_predictions(request, plan.modules, plan.checkpoint_name, plan.keys)
+    with kept as store, StopRequest(None) as stop:
+        _log_plan(request, plan, store)
+        if request.report is not None and request.report.parent.is_dir():
+            remove_partial_files(request.report)
+        with (
+            nullcontext()
+            if request.report is None
+            else report_page(request.report) as page
+        ):
+            with enough_memory("evaluation", "take smaller patches, fewer --workers"):
+                done = _run(request, plan, store, page, stop)
+            num_done = sum(not task.is_known for task, _ in done)
+            num_asked = sum(not task.is_known for task in plan.tasks)
+            coverage = Coverage(
+                num_done, num_asked, plan.num_in_data_set, len(done) < len(plan.tasks)
+            )
+            if not done:
+                logger.info("stopped before the first pair was done")
+                sys.exit(stop.code)
+            results = _results(plan.locations, done)
+            settings = {"chunk_px": CHUNK_PX, "border_px": BORDER_PX}
+            about = vars(request) | settings | {"ring_px": RING_PX}
+            about = {k: v for k, v in about.items() if k not in _NOT_WRITTEN}
+            about["coverage"] = coverage
+            if page is not None:
+                page.finish(about | _page_facts(plan.modules, curves), results)
+        # Written first, since printing may fail.
+        if request.json is not None:
+            version = {"format_version": format_versions.FIGURES}
+            write_json(request.json, version | about | {"sets": results})
     print_evaluation(results)
     for path in (request.json, request.report):
         if path is not None:
             logger.info("wrote %s", path)
+    _warn_of_trained_pairs(results)
+    if coverage.was_stopped:
+        logger.info(
+            "stopped: %d of %d pairs; the same command resumes from here",
+            *(coverage.done, coverage.asked),
+        )
+        sys.exit(stop.code)
+    _check_results(request, plan, results)
+
+
+def _make_plan(request: EvaluateRequest) -> _Plan:
+    modules = find_modules(request.pyramid_path)
+    modules = select_stages(modules, request.stages, "--stages")
+    name = _checkpoint_name(modules, request)
+    locations = find_locations(request, modules)
+    num_in_data_set = sum(len(location.indices) for location in locations)
+    if request.max_pairs is not None:
+        locations = select_pairs(locations, request.max_pairs)
+    roles = find_roles(request, modules, locations)
+    tasks = list_tasks(locations, roles, known_warps=request.known_warps)
+    keys = [prediction_key(locations[task.location], task) for task in tasks]
+    device = choose_device("auto", ())
+    num_workers = choose_workers(request.workers, device, len(tasks))
+    return _Plan(
+        modules, name, locations, tasks, keys, num_in_data_set, device, num_workers
+    )
+
+
+def _log_plan(request: EvaluateRequest, plan: _Plan, store: ResumeStore) -> None:
+    """Say what is going to be done, with what, and what is kept."""
+    num_known = sum(task.is_known for task in plan.tasks)
+    num_pairs = len(plan.tasks) - num_known
+    pairs = f"{num_pairs} pairs"
+    if num_pairs < plan.num_in_data_set:
+        pairs = f"{num_pairs} of {plan.num_in_data_set} pairs"
+    known = f", {num_known} warped sections" if num_known else ""
+    stages = ", ".join(f"{m.stage} (mip {m.in_mip})" for m in plan.modules)
+    processes = (
+        "1 process" if plan.num_workers == 1 else f"{plan.num_workers} processes"
+    )
+    logger.info(
+        "%s of %d image sets%s; stages %s; device %s, %s of one thread",
+        *(pairs, len(plan.locations), known, stages, plan.device, processes),
+    )
+    num_bytes = sum(
+        fields_bytes(plan.locations[task.location], task) for task in plan.tasks
+    )
+    num_kept = sum(store.has(key) for key in plan.keys)
+    logger.info(
+        "fields take %.0f MB in %s: %d of %d are there already",
+        *(num_bytes / 1e6, store.folder, num_kept, len(plan.keys)),
+    )
+
+
+def _run(
+    request: EvaluateRequest,
+    plan: _Plan,
+    store: ResumeStore,
+    page: ReportPage | None,
+    stop: StopRequest,
+) -> list[tuple[Task, Measured]]:
+    """Do the tasks and add them to the page, in order; after a signal, some of them."""
+    measurer = Measurer(
+        pyramid_path=request.pyramid_path,
+        checkpoint_name=plan.checkpoint_name,
+        num_stages=len(plan.modules),
+        device=plan.device,
+        finetune=not request.no_finetune,
+        locations=plan.locations,
+        store=store,
+        draws=page is not None,
+    )
+    # Kept fields are measured fast, so they get a progress of their own: else it would
+    # promise the same speed for the rest.
+    num_kept = sum(1 for _ in takewhile(store.has, plan.keys))
+    parts = (
+        ("pairs and sections measured again", plan.tasks[:num_kept]),
+        ("pairs and sections aligned", plan.tasks[num_kept:]),
+    )
+    done = []
+    for what, tasks in parts:
+        if not tasks or stop.code:
+            continue
+        results = run_tasks(measurer, tasks, plan.num_workers, stop)
+        for task, measured in progress(results, what, total=len(tasks)):
+            if page is not None and measured.drawn is not None:
+                images = plan.locations[task.location].finest
+                page.add(images, measured.figures, measured.drawn)
+            done.append((task, measured._replace(drawn=None)))
+    return done
+
+
+def _results(
+    locations: Sequence[Location], done: Sequence[tuple[Task, Measured]]
+) -> list[SetResult]:
+    """Average the figures of each image set that has any."""
+    results = []
+    for number, location in enumerate(locations):
+        figures = [one.figures for task, one in done if task.location == number]
+        pairs = tuple(one for one in figures if isinstance(one, AlignedPair))
+        known = tuple(one for one in figures if isinstance(one, WarpedSection))
+        if not pairs:
+            continue
+        images = location.finest
+        mean = mean_score([pair.score for pair in pairs])
+        result = SetResult(images.path.name, images.mip, *images.shape, mean, pairs)
+        if known:
+            result = result._replace(
+                mean_known=mean_score([section.score for section in known]),
+                known=known,
+                known_without_value=without_value(known),
+            )
+        results.append(
+            result._replace(
+                without_value=without_value(pairs), groups=_group_by_role(pairs)
+            )
+        )
+    return results
+
+
+def _group_by_role(pairs: Sequence[AlignedPair]) -> Mapping[str, Group]:
+    """Average the figures of the pairs of each role; nothing if all have one role."""
+    by_role: dict[str, list[AlignedPair]] = {}
+    for pair in pairs:
+        by_role.setdefault(pair.role, []).append(pair)
+    if len(by_role) == 1:
+        return {}
+    return {
+        role: Group(
+            len(group) - without_value(group), mean_score([p.score for p in group])
+        )
+        for role, group in sorted(by_role.items())
+    }
+
+
+def _warn_of_trained_pairs(results: Sequence[SetResult]) -> None:
+    """Say that figures flatter where the networks have seen the pairs."""
+    pairs = [pair for result in results for pair in result.pairs]
+    num_trained = sum(pair.role == TRAINED_ON for pair in pairs)
+    if num_trained == len(pairs):
+        logger.warning("these pairs were trained on: figures flatter")
+    elif num_trained:
+        logger.warning(
+            "%d of %d pairs were trained on: their figures flatter; the others are "
+            "averaged separately",
+            *(num_trained, len(pairs)),
+        )
+
+
+def _check_results(
+    request: EvaluateRequest, plan: _Plan, results: Sequence[SetResult]
+) -> None:
+    """Refuse figures that say nothing of a trained pyramid."""
     if all(len(r.pairs) == r.without_value for r in results):
         raise DatasetError(
             f"{request.dataset_path}: no pair can be compared: none has "
             f"{CHUNK_PX} px of tissue with contrast in both sections where they overlap"
         )
-    if name is None:
+    if plan.checkpoint_name is None:
         raise CheckpointError(
             f"{request.pyramid_path}: no module has weights: these figures are of "
             "UNTRAINED networks; train them first (train.py), or name other weights "
@@ -163,123 +333,3 @@ def _checkpoint_name(
         return None
     check_weights(modules, name, f"--checkpoint_name {name}")
     return name
-
-
-def _find_locations(
-    request: EvaluateRequest, modules: Sequence[ModuleSpec]
-) -> list[_Location]:
-    """Find locations with images at every stage's mip, and their pairs with tissue."""
-    folder, mips = request.dataset_path, [module.in_mip for module in modules]
-    there = sorted({images.mip for images in find_image_sets(folder)})
-    for module in modules:
-        if module.in_mip not in there:
-            raise DatasetError(
-                f"{folder}: stage {module.stage} ({module.name}) reads mip "
-                f"{module.in_mip}, but image sets exist only at mips {there}; "
-                "evaluation runs every stage, also one whose fields were downloaded: "
-                f"get the images with download_image.py --mip {module.in_mip}"
-            )
-    pairs: dict[Path, list[PairRef]] = {}
-    refs = find_pairs(
-        folder, mips[-1], stage=0, checkpoint_name="", verifies=request.verify
-    )
-    for ref in refs:
-        pairs.setdefault(ref.images.path, []).append(ref)
-    finest = [refs[0].images for refs in pairs.values()]
-    for images in finest:
-        if min(images.shape) < CHUNK_PX + BORDER_PX:
-            raise DatasetError(
-                f"{images.path}: images of {images.shape[0]} x {images.shape[1]} px; "
-                f"at least {CHUNK_PX + BORDER_PX} px are needed to measure chunks of "
-                f"{CHUNK_PX} px off a border of {BORDER_PX} px"
-            )
-    by_stage = [target_sets(folder, finest, mip) for mip in mips]
-    return [
-        _Location(sets, tuple(ref.index for ref in pairs[sets[-1].path]))
-        for sets in zip(*by_stage, strict=True)
-    ]
-
-
-def _evaluate_location(run: _Run, location: _Location) -> SetResult:
-    """Evaluate all pairs of one location."""
-    images = location.finest
-    what = f"{images.path.name}, pairs aligned"
-    pairs = tuple(
-        _evaluate_pair(run, location, index)
-        for index in progress(location.indices, what, total=len(location.indices))
-    )
-    mean = mean_score([pair.score for pair in pairs])
-    result = SetResult(images.path.name, images.mip, *images.shape, mean, pairs)
-    result = result._replace(without_value=without_value(pairs))
-    if not run.request.known_warps:
-        return result
-    what = f"{images.path.name}, sections warped"
-    known = tuple(
-        _evaluate_warped(run, images, index)
-        for index in progress(location.indices, what, total=len(location.indices))
-    )
-    mean_known = mean_score([section.score for section in known])
-    return result._replace(
-        mean_known=mean_known, known=known, known_without_value=without_value(known)
-    )
-
-
-def _evaluate_pair(run: _Run, location: _Location, index: int) -> AlignedPair:
-    """Align a pair both ways, score it, and draw it if there is a page."""
-    inputs = []
-    for images in location.sets:
-        grid = images.grid(index)
-        sample = read_sample(PairRef(images, None, index), grid)
-        inputs.append(StageInput(sample, grid))
-    forward, backward = run.pyramid.run_both_ways(inputs, run.finetune)
-    sample = with_defects(inputs[-1].sample)
-    score, worst = score_aligned(sample, forward[-1].cpu(), backward[-1].cpu())
-    where = _where(location.finest, index, location.finest.sections(index), worst)
-    pair = AlignedPair(where, score)
-    if run.page is not None:
-        fields = [
-            resample_field(field.cpu(), stage.grid, inputs[-1].grid)
-            for field, stage in zip(forward, inputs, strict=True)
-        ]
-        run.page.add(location.finest, pair, sample, fields)
-    return pair
-
-
-def _evaluate_warped(run: _Run, images: ImageSet, index: int) -> WarpedSection:
-    """Align a tgt section with itself: warped by a known field, and unchanged.
-
-    With the known field, both sides get new noise and contrast. Coarser stages see the
-    section averaged to their mips, not the image sets of those mips.
-    """
-    section = torch.from_numpy(images.read(index).tgt)[None, None]
-    name, z = images.name, images.sections(index)[1]
-    generator = seeded_generator(name.x, name.y, z, images.mip)
-    warped = warp_section(section, _WARP, generator)
-    src = augment_photometric(warped.image, _IMAGING, generator)
-    tgt = augment_photometric(section, _IMAGING, generator)
-    field, identity = (
-        torch.from_numpy(
-            run.pyramid.fields(
-                a[0, 0].numpy(), b[0, 0].numpy(), images.mip, run.finetune
-            )[-1]
-        )[None]
-        for a, b in ((src, tgt), (section, section))
-    )
-    truth = GroundTruth(warped.field, warped.valid)
-    score, worst = NO_WARP_SCORE, None
-    on_itself = Sample(section, section, None, ())
-    if can_be_compared(on_itself, min_fraction=RING_FRACTION):  # EPE is per pixel
-        score, worst = score_known(field, truth, warped.near, identity)
-    return WarpedSection(_where(images, index, (z, z), worst), score)
-
-
-def _where(
-    images: ImageSet, index: int, sections: tuple[int, int], worst: Chunk | None
-) -> Where:
-    """Name the pair, and place its worst chunk in the volume, where tgt was read."""
-    spot = None
-    if worst is not None:
-        x, y, *_ = images.box(index, 1)
-        scale = 2**images.mip
-        spot = Spot(worst.figure, x + worst.row * scale, y + worst.col * scale)
-    return Where(images.path.name, index, *sections, spot)

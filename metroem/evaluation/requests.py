@@ -16,7 +16,8 @@ class EvaluateRequest(Request):
 
     Raises:
         UsageError: a checkpoint name that cannot be a file name, a folder for `json`
-            or `report`, or the same file for both.
+            or `report`, the same file for both, a file for `predictions`, or `stages`
+            that leave out an earlier one.
     """
 
     HELP = """Measure how well a pyramid aligns a data set, and list the worst pairs.
@@ -36,6 +37,28 @@ class EvaluateRequest(Request):
     verify: bool = flag(
         "check the checksum of each pair before it is used: reads it twice", False
     )
+    stages: list[int] | None = flag(
+        "run only these stages, from 0 on: 0, or 0 1; figures are in pixels of the "
+        "last of them",
+        unset="all",
+        least=0,
+    )
+    max_pairs: int | None = flag(
+        "align at most this number of pairs, spread evenly over the image sets and "
+        "within each",
+        unset="all",
+        least=1,
+    )
+    workers: int | None = flag(
+        "processes on this machine, one thread each",
+        unset="one per core, or 1 on a GPU",
+        least=1,
+    )
+    predictions: Path | None = flag(
+        "folder that keeps the fields, so that another call does not run the networks "
+        "again",
+        unset="<pyramid_path>/.evaluate/<checkpoint_name>",
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -54,6 +77,19 @@ class EvaluateRequest(Request):
                 f"--report {self.report}: --json names the same file; name another, "
                 f"for example {self.json.with_name('report.html')}"
             )
+
+        if self.predictions is not None and self.predictions.is_file():
+            raise UsageError(
+                f"--predictions {self.predictions}: is a file; name a folder"
+            )
+        if self.stages is not None:
+            first = range(max(self.stages, default=0) + 1)
+            if set(self.stages) != set(first):
+                raise UsageError(
+                    f"--stages {' '.join(map(str, self.stages))}: a stage starts from "
+                    "the fields of the stage before it; expected all up to the last, "
+                    f"--stages {' '.join(map(str, first))}"
+                )
 
     def check_paths(self) -> None:
         find_modules(self.pyramid_path)

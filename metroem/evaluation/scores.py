@@ -6,7 +6,7 @@ of the tissue counts as uncorrelated.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
@@ -133,6 +133,7 @@ class AlignedPair(NamedTuple):
 
     where: Where
     score: PairScore
+    role: str = ""  # in the training, see `metroem.evaluation.plan.find_roles`
 
 
 class WarpedSection(NamedTuple):
@@ -140,6 +141,14 @@ class WarpedSection(NamedTuple):
 
     where: Where
     score: WarpScore
+    role: str = ""  # of its pair
+
+
+class Group(NamedTuple):
+    """The figures of the pairs that had one role in the training."""
+
+    num_pairs: int  # that have figures
+    mean: PairScore
 
 
 class SetResult(NamedTuple):
@@ -155,6 +164,7 @@ class SetResult(NamedTuple):
     known: tuple[WarpedSection, ...] = ()
     without_value: int = 0  # pairs that cannot be compared; means leave them out
     known_without_value: int = 0  # the same for sections
+    groups: Mapping[str, Group] = {}  # by role, if the pairs have more than one
 
 
 def score_pair(

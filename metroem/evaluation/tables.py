@@ -12,6 +12,7 @@ from metroem.evaluation.scores import (
     CHUNK_PX,
     RING_PX,
     AlignedPair,
+    Group,
     PairScore,
     Score,
     SetResult,
@@ -67,6 +68,7 @@ def print_evaluation(results: Sequence[SetResult]) -> None:
         _print_num_left_out("pairs", result.without_value)
         if count:
             _print_pairs(result.mean)
+            _print_groups(result.groups)
             _print_num_made_worse("pairs", result.pairs, count)
         if result.mean_known is not None:
             count = len(result.known) - result.known_without_value
@@ -132,6 +134,13 @@ def _print_pairs(mean: PairScore) -> None:
     _print_row("folds off defects, ppm", f"{mean.folds_ppm:.1f}")
 
 
+def _print_groups(groups: Mapping[str, Group]) -> None:
+    """Print the main figures of the pairs of each role in the training."""
+    for role, (num_pairs, mean) in groups.items():
+        name = f"  CPC, {num_pairs} {role or 'unknown'}"
+        _print_row(name, f"{mean.cpc_before:.3f}", f"{mean.cpc:.3f}")
+
+
 def _print_known(mean: WarpScore) -> None:
     _print_row("EPE, px", "mean", "median", "p95", "p99", "> 1 px", "> 8 px")
     for name, error in (("  before", mean.before), ("  after", mean.after)):
@@ -171,7 +180,7 @@ def _print_worst(results: Sequence[SetResult]) -> None:
     # NaN comes first: the field left nothing to compare.
     pairs.sort(key=lambda pair: (pair.score.cpc == pair.score.cpc, pair.score.cpc))
     print("\nworst pairs (x, y: middle of the worst chunk, mip-0 pixels)")
-    for where, score in pairs[:NUM_WORST]:
+    for where, score, _ in pairs[:NUM_WORST]:
         cpc = f"CPC {score.cpc:.3f}, before {score.cpc_before:.3f}"
         print(f"  {_describe_pair(where)}: {cpc}{_describe_spot(where, '.3f')}")
     known = [
@@ -183,7 +192,7 @@ def _print_worst(results: Sequence[SetResult]) -> None:
     if known:
         known.sort(key=lambda section: -section.score.after.mean)
         print("worst sections warped by a known field")
-    for where, score in known[:NUM_WORST]:
+    for where, score, _ in known[:NUM_WORST]:
         epe = f"EPE {score.after.mean:.2f} px, before {score.before.mean:.2f}"
         print(f"  {_describe_pair(where)}: {epe}{_describe_spot(where, '.2f')}")
 

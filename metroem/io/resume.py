@@ -74,6 +74,18 @@ class ResumeStore:
                 "--overwrite (or delete that folder) to start again"
             )
 
+    @staticmethod
+    def stored_request(folder: Path) -> dict | None:
+        """Read the request of the results in a folder; None if it has no readable one.
+
+        With it a caller can discard the results of another request and start again.
+        """
+        try:
+            found = json.loads((folder / _REQUEST).read_text())
+        except (OSError, ValueError):
+            return None
+        return found if isinstance(found, dict) else None
+
     def keys(self) -> list[str]:
         """Return the keys of the stored arrays, sorted."""
         return sorted(

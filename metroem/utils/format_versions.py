@@ -12,6 +12,7 @@ from metroem.errors import MetroEMError
 SETS = 1  # image sets and field sets
 STATE = 2  # the state that a training resumes from; 1.0.0 wrote 1
 FIGURES = 1  # JSON of `evaluate`
+PREDICTIONS = 1  # fields that `evaluate` keeps
 
 
 def check_version(

@@ -27,7 +27,7 @@ def run(tmp_path):
 
 
 def request(run, **more):
-    return EvaluateRequest(run / "pyramid", run / "data", **more)
+    return EvaluateRequest(run / "pyramid", run / "data", **{"workers": 1} | more)
 
 
 def put_weights(run, stage, name):
@@ -45,7 +45,7 @@ def test_a_pyramid_is_evaluated_as_a_user_calls_it(run, capsys):
     main(
         [
             *("evaluate", "--pyramid_path", str(run / "pyramid")),
-            *("--dataset_path", str(run / "data"), "--no_finetune"),
+            *("--dataset_path", str(run / "data"), "--no_finetune", "--workers", "1"),
             *("--json", str(run / "figures.json")),
         ]
     )
@@ -109,6 +109,7 @@ def test_sections_are_warped_alike_for_every_pyramid(run, capsys):
                 json=file,
                 known_warps=True,
                 no_finetune=True,
+                workers=1,
             )
         )
         found += json.loads(file.read_text())["sets"]
@@ -140,7 +141,9 @@ def test_the_worst_chunk_lies_where_the_volume_has_it(run):
     write_pairs(data, mips=(1,), num_pairs=1, shape=(2 * 96, 2 * 160), corner=(64, 32))
     pyramid_with_weights(run / "coarse", [1])
     evaluate_dataset(
-        EvaluateRequest(run / "coarse", data, json=run / "f.json", no_finetune=True)
+        EvaluateRequest(
+            run / "coarse", data, json=run / "f.json", no_finetune=True, workers=1
+        )
     )
     (found,) = json.loads((run / "f.json").read_text())["sets"]
     worst = found["pairs"][0]["where"]["worst"]
@@ -183,5 +186,10 @@ def test_arguments_that_cannot_work_are_refused(tmp_path):
         request(tmp_path, report=tmp_path)
     with pytest.raises(UsageError, match="--report .*: --json names the same file"):
         request(tmp_path, json=tmp_path / "a", report=tmp_path / "a")
+    with pytest.raises(UsageError, match="--predictions .*: is a file"):
+        (tmp_path / "f").touch()
+        request(tmp_path, predictions=tmp_path / "f")
+    with pytest.raises(UsageError, match="--stages 0 2: .*expected .*--stages 0 1 2"):
+        request(tmp_path, stages=[0, 2])
     with pytest.raises(UsageError, match="--checkpoint_name"):
         request(tmp_path, checkpoint_name="a/b")

@@ -136,6 +136,7 @@ def evaluated(tmp_path_factory):
                 report=folder / f"{name}.html",
                 known_warps=True,
                 no_finetune=True,
+                workers=1,
             )
         )
     return folder
@@ -162,7 +163,10 @@ def test_means_are_those_of_the_other_pairs(evaluated):
 
 def test_tables_say_how_many_are_left_out(evaluated, capsys):
     request = EvaluateRequest(
-        evaluated / "p", evaluated / "some", known_warps=True, no_finetune=True
+        *(evaluated / "p", evaluated / "some"),
+        known_warps=True,
+        no_finetune=True,
+        workers=1,
     )
     evaluate_dataset(request)
     out = capsys.readouterr().out

@@ -233,5 +233,6 @@ def check_whole(folder):
 
 def left_over(folder):
     """List hidden files and folders that a run should have removed."""
-    hidden = [p for p in folder.rglob(".*") if p.name != ".train"]
+    kept = (".train", ".evaluate")
+    hidden = [p for p in folder.rglob(".*") if p.name not in kept]
     return sorted(str(p.relative_to(folder)) for p in hidden)

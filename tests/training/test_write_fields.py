@@ -454,9 +454,7 @@ def test_figures_that_cannot_be_written_are_named_before_the_pairs_are_aligned(
 ):
     write_pairs(place / "large", mips=(1, 0), num_pairs=1, shape=(160, 192))
     refuse(monkeypatch, place / "out")
-    monkeypatch.setattr(
-        "metroem.evaluation.evaluate.Pyramid.load", lambda *_: pytest.fail("late")
-    )
+    monkeypatch.setattr("metroem.pyramid.Pyramid.load", lambda *_: pytest.fail("late"))
     with pytest.raises(StorageError, match="out: Read-only file system"):
         main(
             ["evaluate", "--pyramid_path", str(place / "pyramid"), "--dataset_path"]

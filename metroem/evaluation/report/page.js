@@ -1,15 +1,21 @@
 // Show one pair: controls, keys, and positions in the volume.
 
 const data = JSON.parse(byId("summary").textContent);
+const items = [...data.pairs, ...data.known]; // their positions are ids
 const viewer = new Viewer(byId("canvas"));
 const MODES = { flicker: ["Flicker", "f"], slider: ["Slider", "s"], blend: ["Blend", "b"], overlay: ["Red/cyan", "o"], field: ["Field", "d"] };
 const SIDES = { before: ["Before", "1"], after: ["After", "2"] };
 const LAYERS = { arrows: ["Arrows", "a"], correlation: ["Correlation", "c"], masks: ["Folds, masks", "m"] };
+// Masks differ without colours, too: by stripes and a rim.
+const MASK_WORDS = { "not compared": "not compared", defect: "defect (striped)", fold: "fold (white rim)" };
 const NEUROGLANCER = "https://neuroglancer-demo.appspot.com/#!";
 const WORST_SCALE = 3; // screen pixels per pixel of the pair when the worst chunk is shown
 
 const sorting = { column: 1, reversed: false };
-let order = worstFirst(data.pairs, COLUMNS[1], false);
+let order = madeWorseFirst(data.pairs, worstFirst(data.pairs, COLUMNS[1], false));
+const EPE = { of: ({ score }) => score.after.mean, worst: "high" };
+const knownOrder = madeWorseFirst(data.known, worstFirst(data.known, EPE, false));
+let opener = null; // what had the focus, and where the page was, when the viewer opened
 let current = null; // id of the pair shown
 let timer = null; // of the flicker
 const state = { mode: "flicker", side: "after", showsTgt: false, share: 0.5, layers: new Set(), marker: null };
@@ -31,6 +37,21 @@ const KEYS = [
   [["0"], "whole pictures (wheel zooms, drag moves)", () => refit(), ["0"]],
   [["Esc"], "all pairs", () => (location.hash = ""), ["Escape"]],
 ];
+
+/** Name the block of pictures of an id. */
+function blockOf(id) {
+  return isKnown(id) ? `known-${id - data.pairs.length}` : `pair-${id}`;
+}
+
+/** Whether an id is that of a section warped by a known field. */
+function isKnown(id) {
+  return id >= data.pairs.length;
+}
+
+/** Ids of what is opened one after the other with this one. */
+function idsBeside(id) {
+  return isKnown(id) ? knownOrder.map((number) => data.pairs.length + number) : order;
+}
 
 function setOf(pair) {
   return data.sets.find((set) => set.file === pair.where.file);
@@ -139,9 +160,8 @@ function fillLegend() {
   if (state.layers.has("masks")) {
     const line = make("div");
     for (const [name, color] of Object.entries(data.masks)) {
-      const swatch = make("span", { class: "swatch" });
-      swatch.style.background = color;
-      line.append(swatch, make("span", {}, name));
+      const swatch = make("span", { class: `swatch ${name.replaceAll(" ", "-")}` });
+      line.append(make("span", { class: "entry" }, styled(swatch, { "--color": color }), MASK_WORDS[name]));
     }
     lines.push(line);
   }
@@ -150,26 +170,34 @@ function fillLegend() {
 
 // The pair
 
-async function openPair(id) {
+async function openPair(id, at) {
+  const isNew = current === null;
+  if (isNew) opener = { focus: document.activeElement, top: window.scrollY };
   current = id;
-  const pair = data.pairs[id];
+  const pair = items[id];
   byId("overview").hidden = true;
   byId("pair").hidden = false;
+  byId("tip").hidden = true;
+  if (!byId("pair").contains(document.activeElement)) byId("canvas").focus();
+  if (isNew) window.scrollTo(0, 0);
   byId("pair").style.setProperty("--top", `${document.querySelector("header").offsetHeight}px`);
-  const position = order.indexOf(id);
-  byId("place").textContent = `${position + 1} of ${order.length}`;
-  byId("name").textContent = `${nameOf(pair.where)}: z ${pair.where.z_src} on ${pair.where.z_tgt}`;
+  const beside = idsBeside(id);
+  const position = beside.indexOf(id);
+  byId("place").textContent = `${position + 1} of ${beside.length}`;
+  const title = isKnown(id) ? "warped by a known field" : `z ${pair.where.z_src} on ${pair.where.z_tgt}`;
+  byId("name").replaceChildren(`${nameOf(pair.where)}: ${title}`, ...marksOf(pair));
   document.title = `${nameOf(pair.where)} - MetroEM report`;
   fillFigures(pair);
   const pictures = await load(id);
   if (current !== id) return; // another pair was opened meanwhile
   const set = setOf(pair);
   viewer.show(pictures, { width: set.rows, height: set.cols }, data.about.chunk_px);
-  mark(worstPixel(pair), data.about.chunk_px / 2);
+  mark(at || worstPixel(pair), data.about.chunk_px / 2);
+  if (at) viewer.centre(at, WORST_SCALE);
   refresh();
   byId("canvas").dataset.shows = id;
-  for (const beside of [position + 1, position - 1]) {
-    if (order[beside] !== undefined) load(order[beside]);
+  for (const next of [position + 1, position - 1]) {
+    if (beside[next] !== undefined) load(beside[next]);
   }
 }
 
@@ -179,33 +207,61 @@ function showOverview() {
   document.title = "MetroEM report";
   byId("pair").hidden = true;
   byId("overview").hidden = false;
+  if (!opener) return;
+  opener.focus.focus({ preventScroll: true });
+  window.scrollTo(0, opener.top);
+  opener = null;
 }
 
 function step(by) {
-  const next = order[order.indexOf(current) + by];
-  if (current !== null && next !== undefined) location.hash = `#${next}`;
+  if (current === null) return;
+  const ids = idsBeside(current);
+  const next = ids[ids.indexOf(current) + by];
+  if (next !== undefined) location.hash = `#${next}`;
 }
 
 function fillFigures(pair) {
-  const { score } = pair;
-  const rows = [
-    ["", "before", "after"],
-    ["CPC", shown(score.cpc_before, 3), shown(score.cpc, 3)],
-    ...data.about.stages.slice(0, -1).map((name, stage) => [`  after ${name}`, "", shown(pair.stage_cpc[stage], 3)]),
-    ["CPC near defects", shown(score.ring_cpc_before, 3), shown(score.ring_cpc, 3)],
-    ["", "mean", "p95"],
-    ["cycle error, px", shown(score.cycle_mean_px, 2), shown(score.cycle_p95_px, 2)],
-    ["swap error, px", shown(score.swap_mean_px, 2), shown(score.swap_p95_px, 2)],
-    ["length of the field, px", shown(score.length_px, 2), ""],
-    ["folds off defects, ppm", "", shown(score.folds_ppm, 1)],
-    ["determinant p1, p99", shown(score.det_p01, 2), shown(score.det_p99, 2)],
-    ["compared, %", "", hasValue(pair) ? shown(100 * score.counted, 0) : "none"],
-  ];
-  const lines = rows.map(([name, ...cells]) => {
+  const rows = "after" in pair.score ? errorRows(pair.score) : scoreRows(pair);
+  const lines = rows.map(([name, means, ...cells]) => {
     const tag = name ? "td" : "th";
-    return make("tr", {}, make("th", {}, name), ...cells.map((cell) => make(tag, { class: "number" }, cell)));
+    const head = make("th", {}, explain(make("span", {}, name), MEANING[means]));
+    return make("tr", {}, head, ...cells.map((cell) => make(tag, { class: "number" }, cell)));
   });
   byId("figures").replaceChildren(...lines);
+}
+
+/** Rows of figures of a pair: name, key of `MEANING`, two cells. */
+function scoreRows(pair) {
+  const { score } = pair;
+  return [
+    ["", "", "before", "after"],
+    ["CPC", "cpc", shown(score.cpc_before, 3), shown(score.cpc, 3)],
+    ...data.about.stages.slice(0, -1).map((name, stage) => [`  after ${name}`, "cpc", "", shown(pair.stage_cpc[stage], 3)]),
+    ["CPC near defects", "ring", shown(score.ring_cpc_before, 3), shown(score.ring_cpc, 3)],
+    ["", "", "mean", "p95"],
+    ["cycle error, px", "cycle", shown(score.cycle_mean_px, 2), shown(score.cycle_p95_px, 2)],
+    ["swap error, px", "swap", shown(score.swap_mean_px, 2), shown(score.swap_p95_px, 2)],
+    ["length of the field, px", "length", shown(score.length_px, 2), ""],
+    ["folds off defects, ppm", "folds", "", shown(score.folds_ppm, 1)],
+    ["determinant p1, p99", "det", shown(score.det_p01, 2), shown(score.det_p99, 2)],
+    ["compared, %", "compared", "", hasValue(pair) ? shown(100 * score.counted, 0) : "none"],
+  ];
+}
+
+/** The same of a section warped by a known field. */
+function errorRows(score) {
+  const error = (label, key) => [label, "epe", shown(score.before[key], 2), shown(score.after[key], 2)];
+  return [
+    ["", "", "before", "after"],
+    error("EPE mean, px", "mean"),
+    error("EPE median, px", "median"),
+    error("EPE p95, px", "p95"),
+    error("EPE p99, px", "p99"),
+    ["above 8 px, %", "share", "", shown(percentAboveEight(score), 2)],
+    ["EPE near defects, px", "near", "", shown(score.near_px, 2)],
+    ["folds, ppm", "folds", "", shown(score.folds_ppm, 1)],
+    ["section on itself, px", "itself", "", shown(score.identity_px, 3)],
+  ];
 }
 
 /** Find the middle of the worst chunk, a pixel of the pictures; null if no chunk counts. */
@@ -217,7 +273,7 @@ function worstPixel(pair) {
 }
 
 function showWorst() {
-  const pixel = current === null ? null : worstPixel(data.pairs[current]);
+  const pixel = current === null ? null : worstPixel(items[current]);
   if (!pixel) return;
   mark(pixel, data.about.chunk_px / 2);
   viewer.centre(pixel, WORST_SCALE);
@@ -232,14 +288,14 @@ function refit() {
 /** Mark a pixel, and show its position in the volume. */
 function mark(pixel, half) {
   state.marker = pixel && { ...pixel, half };
-  const pair = data.pairs[current];
+  const pair = items[current];
   const { worst } = pair.where;
   const set = setOf(pair);
   const lines = [];
   if (pixel) {
     const { x, y } = inVolume(pair, pixel);
     const isWorst = worst && worst.x === x && worst.y === y;
-    const what = isWorst ? `Worst chunk (CPC ${shown(worst.figure, 3)})` : "Marked";
+    const what = isWorst ? `Worst chunk (${isKnown(current) ? "EPE, px" : "CPC"} ${shown(worst.figure, isKnown(current) ? 2 : 3)})` : "Marked";
     lines.push(make("div", {}, `${what}, x, y, z in mip-0 pixels:`));
     for (const [side, z] of [["src", pair.where.z_src], ["tgt", pair.where.z_tgt]]) {
       const at = make("span", { class: "copy" }, `${x}, ${y}, ${z}`);
@@ -319,7 +375,7 @@ function showPosition(pixel) {
     byId("pointer").textContent = "";
     return;
   }
-  const { x, y } = inVolume(data.pairs[current], pixel);
+  const { x, y } = inVolume(items[current], pixel);
   const [before, after] = ["before", "after"].map((side) => shown(viewer.correlationAt(pixel, side), 2));
   byId("pointer").textContent = `x ${x}, y ${y} (mip 0); CPC of the chunk ${before} \u2192 ${after}`;
 }
@@ -327,7 +383,9 @@ function showPosition(pixel) {
 function followKeys() {
   document.addEventListener("keydown", (event) => {
     if (current === null || event.ctrlKey || event.metaKey || event.altKey) return;
-    if (event.target.type === "range" && event.key.startsWith("Arrow")) return;
+    // Space and arrows belong to the control that has the focus.
+    const isControl = event.target.closest("button, input, select, summary, a");
+    if (isControl && (event.key === " " || event.key.startsWith("Arrow"))) return;
     const entry = KEYS.find(([, , , names]) => names.includes(event.key));
     if (!entry) return;
     event.preventDefault();
@@ -346,19 +404,23 @@ function openById(id) {
   location.hash = `#${id}`;
 }
 
+/** Open what the address names: "#3", or "#3@120,64" for a pixel of it. */
 function followHash() {
-  const id = /^#\d+$/.test(location.hash) ? Number(location.hash.slice(1)) : null;
-  if (id !== null && id < data.pairs.length) openPair(id);
-  else showOverview();
+  const match = /^#(\d+)(?:@(\d+),(\d+))?$/.exec(location.hash);
+  if (!match || Number(match[1]) >= items.length) return showOverview();
+  openPair(Number(match[1]), match[2] && { x: Number(match[2]), y: Number(match[3]) });
 }
 
 function start() {
   fillAbout(data.about);
+  fillNotes(data);
+  fillWorst(data);
   fillTiles(data);
   fillStages(data);
   fillCurves(data.about.curves);
   fillSets(data);
-  fillKnown(data);
+  fillRoles(data);
+  fillKnown(data, knownOrder, (number) => openById(data.pairs.length + number));
   fillPairs(data, order, sorting, sortBy, openById);
   fillChoices();
   followPointer();

@@ -12,6 +12,7 @@ import hashlib
 import json
 import math
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.abc import Traversable
@@ -19,11 +20,14 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any, TextIO
 
-from torch import Tensor
-
-from metroem.data.sample import Sample
-from metroem.evaluation.report.pair_pictures import MASKS, draw_pair, draw_wheel
-from metroem.evaluation.scores import AlignedPair, SetResult
+from metroem.evaluation.report.pair_pictures import (
+    MASKS,
+    NUM_CROPS,
+    Crop,
+    Drawn,
+    draw_wheel,
+)
+from metroem.evaluation.scores import AlignedPair, SetResult, WarpedSection
 from metroem.evaluation.tables import plain
 from metroem.io.files import atomic_write, make_folder
 from metroem.io.h5 import ImageSet
@@ -33,6 +37,7 @@ FOLDER: Traversable = files("metroem.evaluation.report")
 _STYLES = ("base.css", "page.css")
 _SCRIPTS = ("elements.js", "overview.js", "viewer.js", "page.js")
 _DATA = "<!-- data -->"
+_CROPS_PER_PAIR = 3  # among the worst of all, if there are enough pairs
 # Sources that neuroglancer can open from anywhere; a local path is none of them.
 _SOURCE = re.compile(
     r"(?:(?P<format>precomputed|n5|zarr|zarr2|zarr3)://)?"
@@ -50,6 +55,8 @@ class ReportPage:
         self._file = file
         self._sets: dict[str, dict[str, Any]] = {}
         self._rows: list[dict[str, Any]] = []
+        self._known: list[dict[str, Any]] = []
+        self._crops: list[tuple[float, int, Crop]] = []  # CPC, number of the pair
         head, self._tail = fill_template(
             FOLDER / "page.html",
             [FOLDER / name for name in _STYLES],
@@ -58,27 +65,30 @@ class ReportPage:
         file.write(head)
 
     def add(
-        self,
-        images: ImageSet,
-        pair: AlignedPair,
-        sample: Sample,
-        fields: list[Tensor],
+        self, images: ImageSet, pair: AlignedPair | WarpedSection, drawn: Drawn
     ) -> None:
         """Write the pictures of a pair, and keep its figures for the table.
 
         Args:
             images: the set of the finest mip.
-            pair: the figures of one of its pairs.
-            sample: the pair, of batch size 1, its defects known.
-            fields: one per stage, (1, 2, H, W) each, px of the sample's mip.
+            pair: the figures of one of its pairs, or of a section warped by a known
+                field.
+            drawn: its pictures.
         """
-        drawn = draw_pair(sample, fields)
-        self._write_json(f"pair-{len(self._rows)}", drawn.pictures)
         self._sets.setdefault(images.path.name, _about_set(images))
         x, y, *_ = images.box(pair.where.pair, 1)
+        if isinstance(pair, WarpedSection):
+            self._write_json(f"known-{len(self._known)}", drawn.pictures)
+            more = {"corner": [x, y], "thumb": drawn.thumb}
+            self._known.append(plain(pair) | plain(more))
+            return
+        self._write_json(f"pair-{len(self._rows)}", drawn.pictures)
         has_value = not math.isnan(pair.score.made_worse)
-        stage_cpc = drawn.stage_cpc if has_value else [None] * len(fields)
+        stage_cpc = drawn.stage_cpc if has_value else [None] * len(drawn.stage_cpc)
         more = {"corner": [x, y], "thumb": drawn.thumb, "stage_cpc": stage_cpc}
+        if has_value:
+            number = len(self._rows)
+            self._crops += [(crop.cpc, number, crop) for crop in drawn.crops]
         self._rows.append(plain(pair) | plain(more))
 
     def finish(self, about: Mapping[str, Any], results: Sequence[SetResult]) -> None:
@@ -89,7 +99,7 @@ class ReportPage:
             results: one per image set.
         """
         sets = [
-            self._sets[result.file] | plain(result._replace(pairs=()))
+            self._sets[result.file] | plain(result._replace(pairs=(), known=()))
             for result in results
         ]
         masks = {
@@ -97,10 +107,19 @@ class ReportPage:
             for name, (red, green, blue, alpha) in MASKS.items()
         }
         legend = {"masks": masks, "wheel": draw_wheel()}
-        self._write_json(
-            "summary", {"about": about, "sets": sets, "pairs": self._rows} | legend
-        )
+        rows = {"pairs": self._rows, "known": self._known, "worst": self._worst()}
+        self._write_json("summary", {"about": about, "sets": sets} | rows | legend)
         self._file.write(self._tail)
+
+    def _worst(self) -> list[dict[str, Any]]:
+        """Choose the worst chunks of all pairs, so that one pair does not fill them."""
+        most = max(_CROPS_PER_PAIR, -(-NUM_CROPS // max(len(self._rows), 1)))
+        worst, per_pair = [], Counter[int]()
+        for _, number, crop in sorted(self._crops, key=lambda one: one[:2]):
+            per_pair[number] += 1
+            if per_pair[number] <= most:
+                worst.append({"pair": number} | plain(crop))
+        return worst[:NUM_CROPS]
 
     def _write_json(self, name: str, value: Any) -> None:
         self._file.write(data_block(name, value))

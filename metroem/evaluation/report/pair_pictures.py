@@ -15,7 +15,12 @@ from PIL import Image
 from torch import Tensor
 
 from metroem.data.sample import Sample
-from metroem.evaluation.scores import correlation, defects_on_tgt, valid_overlap
+from metroem.evaluation.scores import (
+    CHUNK_PX,
+    correlation,
+    defects_on_tgt,
+    valid_overlap,
+)
 from metroem.geometry.field import jacobian_determinant, warp
 from metroem.imaging.masks import dilate
 from metroem.io.pictures import color_field, overlay, stretched
@@ -33,10 +38,28 @@ _QUALITY, _METHOD, _COLOR_QUALITY = 50, 2, 80
 # an earlier one. Red, green, blue, alpha.
 MASKS = {
     "not compared": (110, 125, 150, 110),
-    "defect": (255, 165, 0, 130),
+    "defect": (255, 165, 0, 70),
     "fold": (255, 0, 80, 255),
 }
+# So that masks differ without colours, too: defects are striped, folds have a rim. Both
+# have codes after those of `MASKS`.
+_STRIPE, _RIM = (255, 165, 0, 230), (255, 255, 255, 255)
+_STRIPE_PX, _STRIPE_EVERY_PX = 3, 9
 _FOLD_DILATION_PX = 1  # a fold of one pixel would be hard to see
+# Chunks of a pair that may be among the worst of all pairs.
+NUM_CROPS = 12
+_CROP_PX = 2 * CHUNK_PX  # a chunk and its surroundings
+
+
+class Crop(NamedTuple):
+    """One of the worst chunks of a pair, small: src red, tgt cyan, after alignment."""
+
+    cpc: float
+    x: int  # the middle of the chunk: px of the pair, x to the right
+    y: int
+    picture: str  # data URI
+    # The chunk in the picture: left, top, right, bottom, as fractions of its sides.
+    box: tuple[float, float, float, float]
 
 
 class Drawn(NamedTuple):
@@ -45,6 +68,7 @@ class Drawn(NamedTuple):
     pictures: dict[str, Any]  # decoded when the pair is opened
     thumb: str  # data URI
     stage_cpc: tuple[float, ...]  # mean CPC after each stage
+    crops: tuple[Crop, ...]  # lowest CPC first, at most `NUM_CROPS`
 
 
 def draw_pair(sample: Sample, fields: list[Tensor]) -> Drawn:
@@ -78,16 +102,19 @@ def draw_pair(sample: Sample, fields: list[Tensor]) -> Drawn:
     }
     pictures["factor"] = factor
     pictures["masks"] = _draw_masks(sample, field, valid, factor)
+    before = correlation(sample, zero_field, overlap)
+    by_stage = [correlation(sample, f, overlap) for f in fields]
     pictures["correlation"] = {
-        name: _transpose(correlation(sample, f, overlap)[0, 0].numpy()).tolist()
-        for name, f in (("before", zero_field), ("after", field))
+        name: _transpose(cpc[0, 0].numpy()).tolist()
+        for name, cpc in (("before", before), ("after", by_stage[-1]))
     }
-    thumb = _shrink(overlay(warped, tgt), -(-max(src.shape) // THUMB_PX))
-    by_stage = (correlation(sample, f, overlap) for f in fields)
+    both = overlay(warped, tgt)
+    thumb = _shrink(both, -(-max(src.shape) // THUMB_PX))
     return Drawn(
         pictures | _draw_field(field),
         _uri(thumb, _COLOR_QUALITY),
-        tuple(float(values.nanmean()) for values in by_stage),
+        tuple(float(cpc.nanmean()) for cpc in by_stage),
+        _draw_crops(both, by_stage[-1][0, 0].numpy()),
     )
 
 
@@ -121,18 +148,59 @@ def _draw_field(field: Tensor) -> dict[str, Any]:
     }
 
 
+def _draw_crops(both: np.ndarray, cpc: np.ndarray) -> tuple[Crop, ...]:
+    """Draw the chunks of the lowest correlation, NaN left out.
+
+    Args:
+        both: (H, W, 3), src in red and tgt in cyan.
+        cpc: (rows, cols) of chunks.
+    """
+    crops = []
+    for at in np.argsort(cpc, axis=None, kind="stable")[:NUM_CROPS]:
+        row, col = divmod(int(at), cpc.shape[1])
+        if np.isnan(cpc[row, col]):
+            break
+        starts, sides, box = [], [], []
+        for size, index in zip(both.shape, (row, col), strict=False):
+            side = min(_CROP_PX, size)
+            start = CHUNK_PX * index + (CHUNK_PX - side) // 2
+            start = min(max(start, 0), size - side)
+            starts.append(start)
+            sides.append(side)
+            box.append((CHUNK_PX * index - start) / side)
+        rows, cols = (slice(s, s + n) for s, n in zip(starts, sides, strict=True))
+        ends = (at + CHUNK_PX / n for at, n in zip(box, sides, strict=True))
+        crops.append(
+            Crop(
+                float(cpc[row, col]),
+                CHUNK_PX * row + CHUNK_PX // 2,
+                CHUNK_PX * col + CHUNK_PX // 2,
+                _uri(Image.fromarray(_transpose(both[rows, cols])), _COLOR_QUALITY),
+                (*box, *ends),
+            )
+        )
+    return tuple(crops)
+
+
 def _draw_masks(sample: Sample, field: Tensor, valid: Tensor, factor: int) -> str:
     folds = F.pad(jacobian_determinant(field) <= 0, (1, 1, 1, 1))
     layers = (~valid, defects_on_tgt(sample, field), dilate(folds, _FOLD_DILATION_PX))
     codes = torch.zeros(valid.shape)
     for code, layer in enumerate(layers, start=1):
         codes[layer] = code
-    codes = F.max_pool2d(codes, factor, ceil_mode=True)[0, 0].numpy().astype(np.uint8)
+    codes = F.max_pool2d(codes, factor, ceil_mode=True)
+    is_fold = codes == len(MASKS)
+    rim = (dilate(is_fold, 1) & ~is_fold)[0, 0].numpy()
+    codes = codes[0, 0].numpy().astype(np.uint8)
+    rows, cols = np.indices(codes.shape)
+    is_stripe = (rows + cols) % _STRIPE_EVERY_PX < _STRIPE_PX
+    is_defect = codes == list(MASKS).index("defect") + 1
+    codes[is_defect & is_stripe] = len(MASKS) + 1
+    codes[rim] = len(MASKS) + 2
+    colors = [(0, 0, 0, 0), *MASKS.values(), _STRIPE, _RIM]
     image = Image.fromarray(_transpose(codes))
-    image.putpalette(
-        [0, 0, 0, *(part for color in MASKS.values() for part in color[:3])]
-    )
-    alpha = bytes([0, *(color[3] for color in MASKS.values())])
+    image.putpalette([part for color in colors for part in color[:3]])
+    alpha = bytes(color[3] for color in colors)
     return _uri(image, None, transparency=alpha)
 
 

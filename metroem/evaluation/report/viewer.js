@@ -19,7 +19,7 @@ function load(id) {
 }
 
 async function decode(id) {
-  const pair = JSON.parse(byId(`pair-${id}`).textContent);
+  const pair = JSON.parse(byId(blockOf(id)).textContent);
   const names = ["before", "after", "tgt", "field", "masks"];
   const images = await Promise.all(names.map((name) => decodeImage(pair[name])));
   names.forEach((name, index) => (pair[name] = images[index]));

@@ -14,12 +14,6 @@ const SHOWN = { both: "section", section: "reference", reference: "both" };
 const MAX_LABELS = 24; // of sections that stand out, over the curves
 const MIN_SECTION_PX = 3; // height of a section in maps and cuts
 
-/** Set styles from script: the page's policy allows no style attributes. */
-function styled(element, styles) {
-  for (const [name, value] of Object.entries(styles)) element.style.setProperty(name, value);
-  return element;
-}
-
 function percent(value, digits) {
   return typeof value === "number" ? `${value ? (100 * value).toFixed(digits) : 0} %` : "\u2013";
 }
@@ -189,21 +183,6 @@ function drawCurve(curve, width) {
   const cursor = svg("line", { x1: -9, x2: -9, y1: top, y2: bottom, class: "cursor" });
   plot.append(cursor);
   return plot;
-}
-
-/** Draw values as lines that end where a value is unknown; single values as dots. */
-function drawLine(plot, name, values, x, y) {
-  let points = [];
-  const finish = () => {
-    if (points.length > 1) plot.append(svg("polyline", { class: name, points: points.join(" ") }));
-    else if (points.length === 1) {
-      const [cx, cy] = points[0].split(",");
-      plot.append(svg("circle", { class: name, cx, cy, r: 2.2 }));
-    }
-    points = [];
-  };
-  values.forEach((value, index) => (value === null ? finish() : points.push(`${x(index)},${y(value)}`)));
-  finish();
 }
 
 function describeSection(section) {

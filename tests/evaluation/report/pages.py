@@ -6,18 +6,23 @@ from html.parser import HTMLParser
 import torch
 
 from metroem.data.sample import Sample
+from metroem.evaluation.evaluate import Coverage
 from metroem.evaluation.report.curves import Curve
 from metroem.evaluation.report.page import report_page
+from metroem.evaluation.report.pair_pictures import draw_pair
 from metroem.evaluation.scores import (
     CHUNK_PX,
     AlignedPair,
     SetResult,
     Spot,
+    WarpedSection,
     Where,
     mean_score,
     score_aligned,
+    score_known,
 )
 from metroem.io.h5 import ImageSet
+from metroem.synthetic.distortion import GroundTruth
 from tests.pairs import SHIFT_PX, shifted_pair, write_pairs
 
 ROWS, COLS = 96, 160
@@ -30,6 +35,7 @@ ABOUT = {
     "checkpoint_name": "checkpoint",
     "no_finetune": False,
     "chunk_px": CHUNK_PX,
+    "coverage": Coverage(3, 3, 3, False),
     "made": "2026-11-24 12:00",
     "version": "1.0.0",
     "stages": ["stage 0 (mip 1)", "stage 1 (mip 0)"],
@@ -72,7 +78,16 @@ def blocks(path):
     }
 
 
-def make_page(path, *, shares=(0.0, 0.5, 1.0), source=None, about=ABOUT, suffix=""):
+def make_page(
+    path,
+    *,
+    shares=(0.0, 0.5, 1.0),
+    source=None,
+    about=ABOUT,
+    suffix="",
+    roles=("", "", ""),
+    known=(),
+):
     """A page of pairs, each aligned by a share of the field that is right.
 
     Args:
@@ -81,6 +96,8 @@ def make_page(path, *, shares=(0.0, 0.5, 1.0), source=None, about=ABOUT, suffix=
         source: path of the volume; that of the tests' pairs if None.
         about: what is said of the run.
         suffix: of the name of the image set, with its underscore.
+        roles: of the pairs in the training.
+        known: shares of sections warped by a known field.
     """
     folder = path.parent / "data"
     write_pairs(folder, mips=(1,), num_pairs=len(shares), shape=(2 * ROWS, 2 * COLS))
@@ -99,9 +116,26 @@ def make_page(path, *, shares=(0.0, 0.5, 1.0), source=None, about=ABOUT, suffix=
             assert worst is not None
             spot = Spot(worst.figure, 2 * worst.row, 2 * worst.col)
             where = Where(images.path.name, index, index + 1, index, spot)
-            pairs.append(AlignedPair(where, score))
-            page.add(images, pairs[-1], sample, [field / 2, field])
+            pairs.append(AlignedPair(where, score, roles[index]))
+            page.add(images, pairs[-1], draw_pair(sample, [field / 2, field]))
+        for index, share in enumerate(known):
+            page.add(images, *warped_section(images, index, share))
         mean = mean_score([pair.score for pair in pairs])
         result = SetResult(images.path.name, 1, ROWS, COLS, mean, tuple(pairs))
         page.finish(about, [result])
     return path
+
+
+def warped_section(images, index, share):
+    """A section warped by a field of `SHIFT_PX`, aligned by a share of that field."""
+    defects = torch.zeros(1, 1, ROWS, COLS, dtype=torch.bool)
+    sample = Sample(*shifted_pair(ROWS, COLS, index), None, (), *[defects] * 2)
+    true_field = torch.zeros(1, 2, ROWS, COLS)
+    true_field[:, 0] = SHIFT_PX
+    field = share * true_field
+    truth = GroundTruth(true_field, ~defects)
+    score, worst = score_known(field, truth, defects, 0 * field)
+    assert worst is not None
+    spot = Spot(worst.figure, 2 * worst.row, 2 * worst.col)
+    where = Where(images.path.name, index, index, index, spot)
+    return WarpedSection(where, score), draw_pair(sample, [field])

@@ -54,13 +54,32 @@ def test_pictures_are_upright_and_src_after_looks_like_tgt(drawn):
 def test_masks_show_defects_and_folds_where_they_are(drawn):
     masks = opened(drawn.pictures["masks"])
     codes = np.asarray(masks)
-    names = ["", *MASKS]
-    assert names[codes[35, 85]] == "defect"  # col 35, row 85
+    names = ["", *MASKS, "stripe of a defect", "rim of a fold"]
+    # Of the 9 px along a row, 3 are a stripe: (row + col) % 9 < 3.
+    assert names[codes[36, 85]] == "defect"  # col 36, row 85: 121 = 13 * 9 + 4
+    assert names[codes[34, 85]] == "stripe of a defect"  # 119 = 13 * 9 + 2
+    assert names[codes[98, 29]] == "rim of a fold"  # the fold is widened by 1 px
     assert names[codes[100, 29]] == "fold"
     assert names[codes[2, 2]] == "not compared"  # the border
     assert codes[120, 60] == 0
     alpha = np.asarray(masks.convert("RGBA"))[..., 3]
     assert alpha[120, 60] == 0 and alpha[100, 29] == 255
+
+
+def test_the_worst_chunks_come_first_with_what_is_around_them(drawn):
+    cpc = np.array(drawn.pictures["correlation"]["after"])
+    # The chunk at rows 64 to 128 of cols 0 to 64 has too few pixels off the defect.
+    assert cpc.shape == (3, 2) and np.isnan(cpc[0, 1])
+    assert [crop.cpc for crop in drawn.crops] == sorted(cpc[np.isfinite(cpc)])
+    for crop in drawn.crops:
+        # x runs along rows of the arrays, which run to the right in pictures.
+        assert cpc[crop.y // 64, crop.x // 64] == crop.cpc
+        assert opened(crop.picture).size == (128, 128)
+        left, top, right, bottom = crop.box
+        assert (right - left, bottom - top) == (0.5, 0.5)
+    # The middle chunk down has 32 px around it; the image is no wider than the crop.
+    middle = next(c for c in drawn.crops if (c.x, c.y) == (32, 96))
+    assert middle.box == (0, 0.25, 0.5, 0.75)
 
 
 def test_the_correlation_is_upright_and_better_after(drawn):
