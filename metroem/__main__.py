@@ -8,9 +8,14 @@ from typing import Any
 
 from metroem import __version__
 from metroem.evaluation.requests import EvaluateRequest
-from metroem.export.requests import ExportRequest
+from metroem.export.requests import ExportImagesRequest, ExportRequest
 from metroem.models.requests import FetchRequest, InitRequest
-from metroem.prepare.requests import DatasetRequest, InspectRequest, SpecRequest
+from metroem.prepare.requests import (
+    DatasetRequest,
+    ImportRequest,
+    InspectRequest,
+    SpecRequest,
+)
 from metroem.stack.requests import (
     AlignStackRequest,
     CheckRequest,
@@ -70,6 +75,11 @@ def _write_fields(flags: WriteFieldsRequest, arguments: Sequence[str]) -> None:
 COMMANDS: dict[str, tuple[type[cli.Request], Run, str]] = {
     "init": (InitRequest, _init, "write untrained modules"),
     "fetch": (FetchRequest, _fetch, "copy a pyramid or module from any cloud path"),
+    "import": (
+        ImportRequest,
+        _import_and_run("metroem.prepare.import_images.import_images"),
+        "make a volume of images, TIFF, npy, Zarr or N5, or add mips to a volume",
+    ),
     "inspect": (
         InspectRequest,
         _import_and_run("metroem.prepare.inspect.inspect_dataset"),
@@ -99,6 +109,11 @@ COMMANDS: dict[str, tuple[type[cli.Request], Run, str]] = {
         ExportRequest,
         _import_and_run("metroem.export.export_fields.export_fields"),
         "write fields as a CloudVolume, or for SOFIMA or ITK",
+    ),
+    "export-images": (
+        ExportImagesRequest,
+        _import_and_run("metroem.export.export_images.export_images"),
+        "write the sections of a volume as PNG or TIFF files",
     ),
     "worker": (
         WorkerRequest,

@@ -79,7 +79,8 @@ def flag(
         nargs: number of values, as in argparse; "+" by default for a list.
         metavar: name of the value in --help.
         read: converts the text to the value; by default the field's type does.
-        is_positional: whether the flag has no name on the command line.
+        is_positional: whether the flag has no name on the command line; with a default
+            it may be left out.
     """
     about = locals()
     del about["default"]
@@ -152,7 +153,9 @@ class _Flag(NamedTuple):
         if self.metavar is not None:
             options["metavar"] = self.metavar
         if self.is_positional:
-            return options
+            if self.default is _REQUIRED:
+                return options
+            return options | {"nargs": "?", "default": self.default}
         if self.default is _REQUIRED:
             return options | {"required": True, "help": f"{self.help} (required)"}
         default = [self.default] if not self.is_list else self.default or []
