@@ -63,6 +63,7 @@ def import_images(request: ImportRequest) -> None:
             size is not known; another volume exists at the destination.
         StorageError, ResourceError: it cannot be written, or a process was killed.
     """
+    request.check_paths()
     try:
         if request.volume is None:
             _add_mips(request)
@@ -414,8 +415,6 @@ def _check_destination(
         )
     folder = local_folder(writer.path)
     if folder is not None and folder.exists():
-        if not folder.is_dir():
-            raise DatasetError(f"VOLUME {path}: is a file; give the path of a folder")
         if held := [one.name for one in folder.iterdir() if one.name[0] != "."]:
             raise DatasetError(
                 f"VOLUME {path}: holds other files, such as {sorted(held)[0]}; give a "

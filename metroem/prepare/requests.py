@@ -420,6 +420,11 @@ class ImportRequest(Request):
                     f"VOLUME {self.volume}: is also SECTIONS; name another path to "
                     "write to, or leave VOLUME out to add mips to a volume"
                 )
+            written = local_folder(self.volume)
+            if written is not None and written.is_file():
+                raise DatasetError(
+                    f"VOLUME {self.volume}: is a file; give the path of a folder"
+                )
 
 
 def _words(values: list[float]) -> str:
