@@ -6,6 +6,7 @@ headers are read. Sections are read in bands of rows, so that a section may be l
 than memory where its format can be read in parts.
 """
 
+import errno
 import logging
 import math
 import re
@@ -16,6 +17,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +41,7 @@ BAND_ROWS = 512
 # Parts of a file (strips, tiles) of more rows are not decoded again for each band.
 _LARGEST_PART = 2048
 _KINDS = "buif"
+_OF_STORAGE = {errno.EIO, errno.ESTALE, errno.EMFILE, errno.ENFILE, errno.ENOMEM}
 # What the libraries raise for files that are broken.
 _BROKEN = (
     *(OSError, ValueError, SyntaxError, EOFError, LookupError, TypeError),
@@ -108,7 +111,7 @@ class SectionStack(ABC):
         found = sorted({*self.sections, *self.broken})
         return range(found[0], found[-1] + 1)
 
-    @property
+    @cached_property
     def missing(self) -> dict[int, str]:
         """By z, why a section inside of the span cannot be read."""
         gaps = set(self.span) - self.sections.keys() - self.broken.keys()
@@ -270,6 +273,7 @@ class ImageFolder(SectionStack):
         if self._open[0] != z:  # one section at a time is open, or in memory
             path = self._folder / self._names[z]
             is_tiff = path.suffix.lower() in TIFF_SUFFIXES
+            self._open = -1, None  # free the one before
             self._open = z, _TiffFile(path) if is_tiff else _decode(path)
         image = self._open[1]
         if isinstance(image, _TiffFile):
@@ -398,13 +402,15 @@ class VolumeSections(SectionStack):
         return self.volume.slabs(self.mip, list(self.span))
 
     def read(self, sections: range, rows: range) -> np.ndarray:
-        """Read a band; a volume has its axes in the order of the result."""
+        """Read a band; a volume has its axes in the order of the result.
+
+        Raises:
+            DatasetError: the volume cannot be read. A server that is away for a while
+                is no reason to take its sections for broken.
+        """
         inner = range(rows.start, min(rows.stop, self.area.cols))
         window = self.area.crop(0, inner.start, self.area.rows, len(inner))
-        try:
-            return self.volume.read(window, sections)[:, 0]
-        except DatasetError as error:
-            raise UnreadableSection(str(error)) from error
+        return self.volume.read(window, sections)[:, 0]
 
     def _read_rows(self, z: int, rows: range) -> np.ndarray:
         return swap_axes(self.read(range(z, z + 1), rows)[0])
@@ -542,6 +548,8 @@ def _reading(name: str) -> Iterator[None]:
     except UnreadableSection as error:
         raise UnreadableSection(f"{name}: {error}") from error
     except _BROKEN as error:
+        if isinstance(error, OSError) and error.errno in _OF_STORAGE:
+            raise  # not the fault of this file
         raise UnreadableSection(
             f"{name}: cannot be read ({first_line(error)[:200]})"
         ) from error
@@ -595,7 +603,7 @@ def _pixels(image: Image.Image) -> np.ndarray:
     _, num_channels = _type_of_mode(image)
     if num_channels == 1:
         array = np.asarray(image)
-        return array.astype(array.dtype.newbyteorder("="))
+        return array.astype(array.dtype.newbyteorder("="), copy=False)
     if num_channels == 2:
         return np.asarray(image.convert("LA"))
     return np.asarray(image.convert("RGBA"))

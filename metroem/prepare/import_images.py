@@ -217,9 +217,11 @@ def _import(request: ImportRequest, path: str) -> None:
         )
         done = _run(job, notes, request.workers, "import, sections")
         _log_clipped(done)
+        blank = {int(z): why for one in done for z, why in one.get("blank", {}).items()}
+        if len(blank) == len(sections):
+            raise DatasetError(f"no section could be read: {_listed(blank)}")
         entry = {"method": {"command": cli.command_line()}, "by": "metroem import"}
         writer.finish([_absolute(stack.path)], entry)
-    blank = {int(z): why for one in done for z, why in one.get("blank", {}).items()}
     if blank:
         logger.warning(
             "%s: %d sections are blank: %s", path, len(blank), _listed(blank)
@@ -471,12 +473,18 @@ def _probe(stack: SectionStack, count: int) -> Iterator[tuple[int, range]]:
 
 
 def _check_colour(stack: SectionStack) -> None:
-    """Refuse sections in colour before anything is written, as far as a look tells."""
+    """Refuse a stack in colour before anything is written: all that is looked at is."""
     if all(section.num_channels == 1 for section in stack.sections.values()):
         return
-    for z, rows in _probe(stack, 3):
-        if stack.sections[z].num_channels > 1:
+    wrong: dict[int, UnreadableSection] = {}
+    probed = list(_probe(stack, 3))
+    for z, rows in probed:
+        try:
             stack.read(range(z, z + 1), rows)
+        except UnreadableSection as error:
+            wrong.setdefault(z, error)
+    if len(wrong) == len({z for z, _ in probed}):
+        raise wrong[min(wrong)]
 
 
 def _choose_grey_range(

@@ -1,5 +1,6 @@
 """`metroem import`: from files to a volume, whole, resumed, or refused."""
 
+import errno
 import json
 import logging
 import os
@@ -201,6 +202,24 @@ def test_colour_is_refused_before_anything_is_written(folder):
     with pytest.raises(DatasetError, match="s3.png: is in colour: red"):
         run("s", "em", *NM)
     assert not list(Path("em").rglob("*_*"))
+
+
+def test_a_stack_of_which_nothing_can_be_read_is_no_volume(folder):
+    for file in folder.glob("*.png"):
+        cut_short(file)
+    with pytest.raises(DatasetError, match="no section could be read: z 3: s3.png"):
+        run("s", "em", *NM, "--allow_missing")
+    assert not Path("em/info").exists()
+
+
+def test_a_disk_that_fails_makes_no_section_blank(folder, monkeypatch):
+    def fail(*_):
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr("metroem.io.image_files._pixels", fail)
+    with pytest.raises(OSError, match="Input/output"):
+        run("s", "em", *NM, "--allow_missing")
+    assert not list(Path("em").glob("import/done/*"))
 
 
 @pytest.mark.parametrize(
