@@ -105,7 +105,7 @@ class SectionStack(ABC):
     corner: tuple[int, int] = (0, 0)
     digest: str = ""
 
-    @property
+    @cached_property
     def span(self) -> range:
         """The range of z from the first to the last section."""
         found = sorted({*self.sections, *self.broken})
@@ -117,13 +117,13 @@ class SectionStack(ABC):
         gaps = set(self.span) - self.sections.keys() - self.broken.keys()
         return dict(sorted({**self.broken, **dict.fromkeys(gaps, "no file")}.items()))
 
-    @property
+    @cached_property
     def shape(self) -> tuple[int, int]:
         """Rows and cols that hold every section."""
         shapes = [section.shape for section in self.sections.values()]
         return max(rows for rows, _ in shapes), max(cols for _, cols in shapes)
 
-    @property
+    @cached_property
     def band_rows(self) -> int:
         """Rows that are best read at a time."""
         return max(section.band_rows for section in self.sections.values())
@@ -198,6 +198,8 @@ def as_grey(image: np.ndarray) -> np.ndarray:
         grey = channels[0]
         if len(channels) > 2:
             differs = (grey != channels[1]) | (grey != channels[2])
+            if len(channels) == 4:  # what is transparent has no colour
+                differs &= channels[3] != 0
             if differs.any():
                 row, col = (int(at[0]) for at in np.nonzero(differs))
                 red, green, blue = (int(one[row, col]) for one in channels[:3])
@@ -327,7 +329,7 @@ class ArrayFile(SectionStack):
         if (
             array.ndim not in (2, 3)
             or 0 in array.shape
-            or array.dtype.kind not in (_KINDS)
+            or array.dtype.kind not in _KINDS
         ):
             raise DatasetError(
                 f"{flag} {path}: holds {array.dtype} of shape {array.shape}; expected "
@@ -569,8 +571,18 @@ def _image_header(
     with _pillow(path) as image:
         dtype, num_channels = _type_of_mode(image)
         shape = image.height, image.width
+        if image.format == "PNG" and num_channels > 1 and _png_bits(path) == 16:
+            raise UnreadableSection(  # Pillow would drop half of the bits
+                "has 16 bit in several channels; expected one: save it as grey"
+            )
     section = Section(path.name, shape, dtype, num_channels, _stamp(path))
     return section, (None, None, None)
+
+
+def _png_bits(path: Path) -> int:
+    """Return the bits of a channel that the header of a PNG states."""
+    with path.open("rb") as file:
+        return file.read(25)[24]
 
 
 @contextmanager
@@ -644,6 +656,7 @@ class _TiffFile:
 
 def _tiff_pages(path: Path, tiff: Any) -> list["_TiffPage"]:
     """List the sections of a TIFF; see `_TiffFile` for the errors."""
+    _check_chain(tiff)
     series = tiff.series
     is_one = tiff.is_imagej or tiff.is_ome or (tiff.is_shaped and len(series) == 1)
     if not is_one:  # pages may differ in size; small copies are left out
@@ -693,6 +706,23 @@ def _tiff_pages(path: Path, tiff: Any) -> list["_TiffPage"]:
         _TiffPage(path, page, _name(path, number, count))
         for number, page in enumerate(image.pages)
     ]
+
+
+def _check_chain(tiff: Any) -> None:
+    """Refuse a TIFF whose list of pages leads beyond its end.
+
+    Each page says where the next one is. Of a file that is cut short, tifffile lists
+    the pages before the cut, as if they were all.
+
+    Raises:
+        UnreadableSection: the last page that can be read is not the last one.
+    """
+    count, at = len(tiff.pages), tiff.pages.next_page_offset
+    if at is not None:
+        tiff.filehandle.seek(at)
+        link = tiff.filehandle.read(tiff.tiff.offsetsize)
+        if len(link) < tiff.tiff.offsetsize or any(link):
+            raise UnreadableSection(f"is cut short: more pages than {count} are stated")
 
 
 def _name(path: Path, number: int, count: int) -> str:

@@ -39,6 +39,7 @@ from metroem.io.resume import as_json, describe_differences
 from metroem.io.volume_write import MipsWriter, NewVolume, Notes
 from metroem.prepare.requests import ImportRequest
 from metroem.utils import cli
+from metroem.utils.memory import enough_memory
 from metroem.utils.progress import progress, size_in_words
 
 logger = logging.getLogger(__name__)
@@ -65,10 +66,11 @@ def import_images(request: ImportRequest) -> None:
     """
     request.check_paths()
     try:
-        if request.volume is None:
-            _add_mips(request)
-        else:
-            _import(request, request.volume)
+        with enough_memory("import", "give fewer --workers, or files read in parts"):
+            if request.volume is None:
+                _add_mips(request)
+            else:
+                _import(request, request.volume)
     except KeyboardInterrupt:
         logger.info("stopped; the same command resumes, with what is done kept")
         raise

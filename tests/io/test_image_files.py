@@ -1,6 +1,8 @@
 """Sections in image files: what is read, in which order, and what is refused."""
 
 import logging
+import struct
+import zlib
 
 import numpy as np
 import pytest
@@ -135,6 +137,28 @@ def test_colour_is_refused_with_a_pixel():
         as_grey(image)
 
 
+def test_colour_below_what_is_transparent_does_not_count():
+    image = np.dstack([greys()] * 3 + [np.full((ROWS, COLS), 255, np.uint8)])
+    image[7, 3] = 10, 20, 30, 0
+    assert as_grey(image)[7, 3] == 0
+    image[7, 3, 3] = 1
+    with pytest.raises(UnreadableSection, match="in colour"):
+        as_grey(image)
+
+
+def test_a_png_of_16_bit_in_several_channels_is_refused(tmp_path):
+    # By hand: Pillow writes none.
+    head = struct.pack(">IIBBBBB", 4, 3, 16, 2, 0, 0, 0)
+    rows = b"".join(b"\0" + bytes(4 * 6) for _ in range(3))
+    content = b"\x89PNG\r\n\x1a\n"
+    for kind, body in ((b"IHDR", head), (b"IDAT", zlib.compress(rows)), (b"IEND", b"")):
+        crc = zlib.crc32(kind + body)
+        content += struct.pack(">I", len(body)) + kind + body + struct.pack(">I", crc)
+    (tmp_path / "a.png").write_bytes(content)
+    stack = open_stack(str(tmp_path))
+    assert "16 bit in several channels" in stack.broken[0]
+
+
 @pytest.mark.parametrize("dtype", [np.uint16, np.int16, np.int32, np.float32])
 @pytest.mark.parametrize(
     "how",
@@ -226,8 +250,41 @@ def test_a_stack_of_imagej_with_one_page_for_all_its_bytes_is_whole(tmp_path):
     for z in range(3):
         np.testing.assert_array_equal(whole(stack, z), images[z])
     path.write_bytes(path.read_bytes()[:-100])
-    with pytest.raises(DatasetError, match="stack.tif: is cut short: states 3 images"):
+    with pytest.raises(DatasetError, match="stack.tif: is cut short"):
         open_stack(str(path))
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        {"metadata": None, "compression": "zlib"},
+        {"compression": "zlib"},
+        {"ome": True, "compression": "zlib"},
+        {"metadata": None},
+        {"bigtiff": True, "compression": "zlib"},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("fraction", [0.3, 0.6, 0.9])
+def test_a_stack_that_is_cut_short_is_never_taken_for_a_short_one(
+    tmp_path, how, fraction
+):
+    images = np.stack([greys(seed) for seed in range(6)])
+    path = tmp_path / "stack.tif"
+    tifffile.imwrite(path, images, photometric="minisblack", **how)
+    content = path.read_bytes()
+    path.write_bytes(content[: int(fraction * len(content))])
+    try:
+        stack = open_stack(str(path))
+        if stack.broken:
+            raise DatasetError(stack.broken[5])
+    except DatasetError as error:
+        assert "stack.tif" in str(error)
+        return
+    # OME's text lies behind all images.
+    assert how.get("ome") and fraction == 0.9 and len(stack.sections) == 6
+    for z, image in enumerate(images):
+        np.testing.assert_array_equal(whole(stack, z), image)
 
 
 @pytest.mark.parametrize(
