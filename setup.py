@@ -73,6 +73,7 @@ setup(
         "scalenet>=0.1.0",
         "scipy",
         "tenacity",
+        "tifffile",
         "torch>=2.6",
         "torchfields>=0.1.2",
         "tqdm",

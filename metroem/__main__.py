@@ -9,12 +9,13 @@ from typing import Any
 
 from metroem import __version__
 from metroem.evaluation.requests import EvaluateRequest
-from metroem.export.requests import ExportRequest
+from metroem.export.requests import ExportImagesRequest, ExportRequest
 from metroem.models.requests import FetchRequest, InitRequest
 from metroem.prepare.requests import (
     DatasetRequest,
     FieldRequest,
     ImageRequest,
+    ImportRequest,
     InspectRequest,
     SpecRequest,
 )
@@ -92,6 +93,16 @@ _GROUPS: dict[str, dict[str, tuple[type[cli.Request], Run]]] = {
         "worker": (WorkerRequest, _import_and_run("metroem.stack.worker.run_worker")),
         "check": (CheckRequest, _import_and_run("metroem.stack.check.check_volume")),
         "view": (ViewRequest, _import_and_run("metroem.stack.view.view")),
+    },
+    "image files": {
+        "import": (
+            ImportRequest,
+            _import_and_run("metroem.prepare.import_images.import_images"),
+        ),
+        "export-images": (
+            ExportImagesRequest,
+            _import_and_run("metroem.export.export_images.export_images"),
+        ),
     },
     "data sets": {
         "download-image": (

@@ -10,7 +10,9 @@ import sys
 import h5py
 import numpy as np
 import pytest
+import tifffile
 import torch
+from PIL import Image
 
 import metroem
 import train
@@ -194,6 +196,28 @@ def test_sections_become_a_volume_as_the_page_on_stacks_has_it(tmp_path, monkeyp
     # cols of the array are x, which a volume has first.
     stored = volume.read(area, held)[:, 0]
     np.testing.assert_array_equal(stored, sections.swapaxes(1, 2))
+
+
+def test_the_commands_of_the_page_on_import_work_in_their_order(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    sections = np.random.default_rng(0).integers(1, 255, (3, 300, 360), np.uint8)
+    (tmp_path / "sections").mkdir()
+    for z, section in enumerate(sections, start=2):
+        Image.fromarray(section).save(tmp_path / "sections" / f"s_{z}.png")
+    deep = sections.astype(np.uint16) * 300
+    tifffile.imwrite(tmp_path / "stack16.tif", deep, photometric="minisblack")
+    write_volume(tmp_path / "em_without_mips", sections, 1)
+    found = commands(PAGES["import"])
+    for words in found:
+        run(words)
+    assert len(found) == 5
+    assert ImageVolume("em").mips == [0, 1, 2]
+    assert ImageVolume("em16").info["metroem"]["grey_range"] == [500, 42000]
+    assert ImageVolume("em_without_mips").mips == [0, 1, 2, 3]
+    for z, section in enumerate(sections, start=2):
+        image = np.asarray(Image.open(tmp_path / "images" / f"z000{z}.png"))
+        np.testing.assert_array_equal(image, section)
+    assert tifffile.imread(tmp_path / "part" / "z0003.tif").shape == (100, 100)
 
 
 def test_the_schedules_of_the_pages_are_read():

@@ -132,3 +132,52 @@ class ExportRequest(Request):
         if self.tgt_offset is not None:
             notes["tgt_offset"] = self.tgt_offset
         return notes
+
+
+@dataclass(frozen=True)
+class ExportImagesRequest(Request):
+    """Flags of export-images."""
+
+    HELP = """Write the sections of a volume as PNG or TIFF files.
+
+    The same command resumes an export that was stopped.
+
+    Example:
+        %(prog)s --cv_path stack/image --dst_folder aligned
+    """
+
+    cv_path: str = flag("volume of grey levels: gs://, s3://, https:// or a local path")
+    dst_folder: Path = flag("folder for the files, one for each section: z0007.png")
+    format: str = flag("format of the files", "png", choices=("png", "tiff"))
+    mip: int = flag("mip to write", 0, least=0)
+    z_start: int | None = flag("first section", unset="the volume's first")
+    z_end: int | None = flag("one past the last section", unset="the volume's end")
+    x_offset: int | None = flag(
+        "x of the area's corner, mip-0 pixels, a multiple of 2^mip",
+        unset="the volume's corner",
+    )
+    y_offset: int | None = flag("y of the area's corner", unset="the volume's corner")
+    patch_size: int | None = flag(
+        "side of a square area, pixels of the mip",
+        unset="all up to the volume's end",
+        least=1,
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        start, end = self.z_start, self.z_end
+        if start is not None and end is not None and end <= start:
+            raise UsageError(
+                f"--z_start {start} --z_end {end}: expected a section or more; --z_end "
+                "is one past the last"
+            )
+        for name in ("x_offset", "y_offset"):
+            value, step = getattr(self, name), 1 << self.mip
+            if value is not None and value % step:
+                raise UsageError(
+                    f"--{name} {value}: must be a multiple of 2^{self.mip} = {step}, "
+                    f"since mip {self.mip} is asked for"
+                )
+
+    def check_paths(self) -> None:
+        check_exists("--cv_path", self.cv_path)

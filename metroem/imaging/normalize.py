@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -140,6 +141,20 @@ def coarsen_image(image: Tensor, levels: int) -> Tensor:
         )
         image = torch.where(fraction >= 0.5, image / fraction.clamp(min=0.5), 0.0)
     return image
+
+
+def round_greys(image: Tensor, dtype: np.dtype) -> np.ndarray:
+    """Round grey levels to a type; tissue stays tissue: it does not become 0.
+
+    Args:
+        image: any shape, float, 0 = no data.
+        dtype: of the result; floats are not rounded.
+    """
+    values = image.numpy()
+    if dtype.kind == "f":
+        return values.astype(dtype)
+    most = np.iinfo(dtype).max
+    return np.where(values > 0, np.clip(np.round(values), 1, most), 0).astype(dtype)
 
 
 def _histogram_statistics(image: Tensor) -> GreyStatistics | None:

@@ -17,8 +17,8 @@ FORMATS = (*_READ, "graphene", "boss", "brainmaps", "deepzoom", "nggraph", "rend
 FORMATS += ("vtk", "nifti", "dvid")
 _SCHEMES = ("file", "gs", "s3", "http", "https", "mem")
 HOW_TO_WRITE = (
-    "make a CloudVolume of them: metroem.io.volume_write.write_volume takes them as an "
-    "array (docs/troubleshooting.md shows how)"
+    "make a volume of them: metroem import SECTIONS VOLUME --resolution X Y "
+    "Z (docs/import.md)"
 )
 
 

@@ -144,6 +144,7 @@ class Volume:
                 f"{flag} {mip}: {self.path} has no such mip, of "
                 f"{in_nm((x * 2.0**mip, y * 2.0**mip, z))}; available: "
                 f"{', '.join(map(str, self.mips))}; its scales are {self._scales}"
+                f"{self._how_to_add(mip)}"
             )
         self._check_readable(mip)
         self.check_lies_on(self, mip)
@@ -450,6 +451,14 @@ class Volume:
         if not form:
             self.path = f"{self._arrays.form}://{location}"
         return self._arrays.info
+
+    def _how_to_add(self, mip: int) -> str:
+        """Name the command that adds a mip, if it can."""
+        is_ours = self._arrays is None and "http" not in self.path.partition("://")[0]
+        is_grey = self.num_channels == 1 and self._info.get("type") == "image"
+        if not (is_ours and is_grey and mip > self.mips[0]):
+            return ""
+        return f"; metroem import {self.path} --mips {mip + 1} adds it"
 
     def _check_readable(self, mip: int) -> None:
         if (problem := self._unreadable.get(self._index[mip])) is not None:

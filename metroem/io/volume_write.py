@@ -25,7 +25,7 @@ from cloudvolume import CloudVolume
 
 from metroem.errors import DatasetError
 from metroem.geometry.grid import Grid
-from metroem.imaging.normalize import coarsen_image
+from metroem.imaging.normalize import coarsen_image, round_greys
 from metroem.io.cloud_errors import file_address, storage_errors
 from metroem.io.cloud_paths import (
     check_destination,
@@ -194,11 +194,7 @@ class SectionWriter:
             if is_new:
                 _put_json(self._files, self._folder, "info", wanted.info(self.path))
         self._volume = Volume(self.path, flag=flag)
-        if file_address(self._volume.location, "") != file_address(self.path, ""):
-            raise DatasetError(
-                f"{flag} {path}: its info says that it is now at "
-                f"{self._volume.location}; give that path"
-            )
+        _check_not_redirected(self._volume, self.path, flag)
         if not is_new:
             self._check(wanted)
 
@@ -425,6 +421,153 @@ class BlockWriter:
             scale["size"] = (ends.max(0) - starts.min(0)).tolist()
 
 
+@dataclass(frozen=True)
+class MipsWriter:
+    """Writes mips of a volume whose info lists them when all are complete.
+
+    Until `finish` no program can open what is half written. Several processes may write
+    different blocks. Writing a block again replaces its files by the same bytes.
+
+    Attributes:
+        path: path of the volume, with a scheme.
+        flag: the flag that gave the path, for messages.
+        info: the info of the complete volume.
+        scales: by mip that is written, its index in the info.
+    """
+
+    path: str
+    flag: str
+    info: Mapping[str, Any]
+    scales: Mapping[int, int]
+
+    @classmethod
+    def of_new(
+        cls, path: str, flag: str, wanted: NewVolume, mips: int, chunk_px: int
+    ) -> "MipsWriter":
+        """Prepare a new volume of raw chunks, one section thick.
+
+        Args:
+            path: path of the volume, as cloud-volume opens it.
+            flag: the flag that gave it, for messages.
+            wanted: its properties; its mip is 0.
+            mips: number of mips.
+            chunk_px: side of a chunk.
+
+        Raises:
+            DatasetError, UsageError: no volume can be written there.
+        """
+        check_destination(flag, path)
+        prepare_storage()
+        path = cloud_path(path)
+        info = wanted.info(path)
+        info["scales"][0]["chunk_sizes"] = [[chunk_px, chunk_px, 1]]
+        for _ in range(1, mips):
+            info["scales"].append(_next_scale(info["scales"][-1]))
+        return cls(_with_scheme(path), flag, info, {mip: mip for mip in range(mips)})
+
+    @classmethod
+    def of_existing(cls, volume: Volume, mip: int, mips: range) -> "MipsWriter":
+        """Prepare mips that a volume lacks; all that it has stays as it is.
+
+        Args:
+            volume: the volume, precomputed.
+            mip: the stored mip that they are made of.
+            mips: the mips to add; `mip` + 1 or coarser.
+
+        Raises:
+            DatasetError, UsageError: no volume can be written there.
+        """
+        check_destination(volume.flag, volume.path)
+        _check_not_redirected(volume, volume.path, volume.flag)
+        info = {**volume.info, "scales": list(volume.info["scales"])}
+        scale, scales = info["scales"][volume.index_of(mip)], {}
+        for coarser in range(mip + 1, mips.stop):
+            scale = _next_scale(scale)
+            if coarser in mips and coarser not in volume.mips:
+                scales[coarser] = len(info["scales"])
+                info["scales"].append(scale)
+        return cls(_with_scheme(volume.path), volume.flag, info, scales)
+
+    def found(self) -> dict[str, Any] | None:
+        """Read the info that is there; None if there is none."""
+        with storage_errors(self.flag, self.path):
+            return self._files.get_json("info")
+
+    def write(self, values: np.ndarray, grid: Grid, sections: range) -> None:
+        """Write whole chunks of one of the mips.
+
+        Args:
+            values: (n, C, H, W) in the dtype of the volume.
+            grid: its area; its mip is written.
+            sections: its range of z.
+
+        Raises:
+            DatasetError: the block does not consist of whole chunks, or storage fails.
+        """
+        place = local_folder(self.path) or self.path
+        with storage_errors(self.flag, self.path, doing="written"):
+            _upload(
+                *(dict(self.info), self.scales[grid.mip], place),
+                *(values, grid, sections.start),
+            )
+
+    def begin(self) -> None:
+        """Make the folder on local disk; delete what killed runs left."""
+        if (folder := local_folder(self.path)) is not None:
+            make_folder(folder)
+            for leftover in folder.glob(f"{_STAGING}*"):
+                shutil.rmtree(leftover, ignore_errors=True)
+
+    def finish(self, sources: Sequence[str], entry: Mapping[str, Any]) -> None:
+        """Write the provenance and then the info, which opens the volume.
+
+        Args:
+            sources: paths that the values come from.
+            entry: record of the processing, JSON-able.
+        """
+        folder = local_folder(self.path)
+        with storage_errors(self.flag, self.path, doing="written"):
+            _describe(self._files, folder, sources, entry)
+            _put_json(self._files, folder, "info", self.info)
+
+    @property
+    def _files(self) -> Any:
+        return CloudFiles(self.path.removeprefix("precomputed://"))
+
+
+def _check_not_redirected(volume: Volume, path: str, flag: str) -> None:
+    """Refuse to write to a path whose info leads elsewhere."""
+    if file_address(volume.location, "") != file_address(path, ""):
+        raise DatasetError(
+            f"{flag} {path}: its info says that it is now at {volume.location}; give "
+            "that path"
+        )
+
+
+def _with_scheme(path: str) -> str:
+    """Return the path of a volume, file:// if it is a local folder."""
+    folder = local_folder(path)
+    return path if folder is None else f"file://{folder}"
+
+
+def _next_scale(scale: Mapping[str, Any]) -> dict[str, Any]:
+    """Make the scale of the next mip: half the pixels in x and y, raw chunks."""
+    start = [int(at) for at in scale["voxel_offset"]]
+    end = [at + int(size) for at, size in zip(start, scale["size"], strict=True)]
+    x, y, z = scale["resolution"]
+    resolution = [2 * x, 2 * y, z]
+    start[:2] = (at >> 1 for at in start[:2])
+    end[:2] = (-(-at >> 1) for at in end[:2])
+    return {
+        "key": "_".join(map(str, resolution)),
+        "resolution": resolution,
+        "voxel_offset": start,
+        "size": [b - a for a, b in zip(start, end, strict=True)],
+        "chunk_sizes": scale["chunk_sizes"][:1],
+        "encoding": "raw",
+    }
+
+
 def _bounds(info: Mapping[str, Any]) -> tuple[np.ndarray, np.ndarray]:
     """Return first and end voxel of mip 0, x, y, z."""
     start = np.array(info["scales"][0]["voxel_offset"])
@@ -546,11 +689,9 @@ def _write_mip(cloud_path: str, mip: int, sections: np.ndarray) -> None:
     x_end, y_end, _ = (int(end) for end in volume.bounds.maxpt)
     for index, section in enumerate(sections):
         image = torch.from_numpy(section.astype(np.float32))[None, None]
-        coarse = coarsen_image(image, mip)[0, 0].numpy()
-        if section.dtype == np.uint8:
-            coarse = np.where(coarse > 0, np.clip(np.round(coarse), 1, 255), 0)
+        coarse = round_greys(coarsen_image(image, mip)[0, 0], section.dtype)
         at_z = slice(z + index, z + index + 1)
-        volume[x:x_end, y:y_end, at_z] = coarse.astype(section.dtype)[..., None, None]
+        volume[x:x_end, y:y_end, at_z] = coarse[..., None, None]
 
 
 class Notes:

@@ -1,11 +1,18 @@
 """Define the flags of the commands that make and inspect data sets."""
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
 from metroem.errors import DatasetError, UsageError
 from metroem.geometry.grid import Grid
-from metroem.io.cloud_paths import check_dataset, check_destination, check_exists
+from metroem.io.cloud_paths import (
+    check_dataset,
+    check_destination,
+    check_exists,
+    cloud_path,
+    local_folder,
+)
 from metroem.specs.filenames import (
     FieldSetName,
     ImageSetName,
@@ -387,6 +394,112 @@ class InspectRequest(Request):
             check_dataset(self.fields_path)
         if self.pyramid_path is not None:
             find_modules(self.pyramid_path)
+
+
+@dataclass(frozen=True)
+class ImportRequest(Request):
+    """Flags of `metroem import`."""
+
+    HELP = """Make a volume with mips of image files, or add mips to a volume.
+
+    SECTIONS is a folder of PNG or TIFF files, one for each section, a TIFF stack, a
+    .npy, OME-Zarr, Zarr, N5, or a precomputed volume. Sections of several sizes get one
+    canvas, upper left corners on each other. 16 bit and floats become 8 bit, by one
+    range for all sections. 0 means no data.
+
+    The same command resumes an import that was stopped.
+
+    Example:
+        %(prog)s images em --resolution 4.6 4.6 45 --mips 4
+    """
+
+    sections: str = flag(
+        "folder of images, TIFF, .npy of (z, rows, cols), OME-Zarr, Zarr, N5, or a "
+        "precomputed volume",
+        is_positional=True,
+        metavar="SECTIONS",
+    )
+    volume: str | None = flag(
+        "volume to write: a local path, gs:// or s3://; left out, mips are added to "
+        "the precomputed volume SECTIONS",
+        None,
+        is_positional=True,
+        metavar="VOLUME",
+    )
+    resolution: list[float] | None = flag(
+        "nm of a voxel along x, y, z",
+        unset="what the files state: OME-Zarr, OME-TIFF, ImageJ, volumes",
+        nargs=3,
+        metavar=("X", "Y", "Z"),
+    )
+    mips: int | None = flag(
+        "number of mips: 4 makes mips 0 to 3",
+        unset="3, or more until the coarsest is at most 512 px",
+        least=1,
+    )
+    z_start: int | None = flag(
+        "z of the first section",
+        unset="the number in the name of the first file, or 0; that of a volume",
+    )
+    grey_range: list[float] | None = flag(
+        "grey levels that become 1 and 255; what lies outside is clipped",
+        unset="8 bit stays as it is; of other types 0.1 %% to 99.9 %% of the tissue",
+        nargs=2,
+        metavar=("LOW", "HIGH"),
+    )
+    allow_missing: bool = flag(
+        "leave sections blank that are missing or cannot be read", False
+    )
+    workers: int = flag("processes, each with one section at a time", 1, least=1)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.resolution is not None and not all(
+            0 < nm < math.inf for nm in self.resolution
+        ):
+            raise UsageError(
+                f"--resolution {_words(self.resolution)}: must be > 0, in nm"
+            )
+        if self.grey_range is not None:
+            low, high = self.grey_range
+            if not -math.inf < low < high < math.inf:
+                raise UsageError(
+                    f"--grey_range {_words(self.grey_range)}: expected LOW below HIGH"
+                )
+        if self.volume is not None:
+            check_destination("VOLUME", self.volume)
+            return
+        check_destination("SECTIONS", self.sections)
+        for name in ("resolution", "z_start", "grey_range"):
+            if getattr(self, name) is not None:
+                raise UsageError(
+                    f"--{name}: without VOLUME, mips are added to {self.sections}, "
+                    f"and nothing else changes; give VOLUME, or leave --{name} out"
+                )
+        if self.allow_missing:
+            raise UsageError("--allow_missing: goes with VOLUME")
+
+    def check_paths(self) -> None:
+        folder = local_folder(self.sections)
+        if folder is not None and not folder.exists():
+            raise DatasetError(
+                f"SECTIONS {self.sections}: no such file or folder; check the path"
+            )
+        if self.volume is not None:
+            if cloud_path(self.sections) == cloud_path(self.volume):
+                raise UsageError(
+                    f"VOLUME {self.volume}: is also SECTIONS; name another path to "
+                    "write to, or leave VOLUME out to add mips to a volume"
+                )
+            written = local_folder(self.volume)
+            if written is not None and written.is_file():
+                raise DatasetError(
+                    f"VOLUME {self.volume}: is a file; give the path of a folder"
+                )
+
+
+def _words(values: list[float]) -> str:
+    return " ".join(f"{value:g}" for value in values)
 
 
 def _check_file(flag: str, path: Path) -> None:

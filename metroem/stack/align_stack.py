@@ -49,7 +49,8 @@ from metroem.stack.requests import (
     with_full_paths,
 )
 from metroem.stack.task_records import TaskRecords
-from metroem.stack.tasks import Step, one_command, run_step, size_in_words
+from metroem.stack.tasks import Step, one_command, run_step
+from metroem.utils.progress import size_in_words
 
 logger = logging.getLogger(__name__)
 

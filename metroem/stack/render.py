@@ -19,7 +19,7 @@ from torch import Tensor
 from metroem.errors import DatasetError, UsageError
 from metroem.geometry import affine
 from metroem.geometry.grid import Grid
-from metroem.imaging.normalize import coarsen_image
+from metroem.imaging.normalize import coarsen_image, round_greys
 from metroem.io.cloud_paths import cloud_path
 from metroem.io.image_volume import ImageVolume
 from metroem.io.volume import Volume
@@ -115,7 +115,7 @@ class RenderStep(Step):
                 finest[z - block.sections.start, 0] = labels
         else:
             for z, image in iter_pulled(self._volume, fields, block.grid, count):
-                finest[z - block.sections.start] = _to_dtype(image, finest.dtype)[0]
+                finest[z - block.sections.start] = round_greys(image, finest.dtype)[0]
         made = _iter_label_mips(finest) if self.nearest else _iter_grey_mips(finest)
         for mip, values in zip(self._writer.mips, made, strict=False):
             self._writer.write(values, block.grid.at_mip(mip), block.sections)
@@ -369,7 +369,7 @@ def _iter_grey_mips(finest: np.ndarray) -> Iterator[np.ndarray]:
     grey = [torch.from_numpy(one.astype(np.float32))[None] for one in finest]
     while True:
         grey = [coarsen_image(one, 1) for one in grey]
-        yield np.concatenate([_to_dtype(one, finest.dtype) for one in grey])
+        yield np.concatenate([round_greys(one, finest.dtype) for one in grey])
 
 
 def _iter_label_mips(finest: np.ndarray) -> Iterator[np.ndarray]:
@@ -387,12 +387,3 @@ def _iter_label_mips(finest: np.ndarray) -> Iterator[np.ndarray]:
         c, d = labels[..., 1::2, ::2], labels[..., 1::2, 1::2]
         rest = np.where((b == c) | (b == d), b, np.where(c == d, c, a))
         labels = np.where((a == b) | (a == c) | (a == d), a, rest)
-
-
-def _to_dtype(image: Tensor, dtype: np.dtype) -> np.ndarray:
-    """Round grey levels to a type; tissue stays tissue: it does not become 0."""
-    values = image.numpy()
-    if dtype.kind == "f":
-        return values.astype(dtype)
-    most = np.iinfo(dtype).max
-    return np.where(values > 0, np.clip(np.round(values), 1, most), 0).astype(dtype)

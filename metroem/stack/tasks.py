@@ -18,7 +18,7 @@ from metroem.stack.queue_tasks import run_in_queue
 from metroem.stack.requests import RunRequest
 from metroem.stack.run_tasks import run_here, run_in_processes
 from metroem.stack.task_records import MAX_TRIES, Outcome, TaskRecords
-from metroem.utils.progress import in_words, progress
+from metroem.utils.progress import in_words, progress, size_in_words
 
 logger = logging.getLogger(__name__)
 
@@ -304,15 +304,6 @@ def _summarize(name: str, outcomes: Sequence[Outcome], seconds: float) -> None:
             "that fit those of the volume, are read less often",
             *(name, read / needed),
         )
-
-
-def size_in_words(num_bytes: float) -> str:
-    """Say a number of bytes in words, "3.2 GB"."""
-    for unit in ("bytes", "kB", "MB", "GB"):
-        if num_bytes < 1000:
-            return f"{num_bytes:.3g} {unit}"
-        num_bytes /= 1000
-    return f"{num_bytes:.3g} TB" if num_bytes < 1000 else f"{num_bytes / 1000:.3g} PB"
 
 
 def _failure(

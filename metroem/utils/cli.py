@@ -83,7 +83,8 @@ def flag(
         metavar: name of the value in --help.
         read: converts the text to the value; by default the field's type does.
         is_positional: whether the value may also be given without the flag, by its
-            place among the other words; if `names` is empty, only so.
+            place among the other words; if `names` is empty, only so. With the default
+            None it may be left out.
     """
     about = locals()
     del about["default"]
@@ -262,8 +263,11 @@ class _Parser(argparse.ArgumentParser):
         for action in self.by_place:
             if action.dest in found:
                 continue
-            if not others:
+            if not others and action.option_strings:
                 self.error(f"{action.option_strings[0]} is required")
+            if not others:
+                setattr(found, action.dest, None)
+                continue
             try:
                 setattr(found, action.dest, self._get_value(action, others.pop(0)))
             except argparse.ArgumentError as error:
@@ -307,6 +311,7 @@ def script_parser(request: type[Request]) -> argparse.ArgumentParser:
 
 def add_flags(parser: argparse.ArgumentParser, request: type[Request]) -> None:
     """Add the flags of a request to a parser; its usage names the required ones."""
+    assert isinstance(parser, _Parser)
     groups: dict[str, Any] = {"": parser}
     usage = ["%(prog)s"]
     for one in _flags(request):
@@ -315,14 +320,19 @@ def add_flags(parser: argparse.ArgumentParser, request: type[Request]) -> None:
         add = groups[one.group].add_argument
         options = one.options()
         if one.is_positional and not one.names:
-            add(one.dest, **options)
-            usage.append(one.dest)
+            name = one.metavar or one.dest
+            if one.default is _REQUIRED:
+                add(one.dest, **options)
+                usage.append(f"{name}")
+            else:  # argparse finds it only beside the other words without a flag
+                options |= {"nargs": "?", "default": argparse.SUPPRESS}
+                parser.by_place.append(add(one.dest, **options))
+                usage.append(f"[{name}]")
             continue
         if one.is_positional:
             options["default"] = argparse.SUPPRESS
         action = add(*one.names or [f"--{one.dest}"], dest=one.dest, **options)
         if one.is_positional:
-            assert isinstance(parser, _Parser)
             parser.by_place.append(action)
         if one.default is _REQUIRED:
             values = "..." if one.is_list else one.metavar or one.dest.upper()

@@ -60,6 +60,15 @@ def in_words(seconds: float) -> str:
     )
 
 
+def size_in_words(num_bytes: float) -> str:
+    """Say a number of bytes in words, "3.2 GB"."""
+    for unit in ("bytes", "kB", "MB", "GB"):
+        if num_bytes < 1000:
+            return f"{num_bytes:.3g} {unit}"
+        num_bytes /= 1000
+    return f"{num_bytes:.3g} TB" if num_bytes < 1000 else f"{num_bytes / 1000:.3g} PB"
+
+
 def in_threads(
     items: Sequence[T], work: Callable[[T], None], what: str, *, threads: int
 ) -> None:

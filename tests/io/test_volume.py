@@ -233,3 +233,14 @@ def test_a_single_pixel_of_a_field_keeps_its_axes(tmp_path):
     volume = Volume(make_volume(tmp_path / "field", [fields]))
     read = volume.read(Grid(0, 35, 7, 1, 1), range(1, 2))
     np.testing.assert_array_equal(read, fields[1:, :, 35:36, 7:8])
+
+
+def test_a_mip_that_is_not_there_names_the_command_that_adds_it(tmp_path):
+    data = np.ones((3, 1, 40, 30), np.uint8)
+    path = make_volume(tmp_path / "v", [data])
+    with pytest.raises(DatasetError, match=rf"metroem import {path} --mips 3 adds it"):
+        Volume(path).check_mip("--mip", 2)
+    fields = make_volume(tmp_path / "f", [np.ones((3, 2, 40, 30), np.float32)])
+    with pytest.raises(DatasetError) as refused:
+        Volume(fields).check_mip("--mip", 2)
+    assert "metroem import" not in str(refused.value)
