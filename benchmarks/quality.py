@@ -197,7 +197,7 @@ def train(request: QualityRequest) -> dict[str, object]:
         )
     # The bench takes the whole stack as tissue, so 0 becomes 1.
     write_volume(run.volume, np.maximum(images, 1), max(run.mips) + 1)
-    download, init, _ = run.commands()
+    _, download, init, _ = run.commands()
     training = train_command(request, run)
     names = ("download", "init", "train")
     seconds = run_steps([download, init, training])

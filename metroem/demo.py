@@ -1,8 +1,9 @@
 """Run all commands on synthetic sections, and score the result against the truth.
 
 A block of artificial tissue is cut into sections. Each is distorted by a known field
-and written to a CloudVolume. The three steps then run as commands, as a user types
-them. The pyramid is scored on later sections, whose true fields are known.
+and written as a PNG file. Commands then import them, download pairs, make a pyramid and
+train it, as a user types them. The pyramid is scored on later sections, whose true
+fields are known.
 """
 
 import logging
@@ -18,6 +19,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image
 
 import metroem
 from metroem.errors import MetroEMError
@@ -25,7 +27,6 @@ from metroem.evaluation.scores import Score, mean_score, score_pair
 from metroem.evaluation.tables import print_json, print_scores
 from metroem.geometry.field import warp
 from metroem.io.pictures import save_pair_picture
-from metroem.io.volume_write import write_volume
 from metroem.synthetic.distortion import Distortion, Section, distort, true_pair
 from metroem.synthetic.requests import MARKER, DemoRequest
 from metroem.synthetic.tissue import TissueRecipe, make_tissue
@@ -33,15 +34,17 @@ from metroem.synthetic.tissue import TissueRecipe, make_tissue
 logger = logging.getLogger(__name__)
 
 MIPS = (2, 0)  # mip of each stage
+_RESOLUTION = ("8", "8", "40")  # nm along x, y, z
 MARGIN_PX = 24  # extra tissue on each side, wider than any displacement
 
 
 @dataclass(frozen=True)
 class Run:
-    """A volume, and settings for the three steps on it.
+    """Sections, and settings for the steps on them.
 
     Attributes:
-        folder: contains the volume `sections` and all files of the steps.
+        folder: contains the files `images`, the volume `sections` and all files of the
+            steps.
         train: sections to train on.
         corner: (x, y) mip-0 corner of the patch.
         patch_px: side of the patch at mip 0, a multiple of 2**max(mips).
@@ -59,6 +62,11 @@ class Run:
     seed: int = 0
 
     @property
+    def images(self) -> Path:
+        """The folder of image files."""
+        return self.folder / "images"
+
+    @property
     def volume(self) -> Path:
         """The CloudVolume of the sections."""
         return self.folder / "sections"
@@ -69,8 +77,10 @@ class Run:
         return self.folder / "pyramid"
 
     def commands(self) -> list[list[str]]:
-        """Commands of metroem: download image sets, make a pyramid, train it."""
+        """Commands of metroem: import, download pairs, make a pyramid, train it."""
         mips = [str(mip) for mip in self.mips]
+        imports = ["import", str(self.images), str(self.volume)]
+        imports += ["--resolution", *_RESOLUTION, "--mips", str(max(self.mips) + 1)]
         sizes = [str(self.patch_px >> mip) for mip in self.mips]
         data = str(self.folder / "dataset")
         download = ["download-image", "--cv_path", str(self.volume)]
@@ -87,7 +97,7 @@ class Run:
         before_last = [str(stage) for stage in range(len(mips) - 1)]
         train += ["--generate_field_stages", *before_last]
         train += ["--seed", str(self.seed)]
-        return [download, init, train]
+        return [imports, download, init, train]
 
 
 def run_demo(request: DemoRequest) -> None:
@@ -102,8 +112,7 @@ def run_demo(request: DemoRequest) -> None:
         request: the flags.
 
     Raises:
-        UsageError: the folder contains files of no demo, or the scripts cannot be
-            found.
+        UsageError: the folder contains files of no demo.
         MetroEMError: one of the steps failed.
     """
     started = time.monotonic()
@@ -120,12 +129,14 @@ def run_demo(request: DemoRequest) -> None:
         request.train_params_path,
         request.seed,
     )
-    images = np.stack([section.image for section in sections])
-    write_volume(run.volume, images, max(MIPS) + 1)
-    logger.info("wrote %s: %d sections", run.volume, len(images))
+    run.images.mkdir()
+    for z, section in enumerate(sections):
+        # Rows of a section are x, rows of an image file are y.
+        Image.fromarray(section.image.T).save(run.images / f"z{z:04d}.png")
+    logger.info("wrote %s: %d sections", run.images, len(sections))
     pairs = range(request.num_sections - request.num_held_out, request.num_sections)
-    download, init, train = run.commands()
-    run_steps([download, init])
+    imports, download, init, train = run.commands()
+    run_steps([imports, download, init])
     untrained = score_sections(run, sections, pairs, is_trained=False)
     run_steps([train])
     score = score_sections(run, sections, pairs)

@@ -62,7 +62,10 @@ def test_what_an_earlier_demo_left_is_removed(tmp_path):
 
 def test_the_steps_are_those_a_user_would_type(tmp_path):
     run = Run(tmp_path, range(0, 9), (16, 0), 128, (2, 0), tmp_path / "s.json", 7)
-    download, init, train = (" ".join(command) for command in run.commands())
+    steps = (" ".join(command) for command in run.commands())
+    imports, download, init, train = steps
+    named = f"import {tmp_path / 'images'} {tmp_path / 'sections'}"
+    assert imports == f"{named} --resolution 8 8 40 --mips 3"
     assert "--mip 2 0 --patch_size 32 128 --x_offset 16 --y_offset 0" in download
     assert "--z_start 1 --z_end 9 --normalize" in download
     assert init == f"init --pyramid_path {tmp_path / 'pyramid'} --mip 2 0"
@@ -119,3 +122,4 @@ def test_the_demo_runs_twice_and_ends_with_its_figures(tmp_path):
         # Hardly trained, but enough to be better than nothing.
         assert figures["epe"][1] < figures["epe_none"]
         assert (tmp_path / "d" / "before_after.png").is_file()
+        assert len(list((tmp_path / "d" / "images").iterdir())) == 12

@@ -34,7 +34,7 @@ def test_a_small_pyramid_aligns_later_sections_of_a_real_stack(tmp_path):
     run = Run(tmp_path, range(NUM_TRAIN), (0, 0), SIDE_PX, (2, 1), SCHEDULE)
     write_volume(run.volume, np.stack([s.image for s in sections]), 3)
 
-    download, init, training = run.commands()
+    _, download, init, training = run.commands()
     download_image.main(download[1:])
     init_pyramid(run.pyramid, run.mips)
     train.main([*training[1:], "--max_epochs", "2"])
