@@ -35,11 +35,7 @@ from metroem.training.compile import check_compiler, check_compiles
 from metroem.training.config import StageConfig, batch_size_of
 from metroem.training.requests import TrainRequest
 from metroem.training.run_clock import RunClock
-from metroem.training.stage import (
-    discard_training,
-    train_stage,
-    try_folders,
-)
+from metroem.training.stage import discard_training, train_stage, try_folders
 from metroem.training.tensorboard import TensorBoardWriter
 from metroem.training.time_left import FIELDS_COST, PhaseWork, StageWork, phase_work
 from metroem.training.write_fields import (
@@ -218,7 +214,8 @@ def _works(
         if module in plan.to_train:
             split = split_pairs(pairs, request.val_pairs)
             earlier_px = sum(
-                sizes[earlier] / 4 ** (earlier.in_mip - module.in_mip)
+                sizes.get(earlier, sizes[module])
+                / 4 ** (earlier.in_mip - module.in_mip)
                 for earlier in plan.modules[: plan.modules.index(module)]
             )
             of_phases = tuple(
@@ -261,13 +258,14 @@ def _phase_work(
 
 
 def _network_sizes(plan: _Plan) -> dict[ModuleSpec, float]:
-    """Count the weights of each module's network; 1 for all if they have one spec."""
-    specs = {module.spec() for module in plan.modules}
-    if len(specs) == 1 and None not in specs:
-        return dict.fromkeys(plan.modules, 1.0)
+    """Count the weights of the networks to use; 1 for all if they have one spec."""
+    used = [m for m in plan.modules if m in plan.to_train or m in plan.to_write]
+    specs = {module.spec() for module in used}
+    if not plan.to_train or (len(specs) == 1 and None not in specs):
+        return dict.fromkeys(used, 1.0)
     sizes = {}
     with torch.random.fork_rng(devices=[]):
-        for module in plan.modules:
+        for module in used:
             loaded = load_module(module.path, checkpoint_name=None, finetune=False)
             aligner: Aligner = loaded.aligner  # type: ignore[assignment]
             sizes[module] = float(sum(w.numel() for w in aligner.net.parameters()))

@@ -24,6 +24,8 @@ logger = logging.getLogger(__name__)
 
 # Updates that are measured before the first estimate.
 FIRST_STEPS = 20
+# Updates that are measured before a budget is refused.
+LEAST_MEASURED = 5
 _SAVE_EVERY_S = 5.0
 # Of the budget: kept for what is not foreseen, such as loading networks.
 _MARGIN = 0.03
@@ -179,9 +181,9 @@ class RunClock:
 
     def _is_too_small(self, pace: float) -> bool:
         """Whether the budget turns out to be too small, before much work is done."""
-        if not self._may_refuse or not math.isinf(pace):
-            return False
-        return self._num_steps == FIRST_STEPS or self.used_s() >= self.budget_s / 2
+        is_early = LEAST_MEASURED <= self._num_steps <= FIRST_STEPS
+        is_late = self.used_s() >= self.budget_s / 2
+        return self._may_refuse and math.isinf(pace) and (is_early or is_late)
 
     def _refuse(self) -> None:
         """Refuse a budget that no pace can keep (UsageError)."""

@@ -114,6 +114,8 @@ def train_stage(
             closing(_read_samples(config, phase, state)) as samples,
         ):
             for epoch in range(state.epoch, phase.num_epochs):
+                if state.position >= in_all and state.step == 0:
+                    break  # killed after the phase's last report
                 started = time.monotonic()
                 model.train()
                 steps = range(state.step, num_updates)

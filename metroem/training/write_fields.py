@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -157,6 +158,7 @@ def seconds_of_pair(config: WriteFieldsConfig) -> float:
 
     Raises:
         DatasetError: images are missing or cannot be used.
+        ResourceError: there is too little memory.
     """
     images = image_sets_at(config.dataset, config.module.in_mip)[0]
     (target,) = target_sets(config.dataset, [images], config.mip)
@@ -171,7 +173,8 @@ def seconds_of_pair(config: WriteFieldsConfig) -> float:
         if config.module.stage > 0:
             zero = torch.zeros_like(sample.src).repeat(1, 2, 1, 1)
             sample = sample._replace(prior_field=zero)
-        _field_of(aligner, sources, sample, 0)
+        with _memory_advice(config, images):
+            _field_of(aligner, sources, sample, 0)
         seconds = min(seconds, time.monotonic() - started)
         if sample.src.numel() > _SMALL_PX:
             break
@@ -332,11 +335,7 @@ def _write_set(
     target = sources.target
     path = _field_path(config, target)
     writer = _open_writer(path, request)
-    rows, cols = sources.images.shape
-    with enough_memory(
-        f"fields of stage {config.module.stage}, of {rows} x {cols} px",
-        "give --device cpu, with which this run resumes, or take smaller patches",
-    ):
+    with _memory_advice(config, sources.images):
         code = _make_fields(config, aligner, sources, writer, stop, clock)
     (code,) = distributed.all_reduce_max(
         torch.tensor([code], device=config.device)
@@ -348,6 +347,17 @@ def _write_set(
     if distributed.rank() == 0:
         writer.remove()
     logger.info("%s: written, %.2f s", path, time.monotonic() - started)
+
+
+def _memory_advice(
+    config: WriteFieldsConfig, images: ImageSet
+) -> AbstractContextManager[None]:
+    """Say what to do if there is too little memory for a field (ResourceError)."""
+    rows, cols = images.shape
+    return enough_memory(
+        f"fields of stage {config.module.stage}, of {rows} x {cols} px",
+        "give --device cpu, with which this run resumes, or take smaller patches",
+    )
 
 
 def _open_writer(path: Path, request: dict[str, Any]) -> FieldSetWriter:
