@@ -107,26 +107,28 @@ class RunClock:
         Raises:
             UsageError: the budget is too small for this machine.
         """
-        time_now = time.monotonic()
+        time_now, seconds = time.monotonic(), 0.0
         self.left.move(self._stage, phase, position)
         if math.isfinite(self._last):
-            self.left.add_step(self._stage, time_now - self._last)
+            seconds = time_now - self._last
+            self.left.add_step(self._stage, seconds)
             self._num_steps += 1
         self._last = time_now
-        if not self.has_budget:
-            if self._num_steps == FIRST_STEPS:
-                self._log_estimate(1.0)
-            return 1.0
-        self.save()
-        pace = self.left.pace(self._seconds_left()) if self.left.is_known else 1.0
-        if self._is_too_small(pace):
-            pace = -1.0  # tells all ranks
-        pace = distributed.first_rank_value(pace, self._device)
-        if pace < 0:
-            self._refuse()
+        pace = 1.0
+        if self.has_budget:
+            self.save()
+            if self.left.is_known:
+                pace = self.left.pace(self._seconds_left() + seconds)
+            if self._is_too_small(pace):
+                pace = -1.0  # tells all ranks
+            pace = distributed.first_rank_value(pace, self._device)
+            if pace < 0:
+                self._refuse()
+        counts_as = min(pace, self.left.largest_pace(self._stage))
+        self.left.move(self._stage, phase, position + counts_as)
         if self._num_steps == FIRST_STEPS:
             self._log_estimate(pace)
-        return min(pace, self.left.largest_pace(self._stage))
+        return counts_as
 
     def after_report(self) -> None:
         """Measure a validation, and the saving around it."""

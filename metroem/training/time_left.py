@@ -7,9 +7,10 @@ Work is counted in pixels that pass once through a network:
     validation  the held-out pairs' pixels, without the backward pass
     fields      all pairs' pixels x `FIELDS_COST`, for the finetuner
 
-Each is multiplied by the size of the stage's network. One network costs the same at
-every pixel, so the measured seconds per unit of work hold for phases and stages that
-were not measured yet. A stage's own rate replaces the guess as soon as it is known.
+Each is multiplied by the size of the stage's network. One network costs about the same
+at every pixel, so the measured seconds per unit of work hold for phases and stages that
+were not measured yet. Small images cost more a pixel: if a field of both stages was
+measured, their ratio corrects the guess. A stage's own rate replaces it once known.
 
 A run with a budget has less time than its schedule asks for. Each update then counts
 as more than one update of the schedule:
@@ -270,12 +271,20 @@ class TimeLeft:
         return work.phases[self._phase[work.stage] :]
 
     def _rate(self, rates: dict[int, float], stage: int) -> float:
-        """Seconds per pixel in a stage: its own, else the latest known, else steps'."""
-        if stage in rates:
-            return rates[stage]
-        if rates:
-            return next(reversed(rates.values()))
-        return next(reversed(self._step_rates.values()), 0.0)
+        """Seconds per pixel in a stage: its own, else the latest known, else steps'.
+
+        A rate of another stage is corrected by the rates of both stages' fields.
+        """
+        known = rates or self._step_rates
+        if stage in known:
+            return known[stage]
+        if not known:
+            return 0.0
+        latest = next(reversed(known))
+        fields = self._field_rates
+        if stage in fields and latest in fields:
+            return known[latest] * fields[stage] / fields[latest]
+        return known[latest]
 
     def _report_s(self, work: StageWork, phase: PhaseWork) -> float:
         rates = self._report_rates

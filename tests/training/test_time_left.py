@@ -98,6 +98,15 @@ def test_what_was_measured_replaces_what_was_guessed():
     assert left.training_s()[0] == pytest.approx(0.2 * (1000 + 800) + 7)
 
 
+def test_stages_that_were_not_measured_are_corrected_by_their_fields():
+    left = measured(seconds=2.0)  # 0.2 s a pixel
+    left.add_field(0, 6.0)  # 1 s a pixel
+    left.add_field(1, 12.0)  # 0.5 s a pixel: larger images cost less a pixel
+    assert left.training_s()[1] == pytest.approx(0.2 * 0.5 * 60 * 30)
+    reports = 0.2 * (4 + 4 + 0.5 * 8)
+    assert left.fixed_s() == pytest.approx(reports + 5 * (6 + 12))
+
+
 def test_a_slower_machine_makes_measured_fields_slower_too():
     left = measured(steps=20)
     left.add_field(0, 3.0)
