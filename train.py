@@ -3,6 +3,7 @@
 
 import argparse
 import sys
+import time
 from collections.abc import Sequence
 
 from metroem.training.requests import TrainRequest
@@ -16,6 +17,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Parse the command line and train."""
+    started = time.monotonic()  # before slow imports, which --budget_minutes counts
     arguments = sys.argv[1:] if argv is None else argv
     request = cli.parse(TrainRequest, arguments)
     # Torch is slow to import, so only after the flags have been checked.
@@ -25,7 +27,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if ranks := request.ranks_to_launch:
         choose_device(request.device, request.gpus)  # one error, not one per rank
         sys.exit(launch(__file__, arguments, ranks=ranks, port=request.port))
-    train_pyramid(request)
+    train_pyramid(request, started)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 import argparse
 import inspect
 import sys
+import time
 from collections.abc import Callable, Sequence
 from importlib import import_module
 from typing import Any
@@ -65,13 +66,14 @@ def _is_trusted(code: str) -> bool:
 
 
 def _train(request: TrainRequest, arguments: Sequence[str]) -> None:
+    started = time.monotonic()  # before slow imports, which --budget_minutes counts
     from metroem.training.run import train_pyramid
     from metroem.utils.distributed import choose_device, launch
 
     if ranks := request.ranks_to_launch:
         choose_device(request.device, request.gpus)  # one error, not one per rank
         sys.exit(launch("metroem", arguments, ranks=ranks, port=request.port))
-    train_pyramid(request)
+    train_pyramid(request, started)
 
 
 def _write_fields(request: WriteFieldsRequest, arguments: Sequence[str]) -> None:

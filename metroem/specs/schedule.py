@@ -44,7 +44,15 @@ from metroem.specs.parse_json import Count, NotNegative, Spec, Whole, parse, rea
 
 logger = logging.getLogger(__name__)
 
-MODES = ("scratch", "aligned", "finetune", "classic", "classic_finetune", "custom")
+MODES = (
+    "scratch",
+    "aligned",
+    "quick",
+    "finetune",
+    "classic",
+    "classic_finetune",
+    "custom",
+)
 FINETUNING_MODES = ("finetune", "classic_finetune")  # start from existing weights
 DEFAULT_CROP_PX = 1024
 _LAST_FRACTION = 0.01  # of the learning rate, at the end of a cosine
@@ -142,8 +150,12 @@ class Phase(Spec, frozen=True, rename=_KEYS):
             "sm_keys_to_apply": self.smoothness_rules.to_json(),
         }
 
-    def rate(self, step: int, num_steps: int) -> float:
-        """The learning rate of one of the phase's steps, counted from 0."""
+    def rate(self, step: float, num_steps: int) -> float:
+        """The learning rate at one of the phase's steps, counted from 0.
+
+        With a budget of time the steps between two updates are skipped, and `step` need
+        not be whole.
+        """
         rate = self.lr * min(1.0, (step + 1) / (self.warmup_steps + 1))
         if self.lr_schedule == "constant":
             return rate

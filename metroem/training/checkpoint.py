@@ -11,6 +11,8 @@ directories, since modelhouse and corgie copy a whole module directory on every 
     metrics.jsonl                        one object per report
     quarantine.jsonl                     pairs whose loss was bad
     tensorboard/stage_<s>/               metrics and pictures, with --tensorboard
+    budget.json                          time used, with --budget_minutes, of a run that
+                                         was stopped
 """
 
 import dataclasses
@@ -64,6 +66,11 @@ class RunFolder:
         return self.path / "tensorboard"
 
     @property
+    def budget(self) -> Path:
+        """Path of the time that a stopped run has used of --budget_minutes."""
+        return self.path / "budget.json"
+
+    @property
     def quarantine(self) -> Path:
         """Path of the list of bad pairs: one JSON object per pair."""
         return self.path / "quarantine.jsonl"
@@ -75,7 +82,7 @@ _KINDS: dict[str, Any] = {
     **{"fingerprint": dict, "phase": int, "epoch": int, "step": int, "net": dict},
     **{"sums": list, "recent_bad": list, "quarantine": list},
     **{"best": (float, _NONE), "optimizer": (dict, _NONE), "average": (dict, _NONE)},
-    "rng": (torch.Tensor, _NONE),
+    **{"rng": (torch.Tensor, _NONE), "position": (float, _NONE)},
 }
 
 
@@ -88,6 +95,9 @@ class TrainingState:
         phase: index in the schedule; the number of phases when the stage is done.
         epoch: index in the phase.
         step: index in the epoch.
+        position: updates of the phase's schedule that count as done. With a budget an
+            update may count as more than one, see `time_left`. None in states of
+            earlier versions: then as many as were made.
         best: best validation loss of the phase; None before the first.
         sums: sums of the metrics since the last report, then the number of steps in
             each sum.
@@ -103,6 +113,7 @@ class TrainingState:
     phase: int = 0
     epoch: int = 0
     step: int = 0
+    position: float | None = None
     best: float | None = None
     sums: list[float] = field(default_factory=list)
     recent_bad: list[int] = field(default_factory=list)
@@ -164,6 +175,7 @@ def load_state(path: Path) -> TrainingState | None:
         format_versions.check_version(
             version, format_versions.STATE, str(path), CheckpointError
         )
+    tree.setdefault("position", None)  # earlier versions had none
     if version is None or set(tree) != {
         f.name for f in dataclasses.fields(TrainingState)
     }:

@@ -97,7 +97,15 @@ class TrainRequest(RunRequest):
     val_pairs: int = _trained("pairs held out for validation", 2, least=0)
     max_epochs: int | None = _trained("cap on the epochs of each phase", None, least=1)
     max_minutes: float | None = _trained(
-        "minutes after which the run saves and stops", None
+        "minutes after which this command saves and stops; the same command resumes",
+        None,
+    )
+    budget_minutes: float | None = _trained(
+        "minutes for all stages and their fields: the schedule is shortened to fit, "
+        "with its learning rates to their end. A resumed run goes on within what is "
+        "left. The weights depend on the speed of the machine, so they are not the "
+        "same each time",
+        None,
     )
     restart: bool = _trained(
         "discard the training of the stages to train, and begin again", False
@@ -162,12 +170,24 @@ class TrainRequest(RunRequest):
             )
         if self.max_minutes is not None and not self.max_minutes > 0:
             raise UsageError(f"--max_minutes {self.max_minutes}: expected more than 0")
+        if self.budget_minutes is not None:
+            self._check_budget(self.budget_minutes)
         if self.ema is not None:
             check_decay(self.ema, "--ema")
         if self.tensorboard and importlib.util.find_spec("tensorboard") is None:
             raise UsageError(
                 "--tensorboard: the package tensorboard is not installed; get it with "
                 "pip install tensorboard, or leave the flag out"
+            )
+
+    def _check_budget(self, minutes: float) -> None:
+        """Refuse a --budget_minutes that cannot be kept or means nothing."""
+        if not 0 < minutes < float("inf"):
+            raise UsageError(f"--budget_minutes {minutes}: expected more than 0")
+        if not self.trains:
+            raise UsageError(
+                f"--budget_minutes {minutes:g} with --train_stages without a stage: "
+                "there is no training to shorten; leave one of them out"
             )
 
     def check_paths(self) -> None:

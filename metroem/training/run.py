@@ -4,6 +4,7 @@ import hashlib
 import logging
 import os
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from pathlib import Path
@@ -14,12 +15,14 @@ from msgspec.structs import replace
 
 from metroem.aligner import Aligner
 from metroem.data.dataset import (
+    PairRef,
     Split,
     find_pairs,
     image_sets_at,
     prior_path,
     split_pairs,
 )
+from metroem.data.sampling import ValidationPairs, num_steps
 from metroem.errors import CheckpointError, DatasetError
 from metroem.io.files import lock, lock_path
 from metroem.io.h5 import FieldSet, find_image_sets
@@ -27,14 +30,17 @@ from metroem.models.load import load_module
 from metroem.models.weights import check_weights, checkpoint_path
 from metroem.specs.modules import ModuleSpec, find_modules, select_stages
 from metroem.specs.schedule import FINETUNING_MODES, Phase, Schedule, load_schedule
-from metroem.training.checkpoint import RunFolder
+from metroem.training.checkpoint import RunFolder, load_state
 from metroem.training.compile import check_compiler, check_compiles
 from metroem.training.config import StageConfig, batch_size_of
 from metroem.training.requests import TrainRequest
+from metroem.training.run_clock import RunClock
 from metroem.training.stage import discard_training, train_stage, try_folders
 from metroem.training.tensorboard import TensorBoardWriter
+from metroem.training.time_left import FIELDS_COST, PhaseWork, StageWork, phase_work
 from metroem.training.write_fields import (
     WriteFieldsConfig,
+    seconds_of_pair,
     target_sets,
     weights_of,
     write_fields,
@@ -50,18 +56,24 @@ logger = logging.getLogger(__name__)
 _MAX_WORKERS = 8
 
 
-def train_pyramid(request: TrainRequest) -> None:
+def train_pyramid(request: TrainRequest, started: float | None = None) -> None:
     """Train a pyramid stage by stage, each on the fields of the previous stage.
 
     Without a stage to train, only fields are written; weights and states do not change.
     A stopped run, for whatever reason it stopped, is resumed by a call with the same
     flags.
 
+    Args:
+        request: the flags.
+        started: `time.monotonic()` when the command began, from which --budget_minutes
+            counts; None means now.
+
     Raises:
         MetroEMError: a stage cannot work; before any training if possible.
         StorageError: another run trains this pyramid under this name.
         KeyboardInterrupt, SystemExit: on Ctrl-C and SIGTERM, after the state is saved.
     """
+    started = time.monotonic() if started is None else started
     plan = _plan(request)
     if request.redirect_stdout and distributed.rank() == 0:
         cli.mirror_log(request.pyramid_path / f"{request.checkpoint_name}.log")
@@ -77,7 +89,20 @@ def train_pyramid(request: TrainRequest) -> None:
         _tensorboard(request) as writer,
     ):
         phases = _prepare(request, plan, schedule, device)
+        works = _works(request, plan, phases)
+        run = RunFolder.of(request.pyramid_path, request.checkpoint_name)
+        clock = RunClock(
+            works,
+            started=started,
+            device=device,
+            budget_minutes=request.budget_minutes,
+            record=run.budget if request.trains else None,
+        )
         try:
+            if clock.has_budget:
+                for module in plan.to_write:
+                    fields = _fields_config(request, plan, module, device)
+                    clock.after_field(module.stage, seconds_of_pair(fields))
             for module in plan.modules:
                 if module in plan.to_train or module in plan.to_write:
                     _check_prior_weights(request, plan, module)
@@ -85,11 +110,13 @@ def train_pyramid(request: TrainRequest) -> None:
                     config = _stage_config(
                         request, plan, module, phases[module], device
                     )
-                    train_stage(config, stop, writer)
+                    train_stage(config, stop, clock, writer)
                     distributed.barrier()
                 if module in plan.to_write:
-                    write_fields(_fields_config(request, plan, module, device), stop)
+                    fields = _fields_config(request, plan, module, device)
+                    write_fields(fields, stop, clock)
         except Stopped as stopped:
+            clock.save(at_once=True)
             logger.info("stopped; the same command resumes from here")
             if stopped.code == cli.INTERRUPTED:
                 raise KeyboardInterrupt from None
@@ -98,6 +125,7 @@ def train_pyramid(request: TrainRequest) -> None:
         else:
             done = request.pyramid_path if plan.to_train else request.fields_folder
             logger.info("done: %s", done)
+            clock.end()
 
 
 @contextmanager
@@ -160,12 +188,114 @@ def _prepare(
             fields_path = request.fields_folder if module in plan.to_write else None
             try_folders(module, run, fields_path, distributed.rank())
         if distributed.rank() == 0:
+            run.budget.unlink(missing_ok=True)
             for module in plan.to_train:
                 discard_training(module, run, request.checkpoint_name)
         distributed.barrier()
     if request.compile:
         _check_compile(plan.to_train, device)
     return phases
+
+
+def _works(
+    request: TrainRequest, plan: _Plan, phases: dict[ModuleSpec, tuple[Phase, ...]]
+) -> list[StageWork]:
+    """Count the work of each stage, and log it before it begins."""
+    ranks, works = distributed.world_size(), []
+    sizes = _network_sizes(plan)
+    for module in plan.modules:
+        if module not in plan.to_train and module not in plan.to_write:
+            continue
+        sets = image_sets_at(request.dataset_path, module.in_mip)
+        pairs = [
+            PairRef(images, None, i) for images in sets for i in range(images.num_pairs)
+        ]
+        of_phases: tuple[PhaseWork, ...] = ()
+        if module in plan.to_train:
+            split = split_pairs(pairs, request.val_pairs)
+            earlier_px = sum(
+                sizes.get(earlier, sizes[module])
+                / 4 ** (earlier.in_mip - module.in_mip)
+                for earlier in plan.modules[: plan.modules.index(module)]
+            )
+            of_phases = tuple(
+                _phase_work(request, phase, split, sizes[module], earlier_px)
+                for phase in phases[module]
+            )
+        num_fields = len(pairs) if module in plan.to_write else 0
+        work = StageWork(
+            module.stage,
+            of_phases,
+            num_fields / ranks,
+            FIELDS_COST * sizes[module] * pairs[0].grid.rows * pairs[0].grid.cols,
+        )
+        works.append(work)
+        _log_work(request, module, phases.get(module, ()), work, len(pairs))
+    return works
+
+
+def _phase_work(
+    request: TrainRequest,
+    phase: Phase,
+    split: Split,
+    network_size: float,
+    earlier_px: float,
+) -> PhaseWork:
+    """Count the work of a phase on each rank."""
+    ranks, grid = distributed.world_size(), split.training[0].grid
+    batch = batch_size_of(phase, request.batch_size, ranks)
+    per_update = batch * phase.accumulate
+    held_out = len(ValidationPairs(split.validation, phase, request.seed))
+    return phase_work(
+        phase,
+        num_steps=num_steps(phase, len(split.training), per_update),
+        pairs_of_update=per_update / ranks,
+        patch=(grid.rows, grid.cols),
+        held_out=held_out / ranks,
+        network_size=network_size,
+        earlier_px=earlier_px,
+    )
+
+
+def _network_sizes(plan: _Plan) -> dict[ModuleSpec, float]:
+    """Count the weights of the networks to use; 1 for all if they have one spec."""
+    used = [m for m in plan.modules if m in plan.to_train or m in plan.to_write]
+    specs = {module.spec() for module in used}
+    if not plan.to_train or (len(specs) == 1 and None not in specs):
+        return dict.fromkeys(used, 1.0)
+    sizes = {}
+    with torch.random.fork_rng(devices=[]):
+        for module in used:
+            loaded = load_module(module.path, checkpoint_name=None, finetune=False)
+            aligner: Aligner = loaded.aligner  # type: ignore[assignment]
+            sizes[module] = float(sum(w.numel() for w in aligner.net.parameters()))
+    return sizes
+
+
+def _log_work(
+    request: TrainRequest,
+    module: ModuleSpec,
+    phases: tuple[Phase, ...],
+    work: StageWork,
+    num_pairs: int,
+) -> None:
+    """Log what is to be done in a stage, or what is left of it."""
+    run = RunFolder.of(request.pyramid_path, request.checkpoint_name)
+    said = []
+    if phases:
+        state = load_state(run.state(module.stage))
+        epochs = " + ".join(str(phase.num_epochs) for phase in phases)
+        updates = " + ".join(str(phase.num_steps) for phase in work.phases)
+        said = [f"train {len(phases)} phases, {epochs} epochs, {updates} updates"]
+        if state is not None and state.phase >= len(phases):
+            said = ["trained"]
+        elif state is not None:
+            said += [f"resumes at phase {state.phase + 1}, epoch {state.epoch + 1}"]
+    if work.num_fields:
+        said += [f"write {num_pairs} fields"]
+    logger.info(
+        "plan: stage %d mip %d: %s", module.stage, module.in_mip, "; ".join(said)
+    )
 
 
 def _stage_config(

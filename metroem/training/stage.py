@@ -6,7 +6,7 @@ from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing, contextmanager
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -48,6 +48,7 @@ from metroem.training.optimizer import (
     make_optimizer,
     set_learning_rate,
 )
+from metroem.training.run_clock import RunClock
 from metroem.training.step import StepMetrics, train_step
 from metroem.training.targets import EarlierStages
 from metroem.training.tensorboard import TensorBoardWriter
@@ -68,7 +69,10 @@ COLLAPSED_PX = 0.01
 
 
 def train_stage(
-    config: StageConfig, stop: StopRequest, writer: TensorBoardWriter | None = None
+    config: StageConfig,
+    stop: StopRequest,
+    clock: RunClock,
+    writer: TensorBoardWriter | None = None,
 ) -> None:
     """Train one module, or resume where an earlier call stopped.
 
@@ -78,10 +82,12 @@ def train_stage(
     Args:
         config: module, phases, pairs and options.
         stop: checked at each step.
+        clock: measures each step; with a budget it makes the phases shorter.
         writer: gets the epoch reports, on the first rank.
 
     Raises:
         Stopped: `stop` asked for it; the state is saved.
+        UsageError: the budget is too small for this machine.
         StorageError: a folder cannot be written to.
         DatasetError: too many steps were bad.
         CheckpointError: this training cannot resume the state that exists.
@@ -90,27 +96,36 @@ def train_stage(
     state = _load_state(config)
     if state is not None and state.phase >= len(config.phases):
         logger.info("stage %d: already trained", config.stage)
+        clock.begin_stage(config.stage, state.phase, 0.0)
         return
     model, earlier, state = _start_or_resume(config, state)
     net = unwrap_model(model).net
+    if state.position is None:
+        state.position = _position(config, state)
+    clock.begin_stage(config.stage, state.phase, state.position)
 
     for phase in config.phases[state.phase :]:
         optimizer, average = make_optimizer(net, phase, state)
         num_updates = config.num_updates(phase)
+        in_all = num_updates * phase.num_epochs
         with (
             compiler_failures_named(),
             _memory_advice(config, phase, state),
             closing(_read_samples(config, phase, state)) as samples,
         ):
             for epoch in range(state.epoch, phase.num_epochs):
+                if state.position >= in_all and state.step == 0:
+                    break  # killed after the phase's last report
                 started = time.monotonic()
                 model.train()
                 steps = range(state.step, num_updates)
                 what = f"stage {config.stage}, epoch {epoch + 1}, steps"
-                for step in progress(steps, what, total=len(steps), log=False):
-                    done, in_all = epoch * num_updates + step, phase.num_epochs
-                    rate = phase.rate(done, in_all * num_updates)
-                    set_learning_rate(optimizer, rate)
+                what = ", ".join(filter(None, (clock.left_in_words(), what)))
+                num_pairs = 0
+                for _ in progress(steps, what, total=len(steps), log=False):
+                    if state.position >= in_all:
+                        break  # the time of the phase is used up
+                    set_learning_rate(optimizer, phase.rate(state.position, in_all))
                     batches = islice(samples, phase.accumulate)
                     result = train_step(
                         model,
@@ -122,6 +137,8 @@ def train_stage(
                         stop=stop.code,
                     )
                     state.step += 1
+                    state.position += clock.after_step(state.phase, state.position)
+                    num_pairs += config.pairs_of_update(phase)
                     if result.applied:
                         state.add_metrics(result.metrics)
                         if average is not None:
@@ -142,21 +159,44 @@ def train_stage(
                     # A run that is killed before its first save begins again. It must
                     # begin from its first weights, which are replaced below.
                     _save(config, state, net, optimizer, average)
-                is_last = epoch + 1 == phase.num_epochs
-                if is_last or (epoch + 1) % phase.print_every == 0:
+                is_last = state.position >= in_all
+                reports = is_last or (epoch + 1) % phase.print_every == 0
+                if reports:
+                    took = EpochTime(time.monotonic() - started, num_pairs, is_last)
                     with averaged_weights(net, average):
-                        seconds = time.monotonic() - started
                         _finish_epochs(
-                            config, phase, state, model, earlier, seconds, writer
+                            *(config, phase, state, model, earlier, took, clock, writer)
                         )
                 state.epoch, state.step = epoch + 1, 0
                 _save(config, state, net, optimizer, average)
+                if reports:
+                    clock.after_report()
+                if is_last:
+                    break
 
         _warn_without_score(config, state)
         if average is not None:
             copy_weights(net, list(average.module.parameters()))
+        clock.end_phase(state.phase)
         state.phase, state.epoch, state.best = state.phase + 1, 0, None
+        state.position = 0.0
         _save(config, state, net)  # without the optimizer: each phase has its own
+
+
+class EpochTime(NamedTuple):
+    """What is known of an epoch when it ends."""
+
+    seconds: float  # of its updates, since this command began or resumed it
+    num_pairs: int  # trained on in these seconds
+    is_last: bool  # of its phase
+
+
+def _position(config: StageConfig, state: TrainingState) -> float:
+    """Updates of the phase that an earlier version's state had made."""
+    if state.phase >= len(config.phases):
+        return 0.0
+    num_updates = config.num_updates(config.phases[state.phase])
+    return float(state.epoch * num_updates + state.step)
 
 
 def _load_state(config: StageConfig) -> TrainingState | None:
@@ -290,7 +330,8 @@ def _finish_epochs(
     state: TrainingState,
     model: nn.Module,
     earlier: EarlierStages,
-    seconds: float,
+    took: EpochTime,
+    clock: RunClock,
     writer: TensorBoardWriter | None,
 ) -> None:
     """Validate, report, and keep the weights if they are the best."""
@@ -317,7 +358,7 @@ def _finish_epochs(
         state.best = validation.loss if is_best else state.best
     if config.rank > 0:
         return
-    _log_epoch(config, phase, state, training, validation, seconds)
+    _log_epoch(config, phase, state, training, validation, took, clock)
     if writer is not None:
         earlier_epochs = sum(p.num_epochs for p in config.phases[: state.phase])
         pair = first_held_out(model, held_out, earlier, device=config.device)
@@ -337,17 +378,19 @@ def _log_epoch(
     state: TrainingState,
     training: StepMetrics,
     validation: StepMetrics | None,
-    seconds: float,
+    took: EpochTime,
+    clock: RunClock,
 ) -> None:
     """Write a line of the log and one of the metrics file; warn of a collapse."""
-    stage, is_last = config.stage, state.epoch + 1 == phase.num_epochs
-    num_pairs = phase.num_samples or len(config.split.training)
+    stage = config.stage
+    left = clock.left_in_words()
     logger.info(
-        "stage %d mip %d phase %d/%d epoch %d/%d: train %s%s, %.1f s, %.1f pairs/s",
+        "stage %d mip %d phase %d/%d epoch %d/%d: train %s%s, %.1f s, %.1f pairs/s%s",
         *(stage, config.module.in_mip, state.phase + 1, len(config.phases)),
         *(state.epoch + 1, phase.num_epochs, training.as_text()),
         f"; validation {validation.as_text()}" if validation else "",
-        *(seconds, num_pairs / max(seconds, 1e-9)),
+        *(took.seconds, took.num_pairs / max(took.seconds, 1e-9)),
+        f"; {left}" if left else "",
     )
     record: dict[str, Any] = {
         "stage": stage,
@@ -357,9 +400,9 @@ def _log_epoch(
     record["training"] = training.as_json()
     if validation is not None:
         record["validation"] = validation.as_json()
-    append_json_line(config.run.metrics, {**record, "seconds": seconds})
+    append_json_line(config.run.metrics, {**record, "seconds": took.seconds})
     metrics = validation or training
-    if is_last and metrics.change_px < COLLAPSED_PX:
+    if took.is_last and metrics.change_px < COLLAPSED_PX:
         logger.warning(
             "stage %d: the network changes the field it is given by %.4f px only: "
             "it has collapsed to doing nothing; try a lower smoothness (now %g), "

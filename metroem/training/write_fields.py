@@ -2,9 +2,11 @@
 
 import hashlib
 import logging
+import math
 import time
 from collections.abc import Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -30,6 +32,7 @@ from metroem.models.tiling import Tiling
 from metroem.models.weights import checkpoint_path
 from metroem.specs.filenames import FieldSetName
 from metroem.specs.modules import ModuleSpec
+from metroem.training.run_clock import RunClock
 from metroem.utils import cli, distributed
 from metroem.utils.memory import enough_memory
 from metroem.utils.progress import progress
@@ -38,6 +41,8 @@ from metroem.utils.stop_request import Stopped, StopRequest
 logger = logging.getLogger(__name__)
 
 
+# A pair of fewer pixels takes seconds, so `seconds_of_pair` aligns it twice.
+_SMALL_PX = 256 * 256
 # Keys of requests that version 1.0.0 did not have.
 _NEW_KEYS = ("data", "place")
 
@@ -93,7 +98,9 @@ class _Sources(NamedTuple):
         )
 
 
-def write_fields(config: WriteFieldsConfig, stop: StopRequest) -> None:
+def write_fields(
+    config: WriteFieldsConfig, stop: StopRequest, clock: RunClock | None = None
+) -> None:
     """Write the fields of one stage for all its image sets.
 
     Each pair's field is finetuned and resampled to the grid of the next stage's images.
@@ -104,6 +111,7 @@ def write_fields(config: WriteFieldsConfig, stop: StopRequest) -> None:
     Args:
         config: module and data.
         stop: checked after each pair.
+        clock: notes the time that each pair takes.
 
     Raises:
         Stopped: `stop` asked for it; finished pairs are kept.
@@ -136,7 +144,41 @@ def write_fields(config: WriteFieldsConfig, stop: StopRequest) -> None:
         if distributed.rank() == 0:
             try_writing(config.fields_path, "--fields_path")
         aligner = aligner or _load(config, digest)
-        _write_set(config, aligner, sources, request, stop)
+        _write_set(config, aligner, sources, request, stop, clock)
+    if clock is not None:
+        clock.left.end_fields(config.module.stage)
+
+
+def seconds_of_pair(config: WriteFieldsConfig) -> float:
+    """Measure how long the field of one pair takes, before its stage is trained.
+
+    The first pair of the first set is aligned with the weights that exist, or else with
+    fresh ones, and with a prior field of 0. Its field is thrown away. A pair that is
+    small is aligned twice, since the first one also starts threads and the like.
+
+    Raises:
+        DatasetError: images are missing or cannot be used.
+        ResourceError: there is too little memory.
+    """
+    images = image_sets_at(config.dataset, config.module.in_mip)[0]
+    (target,) = target_sets(config.dataset, [images], config.mip)
+    sources = _Sources(images, None, target)
+    has_weights = config.weights.is_file()
+    with torch.random.fork_rng(devices=[]):
+        aligner = _load_aligner(config, config.checkpoint_name if has_weights else None)
+    seconds = math.inf
+    for _ in range(2):
+        started = time.monotonic()
+        sample = _read(config, sources, 0)
+        if config.module.stage > 0:
+            zero = torch.zeros_like(sample.src).repeat(1, 2, 1, 1)
+            sample = sample._replace(prior_field=zero)
+        with _memory_advice(config, images):
+            _field_of(aligner, sources, sample, 0)
+        seconds = min(seconds, time.monotonic() - started)
+        if sample.src.numel() > _SMALL_PX:
+            break
+    return seconds
 
 
 def weights_of(module: ModuleSpec, checkpoint_name: str) -> Path:
@@ -252,18 +294,24 @@ def _load(config: WriteFieldsConfig, digest: str) -> Aligner:
     Raises:
         CheckpointError: the weights were replaced meanwhile.
     """
-    module = load_module(
-        config.module.path,
-        checkpoint_name=config.checkpoint_name,
-        finetune=True,
-        pass_field=True,
-        finetune_iter=finetune_iterations(config.module.stage),
-    )
+    aligner = _load_aligner(config, config.checkpoint_name)
     if _sha256(config.weights) != digest:
         raise CheckpointError(
             f"{config.weights}: was replaced while it was read; give the same command "
             "again when it is trained"
         )
+    return aligner
+
+
+def _load_aligner(config: WriteFieldsConfig, checkpoint_name: str | None) -> Aligner:
+    """Load the module with its finetuner; None gives it fresh weights."""
+    module = load_module(
+        config.module.path,
+        checkpoint_name=checkpoint_name,
+        finetune=True,
+        pass_field=True,
+        finetune_iter=finetune_iterations(config.module.stage),
+    )
     aligner: Aligner = module.aligner.to(config.device).eval()  # type: ignore
     if not aligner.has_features():
         logger.warning(
@@ -281,17 +329,14 @@ def _write_set(
     sources: _Sources,
     request: dict[str, Any],
     stop: StopRequest,
+    clock: RunClock | None,
 ) -> None:
     started = time.monotonic()
     target = sources.target
     path = _field_path(config, target)
     writer = _open_writer(path, request)
-    rows, cols = sources.images.shape
-    with enough_memory(
-        f"fields of stage {config.module.stage}, of {rows} x {cols} px",
-        "give --device cpu, with which this run resumes, or take smaller patches",
-    ):
-        code = _make_fields(config, aligner, sources, writer, stop)
+    with _memory_advice(config, sources.images):
+        code = _make_fields(config, aligner, sources, writer, stop, clock)
     (code,) = distributed.all_reduce_max(
         torch.tensor([code], device=config.device)
     ).tolist()
@@ -302,6 +347,17 @@ def _write_set(
     if distributed.rank() == 0:
         writer.remove()
     logger.info("%s: written, %.2f s", path, time.monotonic() - started)
+
+
+def _memory_advice(
+    config: WriteFieldsConfig, images: ImageSet
+) -> AbstractContextManager[None]:
+    """Say what to do if there is too little memory for a field (ResourceError)."""
+    rows, cols = images.shape
+    return enough_memory(
+        f"fields of stage {config.module.stage}, of {rows} x {cols} px",
+        "give --device cpu, with which this run resumes, or take smaller patches",
+    )
 
 
 def _open_writer(path: Path, request: dict[str, Any]) -> FieldSetWriter:
@@ -326,6 +382,7 @@ def _make_fields(
     sources: _Sources,
     writer: FieldSetWriter,
     stop: StopRequest,
+    clock: RunClock | None,
 ) -> int:
     """Make the missing fields, together with the other ranks; return a stop code.
 
@@ -342,12 +399,16 @@ def _make_fields(
         result, writing = None, None
         for index in progress(distributed.work_queue(total), what, total=total):
             if not writer.has(index):
+                started = time.monotonic()
                 sample = _read(config, sources, index)
                 # Write only after reading: h5py does one at a time.
                 writing = _start_writing(pool, writer, result, writing)
                 field, finetuned = _field_of(aligner, sources, sample, index)
                 result = index, _with_tgt_field(sources, index, field)
                 gains += [finetuned] if finetuned else []
+                if clock is not None:
+                    seconds = time.monotonic() - started
+                    clock.after_field(config.module.stage, seconds)
             if stop.code:
                 break
         writing = _start_writing(pool, writer, result, writing)

@@ -293,6 +293,15 @@ def all_reduce_sum(values: Tensor) -> Tensor:
     return values
 
 
+def first_rank_value(value: float, device: torch.device) -> float:
+    """Return the value of rank 0, on every rank; `device` is this rank's."""
+    if not dist.is_initialized():
+        return value
+    shared = torch.tensor([value], dtype=torch.float64, device=device)
+    dist.broadcast(shared, src=0)
+    return shared.item()
+
+
 def all_gather_names(names: Sequence[str]) -> list[str]:
     """Return the names from all ranks, in the order of ranks, on every rank."""
     if not dist.is_initialized():

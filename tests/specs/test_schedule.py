@@ -16,13 +16,24 @@ from metroem.specs.schedule import MODES, Phase, load_schedule, parse_schedule
 PHASE = {"lr": 1e-3, "num_epochs": 5, "smoothness": 10}
 
 
-@pytest.mark.parametrize("mode", ["scratch", "aligned", "finetune"])
+@pytest.mark.parametrize("mode", ["scratch", "aligned", "quick", "finetune"])
 @pytest.mark.parametrize("mip", [0, 2, 5])
 def test_our_schedules_know_the_truth_at_every_mip(mode, mip):
     for phase in load_schedule(mode, None).for_mip(mip):
         assert "known_warp" in [loss.type for loss in phase.losses]
         assert phase.known_warp is not None
         assert phase.known_warp.aligned == (mode == "aligned")
+
+
+def test_the_quick_schedule_shows_one_section_first_and_has_few_updates():
+    schedule = load_schedule("quick", None)
+    for mip in (1, 2, 3):
+        first, second = schedule.phases[mip]
+        assert first.known_warp is not None and first.known_warp.same == 1
+        samples = [p.num_epochs * (p.num_samples or 0) for p in (first, second)]
+        assert samples == [360, 600]
+    (fine,) = schedule.phases[0]
+    assert (fine.num_epochs, fine.num_samples, fine.batch_size) == (1, 160, 4)
 
 
 def test_every_mode_but_custom_has_a_schedule():

@@ -24,6 +24,7 @@ def test_a_state_comes_back_as_it_was(tmp_path):
         phase=1,
         epoch=2,
         step=3,
+        position=7.5,
         best=0.5,
         sums=[1.0, 2.0],
         recent_bad=[0, 1],
