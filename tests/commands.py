@@ -66,27 +66,22 @@ def run(words):
             pyramid = arguments[arguments.index("--pyramid_path") + 1]
             for module in Path(pyramid).glob("*_mip*"):
                 write_spec(module / "model", CORRELATION)
-        case ["metroem", "train", *arguments]:
-            metroem_main.main(["train", *arguments, *shortened(arguments)])
-        case ["torchrun", *arguments] | ["python", *arguments] if (
+        case ["torchrun", *arguments] | ["metroem", *arguments] if (
             words[0] == "torchrun" or "--gpu" in words
         ):
-            launcher = ["-m", "torch.distributed.run"] if words[0] == "torchrun" else []
-            stages = ["--train_stages", "0", "--generate_field_stages", "0"]
-            command = [sys.executable, *launcher, *arguments, *shortened(arguments)]
-            command += stages
-            script = command.index("train.py")
-            command[script] = str(ROOT / "train.py")
+            how = ["torch.distributed.run"] if words[0] == "torchrun" else ["metroem"]
+            command = [sys.executable, "-m", *how, *arguments, *shortened(arguments)]
+            command += ["--train_stages", "0", "--generate_field_stages", "0"]
+            command = [str(ROOT / w) if w == "train.py" else w for w in command]
             environment = {**os.environ, "PYTHONPATH": str(ROOT)}
             subprocess.run(command, env=environment, check=True)
+        case ["metroem", "train", *arguments]:
+            metroem_main.main(["train", *arguments, *shortened(arguments)])
         case ["metroem", "view", *_]:  # it would wait for Ctrl-C
             with patch("signal.pause", side_effect=KeyboardInterrupt):
                 metroem_main.main(words[1:])
         case ["metroem", *arguments]:
             metroem_main.main(arguments)
-        case ["python", script, *arguments]:
-            extra = shortened(arguments) if script == "train.py" else []
-            SCRIPTS[script].main([*arguments, *extra])
         case _:
             raise AssertionError(f"no test runs {words}")
 

@@ -8,8 +8,8 @@ import re
 
 import numpy as np
 import pytest
+from PIL import Image
 
-from metroem.io.volume_write import write_volume
 from tests.commands import (
     CORGIE,
     PAGES,
@@ -35,7 +35,7 @@ RUN_ELSEWHERE = ("make", "source", "pip", CORGIE)
 
 def small(text, folder):
     """A command or an example on a volume in `folder`, with less to do."""
-    text = text.replace("gs://my-bucket/em", "demo/sections")
+    text = text.replace("gs://my-bucket/em", "em").replace("demo/sections", "em")
     text = text.replace("gs://my-bucket", str(folder))
     text = text.replace("demo/pyramid", "pyramid")
     text = text.replace("[:, :, z]", "[:128, :128, z]")
@@ -47,9 +47,10 @@ def test_the_commands_of_the_readme_and_its_pages_work_in_their_order(
     tmp_path, monkeypatch
 ):
     sections = [texture(512, 512, seed=0)[0, 0].byte().numpy() for _ in range(9)]
-    (tmp_path / "demo").mkdir()
-    stack = np.stack([sections[z % 9] for z in range(28)])
-    write_volume(tmp_path / "demo" / "sections", stack, 3)
+    (tmp_path / "demo" / "images").mkdir(parents=True)
+    for z in range(28):
+        image = Image.fromarray(sections[z % 9])
+        image.save(tmp_path / "demo" / "images" / f"z{z:04d}.png")
     # 4 px along x, in mip-0 pixels.
     by_mip = [np.zeros((9, 2, 512 >> m, 512 >> m), np.float32) for m in range(3)]
     for field in by_mip:
@@ -75,13 +76,14 @@ def test_the_commands_of_the_readme_and_its_pages_work_in_their_order(
     (example,) = blocks(README, "python")
     exec(small(example, tmp_path), names)
 
-    # Two stages under two names, one under three; and a finetuned copy.
-    assert len(list(tmp_path.glob("pyramid/*/model/*.state.pth.tar"))) == 7
+    # Two stages under three names, one under three; and a finetuned copy.
+    assert len(list(tmp_path.glob("pyramid/*/model/*.state.pth.tar"))) == 9
     assert len(list(tmp_path.glob("finetuned/*/model/*.state.pth.tar"))) == 2
     assert list(tmp_path.glob("points/x*.h5"))
     assert "<html" in (tmp_path / "report.html").read_text()
     assert names["field"].shape == (2, 128, 128)
     assert (tmp_path / "stack" / "layers" / "labels" / "info").is_file()
+    assert len(list((tmp_path / "aligned_images").glob("z*.png"))) == 4
     for name in ("check.json", "placement.json"):
         stored = json.loads((tmp_path / "stack" / name).read_text())
         stored.get("settings", {}).clear()  # flags
