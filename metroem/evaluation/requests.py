@@ -7,7 +7,10 @@ from metroem.errors import UsageError
 from metroem.io.cloud_paths import check_dataset
 from metroem.specs.filenames import check_checkpoint_name
 from metroem.specs.modules import find_modules
-from metroem.utils.cli import Request, flag
+from metroem.utils.cli import Request, flags_of_group
+
+_GROUPS = ("pyramid and data", "results", "what is run")
+_data, _results, _work = map(flags_of_group, _GROUPS)
 
 
 @dataclass(frozen=True)
@@ -20,6 +23,7 @@ class EvaluateRequest(Request):
             that leave out an earlier one.
     """
 
+    GROUPS = _GROUPS
     HELP = """Measure how well a pyramid aligns a data set, and list the worst pairs.
 
     Example:
@@ -27,34 +31,34 @@ class EvaluateRequest(Request):
             --report report.html
     """
 
-    pyramid_path: Path = flag("the pyramid")
-    dataset_path: Path = flag("folder of image sets, of every mip of the pyramid")
-    checkpoint_name: str = flag("name of the weights", "checkpoint")
-    json: Path | None = flag("file for all figures, also those of each pair", None)
-    report: Path | None = flag("HTML file that shows all pairs", None)
-    known_warps: bool = flag("also align sections warped by known fields", False)
-    no_finetune: bool = flag("evaluate the networks alone", False)
-    verify: bool = flag(
+    pyramid_path: Path = _data("the pyramid")
+    dataset_path: Path = _data("folder of image sets, of every mip of the pyramid")
+    checkpoint_name: str = _data("name of the weights", "checkpoint")
+    json: Path | None = _results("file for all figures, also those of each pair", None)
+    report: Path | None = _results("HTML file that shows all pairs", None)
+    known_warps: bool = _work("also align sections warped by known fields", False)
+    no_finetune: bool = _work("evaluate the networks alone", False)
+    verify: bool = _data(
         "check the checksum of each pair before it is used: reads it twice", False
     )
-    stages: list[int] | None = flag(
+    stages: list[int] | None = _work(
         "run only these stages, from 0 on: 0, or 0 1; figures are in pixels of the "
         "last of them",
         unset="all",
         least=0,
     )
-    max_pairs: int | None = flag(
+    max_pairs: int | None = _work(
         "align at most this number of pairs, spread evenly over the image sets and "
         "within each",
         unset="all",
         least=1,
     )
-    workers: int | None = flag(
+    workers: int | None = _work(
         "processes on this machine, one thread each",
         unset="one per core, or 1 on a GPU",
         least=1,
     )
-    predictions: Path | None = flag(
+    predictions: Path | None = _results(
         "folder that keeps the fields, so that another call does not run the networks "
         "again",
         unset="<pyramid_path>/.evaluate/<checkpoint_name>",

@@ -7,7 +7,12 @@ from typing import Any
 from metroem.errors import UsageError
 from metroem.io.cloud_paths import check_dataset, check_destination, check_exists
 from metroem.specs.filenames import check_checkpoint_name
-from metroem.utils.cli import Request, flag
+from metroem.utils.cli import Request, flag, flags_of_group
+
+_FIELDS, _VALUES, _BOUNDS = "which fields", "values", "where they lie"
+_AREA = "which area"
+_fields, _values = flags_of_group(_FIELDS), flags_of_group(_VALUES)
+_bounds, _area = flags_of_group(_BOUNDS), flags_of_group(_AREA)
 
 # Length that the int16 value 1 stands for in corgie and download_field.py.
 QUARTER = 0.25
@@ -17,6 +22,7 @@ QUARTER = 0.25
 class ExportRequest(Request):
     """Flags of export-fields."""
 
+    GROUPS = ("", _FIELDS, _VALUES, _BOUNDS)
     HELP = """Write fields as a volume, or for SOFIMA or ITK.
 
     Example:
@@ -29,30 +35,30 @@ class ExportRequest(Request):
     dst_path: str = flag(
         "volume to write: gs://, s3:// or a local path; with other formats a folder"
     )
-    fields_path: Path | None = flag("folder of field sets", unset="--dataset_path")
-    checkpoint_name: str = flag(
+    fields_path: Path | None = _fields("folder of field sets", unset="--dataset_path")
+    checkpoint_name: str = _fields(
         'tag of the field sets: checkpoint, or --suffix of a download; "" for '
         "downloads without one",
         "checkpoint",
     )
-    stage: int | None = flag("stage of the fields", unset="the last that has any")
-    mip: int | None = flag(
+    stage: int | None = _fields("stage of the fields", unset="the last that has any")
+    mip: int | None = _fields(
         "mip of the fields, if they have several", unset="their only mip"
     )
-    format: str = flag(
+    format: str = _values(
         "format to write", "cloudvolume", choices=("cloudvolume", "sofima", "itk")
     )
-    dtype: str = flag(
+    dtype: str = _values(
         "type of the volume's values; int16 holds quarter pixels",
         "float32",
         choices=("float32", "int16"),
     )
-    channel_order: str = flag(
+    channel_order: str = _values(
         "axes that channels 0 and 1 displace along; corgie uses yx",
         "yx",
         choices=("yx", "xy"),
     )
-    field_unit: str = flag(
+    field_unit: str = _values(
         "unit of the values: relative (pixels of the fields' mip, as in corgie) or "
         "mip0 (mip-0 pixels)",
         "relative",
@@ -61,21 +67,21 @@ class ExportRequest(Request):
     warped: str | None = flag(
         "folder for two more volumes: the images before and after alignment", None
     )
-    like: str | None = flag(
+    like: str | None = _bounds(
         "volume whose bounds and resolution the new volumes get",
         unset="those of the sets",
     )
-    resolution: list[float] | None = flag(
+    resolution: list[float] | None = _bounds(
         "nm of a mip-0 voxel, if the sets do not state it",
         None,
         nargs=3,
         metavar=("X", "Y", "Z"),
     )
-    tgt_offset: int | None = flag(
+    tgt_offset: int | None = _fields(
         "only fields of pairs with this z of tgt minus z of src, for example -1",
         unset="all",
     )
-    overlap: str | None = flag(
+    overlap: str | None = _fields(
         "pair whose values are written where several cover a pixel",
         unset="they must be equal",
         choices=("first", "last"),
@@ -138,6 +144,7 @@ class ExportRequest(Request):
 class ExportImagesRequest(Request):
     """Flags of export-images."""
 
+    GROUPS = ("", _AREA)
     HELP = """Write the sections of a volume as PNG or TIFF files.
 
     The same command resumes an export that was stopped.
@@ -150,14 +157,14 @@ class ExportImagesRequest(Request):
     dst_folder: Path = flag("folder for the files, one for each section: z0007.png")
     format: str = flag("format of the files", "png", choices=("png", "tiff"))
     mip: int = flag("mip to write", 0, least=0)
-    z_start: int | None = flag("first section", unset="the volume's first")
-    z_end: int | None = flag("one past the last section", unset="the volume's end")
-    x_offset: int | None = flag(
+    z_start: int | None = _area("first section", unset="the volume's first")
+    z_end: int | None = _area("one past the last section", unset="the volume's end")
+    x_offset: int | None = _area(
         "x of the area's corner, mip-0 pixels, a multiple of 2^mip",
         unset="the volume's corner",
     )
-    y_offset: int | None = flag("y of the area's corner", unset="the volume's corner")
-    patch_size: int | None = flag(
+    y_offset: int | None = _area("y of the area's corner", unset="the volume's corner")
+    patch_size: int | None = _area(
         "side of a square area, pixels of the mip",
         unset="all up to the volume's end",
         least=1,

@@ -26,6 +26,8 @@ _CORNER = "of the patch's corner, mip-0 pixels, a multiple of 2^mip"
 _GROUPS = ("data", "grey levels", "format of the volume's values")
 _GROUPS += ("location", "files and reading", "defects")
 _data, _grey, _values, _location, _files, _defects = map(flags_of_group, _GROUPS)
+_WRITTEN, _RUNNING = "what is written", "how it is run"
+_written, _running = flags_of_group(_WRITTEN), flags_of_group(_RUNNING)
 _VOLUME = "gs://, s3://, https://, file:// or a plain path"
 
 
@@ -322,6 +324,7 @@ class SpecRequest(Request):
 class DatasetRequest(Request):
     """Flags of `metroem make-dataset`."""
 
+    GROUPS = ("", _RUNNING)
     HELP = """Make image and field sets from a spec of pairs.
 
     The same command resumes a data set that was stopped.
@@ -337,11 +340,11 @@ class DatasetRequest(Request):
     checkpoint_name: str = flag(
         "name of the training whose stage 1 starts from the fields", "precomputed"
     )
-    parallel: int = flag(
+    parallel: int = _running(
         "batches of patches read at a time; 4 to 16 for cloud paths", 1, least=1
     )
-    overwrite: bool = flag("replace a data set of another spec", False)
-    verify: bool = flag(
+    overwrite: bool = _running("replace a data set of another spec", False)
+    verify: bool = _running(
         "check each pair's checksum in the h5 files at the end, also in files that "
         "already existed; reads them once",
         False,
@@ -400,6 +403,7 @@ class InspectRequest(Request):
 class ImportRequest(Request):
     """Flags of `metroem import`."""
 
+    GROUPS = ("", _WRITTEN, _RUNNING)
     HELP = """Make a volume with mips of image files, or add mips to a volume.
 
     SECTIONS is a folder of PNG or TIFF files, one for each section, a TIFF stack, a
@@ -432,25 +436,25 @@ class ImportRequest(Request):
         nargs=3,
         metavar=("X", "Y", "Z"),
     )
-    mips: int | None = flag(
+    mips: int | None = _written(
         "number of mips: 4 makes mips 0 to 3",
         unset="3, or more until the coarsest is at most 512 px",
         least=1,
     )
-    z_start: int | None = flag(
+    z_start: int | None = _written(
         "z of the first section",
         unset="the number in the name of the first file, or 0; that of a volume",
     )
-    grey_range: list[float] | None = flag(
+    grey_range: list[float] | None = _written(
         "grey levels that become 1 and 255; what lies outside is clipped",
         unset="8 bit stays as it is; of other types 0.1 %% to 99.9 %% of the tissue",
         nargs=2,
         metavar=("LOW", "HIGH"),
     )
-    allow_missing: bool = flag(
+    allow_missing: bool = _running(
         "leave sections blank that are missing or cannot be read", False
     )
-    workers: int = flag("processes, each with one section at a time", 1, least=1)
+    workers: int = _running("processes, each with one section at a time", 1, least=1)
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -23,8 +23,12 @@ MODELS = ("rigid", "similarity", "affine")
 
 _SECTIONS, _PLACING = "sections", "placement"
 _ALIGNING, _RUNNING = "alignment", "where the work is done"
+_TASKS, _VOLUME = "size of the tasks", "aligned volume"
+_COMPARED = "what it is compared with"
 _sections, _placing = flags_of_group(_SECTIONS), flags_of_group(_PLACING)
 _aligning, _running = flags_of_group(_ALIGNING), flags_of_group(_RUNNING)
+_tasks, _volume = flags_of_group(_TASKS), flags_of_group(_VOLUME)
+_compared = flags_of_group(_COMPARED)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -179,7 +183,7 @@ class AlignStackRequest(SectionsRequest):
             --z_start 0 --z_end 100 --workers 2
     """
 
-    GROUPS = ("", _SECTIONS, _PLACING, _ALIGNING, _RUNNING)
+    GROUPS = ("", _SECTIONS, _PLACING, _ALIGNING, _VOLUME, _RUNNING, _TASKS)
 
     dst_path: str = flag("folder to write: image, field, check.json, report.html")
     pyramid_path: Path = flag("trained pyramid that aligns pairs of sections")
@@ -194,36 +198,36 @@ class AlignStackRequest(SectionsRequest):
         "volume of masks of folds, cracks and dirt: 0 where there are none",
         unset="defects are found",
     )
-    chunk_px: int = _aligning("side of the area of a task, px", 2048, least=64)
-    block_sections: int = _aligning("sections of a task", 16, least=1)
-    window_px: int = _aligning(
+    chunk_px: int = _tasks("side of the area of a task, px", 2048, least=64)
+    block_sections: int = _tasks("sections of a task", 16, least=1)
+    window_px: int = _tasks(
         "side of the area that the pyramid runs on at once, px; it needs the most "
         "memory of all",
         2048,
         least=64,
     )
-    halo_px: int = _aligning(
+    halo_px: int = _tasks(
         "pixels of each stage's mip around a window that the pyramid also reads",
         256,
         least=0,
     )
     smoothness: float = _aligning("how much bending costs", 1.0, least=0)
     device: str = _aligning("cpu, cuda or cuda:N", "cpu")
-    mips: int = _aligning("number of mips of the aligned volume", 4, least=1)
-    encoding: str | None = _aligning(
+    mips: int = _volume("number of mips of the aligned volume", 4, least=1)
+    encoding: str | None = _volume(
         "encoding of the aligned volume", unset="that of --cv_path"
     )
-    chunk_size: list[int] | None = _aligning(
+    chunk_size: list[int] | None = _volume(
         "chunks of the aligned volume, voxels along x, y, z",
         unset="those of --cv_path, if the area of a task consists of them",
         nargs=3,
         metavar=("X", "Y", "Z"),
     )
-    layer: str | None = _aligning(
+    layer: str | None = _volume(
         "also render this volume of the same raw sections, to DST_PATH/layers",
         unset="none",
     )
-    nearest: bool = _aligning("render --layer without interpolation: labels", False)
+    nearest: bool = _volume("render --layer without interpolation: labels", False)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -275,6 +279,7 @@ class WorkerRequest(Request):
 class CheckRequest(RunRequest):
     """Flags of check."""
 
+    GROUPS = ("", _SECTIONS, _COMPARED, _RUNNING)
     HELP = """Measure how well neighbouring sections of a volume are aligned.
 
     The volume may be aligned by any program.
@@ -287,21 +292,23 @@ class CheckRequest(RunRequest):
     dst_path: str | None = flag(
         "folder for check.json and report.html", unset="the parent of --cv_path"
     )
-    z_start: int | None = flag("first section", unset="the volume's first")
-    z_end: int | None = flag("one past the last section", unset="the volume's end")
-    mip: int = flag("mip to measure at", 0, least=0)
-    chunk_px: int = flag("side of the area of a task, px", 2048, least=64)
-    pyramid_path: Path | None = flag(
+    z_start: int | None = _sections("first section", unset="the volume's first")
+    z_end: int | None = _sections("one past the last section", unset="the volume's end")
+    mip: int = _sections("mip to measure at", 0, least=0)
+    chunk_px: int = _sections("side of the area of a task, px", 2048, least=64)
+    pyramid_path: Path | None = _compared(
         "pyramid whose own field between neighbours is measured", unset="none"
     )
-    checkpoint_name: str = flag("name of the pyramid's weights", "checkpoint")
-    field_path: str | None = flag(
+    checkpoint_name: str = _compared("name of the pyramid's weights", "checkpoint")
+    field_path: str | None = _compared(
         "volume of the fields that made it, for folds", unset="none"
     )
-    field_mip: int | None = flag(
+    field_mip: int | None = _compared(
         "mip of --field_path", unset="the one that it states, or its only one", least=0
     )
-    before: str | None = flag("volume before it was aligned, to compare", unset="none")
+    before: str | None = _compared(
+        "volume before it was aligned, to compare", unset="none"
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -207,6 +207,14 @@ def test_each_command_shows_an_example_that_is_right():
         parser.parse_args([command, *words[1:]])
 
 
+def test_many_flags_are_in_groups():
+    for command, (request, _) in metroem_main.COMMANDS.items():
+        parser = cli.parser("", request)
+        together = [len(group._group_actions) for group in parser._action_groups]
+        assert max(together) <= 12, command
+        assert sum(together) <= 8 or sum(1 for n in together if n) > 1, command
+
+
 def test_results_name_the_command_as_it_is_typed(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["/x/metroem/__main__.py", "check", "--mip", "1"])
     assert cli.command_line() == "metroem check --mip 1"
