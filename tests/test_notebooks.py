@@ -41,6 +41,11 @@ def execute(book, folder):
     client.execute(env={**os.environ, "PATH": path, "PYTHONPATH": str(ROOT)})
 
 
+def printed(cell):
+    """All that a cell that was run printed."""
+    return "".join(output.get("text", "") for output in cell.outputs)
+
+
 def correlation(one, other):
     """Correlation of two images where both have tissue, away from borders."""
     inside = ndimage.binary_erosion((one != 0) & (other != 0), iterations=4)
@@ -116,8 +121,10 @@ def test_the_stack_lies_on_itself_once_it_is_aligned(folder):
 
 @pytest.mark.slow
 def test_a_command_that_fails_ends_a_notebook(tmp_path):
-    cells = ["!metroem --version", "!metroem inspect \\\n    nowhere\n1"]
-    book = nbformat.v4.new_notebook(cells=map(nbformat.v4.new_code_cell, cells))
+    sources = ["!metroem --version", "!metroem inspect \\\n    nowhere\n1"]
+    cells = [nbformat.v4.new_code_cell(source) for source in sources]
+    book = nbformat.v4.new_notebook(cells=cells)
     with pytest.raises(CellExecutionError, match="assert _exit_code"):
         execute(book, tmp_path)
-    assert book.cells[0].outputs and "error: " in book.cells[1].outputs[0].text
+    first, second = (printed(cell) for cell in book.cells)
+    assert re.match(r"[\d.]+\s", first) and second.startswith("error: ")
