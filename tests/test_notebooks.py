@@ -97,7 +97,7 @@ def test_the_first_hour_aligns_pairs_that_were_not_trained_on(folder):
     for z in (11, 12, 13):
         aligned = tifffile.imread(made / "aligned" / f"z{z:04}.tif").astype(float)
         before = correlation(raw[z], raw[z - 1])
-        assert correlation(aligned, raw[z - 1]) > before + 0.15
+        assert correlation(aligned, raw[z - 1]) > before + 0.25
     assert "<html" in (made / "report.html").read_text()
     assert (made / "fields" / "info").is_file()
 
