@@ -88,8 +88,10 @@ setup(
         "dev": [
             "furo",
             "hypothesis",
+            "ipykernel",
             "moto[s3,server]",
             "myst-parser",
+            "nbclient",
             "neuroglancer",
             "numcodecs",
             "pip-audit",
