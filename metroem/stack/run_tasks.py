@@ -182,6 +182,17 @@ class _Member:
         self._has_started = True
         return outcome
 
+    def end(self) -> None:
+        """Let the process end, which it does once nothing more can come.
+
+        A process that is killed leaves its semaphores, and Python warns of them.
+        """
+        self.connection.close()
+        self.process.join(GRACE_S)
+        if self.process.is_alive():
+            self.process.kill()
+            self.process.join()
+
     def kill(self) -> None:
         """End the process at once."""
         self.process.kill()
@@ -211,10 +222,12 @@ def _end(idle: list[_Member], busy: list[_Member], records: TaskRecords) -> None
                 else:  # the signal went to it, too
                     records.undo_try(member.begun)
     finally:
-        for member in (*idle, *busy):
-            member.kill()
         for member in running:
+            member.kill()
             records.undo_try(member.begun)
+        for member in (*idle, *busy):
+            if member not in running:
+                member.end()
 
 
 @contextmanager

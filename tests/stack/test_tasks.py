@@ -277,6 +277,25 @@ def test_no_process_outlives_the_run_that_started_it(tmp_path):
     assert process.exitcode == 0
 
 
+def run_and_ask_for_codes(step):
+    """Run a step in two processes; exit with 3 if one did not end by itself."""
+    codes, end = [], run_tasks._Member.end
+
+    def end_and_note(member):
+        end(member)
+        codes.append(member.process.exitcode)
+
+    run_tasks._Member.end = end_and_note
+    run_step(step, RunRequest(workers=2))
+    sys.exit(0 if codes == [0, 0] else 3)
+
+
+def test_processes_that_have_nothing_left_to_do_end_by_themselves(tmp_path):
+    process = start(run_and_ask_for_codes, FilesStep(tmp_path, tasks=4))
+    process.join()
+    assert process.exitcode == 0
+
+
 def is_alive(pid):
     try:
         os.kill(pid, 0)
