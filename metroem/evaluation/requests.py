@@ -55,7 +55,7 @@ class EvaluateRequest(Request):
     )
     workers: int | None = _work(
         "processes on this machine, one thread each",
-        unset="one per core, or 1 on a GPU",
+        unset="one per core, as far as each has 4 pairs; 1 on a GPU",
         least=1,
     )
     predictions: Path | None = _results(

@@ -23,6 +23,8 @@ from metroem.utils.stop_request import StopRequest
 
 # Seconds that running pairs get to end after Ctrl-C or SIGTERM.
 GRACE_S = 10.0
+# A process takes some seconds to start, so it is worth it for so many tasks.
+LEAST_TASKS = 4
 _LOOK_S = 0.2  # how often a signal is looked for
 
 
@@ -30,13 +32,15 @@ def choose_workers(asked: int | None, device: torch.device, num_tasks: int) -> i
     """Choose the number of processes.
 
     Args:
-        asked: of --workers; None takes one per core, or one on a GPU.
+        asked: of --workers; None takes one per core, as far as each has
+            `LEAST_TASKS`, or one on a GPU.
         device: of the networks.
         num_tasks: no more processes than tasks are needed.
     """
     if asked is None:
         # A cluster may give this process only a part of the cores.
-        asked = len(os.sched_getaffinity(0)) if device.type == "cpu" else 1
+        cores = len(os.sched_getaffinity(0)) if device.type == "cpu" else 1
+        asked = min(cores, num_tasks // LEAST_TASKS)
     return max(1, min(asked, num_tasks))
 
 

@@ -80,7 +80,9 @@ def test_after_a_signal_running_tasks_get_some_seconds_and_no_process_is_left(
 def test_there_is_a_process_for_each_core_and_one_on_a_gpu(monkeypatch):
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1, 2})
     cpu, gpu = torch.device("cpu"), torch.device("cuda")
-    assert choose_workers(None, cpu, 9) == 3
-    assert choose_workers(None, cpu, 2) == 2
+    assert choose_workers(None, cpu, 12) == 3
+    assert choose_workers(None, cpu, 11) == 2  # four tasks each, at least
+    assert choose_workers(None, cpu, 2) == 1
+    assert choose_workers(4, cpu, 2) == 2
     assert choose_workers(None, gpu, 9) == 1
     assert choose_workers(4, gpu, 9) == 4

@@ -103,7 +103,8 @@ def test_finetuning_begins_from_weights_alone(tmp_path, mode, name, lacking):
     write_pairs(tmp_path / "data", mips=(1, 0), num_pairs=1, shape=(64, 96))
     path = trained(tmp_path / "p", stages=(0,))
     before = sorted(path.rglob("*.tar"))
-    match = f"--train_mode {mode} .*fetch .*/p COPY.*: {lacking}.*'{name}'.*'mine'"
+    match = f"--train_mode {mode} .*fetch .*/p --pyramid_path COPY.*: {lacking}"
+    match += f".*'{name}'.*'mine'"
     with pytest.raises(CheckpointError, match=match):
         train_it(tmp_path, "--checkpoint_name", name, mode=mode)
     assert sorted(path.rglob("*.tar")) == before
@@ -127,7 +128,8 @@ def test_a_fresh_training_begins_without_weights_and_warns_of_none(run, caplog):
     with pytest.raises(CheckpointError, match="new.state.pth.tar: is gone, though"):
         train_it(run, *flags, mode="custom")
     with pytest.raises(
-        CheckpointError, match=r"began from fresh weights.*fetch \S+ COPY"
+        CheckpointError,
+        match=r"began from fresh weights.*fetch \S+ --pyramid_path COPY",
     ):
         train_it(run, "--checkpoint_name", "new", "--restart")
 
