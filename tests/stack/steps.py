@@ -7,6 +7,7 @@ import signal
 import sys
 import time
 import types
+from multiprocessing import forkserver
 from pathlib import Path
 
 from metroem.errors import DatasetError
@@ -99,6 +100,8 @@ def start(function, *arguments):
 
 def _as_command(function, *arguments):
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    # A server that other tests started is a child of the parent, not of this process.
+    forkserver._forkserver.__init__()
 
     def run():
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})

@@ -357,4 +357,4 @@ def test_many_markers_are_looked_up_in_seconds(tmp_path):
         (folder / f"{task}.json").write_text(text)
     started = time.process_time()
     assert len(records.look(step.tasks()).done) == 20_000
-    assert time.process_time() - started < 6  # 1.3 s, 2026-11
+    assert time.process_time() - started < 12  # 1.3 s, 2026-11; twice on a busy one
