@@ -73,6 +73,7 @@ def test_the_steps_of_a_stack_are_measured_by_sections_and_size(tmp_path, zygote
     assert found["by_size"]["all"] == {"seconds": 1, "peak": 1}
 
 
+@pytest.mark.long  # a minute or two, which CI does not have yet
 def test_the_script_for_a_gpu_runs_on_a_cpu(tmp_path, zygote):
     small = ("--size", "64", "--batches", "1", "--precisions", "fp32", "--rounds", "7")
     table = tmp_path / "profile.txt"

@@ -25,6 +25,7 @@ pytestmark = [
 ]
 
 
+@pytest.mark.long  # a minute or two, which CI does not have yet
 def test_a_small_pyramid_aligns_later_sections_of_a_real_stack(tmp_path):
     stack = np.load(Path(SHARED or "") / "data" / "fib25_a.npy", mmap_mode="r")
     part = slice(100 - MARGIN_PX, 100 + SIDE_PX + MARGIN_PX)
