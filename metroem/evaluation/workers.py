@@ -1,24 +1,20 @@
 """Do the tasks of an evaluation: in this process, or in several of one thread each."""
 
-import logging
 import multiprocessing
 import os
-import signal
-import threading
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
-from multiprocessing.connection import wait as wait_for_end
 
 import torch
 
 from metroem.errors import ResourceError
 from metroem.evaluation.measure import Measured, Measurer
 from metroem.evaluation.plan import Task
-from metroem.utils import cli
+from metroem.utils.processes import start_working
 from metroem.utils.stop_request import StopRequest
 
 # Seconds that running pairs get to end after Ctrl-C or SIGTERM.
@@ -126,20 +122,8 @@ _measurer: Measurer | None = None
 def _start(measurer: Measurer) -> None:
     """Set up a process that does tasks."""
     global _measurer
-    for number in (signal.SIGINT, signal.SIGTERM):  # its parent decides
-        signal.signal(number, signal.SIG_IGN)
-    cli.configure_logging(logging.WARNING)
-    torch.set_num_threads(1)
+    start_working()
     _measurer = measurer
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-
-
-def _end_with_parent() -> None:
-    """End this process when its parent was killed: nobody would take its results."""
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    wait_for_end([parent.sentinel])
-    os._exit(1)
 
 
 def _run(task: Task) -> Measured:

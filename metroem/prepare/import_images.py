@@ -9,9 +9,6 @@ info is written last: until then no program can open what is half written.
 import logging
 import math
 import multiprocessing
-import os
-import signal
-import threading
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
@@ -20,7 +17,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
 
 from metroem.errors import DatasetError, ResourceError, UsageError
 from metroem.geometry.grid import Grid, Resolution, in_nm, nm_of, same_resolution
@@ -40,6 +36,7 @@ from metroem.io.volume_write import MipsWriter, NewVolume, Notes
 from metroem.prepare.requests import ImportRequest
 from metroem.utils import cli
 from metroem.utils.memory import enough_memory
+from metroem.utils.processes import start_working
 from metroem.utils.progress import progress, size_in_words
 
 logger = logging.getLogger(__name__)
@@ -371,20 +368,10 @@ _job: _Job
 
 
 def _start_process(job: _Job) -> None:
-    """Set up a process: it ends with its parent, who alone decides on Ctrl-C."""
+    """Set up a process that runs layers."""
     global _job
+    start_working()
     _job = job
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    cli.configure_logging(logging.WARNING)
-    torch.set_num_threads(1)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-
-
-def _end_with_parent() -> None:
-    if (parent := multiprocessing.parent_process()) is not None:
-        parent.join()
-        os._exit(1)
 
 
 def _run_in_process(layer: range) -> dict[str, Any]:

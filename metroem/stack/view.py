@@ -12,6 +12,7 @@ import logging
 import os
 import signal
 from collections.abc import Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any, cast
 
@@ -31,6 +32,7 @@ logger = logging.getLogger(__name__)
 _VOLUME, _BEFORE, _WORST = "volume", "before", "worst places"
 # cloud-volume stores chunks under these names, too; browsers only decode the first.
 _GZIP, _OTHERS = ".gz", (".br", ".zstd", ".xz", ".bz2")
+_LOOKED_AT = 1000  # files of a volume whose names are looked at
 
 
 def view(request: ViewRequest) -> None:
@@ -63,7 +65,8 @@ def make_viewer(request: ViewRequest) -> neuroglancer.Viewer:
     paths = {_VOLUME: request.cv_path}
     if (before := request.before or _raw_volume(request.cv_path)) is not None:
         paths[_BEFORE] = before
-    volumes = {name: Volume(path, flag="--cv_path") for name, path in paths.items()}
+    flags = {_VOLUME: "--cv_path", _BEFORE: "--before"}
+    volumes = {name: Volume(path, flag=flags[name]) for name, path in paths.items()}
     check = request.check or _file_beside(request.cv_path, "check.json")
     places = [] if check is None else _read_places(check)
     area, sections = volumes[_VOLUME].extent()
@@ -160,11 +163,13 @@ def _source(name: str, volume: Volume) -> str:
     folder = local_folder(location)
     if folder is None:
         return f"{form}://{location}"
-    for file in (one for one in folder.glob("*/*") if one.suffix in _OTHERS):
-        raise DatasetError(
-            f"{file}: browsers do not read chunks that are compressed like this; copy "
-            f"the volume first: metroem import {folder} COPY"
-        )
+    # A volume has millions of files, nearly always compressed in one way.
+    for file in islice(folder.glob("*/*"), _LOOKED_AT):
+        if file.suffix in _OTHERS:
+            raise DatasetError(
+                f"{file}: browsers do not read chunks that are compressed like this; "
+                f"copy the volume first: metroem import {folder} COPY"
+            )
     server = cast(Any, neuroglancer.server.global_server)
     route = f"/files/{server.token}/{name}"
     server.app.add_handlers(
