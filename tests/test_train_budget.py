@@ -115,6 +115,13 @@ def test_a_whole_pyramid_is_made_in_the_time_given(run, clock, caplog, slowdown)
     assert sum(rate > 0.999 for rate in clock.rates(1)) == 2
     assert "left, from 20 updates measured" in caplog.text
     assert "stage 1 gets about" in caplog.text
+    # A training without a budget asks for more than the pyramid got.
+    made = len(clock.rates(0))
+    caplog.clear()
+    train.main(arguments(run))
+    (warning,) = (r for r in caplog.records if "stage 0: already" in r.message)
+    assert warning.levelname == "WARNING"
+    assert f"{made} of the schedule's 60 updates" in warning.message
 
 
 def test_a_resumed_run_has_the_rest_of_its_budget(run, clock, caplog):
@@ -196,6 +203,7 @@ def test_a_state_of_an_earlier_version_is_resumed(run, clock):
     train.main(arguments(run, "--max_minutes", "0.5"))
     path = run / "pyramid/.train/ck/stage_0.state.pt"
     state = torch.load(path, weights_only=True)
+    assert state.pop("updates") == len(clock.updates)
     assert state.pop("position") == 3 * state["epoch"] + state["step"] > 0
     torch.save(state, path)
     train.main(arguments(run))

@@ -83,6 +83,7 @@ _KINDS: dict[str, Any] = {
     **{"sums": list, "recent_bad": list, "quarantine": list},
     **{"best": (float, _NONE), "optimizer": (dict, _NONE), "average": (dict, _NONE)},
     **{"rng": (torch.Tensor, _NONE), "position": (float, _NONE)},
+    "updates": (int, _NONE),
 }
 
 
@@ -98,6 +99,7 @@ class TrainingState:
         position: updates of the phase's schedule that count as done. With a budget an
             update may count as more than one, see `time_left`. None in states of
             earlier versions: then as many as were made.
+        updates: updates made in all phases. None in states of earlier versions.
         best: best validation loss of the phase; None before the first.
         sums: sums of the metrics since the last report, then the number of steps in
             each sum.
@@ -114,6 +116,7 @@ class TrainingState:
     epoch: int = 0
     step: int = 0
     position: float | None = None
+    updates: int | None = 0
     best: float | None = None
     sums: list[float] = field(default_factory=list)
     recent_bad: list[int] = field(default_factory=list)
@@ -175,7 +178,8 @@ def load_state(path: Path) -> TrainingState | None:
         format_versions.check_version(
             version, format_versions.STATE, str(path), CheckpointError
         )
-    tree.setdefault("position", None)  # earlier versions had none
+    for key in ("position", "updates"):  # earlier versions had none
+        tree.setdefault(key, None)
     if version is None or set(tree) != {
         f.name for f in dataclasses.fields(TrainingState)
     }:

@@ -95,7 +95,7 @@ def train_stage(
     """
     state = _load_state(config)
     if state is not None and state.phase >= len(config.phases):
-        logger.info("stage %d: already trained", config.stage)
+        _log_already_trained(config, state, clock)
         clock.begin_stage(config.stage, state.phase, 0.0)
         return
     model, earlier, state = _start_or_resume(config, state)
@@ -137,6 +137,8 @@ def train_stage(
                         stop=stop.code,
                     )
                     state.step += 1
+                    if state.updates is not None:
+                        state.updates += 1
                     state.position += clock.after_step(state.phase, state.position)
                     num_pairs += config.pairs_of_update(phase)
                     if result.applied:
@@ -189,6 +191,26 @@ class EpochTime(NamedTuple):
     seconds: float  # of its updates, since this command began or resumed it
     num_pairs: int  # trained on in these seconds
     is_last: bool  # of its phase
+
+
+def _log_already_trained(
+    config: StageConfig, state: TrainingState, clock: RunClock
+) -> None:
+    """Log that nothing is left to train; warn if a budget had shortened the schedule.
+
+    With a budget the weights are what was asked for, without one they are not.
+    """
+    scheduled = sum(config.num_updates(p) * p.num_epochs for p in config.phases)
+    if state.updates is None or state.updates >= scheduled:
+        logger.info("stage %d: already trained", config.stage)
+        return
+    logger.log(
+        logging.INFO if clock.has_budget else logging.WARNING,
+        "stage %d: already trained, by %d of the schedule's %d updates, since "
+        "--budget_minutes shortened it; for all of them begin again (--restart), or "
+        "give another --checkpoint_name",
+        *(config.stage, state.updates, scheduled),
+    )
 
 
 def _position(config: StageConfig, state: TrainingState) -> float:
