@@ -1,8 +1,9 @@
 r"""Measure time, memory and reads of align-stack, by number and size of sections.
 
-For each case a volume is made of a real stack: its sections are mirrored side by side,
-and run back and forth along z. Then each step of align-stack runs in a process of one
-thread. Times are those of the CPU, so other work on the machine hardly changes them.
+For each case a volume is made of a real stack: its sections, mirrored and turned, lie
+side by side, and run back and forth along z. Then each step of align-stack runs in a
+process of one thread. Times are those of the CPU, so other work on the machine hardly
+changes them.
 
 - seconds: CPU seconds a section and megapixel of the canvas, which is larger than the
   sections; without the start of the process.
@@ -117,15 +118,29 @@ def _write_case(
 ) -> Path:
     """Write the volume of a case."""
     num, side = case
-    more = max(num - len(stack), 0), max(side - min(stack.shape[1:]), 0)
-    order = np.pad(np.arange(len(stack)), (0, more[0]), mode="reflect")[:num]
-    pad = ((0, 0), (0, more[1]), (0, more[1]))
+    order = np.pad(np.arange(len(stack)), (0, max(num - len(stack), 0)), mode="reflect")
     # 0 means no data; these sections have none without.
-    sections = np.pad(np.maximum(stack[order], 1), pad, mode="symmetric")
+    sections = np.maximum(stack[order[:num]], 1)
+    own = min(stack.shape[1:])
+    while sections.shape[1] < side:
+        sections = _four_times(sections[:, :own, :own])
+        own = sections.shape[1]
     path = folder / f"{num}x{side}"
     mips = 1 + max(module.in_mip for module in find_modules(args.pyramid))
     write_volume(path, np.ascontiguousarray(sections[:, :side, :side]), mips)
     return path
+
+
+def _four_times(sections: np.ndarray) -> np.ndarray:
+    """Lay four copies of square sections side by side, (n, 2 * side, 2 * side).
+
+    No turn or shift of the result leaves it as it is: sections that are only mirrored
+    are the same after half a turn, and would be placed so.
+    """
+    turned = sections.swapaxes(1, 2)
+    upper = np.concatenate([sections, sections[:, ::-1]], 2)
+    lower = np.concatenate([turned, turned[:, :, ::-1]], 2)
+    return np.concatenate([upper, lower], 1)
 
 
 def _measure_step(

@@ -90,7 +90,6 @@ def folder(tmp_path_factory):
 
 
 @pytest.mark.slow
-@pytest.mark.long  # four minutes of CPU time, which CI does not have yet
 def test_the_first_hour_aligns_pairs_that_were_not_trained_on(folder):
     made = folder / "first_hour"
     # The patch: 256 px from x 0, y 16 on.
@@ -104,7 +103,6 @@ def test_the_first_hour_aligns_pairs_that_were_not_trained_on(folder):
 
 
 @pytest.mark.slow
-@pytest.mark.long
 def test_the_stack_lies_on_itself_once_it_is_aligned(folder):
     made = folder / "stack"
     raw = read_images(made.glob("sections/*.png"))
