@@ -30,7 +30,7 @@ from torch import Tensor
 
 from metroem import __version__
 from metroem.data.sample import Sample, with_defects
-from metroem.errors import DatasetError
+from metroem.errors import DatasetError, UsageError
 from metroem.evaluation.report.page import Origin, report_page
 from metroem.evaluation.report.pair_pictures import draw_pair
 from metroem.evaluation.scores import (
@@ -63,6 +63,7 @@ _FAR_PX = 24.0
 # The match of the aligned pair may move no pixel by more, or the two lie elsewhere.
 _SAME_PX = 8.0
 _MIN_CONFIDENCE = 0.05  # the mean over the common tissue
+_PNG_TYPES = (np.uint8, np.uint16)
 _SURE = 0.5  # confidence of a pixel that is counted as sure
 
 
@@ -99,6 +100,7 @@ def align_images(request: AlignImagesRequest) -> None:
         request: the flags.
 
     Raises:
+        UsageError: a .png cannot hold the grey levels of src.
         DatasetError: an image cannot be read, has no tissue or no contrast, or the two
             have nothing in common that chance could not explain.
         PyramidError: the pyramid cannot be used.
@@ -110,6 +112,11 @@ def align_images(request: AlignImagesRequest) -> None:
     src, tgt = (
         _read(path, name) for path, name in ((request.src, "SRC"), (request.tgt, "TGT"))
     )
+    if request.output.suffix.lower() == ".png" and src.dtype not in _PNG_TYPES:
+        raise UsageError(
+            f"--output {request.output}: a .png holds uint8 or uint16, and src is "
+            f"{src.dtype}; name a .tif or .npy"
+        )
     for path in request.written:
         try_writing(path.parent, str(path))
     device = choose_device("auto", ())
@@ -206,7 +213,9 @@ def align_pair(
 
 
 def _read(path: Path, name: str) -> np.ndarray:
-    """Read the one image of a file, (x, y), 0 where a value is not finite.
+    """Read the one image of a file, (x, y); signed grey levels as float32.
+
+    Values that are not finite become 0.
 
     Raises:
         DatasetError: it cannot be read, has several images, no tissue or no contrast.
@@ -221,6 +230,8 @@ def _read(path: Path, name: str) -> np.ndarray:
         )
     ((z, section),) = stack.sections.items()
     image = stack.read(range(z, z + 1), range(section.shape[0]))[0]
+    if image.dtype.kind == "i":
+        image = image.astype(np.float32)
     if image.dtype.kind == "f":
         image = np.where(np.isfinite(image), image, 0)
     grey = image[image != 0]

@@ -111,6 +111,19 @@ def test_16_bits_stay_16_bits(align):
     assert aligned.dtype == np.uint16 and aligned.max() > 40_000
 
 
+def test_signed_and_float_grey_levels_are_written_as_floats(align):
+    src, tgt = (one.astype(np.int16) - 200 for one in (image((2, 3)), image()))
+
+    with pytest.raises(UsageError, match=r"out.png: a .png .*src is float32; name a"):
+        align(src, tgt, names=("a.npy", "b.npy"))
+    made = align(src, tgt, names=("a.npy", "b.npy"), output="out.npy")
+
+    aligned = np.load(made / "out.npy")
+    assert aligned.dtype == np.float32
+    off = np.abs(aligned - tgt)[24:-24, 24:-24]
+    assert off.mean() < 3
+
+
 @pytest.mark.parametrize(
     ("src", "message"),
     [
