@@ -21,6 +21,7 @@ from metroem.prepare.requests import (
     SpecRequest,
 )
 from metroem.stack.requests import (
+    AlignImagesRequest,
     AlignStackRequest,
     CheckRequest,
     PlaceRequest,
@@ -83,6 +84,12 @@ def _write_fields(request: WriteFieldsRequest, arguments: Sequence[str]) -> None
 # By heading of the help, the commands: flags and function of each.
 _GROUPS: dict[str, dict[str, tuple[type[cli.Request], Run]]] = {
     "first look": {"demo": (DemoRequest, _import_and_run("metroem.demo.run_demo"))},
+    "two images": {
+        "align": (
+            AlignImagesRequest,
+            _import_and_run("metroem.stack.align_images.align_images"),
+        ),
+    },
     "aligned stacks": {
         "place": (
             PlaceRequest,

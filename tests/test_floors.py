@@ -23,7 +23,7 @@ FLOORS = {
     **dict.fromkeys(("models", "data", "prepare", "export", "finetuner"), 4),
     "aligner": 5,
     # `__init__` hands out `metroem.Pyramid`, lazily, and the version.
-    **dict.fromkeys(("training", "pyramid", "align_images", "__init__"), 6),
+    **dict.fromkeys(("training", "pyramid", "__init__"), 6),
     **dict.fromkeys(("evaluation", "stack"), 7),
     **dict.fromkeys(("download_image", "download_field", "train"), 8),
     **dict.fromkeys(("__main__", "demo"), 8),

@@ -1,3 +1,4 @@
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -46,6 +47,48 @@ def test_a_known_shift_is_found_at_any_size(pyramid):
 def test_there_is_a_field_of_each_stage_at_the_mip_of_the_images(pyramid):
     fields = pyramid.fields(*pair(2.0, 1.0), finetune=False)
     assert [f.shape for f in fields] == 3 * [(2, ROWS, COLS)]
+
+
+def test_confidence_is_high_where_tissue_agrees_and_0_where_there_is_none(pyramid):
+    src, tgt = pair(d_cols=2.0, d_rows=1.0)
+    other = texture(ROWS, COLS, seed=8)[0, 0].round().byte().numpy()
+    tgt[:, 90:] = other[:, 90:]
+    tgt[:30] = 0
+
+    field, sure = pyramid.align(src, tgt, confidence=True)
+
+    np.testing.assert_array_equal(field, pyramid.align(src, tgt))
+    assert sure.shape == (ROWS, COLS) and sure.dtype == np.float32
+    assert 0 <= sure.min() and sure.max() <= 1
+    # The untrained networks are 2.2 px off, so it is at most exp(-2.2 / 3) = 0.48.
+    assert 0.4 < sure[50:-15, 15:60].mean() < 0.49
+    assert sure[50:-15, 110:].mean() < 0.1
+    assert not sure[:15].any()
+
+
+def test_confidence_is_1_for_networks_that_leave_equal_images_alone(pyramid):
+    src, _ = pair(0.0, 0.0)
+    still = replace(pyramid, aligners=tuple(map(_Still, pyramid.aligners)))
+
+    _, sure = still.align(src, src, finetune=False, confidence=True)
+    _, half = still.align(src, src, confidence=True)
+
+    assert sure.min() > 0.99
+    # The finetuned field is 3 px from the networks' own: 1 / e. Src is moved by that,
+    # so the correlation is less than 1, too.
+    assert 0 < half.max() < np.exp(-1)
+
+
+class _Still:
+    """An aligner whose networks find no displacement; its finetuner finds 3 px."""
+
+    def __init__(self, aligner):
+        self.options = aligner.options
+
+    def align(self, src, tgt, prior, *, options, defects):
+        field = torch.zeros(1, 2, *src.shape[-2:])
+        field[:, 0] = 3.0 * options.finetune
+        return field
 
 
 def test_a_blank_image_gives_no_displacement(pyramid):

@@ -28,7 +28,15 @@ from tests.volumes import make_volume
 # In the order in which their commands need each other.
 TO_FOLLOW = [README] + [
     PAGES[name]
-    for name in ("data_sets", "points", "training", "report", "stack", "volumes")
+    for name in (
+        "data_sets",
+        "points",
+        "training",
+        "report",
+        "two_images",
+        "stack",
+        "volumes",
+    )
 ]
 RUN_ELSEWHERE = ("make", "source", "pip", CORGIE)
 

@@ -28,7 +28,7 @@ from metroem.evaluation.predictions import (
     prediction_key,
 )
 from metroem.evaluation.report.curves import Curve, read_curves
-from metroem.evaluation.report.page import ReportPage, report_page
+from metroem.evaluation.report.page import ReportPage, pair_origin, report_page
 from metroem.evaluation.requests import EvaluateRequest
 from metroem.evaluation.scores import (
     BORDER_PX,
@@ -227,7 +227,8 @@ def _run(
         for task, measured in progress(results, what, total=len(tasks)):
             if page is not None and measured.drawn is not None:
                 images = plan.locations[task.location].finest
-                page.add(images, measured.figures, measured.drawn)
+                origin = pair_origin(images, measured.figures.where.pair)
+                page.add(origin, measured.figures, measured.drawn)
             done.append((task, measured._replace(drawn=None)))
     return done
 

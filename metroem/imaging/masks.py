@@ -1,8 +1,9 @@
-"""Make tissue masks, and dilate or warp masks."""
+"""Make tissue masks, dilate or warp masks, and pull images with pixels without data."""
 
+import torch
 from torch import Tensor
 
-from metroem.geometry.field import warp
+from metroem.geometry.field import sample, warp
 
 # Fraction of a warped pixel from which it is masked. Below 0.5, so that a line one
 # pixel wide is not lost when it falls between two pixels.
@@ -52,3 +53,19 @@ def warp_mask(mask: Tensor, field: Tensor) -> Tensor:
         (B, 1, H, W) bool: True where the interpolated mask is above 0.4.
     """
     return warp(mask.float(), field, padding="border") > _MASKED_FRACTION
+
+
+def pull_tissue(image: Tensor, positions: Tensor) -> Tensor:
+    """Read an image at positions, interpolating between pixels with data only.
+
+    Args:
+        image: (1, 1, H, W) float, grey levels above 0, 0 = no data.
+        positions: (1, 2, h, w), channel 0 col, channel 1 row.
+
+    Returns:
+        (1, 1, h, w): 0 where the nearest pixel has no data, else above 0.
+    """
+    tissue = tissue_mask(image).float()
+    sums = sample(torch.cat((image, tissue), 1), image, positions)
+    nearest = sample(tissue, image, positions, mode="nearest")
+    return torch.where(nearest > 0, sums[:, :1] / sums[:, 1:].clamp(min=0.1), 0.0)

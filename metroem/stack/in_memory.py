@@ -11,8 +11,9 @@ from torch import Tensor
 
 from metroem.errors import UsageError
 from metroem.geometry import affine
-from metroem.geometry.field import pixel_positions, sample, upsample_field
+from metroem.geometry.field import pixel_positions, upsample_field
 from metroem.geometry.grid import Grid
+from metroem.imaging.masks import pull_tissue
 from metroem.imaging.normalize import coarsen_image, normalize
 from metroem.pyramid import Pyramid
 from metroem.stack.pairs import (
@@ -164,10 +165,7 @@ def _section_window(
     field = affine.as_field(matrix, area)
     corner = torch.tensor([area.y, area.x], dtype=torch.float32).view(1, 2, 1, 1)
     positions = pixel_positions(field) + field + corner
-    tissue = (image > 0).float()
-    sums = sample(torch.cat((image, tissue), 1), image, positions)
-    nearest = sample(tissue, image, positions, mode="nearest")
-    placed = torch.where(nearest > 0, sums[:, :1] / sums[:, 1:].clamp(min=0.1), 0.0)
+    placed = pull_tissue(image, positions)
     return make_window([normalize(coarsen_image(placed, mip)) for mip in mips])
 
 

@@ -184,6 +184,7 @@ class Match(NamedTuple):
         score: by how many standard deviations the correlation exceeds chance.
         src_points: (N, 2) col and row in src, N at most 200.
         tgt_points: (N, 2): the same points in tgt.
+        sign: -1 if the contrast of one section is inverted, else 1.
     """
 
     matrix: np.ndarray
@@ -191,6 +192,7 @@ class Match(NamedTuple):
     score: float
     src_points: np.ndarray
     tgt_points: np.ndarray
+    sign: int
 
 
 class _Proposal(NamedTuple):
@@ -438,6 +440,7 @@ def _best(pair: _Pair, proposals: list[_Proposal], how: str) -> Match | None:
         best_score,
         affine.apply(to_src, best.blocks.src_points[inlier]),
         best.blocks.tgt_points[inlier],
+        best_sign,
     )
 
 

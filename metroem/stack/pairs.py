@@ -30,9 +30,9 @@ from metroem.errors import DatasetError
 from metroem.geometry import affine
 from metroem.geometry.field import warp
 from metroem.geometry.grid import Grid
+from metroem.imaging.correlation_map import correlation_map
 from metroem.imaging.defects import find_defects
-from metroem.imaging.masks import tissue_mask
-from metroem.imaging.normalize import GreyStatistics, coarsen_image, normalize
+from metroem.imaging.normalize import GreyStatistics, normalize
 from metroem.io.image_volume import ImageVolume
 from metroem.io.volume import Volume, crop_array
 from metroem.io.volume_write import FIELD_NOTES, BlockWriter, NewVolume, Notes
@@ -43,14 +43,8 @@ from metroem.stack.tasks import Block, Step, parse_sections, split_blocks
 
 # A cell of the stored fields spans 2**CELL_LEVELS px of the last stage.
 CELL_LEVELS = 3
-# Detail that is compared, and the window that is compared, standard deviations in px of
-# one mip coarser than the last stage. Wider windows miss folds: the two pairs of a
-# folded section had errors of 0.98 and 0.81 px, with 8 px 1.06 and 0.90 px (2026-11).
-_NOISE_PX, _BACKGROUND_PX, _COMPARED_PX = 0.75, 6.0, 4.0
 # What the finetuner adds falls to 0 over so many px at the border of a window.
 _BLEND_PX = 128
-# Least tissue of a window, and least variance of normalised grey levels.
-_MIN_TISSUE, _MIN_VARIANCE = 0.05, 1e-4
 
 
 class SectionWindow(NamedTuple):
@@ -178,35 +172,7 @@ def align_windows(
         better = pyramid.run(inputs, True)[-1].cpu()
         field = better if field is None else field + finetuned * (better - field)
     assert field is not None
-    return field, correlate(warp(src.images[-1], field), tgt.images[-1])
-
-
-def correlate(one: Tensor, other: Tensor) -> Tensor:
-    """Compute how alike two images are around each pixel.
-
-    It is Pearson's correlation of band-passed images over tissue of both, weighted by
-    a Gaussian; 0 where it is negative or where a window has no tissue.
-
-    Args:
-        one: (1, 1, H, W), normalised, 0 = no data.
-        other: the same form as `one`.
-
-    Returns:
-        (1, 1, H, W), 0 to 1.
-    """
-    rows, cols = one.shape[-2:]
-    one, other = coarsen_image(one, 1), coarsen_image(other, 1)
-    both = (tissue_mask(one) & tissue_mask(other)).float()
-    # Tissue has mean 0, so pixels without data do not stand out.
-    a, b = (_band_pass(image) for image in (one, other))
-    maps = torch.cat((both, a, b, a * a, b * b, a * b), 0) * both
-    weight, a, b, aa, bb, ab = _blur(maps, _COMPARED_PX).split(1)
-    safe = weight.clamp(min=1e-6)
-    a, b, aa, bb, ab = a / safe, b / safe, aa / safe, bb / safe, ab / safe
-    variances = ((aa - a * a) * (bb - b * b)).clamp(min=_MIN_VARIANCE**2)
-    correlation = ((ab - a * b) / variances.sqrt()).clamp(min=0, max=1)
-    correlation = torch.where(weight > _MIN_TISSUE, correlation * weight, 0.0)
-    return F.interpolate(correlation, scale_factor=2, mode="nearest")[..., :rows, :cols]
+    return field, correlation_map(warp(src.images[-1], field), tgt.images[-1])
 
 
 def to_cells(field: Tensor, correlation: Tensor) -> tuple[Tensor, Tensor]:
@@ -224,21 +190,6 @@ def to_cells(field: Tensor, correlation: Tensor) -> tuple[Tensor, Tensor]:
         F.avg_pool2d(field, size, ceil_mode=True, count_include_pad=False) / size,
         F.avg_pool2d(correlation, size, ceil_mode=True, count_include_pad=False),
     )
-
-
-def _band_pass(image: Tensor) -> Tensor:
-    return _blur(image, _NOISE_PX) - _blur(image, _BACKGROUND_PX)
-
-
-def _blur(maps: Tensor, deviation_px: float) -> Tensor:
-    """Blur maps, (B, 1, H, W), by a Gaussian."""
-    radius = int(3 * deviation_px + 0.5)
-    offsets = torch.arange(-radius, radius + 1, dtype=torch.float32)
-    kernel = torch.exp(-0.5 * (offsets / deviation_px).square())
-    kernel = kernel / kernel.sum()
-    padded = F.pad(maps, (radius, radius, radius, radius), mode="replicate")
-    blurred = F.conv2d(padded, kernel.view(1, 1, 1, -1))
-    return F.conv2d(blurred, kernel.view(1, 1, -1, 1))
 
 
 # Grey levels of a section are measured on at most this many squares of it.

@@ -1,4 +1,4 @@
-"""Define the flags of place, align-stack, worker and check."""
+"""Define the flags of align, place, align-stack, worker, check and view."""
 
 import importlib.util
 import math
@@ -14,6 +14,7 @@ from metroem.io.cloud_paths import (
     cloud_path,
     split_format,
 )
+from metroem.specs.filenames import check_checkpoint_name
 from metroem.specs.modules import find_modules
 from metroem.utils.cli import Request, flag, flags_of_group
 
@@ -376,6 +377,79 @@ class ViewRequest(Request):
         check_exists("--before", self.before)
         if self.check is not None and not self.check.is_file():
             raise DatasetError(f"--check {self.check}: no such file")
+
+
+_PAIR_PYRAMID, _PAIR_RESULTS = "pyramid", "results"
+_pair_pyramid, _pair_results = map(flags_of_group, (_PAIR_PYRAMID, _PAIR_RESULTS))
+
+
+@dataclass(frozen=True, kw_only=True)
+class AlignImagesRequest(Request):
+    """Flags of align.
+
+    Raises:
+        UsageError: a file to write has another ending than its kind, or is named twice.
+    """
+
+    GROUPS = ("", _PAIR_PYRAMID, _PAIR_RESULTS)
+    HELP = """Align one image to another, and say how sure that is.
+
+    The images are PNG, TIFF, .npy, or another kind that import reads, with pixels of
+    the same size; 0 means no data. They may lie anywhere: what is far apart is placed
+    first. Images that have nothing in common are refused, and nothing is written.
+
+    Example:
+        %(prog)s src.png tgt.png --output aligned.png --pyramid_path pyramid
+    """
+
+    src: Path = flag("image that is moved", is_positional=True)
+    tgt: Path = flag("image that stays", is_positional=True)
+    output: Path = flag(
+        "image to write: src as it lies on tgt; .png, .tif or .npy",
+        names=("--output", "-o"),
+    )
+    pyramid_path: Path = _pair_pyramid("the trained pyramid")
+    checkpoint_name: str = _pair_pyramid("name of its weights", "checkpoint")
+    mip: int = _pair_pyramid("mip of the images, of those of the pyramid", 0, least=0)
+    no_finetune: bool = _pair_pyramid("use the networks alone, which is faster", False)
+    field: Path | None = _pair_results(
+        ".npy to write: (2, rows, cols) float32, px, from each pixel of the output to "
+        "its place in src; channel 0 along cols",
+        unset="none",
+    )
+    report: Path | None = _pair_results(
+        "HTML file to write: both images, the field and the worst places", unset="none"
+    )
+
+    @property
+    def written(self) -> list[Path]:
+        """The files to write; the first is the image."""
+        return [p for p in (self.output, self.field, self.report) if p is not None]
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_checkpoint_name(self.checkpoint_name)
+        for name, path, endings in (
+            ("--output", self.output, (".png", ".tif", ".tiff", ".npy")),
+            ("--field", self.field, (".npy",)),
+            ("--report", self.report, (".html", ".htm")),
+        ):
+            if path is not None and path.suffix.lower() not in endings:
+                raise UsageError(
+                    f"{name} {path}: expected a name that ends with "
+                    f"{' or '.join(endings)}"
+                )
+        if len(set(self.written)) < len(self.written):
+            raise UsageError("--output, --field and --report: name different files")
+
+    def check_paths(self) -> None:
+        for name, path in (("SRC", self.src), ("TGT", self.tgt)):
+            if not path.exists():
+                raise DatasetError(f"{name} {path}: no such file; check the path")
+        for path in self.written:
+            if path.exists():
+                raise UsageError(f"{path}: exists already; name another file")
+        find_modules(self.pyramid_path)
 
 
 RequestT = TypeVar("RequestT", bound=SectionsRequest | CheckRequest)

@@ -1,4 +1,4 @@
-"""Pairs of sections: windows, likeness, cells and grey levels, by formula."""
+"""Pairs of sections: windows, cells and grey levels, by formula."""
 
 import json
 from typing import cast
@@ -15,7 +15,6 @@ from metroem.pyramid import Pyramid
 from metroem.stack.pairs import (
     GreysStep,
     align_windows,
-    correlate,
     finetuned_share,
     make_window,
     open_masks,
@@ -96,34 +95,6 @@ def test_the_share_of_the_finetuner_counts(share, along_cols, runs):
     assert bool((field[:, 0] == along_cols).all() and (field[:, 1] == 0).all())
     assert pyramid.runs == runs
     assert alike.shape == (1, 1, ROWS, COLS)
-
-
-def test_equal_sections_correlate_fully_whatever_their_contrast():
-    one = texture(0)
-
-    alike = correlate(one, 0.5 * one + 0.2)
-
-    assert alike.shape == (1, 1, ROWS, COLS)
-    assert float(alike.min()) > 0.99 and float(alike.max()) <= 1
-
-
-def test_noise_lowers_the_correlation_by_its_formula_and_inversion_gives_none():
-    one, noise = texture(0), texture(1)
-    for part in (0.5, 1.0):
-        # Of x and x + n, independent, it is 1 / sqrt(1 + var(n) / var(x)).
-        alike = correlate(one, one + part * noise)
-        assert float(alike.mean()) == pytest.approx((1 + part**2) ** -0.5, abs=0.03)
-    assert float(correlate(one, -one).max()) == 0
-
-
-def test_correlation_is_0_where_one_section_has_no_data():
-    one, other = texture(0), texture(0)
-    other[..., : COLS // 2] = 0
-
-    alike = correlate(one, other)
-
-    assert float(alike[..., : COLS // 2 - 40].max()) == 0
-    assert float(alike[..., COLS // 2 + 40 :].min()) > 0.99
 
 
 def test_cells_are_means_of_what_they_hold_and_fields_count_in_cells():

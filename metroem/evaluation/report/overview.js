@@ -22,6 +22,7 @@ const MEANING = {
 };
 
 function nameOf({ file, pair, z_src: src, z_tgt: tgt }) {
+  if (data.about.is_of_files) return file;
   return src === tgt ? `${file} section z ${tgt}` : `${file} pair ${pair}`;
 }
 
@@ -72,7 +73,8 @@ function fillAbout(about) {
   const facts = {
     pyramid: about.pyramid_path,
     checkpoint: about.checkpoint_name,
-    "data set": about.dataset_path,
+    [about.is_of_files ? "images" : "data set"]: about.dataset_path,
+    ...(about.placed && { "src was first": about.placed }),
     finetuned: about.no_finetune ? "no" : "yes",
     pairs: pairsDone(about.coverage),
     made: `${about.made}, MetroEM ${about.version}`,
@@ -113,8 +115,9 @@ function fillWorst(data) {
     explain(title, MEANING.cpc);
     const picture = make("img", { src: place.picture, alt: `Worst place ${index + 1}: open pair ${nameOf(pair.where)} there` });
     const link = make("a", { class: "spot", href: `#${place.pair}@${place.x},${place.y}` }, picture, frame);
-    const name = make("div", {}, nameOf(pair.where), ...marksOf(pair));
-    const at = make("div", { class: "faint" }, "x, y, z ", make("code", {}, `${x}, ${y}, ${pair.where.z_src}`));
+    const name = make("div", {}, data.about.is_of_files ? "" : nameOf(pair.where), ...marksOf(pair));
+    const position = data.about.is_of_files ? `${x}, ${y}` : `${x}, ${y}, ${pair.where.z_src}`;
+    const at = make("div", { class: "faint" }, data.about.is_of_files ? "x, y " : "x, y, z ", make("code", {}, position));
     byId("worst").append(make("div", { class: "place" }, title, link, name, at));
   });
 }

@@ -9,6 +9,7 @@ const LAYERS = { arrows: ["Arrows", "a"], correlation: ["Correlation", "c"], mas
 // Masks differ without colours, too: by stripes and a rim.
 const MASK_WORDS = { "not compared": "not compared", defect: "defect (striped)", fold: "fold (white rim)" };
 const NEUROGLANCER = "https://neuroglancer-demo.appspot.com/#!";
+const POSITION = data.about.is_of_files ? "x, y in pixels" : "x, y, z in mip-0 pixels";
 const WORST_SCALE = 3; // screen pixels per pixel of the pair when the worst chunk is shown
 
 const sorting = { column: 1, reversed: false };
@@ -184,8 +185,10 @@ async function openPair(id, at) {
   const beside = idsBeside(id);
   const position = beside.indexOf(id);
   byId("place").textContent = `${position + 1} of ${beside.length}`;
-  const title = isKnown(id) ? "warped by a known field" : `z ${pair.where.z_src} on ${pair.where.z_tgt}`;
-  byId("name").replaceChildren(`${nameOf(pair.where)}: ${title}`, ...marksOf(pair));
+  let title = nameOf(pair.where);
+  if (isKnown(id)) title += ": warped by a known field";
+  else if (!data.about.is_of_files) title += `: z ${pair.where.z_src} on ${pair.where.z_tgt}`;
+  byId("name").replaceChildren(title, ...marksOf(pair));
   document.title = `${nameOf(pair.where)} - MetroEM report`;
   fillFigures(pair);
   const pictures = await load(id);
@@ -296,15 +299,18 @@ function mark(pixel, half) {
     const { x, y } = inVolume(pair, pixel);
     const isWorst = worst && worst.x === x && worst.y === y;
     const what = isWorst ? `Worst chunk (${isKnown(current) ? "EPE, px" : "CPC"} ${shown(worst.figure, isKnown(current) ? 2 : 3)})` : "Marked";
-    lines.push(make("div", {}, `${what}, x, y, z in mip-0 pixels:`));
-    for (const [side, z] of [["src", pair.where.z_src], ["tgt", pair.where.z_tgt]]) {
+    lines.push(make("div", {}, `${what}, ${POSITION}:`));
+    const sides = [["src", pair.where.z_src], ["tgt", pair.where.z_tgt]];
+    if (data.about.is_of_files) lines.push(make("div", {}, make("span", { class: "copy" }, `${x}, ${y}`)));
+    else for (const [side, z] of sides) {
       const at = make("span", { class: "copy" }, `${x}, ${y}, ${z}`);
       const line = make("div", {}, `${side} `, at);
       if (set.neuroglancer) line.append(" ", linkTo(set, [x, y, z]));
       lines.push(line);
     }
   }
-  lines.push(make("div", {}, "Volume ", make("code", {}, set.source || "not known")));
+  const source = data.about.is_of_files ? "src " : "Volume ";
+  lines.push(make("div", {}, source, make("code", {}, set.source || "not known")));
   byId("where").replaceChildren(...lines);
 }
 
@@ -377,7 +383,8 @@ function showPosition(pixel) {
   }
   const { x, y } = inVolume(items[current], pixel);
   const [before, after] = ["before", "after"].map((side) => shown(viewer.correlationAt(pixel, side), 2));
-  byId("pointer").textContent = `x ${x}, y ${y} (mip 0); CPC of the chunk ${before} \u2192 ${after}`;
+  const mip = data.about.is_of_files ? "" : " (mip 0)";
+  byId("pointer").textContent = `x ${x}, y ${y}${mip}; CPC of the chunk ${before} \u2192 ${after}`;
 }
 
 function followKeys() {
@@ -419,6 +426,7 @@ function start() {
   fillStages(data);
   fillCurves(data.about.curves);
   fillSets(data);
+  for (const id of ["training", "image-sets"]) byId(id).hidden = Boolean(data.about.is_of_files);
   fillRoles(data);
   fillKnown(data, knownOrder, (number) => openById(data.pairs.length + number));
   fillPairs(data, order, sorting, sortBy, openById);

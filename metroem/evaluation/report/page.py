@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from importlib.abc import Traversable
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, NamedTuple, TextIO
 
 from metroem.evaluation.report.pair_pictures import (
     MASKS,
@@ -45,6 +45,33 @@ _SOURCE = re.compile(
 )
 
 
+class Origin(NamedTuple):
+    """Where the images of a pair come from.
+
+    Attributes:
+        file: name of the image set, or of both image files.
+        source: path of the volume, or of the file of src.
+        corner: (x, y) mip-0 pixel of the first pixel of tgt.
+        resolution: nm of a mip-0 pixel along x, y, z; None if it is not known.
+    """
+
+    file: str
+    source: str
+    corner: tuple[int, int]
+    resolution: Sequence[float] | None
+
+
+def pair_origin(images: ImageSet, index: int) -> Origin:
+    """Tell where a pair of an image set comes from."""
+    x, y, *_ = images.box(index, 1)
+    return Origin(
+        images.path.name,
+        str(images.attributes.get("source_path", "")),
+        (x, y),
+        images.attributes.get("resolution"),
+    )
+
+
 class ReportPage:
     """Write a page piece by piece; `report_page` opens one.
 
@@ -65,27 +92,36 @@ class ReportPage:
         file.write(head)
 
     def add(
-        self, images: ImageSet, pair: AlignedPair | WarpedSection, drawn: Drawn
+        self, origin: Origin, pair: AlignedPair | WarpedSection, drawn: Drawn
     ) -> None:
         """Write the pictures of a pair, and keep its figures for the table.
 
         Args:
-            images: the set of the finest mip.
-            pair: the figures of one of its pairs, or of a section warped by a known
-                field.
+            origin: where the images of the finest mip come from.
+            pair: the figures of a pair, or of a section warped by a known field.
             drawn: its pictures.
         """
-        self._sets.setdefault(images.path.name, _about_set(images))
-        x, y, *_ = images.box(pair.where.pair, 1)
+        self._sets.setdefault(
+            origin.file,
+            {
+                "source": origin.source,
+                "neuroglancer": neuroglancer_source(origin.source),
+                "resolution": origin.resolution,
+            },
+        )
         if isinstance(pair, WarpedSection):
             self._write_json(f"known-{len(self._known)}", drawn.pictures)
-            more = {"corner": [x, y], "thumb": drawn.thumb}
+            more = {"corner": origin.corner, "thumb": drawn.thumb}
             self._known.append(plain(pair) | plain(more))
             return
         self._write_json(f"pair-{len(self._rows)}", drawn.pictures)
         has_value = not math.isnan(pair.score.made_worse)
         stage_cpc = drawn.stage_cpc if has_value else [None] * len(drawn.stage_cpc)
-        more = {"corner": [x, y], "thumb": drawn.thumb, "stage_cpc": stage_cpc}
+        more = {
+            "corner": origin.corner,
+            "thumb": drawn.thumb,
+            "stage_cpc": stage_cpc,
+        }
         if has_value:
             number = len(self._rows)
             self._crops += [(crop.cpc, number, crop) for crop in drawn.crops]
@@ -147,15 +183,6 @@ def neuroglancer_source(source_path: str) -> str | None:
     if match is None:
         return None
     return f"{match['format'] or 'precomputed'}://{match['url']}"
-
-
-def _about_set(images: ImageSet) -> dict[str, Any]:
-    path = str(images.attributes.get("source_path", ""))
-    return {
-        "source": path,
-        "neuroglancer": neuroglancer_source(path),
-        "resolution": images.attributes.get("resolution"),
-    }
 
 
 def data_block(name: str, value: Any) -> str:

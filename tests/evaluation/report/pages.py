@@ -8,7 +8,7 @@ import torch
 from metroem.data.sample import Sample
 from metroem.evaluation.evaluate import Coverage
 from metroem.evaluation.report.curves import Curve
-from metroem.evaluation.report.page import report_page
+from metroem.evaluation.report.page import pair_origin, report_page
 from metroem.evaluation.report.pair_pictures import draw_pair
 from metroem.evaluation.scores import (
     CHUNK_PX,
@@ -117,9 +117,13 @@ def make_page(
             spot = Spot(worst.figure, 2 * worst.row, 2 * worst.col)
             where = Where(images.path.name, index, index + 1, index, spot)
             pairs.append(AlignedPair(where, score, roles[index]))
-            page.add(images, pairs[-1], draw_pair(sample, [field / 2, field]))
+            page.add(
+                pair_origin(images, pairs[-1].where.pair),
+                pairs[-1],
+                draw_pair(sample, [field / 2, field]),
+            )
         for index, share in enumerate(known):
-            page.add(images, *warped_section(images, index, share))
+            page.add(pair_origin(images, index), *warped_section(images, index, share))
         mean = mean_score([pair.score for pair in pairs])
         result = SetResult(images.path.name, 1, ROWS, COLS, mean, tuple(pairs))
         page.finish(about, [result])

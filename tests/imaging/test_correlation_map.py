@@ -1,0 +1,43 @@
+"""How alike two images are around each pixel, by formula."""
+
+import pytest
+import torch
+
+from metroem.imaging.correlation_map import correlation_map
+
+ROWS, COLS = 96, 144
+
+
+def texture(seed):
+    """Independent normal grey levels, (1, 1, ROWS, COLS), none 0."""
+    generator = torch.Generator().manual_seed(seed)
+    coarse = torch.randn(1, 1, ROWS // 2, COLS // 2, generator=generator)
+    return coarse.repeat_interleave(2, -2).repeat_interleave(2, -1) + 1e-3
+
+
+def test_equal_sections_correlate_fully_whatever_their_contrast():
+    one = texture(0)
+
+    alike = correlation_map(one, 0.5 * one + 0.2)
+
+    assert alike.shape == (1, 1, ROWS, COLS)
+    assert float(alike.min()) > 0.99 and float(alike.max()) <= 1
+
+
+def test_noise_lowers_the_correlation_by_its_formula_and_inversion_gives_none():
+    one, noise = texture(0), texture(1)
+    for part in (0.5, 1.0):
+        # Of x and x + n, independent, it is 1 / sqrt(1 + var(n) / var(x)).
+        alike = correlation_map(one, one + part * noise)
+        assert float(alike.mean()) == pytest.approx((1 + part**2) ** -0.5, abs=0.03)
+    assert float(correlation_map(one, -one).max()) == 0
+
+
+def test_correlation_is_0_where_one_section_has_no_data():
+    one, other = texture(0), texture(0)
+    other[..., : COLS // 2] = 0
+
+    alike = correlation_map(one, other)
+
+    assert float(alike[..., : COLS // 2 - 40].max()) == 0
+    assert float(alike[..., COLS // 2 + 40 :].min()) > 0.99
