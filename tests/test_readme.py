@@ -54,23 +54,24 @@ def small(text, folder):
 def test_the_commands_of_the_readme_and_its_pages_work_in_their_order(
     tmp_path, monkeypatch
 ):
-    sections = [texture(512, 512, seed=0)[0, 0].byte().numpy() for _ in range(9)]
+    num_x, num_y = 384, 320
+    sections = [texture(num_y, num_x, seed=0)[0, 0].byte().numpy() for _ in range(9)]
     (tmp_path / "demo" / "images").mkdir(parents=True)
     for z in range(28):
         image = Image.fromarray(sections[z % 9])
         image.save(tmp_path / "demo" / "images" / f"z{z:04d}.png")
     # 4 px along x, in mip-0 pixels.
-    by_mip = [np.zeros((9, 2, 512 >> m, 512 >> m), np.float32) for m in range(3)]
+    by_mip = [np.zeros((9, 2, num_x >> m, num_y >> m), np.float32) for m in range(3)]
     for field in by_mip:
         field[:, 0] = 4.0
     make_volume(tmp_path / "field", by_mip, resolution=(8, 8, 40))
-    labels = [np.arange(1, 29, dtype=np.uint64).repeat(512 * 512)]
-    labels[0].shape = (28, 1, 512, 512)
+    labels = [np.arange(1, 29, dtype=np.uint64).repeat(num_x * num_y)]
+    labels[0].shape = (28, 1, num_x, num_y)
     make_volume(tmp_path / "labels", labels, chunk=(128,) * 3, resolution=(8, 8, 40))
     monkeypatch.chdir(tmp_path)
     (template,) = blocks(PAGES["points"], "json")
     (tmp_path / "template.json").write_text(small(template, tmp_path))
-    (tmp_path / "points.csv").write_text("x0,y0,z0\n256,260,5\n200,300,7\n")
+    (tmp_path / "points.csv").write_text("x0,y0,z0\n200,180,5\n220,160,7\n")
     (tmp_path / "schedule.json").write_text(short_schedule())
 
     done = []
