@@ -31,9 +31,8 @@ from quality_cases import load_bench
 from scipy import ndimage
 
 from metroem.geometry import affine
-from metroem.geometry.field import pixel_positions
+from metroem.geometry.field import pixel_positions, warp
 from metroem.geometry.grid import Grid
-from metroem.imaging.masks import pull_tissue
 from metroem.pyramid import Pyramid
 from metroem.stack.align_images import align_pair
 from metroem.utils import cli
@@ -131,7 +130,8 @@ def _measure_reach(
         for z in sections:
             src = torch.from_numpy(change.regrade(stack[z - 1]))[None, None].float()
             field = affine.as_field(change.matrix, grid)
-            src = pull_tissue(src, pixel_positions(field) + field)[0, 0].numpy()
+            is_inside = warp(torch.ones_like(src), field) > 0.999
+            src = torch.where(is_inside, warp(src, field), 0.0)[0, 0].numpy()
             at = (pixel_positions(truth) + truth)[0].numpy()
             ends = np.array(shape[::-1]).reshape(2, 1, 1) - 1 - _BORDER_PX
             valid = ((at >= _BORDER_PX) & (at <= ends)).all(0)

@@ -2,6 +2,7 @@
 
 import functools
 import logging
+import time
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from typing import Any
 
@@ -17,6 +18,8 @@ from metroem.specs.schedule import Phase
 
 logger = logging.getLogger(__name__)
 
+# Seconds in which the system tells of a worker that was killed.
+_DYING_S = 1.0
 # (epoch of the phase, position in the epoch)
 Position = tuple[int, int]
 
@@ -188,6 +191,9 @@ def make_loader(
         except StopIteration:
             return
         except (ConnectionError, EOFError) as error:
+            # Torch raises its own error from a signal handler, once the worker is gone:
+            # wait for it, or it would come at some later line.
+            time.sleep(_DYING_S)
             raise RuntimeError(
                 f"DataLoader worker ended at a sample: {error}"
             ) from error

@@ -1,6 +1,7 @@
 """Test samples that worker processes read ahead, with little shared memory."""
 
 import logging
+import signal
 
 import pytest
 import torch
@@ -92,3 +93,33 @@ def test_a_process_that_is_killed_at_a_sample_is_named(tmp_path, monkeypatch, ra
     named = "stage 0: a process that reads samples was killed.*lower --num_workers"
     with pytest.raises(ResourceError, match=named), enough_memory("stage 0", "wait"):
         read(tmp_path, 2)
+
+
+class _OfADeadWorker(PhaseSamples):
+    """Samples whose reading ends as it does when a worker is killed meanwhile."""
+
+    def __init__(self):
+        pass
+
+    def __getitem__(self, position):
+        raise EOFError
+
+
+def test_torch_tells_of_a_killed_worker_before_the_loader_does():
+    # Its signal handler raises at any line; 0.2 s later that was a line of ours.
+    def tell(*_):
+        raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed.")
+
+    before = signal.signal(signal.SIGALRM, tell)
+    try:
+        signal.setitimer(signal.ITIMER_REAL, 0.2)
+        with pytest.raises(RuntimeError, match=r"pid 7\) is killed"):
+            next(
+                make_loader(
+                    _OfADeadWorker(), [[(0, 0)]], num_workers=0, pin_memory=False
+                )
+            )
+        assert signal.getitimer(signal.ITIMER_REAL) == (0, 0)
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
