@@ -49,13 +49,14 @@ class FakeTime:
         step_s: seconds of an update of each stage; a test may change it.
         field_s: seconds of a field of stage 1, whose images have four times the pixels
             of stage 0's.
+        untrained: a field takes so many times as long before stage 1 has weights.
         slow_after: time after which everything takes `slowdown` times as long.
         updates: (stage, learning rate) of each update.
     """
 
     def __init__(self, monkeypatch):
         self.now, self.step_s, self.field_s = 1000.0, {0: 1.0, 1: 2.0}, 1.5
-        self.slow_after, self.slowdown = math.inf, 1.0
+        self.slow_after, self.slowdown, self.untrained = math.inf, 1.0, 1.0
         self.updates = []
         step, field = training.train_step, writing._field_of
 
@@ -66,7 +67,9 @@ class FakeTime:
             return step(model, optimizer, *args, **options)
 
         def timed_field(aligner, sources, sample, index):
-            self._pass(self.field_s * sample.src.numel() / (48 * 56))
+            trained = any(stage == 1 for stage, _ in self.updates)
+            longer = 1.0 if trained else self.untrained
+            self._pass(longer * self.field_s * sample.src.numel() / (48 * 56))
             return field(aligner, sources, sample, index)
 
         monkeypatch.setattr(time, "monotonic", lambda: self.now)
@@ -122,6 +125,15 @@ def test_a_whole_pyramid_is_made_in_the_time_given(run, clock, caplog, slowdown)
     (warning,) = (r for r in caplog.records if "stage 0: already" in r.message)
     assert warning.levelname == "WARNING"
     assert f"{made} of the schedule's 60 updates" in warning.message
+
+
+def test_fields_are_timed_again_with_weights_of_the_first_phase(run, clock):
+    # Else 6 fields of stage 1 would count as 54 s, and 45 s of the budget be left.
+    clock.untrained = 6.0
+    began = clock.now
+    train.main(arguments(run, "--budget_minutes", "3.5"))
+    check_pyramid(run)
+    assert 0.85 * 210 < clock.now - began <= 210
 
 
 def test_a_resumed_run_has_the_rest_of_its_budget(run, clock, caplog):

@@ -16,6 +16,7 @@ from metroem.models.weights import checkpoint_path
 from metroem.specs.modules import ModuleSpec
 from metroem.specs.schedule import Phase
 from metroem.training.checkpoint import RunFolder, TrainingState
+from metroem.training.write_fields import WriteFieldsConfig
 
 # Keys of a fingerprint that are not flags.
 SCHEDULE, PAIRS = "schedule", "training pairs"
@@ -41,7 +42,7 @@ class StageConfig:
         checkpoints_activations: whether activations are computed a second time in the
             backward pass instead of being kept for it.
         earlier: the modules of the earlier stages.
-        fields_path: folder that its fields are written to afterwards; None if they are
+        fields: how its fields are written afterwards; None if they are
             not.
         rank: of this process.
         num_ranks: number of processes that train.
@@ -60,7 +61,7 @@ class StageConfig:
     compiles: bool = False
     checkpoints_activations: bool = False
     earlier: tuple[ModuleSpec, ...] = ()
-    fields_path: Path | None = None
+    fields: WriteFieldsConfig | None = None
     rank: int = 0
     num_ranks: int = 1
 

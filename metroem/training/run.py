@@ -325,7 +325,11 @@ def _stage_config(
         compiles=request.compile,
         checkpoints_activations=request.checkpoint_activations,
         earlier=earlier,
-        fields_path=request.fields_folder if module in plan.to_write else None,
+        fields=(
+            _fields_config(request, plan, module, device)
+            if module in plan.to_write
+            else None
+        ),
         rank=distributed.rank(),
         num_ranks=distributed.world_size(),
     )

@@ -53,6 +53,7 @@ from metroem.training.step import StepMetrics, train_step
 from metroem.training.targets import EarlierStages
 from metroem.training.tensorboard import TensorBoardWriter
 from metroem.training.validate import EpochReport, first_held_out, validate
+from metroem.training.write_fields import seconds_of_pair
 from metroem.utils import distributed
 from metroem.utils.memory import enough_memory
 from metroem.utils.progress import progress
@@ -183,6 +184,9 @@ def train_stage(
         state.phase, state.epoch, state.best = state.phase + 1, 0, None
         state.position = 0.0
         _save(config, state, net)  # without the optimizer: each phase has its own
+        if clock.has_budget and config.fields and state.phase < len(config.phases):
+            # The finetuner takes up to three times as long after untrained networks.
+            clock.after_field(config.stage, seconds_of_pair(config.fields))
 
 
 class EpochTime(NamedTuple):
@@ -265,7 +269,8 @@ def _start_or_resume(
     config: StageConfig, state: TrainingState | None
 ) -> tuple[nn.Module, EarlierStages, TrainingState]:
     """Load the model and the earlier stages; make a state if there is none yet."""
-    try_folders(config.module, config.run, config.fields_path, config.rank)
+    fields_path = None if config.fields is None else config.fields.fields_path
+    try_folders(config.module, config.run, fields_path, config.rank)
     aligner = load_aligner(config, is_fresh=state is None)
     earlier = EarlierStages(
         config.module.in_mip, config.earlier, config.checkpoint_name, config.device

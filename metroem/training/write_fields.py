@@ -150,7 +150,7 @@ def write_fields(
 
 
 def seconds_of_pair(config: WriteFieldsConfig) -> float:
-    """Measure how long the field of one pair takes, before its stage is trained.
+    """Measure how long the field of one pair takes, with the weights of this moment.
 
     The first pair of the first set is aligned with the weights that exist, or else with
     fresh ones, and with a prior field of 0. Its field is thrown away. A pair that is
