@@ -30,10 +30,10 @@ import torch
 from quality_cases import load_bench
 from scipy import ndimage
 
+from metroem import Pyramid
 from metroem.geometry import affine
 from metroem.geometry.field import pixel_positions, warp
 from metroem.geometry.grid import Grid
-from metroem.pyramid import Pyramid
 from metroem.stack.align_images import align_pair
 from metroem.utils import cli
 
