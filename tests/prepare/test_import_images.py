@@ -354,7 +354,7 @@ def wait_for(pattern, process):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("workers", [pytest.param(1, marks=pytest.mark.long), 2])
 def test_a_killed_run_resumes_with_the_same_bytes(folder, workers):
     np.save("a.npy", np.stack([greys(z, dtype=np.uint16) for z in range(60)]))
     flags = ["a.npy", "em", *NM, "--workers", workers]

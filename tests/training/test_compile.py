@@ -108,6 +108,7 @@ def test_a_compiled_network_gives_the_same_fields_and_gradients(
     check_same(aligner_of(tmp_path, spec), "eager", checkpointed=checkpointed)
 
 
+@pytest.mark.long  # a minute of compiling, where nothing was compiled before
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="no g++ here")
 def test_so_it_does_with_the_compiler_that_people_get(tmp_path):

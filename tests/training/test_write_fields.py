@@ -525,6 +525,7 @@ def test_a_set_that_names_what_is_no_set_is_refused(place):
             inspect_dataset(InspectRequest(place / "data"))
 
 
+@pytest.mark.long  # the pages' commands train on two ranks, and write fields
 @pytest.mark.slow
 def test_two_ranks_write_the_fields_of_one(true_place):
     place = true_place
