@@ -22,6 +22,13 @@ def texture(rows: int, cols: int, seed: int) -> torch.Tensor:
     return 1 + 254 * image
 
 
+def white_noise(rows: int, cols: int, seed: int) -> torch.Tensor:
+    """(1, 1, rows, cols): normal, independent from one 2 x 2 px to the next, none 0."""
+    generator = torch.Generator().manual_seed(seed)
+    coarse = torch.randn(1, 1, rows // 2, cols // 2, generator=generator)
+    return coarse.repeat_interleave(2, -2).repeat_interleave(2, -1) + 1e-3
+
+
 def shifted_pair(rows: int, cols: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Raw src and tgt (1, 1, rows, cols): tgt(p) = src(p + (0, SHIFT_PX))."""
     src = texture(rows, cols, seed)

@@ -92,6 +92,11 @@ class AlignedImages(NamedTuple):
     confidence: np.ndarray
     score: float
 
+    @property
+    def is_placed(self) -> bool:
+        """Whether src was placed before the pyramid aligned it."""
+        return not np.array_equal(self.placement, affine.identity())
+
 
 def align_images(request: AlignImagesRequest) -> None:
     """Align an image to another one, and write it, its field and a report.
@@ -138,12 +143,13 @@ def align_images(request: AlignImagesRequest) -> None:
                 "Nothing was written"
             )
         _log_result(src, tgt, found)
-        _write_image(request.output, found.image, src.dtype)
+        # The image last: where it exists, all is done.
+        if request.report is not None:
+            _write_report(request, pyramid, tgt, found)
         if request.field is not None:
             # Rows of an image run along y, so the channels change places.
             _write_array(request.field, swap_axes(found.field[::-1]))
-        if request.report is not None:
-            _write_report(request, pyramid, tgt, found)
+        _write_image(request.output, found.image, src.dtype)
     logger.info("%.0f s; wrote %s", time.monotonic() - began, request.output)
     for path in request.written[1:]:
         logger.info("wrote %s", path)
@@ -274,8 +280,7 @@ def _longest_px(found: Match, tgt: np.ndarray) -> float:
 
 def _log_result(src: np.ndarray, tgt: np.ndarray, found: AlignedImages) -> None:
     """Say how far src was moved, and how sure that is."""
-    is_placed = not np.array_equal(found.placement, affine.identity())
-    if is_placed:
+    if found.is_placed:
         logger.info("src was placed first: %s", _in_words(found.placement, tgt))
     if found.is_negative:
         logger.info("contrast is inverted: the negative of src was aligned")
@@ -283,7 +288,7 @@ def _log_result(src: np.ndarray, tgt: np.ndarray, found: AlignedImages) -> None:
     length = np.hypot(*found.placed_field)[: tgt.shape[0], : tgt.shape[1]][common]
     logger.info(
         "%sfield: %.1f px on average, %.1f at most; common tissue: %.0f %% of tgt's",
-        "then the " if is_placed else "",
+        "then the " if found.is_placed else "",
         *(length.mean(), length.max(), 100 * common.sum() / (tgt != 0).sum()),
     )
     sure = found.confidence[common]
@@ -300,10 +305,16 @@ def _in_words(placement: np.ndarray, tgt: np.ndarray) -> str:
     along_y, along_x = (middle - affine.apply(placement, middle))[0]
     # Pulling by an angle turns src by its opposite. Arrays are (x, y), y runs down.
     angle = -np.degrees(np.arctan2(placement[0, 1], placement[0, 0]))
+    turn = "clockwise" if angle >= 0 else "counterclockwise"
+    across, along = (
+        "right" if along_x >= 0 else "left",
+        "down" if along_y >= 0 else "up",
+    )
     return (
-        f"turned by {angle:.1f} degrees clockwise, made "
-        f"{1 / affine.scale(placement):.3f} times as large, moved by {along_x:.0f} px "
-        f"to the right and {along_y:.0f} down in the middle of tgt"
+        f"turned by {abs(angle):.1f} degrees {turn}, made "
+        f"{1 / affine.scale(placement):.3f} times as large, moved by "
+        f"{abs(along_x):.0f} px to the {across} and {abs(along_y):.0f} px {along} in "
+        "the middle of tgt"
     )
 
 
@@ -340,7 +351,6 @@ def _write_report(
     )
     score, worst = score_aligned(sample, forward, torch.from_numpy(backward)[None])
     file = f"{request.src.name} on {request.tgt.name}"
-    is_placed = not np.array_equal(found.placement, affine.identity())
     spot = worst and Spot(worst.figure, worst.row, worst.col)
     pair = AlignedPair(Where(file, 0, 1, 0, spot), score)
     origin = Origin(file, str(request.src), (0, 0), None)
@@ -353,7 +363,7 @@ def _write_report(
         "made": time.strftime("%Y-%m-%d %H:%M"),
         "version": __version__,
         "is_of_files": True,
-        "placed": _in_words(found.placement, tgt) if is_placed else "",
+        "placed": _in_words(found.placement, tgt) if found.is_placed else "",
     }
     with report_page(request.report) as page:
         page.add(origin, pair, draw_pair(sample, [forward]))

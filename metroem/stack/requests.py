@@ -410,7 +410,11 @@ class AlignImagesRequest(Request):
     )
     pyramid_path: Path = _pair_pyramid("the trained pyramid")
     checkpoint_name: str = _pair_pyramid("name of its weights", "checkpoint")
-    mip: int = _pair_pyramid("mip of the images, of those of the pyramid", 0, least=0)
+    mip: int = _pair_pyramid(
+        "mip of the images: 0 if their pixels are as large as the pyramid's at mip 0",
+        0,
+        least=0,
+    )
     no_finetune: bool = _pair_pyramid("use the networks alone, which is faster", False)
     field: Path | None = _pair_results(
         ".npy to write: (2, rows, cols) float32, px, from each pixel of the output to "

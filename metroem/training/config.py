@@ -42,8 +42,7 @@ class StageConfig:
         checkpoints_activations: whether activations are computed a second time in the
             backward pass instead of being kept for it.
         earlier: the modules of the earlier stages.
-        fields: how its fields are written afterwards; None if they are
-            not.
+        fields: how its fields are written afterwards; None if they are not.
         rank: of this process.
         num_ranks: number of processes that train.
     """

@@ -1,22 +1,15 @@
 """How alike two images are around each pixel, by formula."""
 
 import pytest
-import torch
 
 from metroem.imaging.correlation_map import correlation_map
+from tests.pairs import white_noise
 
 ROWS, COLS = 96, 144
 
 
-def texture(seed):
-    """Independent normal grey levels, (1, 1, ROWS, COLS), none 0."""
-    generator = torch.Generator().manual_seed(seed)
-    coarse = torch.randn(1, 1, ROWS // 2, COLS // 2, generator=generator)
-    return coarse.repeat_interleave(2, -2).repeat_interleave(2, -1) + 1e-3
-
-
 def test_equal_sections_correlate_fully_whatever_their_contrast():
-    one = texture(0)
+    one = white_noise(ROWS, COLS, 0)
 
     alike = correlation_map(one, 0.5 * one + 0.2)
 
@@ -25,7 +18,7 @@ def test_equal_sections_correlate_fully_whatever_their_contrast():
 
 
 def test_noise_lowers_the_correlation_by_its_formula_and_inversion_gives_none():
-    one, noise = texture(0), texture(1)
+    one, noise = white_noise(ROWS, COLS, 0), white_noise(ROWS, COLS, 1)
     for part in (0.5, 1.0):
         # Of x and x + n, independent, it is 1 / sqrt(1 + var(n) / var(x)).
         alike = correlation_map(one, one + part * noise)
@@ -34,7 +27,7 @@ def test_noise_lowers_the_correlation_by_its_formula_and_inversion_gives_none():
 
 
 def test_correlation_is_0_where_one_section_has_no_data():
-    one, other = texture(0), texture(0)
+    one, other = white_noise(ROWS, COLS, 0), white_noise(ROWS, COLS, 0)
     other[..., : COLS // 2] = 0
 
     alike = correlation_map(one, other)

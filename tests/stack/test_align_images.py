@@ -82,7 +82,7 @@ def test_what_lies_far_away_is_placed_first_and_sizes_may_differ(align, caplog):
 
     assert "src was placed first: turned by" in caplog.text
     # Tissue 80 px too far to the left is moved to the right, and 60 up.
-    assert "moved by 80 px to the right and -60 down" in caplog.text
+    assert "moved by 80 px to the right and 60 px up" in caplog.text
     field = np.load(made / "field.npy")
     inner = field[:, 24:150, 110:-24]
     assert np.abs(inner - np.array([-80, 60])[:, None, None]).max() < 0.5

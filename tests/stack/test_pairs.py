@@ -23,15 +23,9 @@ from metroem.stack.pairs import (
 )
 from metroem.stack.place import Placement
 from metroem.stack.solve_placements import Placed
+from tests.pairs import white_noise
 
 ROWS, COLS = 96, 144
-
-
-def texture(seed):
-    """Independent normal grey levels, (1, 1, ROWS, COLS), none 0."""
-    generator = torch.Generator().manual_seed(seed)
-    coarse = torch.randn(1, 1, ROWS // 2, COLS // 2, generator=generator)
-    return coarse.repeat_interleave(2, -2).repeat_interleave(2, -1) + 1e-3
 
 
 def test_each_stage_reads_its_own_halo_within_the_area():
@@ -85,7 +79,7 @@ class KnownFields:
     ],
 )
 def test_the_share_of_the_finetuner_counts(share, along_cols, runs):
-    pyramid, window = KnownFields(), make_window([texture(0)])
+    pyramid, window = KnownFields(), make_window([white_noise(ROWS, COLS, 0)])
     weight = None if share is None else torch.full((1, 1, ROWS, COLS), share)
 
     field, alike = align_windows(
@@ -113,7 +107,7 @@ def test_cells_are_means_of_what_they_hold_and_fields_count_in_cells():
 
 
 def test_known_defects_replace_those_that_are_found():
-    image = texture(0)
+    image = white_noise(ROWS, COLS, 0)
     image[..., 40:60, 30:90] = -6.0  # as black as a fold
 
     known = torch.zeros_like(image, dtype=torch.bool)

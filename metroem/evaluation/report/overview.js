@@ -74,7 +74,7 @@ function fillAbout(about) {
     pyramid: about.pyramid_path,
     checkpoint: about.checkpoint_name,
     [about.is_of_files ? "images" : "data set"]: about.dataset_path,
-    ...(about.placed && { "src was first": about.placed }),
+    ...(about.placed && { placed: `src was ${about.placed}` }),
     finetuned: about.no_finetune ? "no" : "yes",
     pairs: pairsDone(about.coverage),
     made: `${about.made}, MetroEM ${about.version}`,
