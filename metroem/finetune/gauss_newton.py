@@ -31,7 +31,7 @@ Source: Gauss-Newton with robust weights as in Brox et al. 2004
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -82,12 +82,13 @@ _FINEST_LEVEL = 1
 _STRUCTURE_LEVEL, _STRUCTURE_PX, _SECTION_CHANGE_PX = 3, 128, 3.0
 _MIN_UNLIKE = 0.02
 _MIN_POWER = 1e-6
-# Gauss-Newton overestimates the curvature, so twice its step is tried first. The step
-# is halved up to 3 times.
-_FIRST_STEP = 2.0
-_TRIALS = 4
+# Lengths of a step that are tried, in steps of Gauss-Newton, which overestimates the
+# curvature.
+_TRIALS, _SHORTEST, _LONGEST = 2, 0.1, 2.0
+_LEAST_DETERMINANT = 0.2  # of the field, where the slope of src is found from it
 _SOLVER_STEPS = 50
-_SOLVED = 1e-2  # fraction of the first residual
+_SOLVED = 3e-2  # fraction of the first residual
+_LEAST_DIAGONAL = 1e-20
 _DAMPING = 1e-3  # fraction of the mean curvature
 
 
@@ -199,10 +200,24 @@ def _check(
         )
 
 
-class _State(NamedTuple):
-    """The loss of a change, with its derivatives."""
+class _Loss(NamedTuple):
+    """The loss of a change, and the maps that its derivatives are made of."""
 
-    loss: Tensor  # (B,)
+    value: Tensor  # (B,)
+    values: Tensor  # (B, 2, h, w), the field at the control points
+    field: Tensor  # (B, 2, rows, cols), f at each pixel of the scale
+    warped: Tensor  # (B, C, rows, cols), src there
+    power: Tensor  # (B, C, 1, 1), of warped src
+    gain: Tensor  # (B, C, 1, 1), g
+    squares: Tensor  # (B, 1, rows, cols), r
+    weight: Tensor  # (B, 1, rows, cols), w
+    unlike: Tensor  # (B,), D
+    kept: Tensor  # (B,), 1 - lost
+
+
+class _Derivatives(NamedTuple):
+    """The derivatives of a loss."""
+
     gradient: Tensor  # (B, 2, h, w), by the values at the control points
     curvature: Tensor  # (B, 3, rows, cols), H: cc, rr, cr at each pixel of the scale
     stiffness: Tensor  # (B, 1, 1, 1), k: slope of the loss by the bending energy
@@ -248,8 +263,9 @@ class _Problem:
             _block_minimum(smoothness.along(field), self.scale)
         )
         self._bending = BendingEnergy(stiffness.clamp(min=_MIN_STIFFNESS), spacing)
-        self._due_weight, self._lost_cost = self._weight(self._field), 0.0
-        _, at_start = self._dissimilarity(self._field, warp(self._src, self._field))
+        self._due_weight = self._weight(self._field)
+        self._lost_cost, self._smoothness = 0.0, 0.0
+        at_start = self.loss(self.no_change()).unlike
         is_blank = self._due_weight.sum((1, 2, 3)) == 0
         lost_cost = (_LOST_COST * at_start).clamp(max=1.0)
         self._lost_cost = torch.where(is_blank, 1.0, lost_cost)
@@ -276,32 +292,53 @@ class _Problem:
         fields = [downsample_field(field, self.scale) for field in (start, found)]
         none = torch.zeros_like(fields[0])
         self._due_weight = torch.maximum(self._weight(fields[0]), self._weight(none))
-        before, after = (self._state(f, self.no_change()).loss for f in fields)
+        before, after = (self._loss(f, self.no_change()).value for f in fields)
         return before, after
 
-    def state(self, change: Tensor) -> _State:
-        """Compute the loss of a change, (B, 2, h, w), with its derivatives."""
-        return self._state(self._field, change)
+    def loss(self, change: Tensor) -> _Loss:
+        """Compute the loss of a change, (B, 2, h, w)."""
+        return self._loss(self._field, change)
 
-    def _state(self, start: Tensor, change: Tensor) -> _State:
-        """Compute `state` of a change to any field at this scale."""
+    def _loss(self, start: Tensor, change: Tensor) -> _Loss:
+        """Compute `loss` of a change to any field at this scale."""
         field = start + self._points.interpolate(change)
-        with torch.enable_grad():
-            leaf = field.detach().requires_grad_()
-            warped = warp(self._src, leaf)
-            squares, unlike = self._dissimilarity(field, warped)
-            data = torch.log(unlike + _MIN_DISSIMILARITY)
-            (slope,) = torch.autograd.grad(data.sum(), leaf)
+        warped = warp(self._src, field)
+        weight, lost = self._weight_fraction(field)
+        power = self._power(warped, weight)
+        gain = (self._power(self._tgt, weight) / power).sqrt()
+        squares = (gain * warped - self._tgt).square().mean(1, keepdim=True)
+        unlike = (weight * squares / (squares + _OUTLIER)).sum((1, 2, 3))
+        unlike = (1 - lost) * unlike + lost * self._lost_cost
         values = self._points.mean(start) + change
-        bending, stiffness = self._bending_term(values)
-        bending_gradient = 2 * stiffness * self._bending.half_gradient(values)
-        fraction, _ = self._weight_fraction(field)
-        weight = 2 * fraction * _OUTLIER / (squares.detach() + _OUTLIER).square()
-        weight = weight / per_sample(unlike.detach() + _MIN_DISSIMILARITY)
-        return _State(
-            data.detach() + bending,
-            self._points.interpolate_transpose(slope) + bending_gradient,
-            _curvature(warped.detach(), weight),
+        bending, _ = self._bending_term(values)
+        value = torch.log(unlike + _MIN_DISSIMILARITY) + bending
+        return _Loss(
+            *(value, values, field, warped, power, gain, squares, weight, unlike),
+            1 - lost,
+        )
+
+    def derivatives(self, loss: _Loss) -> _Derivatives:
+        """Compute the derivatives of a loss.
+
+        The slope of src is found from differences of warped src. That weights change
+        with the field is left out.
+        """
+        slope = 2 * loss.weight * _OUTLIER / (loss.squares + _OUTLIER).square()
+        slope = slope / per_sample(loss.unlike + _MIN_DISSIMILARITY)
+        d_cols, d_rows = _differences(loss.warped)
+        off = loss.gain * loss.warped - self._tgt
+        by_gain = torch.einsum("bchw,bohw->bc", off * loss.warped, slope)
+        by_gain = by_gain[..., None, None] * loss.gain / loss.power
+        off = loss.gain * slope * off - by_gain * loss.weight * loss.warped
+        pulls = [(off * d).mean(1, keepdim=True) for d in (d_cols, d_rows)]
+        gradient = per_sample(loss.kept) * _slope_of_src(pulls, loss.field)
+        products = (d_cols * d_cols, d_rows * d_rows, d_cols * d_rows)
+        curvature = torch.cat([p.mean(1, keepdim=True) for p in products], 1)
+        _, stiffness = self._bending_term(loss.values)
+        bending = 2 * stiffness * self._bending.half_gradient(loss.values)
+        return _Derivatives(
+            self._points.interpolate_transpose(gradient) + bending,
+            slope * curvature,
             stiffness,
         )
 
@@ -311,14 +348,6 @@ class _Problem:
         squares = 4**self.scale * self._bending.value(values) + _MIN_BENDING
         cost = self._smoothness * squares.sqrt()
         return cost, per_sample(4**self.scale * cost / (2 * squares))
-
-    def _dissimilarity(self, field: Tensor, warped: Tensor) -> tuple[Tensor, Tensor]:
-        """Compute r of each pixel, (B, 1, h, w), and D of each sample, (B,)."""
-        fraction, lost = self._weight_fraction(field)
-        gain = (self._power(self._tgt, fraction) / self._power(warped, fraction)).sqrt()
-        squares = (gain * warped - self._tgt).square().mean(1, keepdim=True)
-        unlike = (fraction * squares / (squares + _OUTLIER)).sum((1, 2, 3))
-        return squares, (1 - lost) * unlike + lost * self._lost_cost
 
     def _weight(self, field: Tensor) -> Tensor:
         """Compute the weight of each pixel, src warped by a field: (B, 1, h, w)."""
@@ -360,15 +389,16 @@ class _Problem:
         averages noise away; without the scale, fields of half pixels would win for that
         reason alone.
         """
-        return (fraction * features.square()).sum((2, 3), keepdim=True) + _MIN_POWER
+        sums = torch.einsum("bchw,bohw->bc", features.square(), fraction)
+        return sums[..., None, None] + _MIN_POWER
 
-    def solve(self, state: _State) -> Tensor:
-        """Solve for the Gauss-Newton step from a state, (B, 2, h, w)."""
-        cc, rr, cr = state.curvature.split(1, 1)
+    def solve(self, at: _Derivatives) -> Tensor:
+        """Solve for the step of Gauss-Newton, (B, 2, h, w)."""
+        cc, rr, cr = at.curvature.split(1, 1)
         damping = _DAMPING * (cc + rr).mean((1, 2, 3), keepdim=True)
         cc, rr = cc + damping, rr + damping
         diagonal = self._points.weighted_diagonal(torch.cat((cc, rr), 1))
-        diagonal += 2 * state.stiffness * self._bending.diagonal()
+        diagonal += 2 * at.stiffness * self._bending.diagonal()
 
         def multiply(values: Tensor) -> Tensor:
             d_cols, d_rows = self._points.interpolate(values).split(1, 1)
@@ -377,47 +407,61 @@ class _Problem:
             )
             bent = self._bending.half_gradient(values)
             return self._points.interpolate_transpose(curved) + (
-                2 * state.stiffness * bent
+                2 * at.stiffness * bent
             )
 
-        return _conjugate_gradients(multiply, -state.gradient, diagonal)
+        return _conjugate_gradients(multiply, -at.gradient, diagonal)
 
 
 def _search(problem: _Problem, max_steps: int) -> tuple[Tensor, int]:
     """Minimise the loss: the change at the control points, and the number of steps."""
     change = problem.no_change()
-    state, made = problem.state(change), 0
-    while made < max_steps:
-        made += 1
-        step, before = problem.solve(state), state.loss
-        change, state = _line_search(problem, change, state, step)
-        if bool((before - state.loss < problem.min_gain).all()):
-            break
-    return change, made
+    loss = problem.loss(change)
+    for made in range(max_steps):
+        at = problem.derivatives(loss)
+        step = problem.solve(at)
+        slope = (at.gradient * step).sum((1, 2, 3))
+        # The model's own gain is half of this. It overestimates the curvature.
+        if bool((-slope < problem.min_gain).all()):
+            return change, made
+        before = loss.value
+        change, loss = _line_search(problem, change, loss, (step, slope))
+        if bool((before - loss.value < problem.min_gain).all()):
+            return change, made + 1
+    return change, max_steps
 
 
 def _line_search(
-    problem: _Problem, change: Tensor, state: _State, step: Tensor
-) -> tuple[Tensor, _State]:
-    """Line search: shorten each sample's step until its loss falls."""
-    factor = torch.full_like(state.loss, _FIRST_STEP)
-    waiting = torch.ones_like(state.loss, dtype=torch.bool)
+    problem: _Problem, change: Tensor, loss: _Loss, along: tuple[Tensor, Tensor]
+) -> tuple[Tensor, _Loss]:
+    """Find how much of a step to make, each sample independently.
+
+    The whole step is tried. Then the minimum of the parabola is tried that has the
+    losses at 0 and 1 and the slope at 0.
+
+    Args:
+        problem: the loss.
+        change: where the step starts, (B, 2, h, w).
+        loss: the loss of `change`.
+        along: the step, (B, 2, h, w), and the slope of the loss along it, (B,).
+
+    Returns:
+        The best change, `change` itself if no trial is better, and its loss.
+    """
+    step, slope = along
+    best, least = torch.zeros_like(slope), loss.value
+    trial = torch.ones_like(slope)
     for _ in range(_TRIALS):
-        trial = change + per_sample(factor) * step
-        trial_state = problem.state(trial)
-        better = waiting & (trial_state.loss < state.loss)
-        change = torch.where(per_sample(better), trial, change)
-        state = _State(
-            *(
-                torch.where(per_sample(better).view(-1, *(1,) * (a.ndim - 1)), b, a)
-                for a, b in zip(state, trial_state, strict=True)
-            )
-        )
-        waiting = waiting & ~better
-        factor = factor / 2
-        if not bool(waiting.any()):
-            break
-    return change, state
+        found = problem.loss(change + per_sample(trial) * step)
+        best = torch.where(found.value < least, trial, best)
+        least = torch.minimum(least, found.value)
+        last = trial
+        bend = (found.value - loss.value - slope * trial) / trial.square()
+        trial = torch.where(bend > 0, -slope / (2 * bend), _LONGEST)
+        trial = trial.clamp(_SHORTEST, _LONGEST)
+    change = change + per_sample(best) * step
+    is_last = bool((best == last).all())
+    return change, found if is_last else problem.loss(change)
 
 
 def _conjugate_gradients(
@@ -430,6 +474,7 @@ def _conjugate_gradients(
         right: (B, 2, h, w).
         diagonal: diagonal of the matrix, for preconditioning.
     """
+    diagonal = diagonal.clamp(min=_LEAST_DIAGONAL)  # 0 where nothing is to be seen
     x, residual = torch.zeros_like(right), right
     scaled = residual / diagonal
     direction, size = scaled, _dot(residual, scaled)
@@ -447,18 +492,30 @@ def _conjugate_gradients(
     return x
 
 
-def _curvature(warped: Tensor, weight: Tensor) -> Tensor:
-    """Compute the Gauss-Newton curvature by displacements: cc, rr and cr, (B, 3, h, w).
-
-    Args:
-        warped: warped src, (B, C, h, w).
-        weight: slope of the loss by r(p), times 2, (B, 1, h, w).
-    """
-    padded = F.pad(warped, (1, 1, 1, 1), mode="replicate")
+def _differences(maps: Tensor) -> tuple[Tensor, Tensor]:
+    """Compute central differences along cols and rows, (B, C, h, w) each."""
+    padded = F.pad(maps, (1, 1, 1, 1), mode="replicate")
     d_cols = (padded[..., 1:-1, 2:] - padded[..., 1:-1, :-2]) / 2
     d_rows = (padded[..., 2:, 1:-1] - padded[..., :-2, 1:-1]) / 2
-    products = (d_cols * d_cols, d_rows * d_rows, d_cols * d_rows)
-    return weight * torch.cat([p.mean(1, keepdim=True) for p in products], 1)
+    return d_cols, d_rows
+
+
+def _slope_of_src(along: Sequence[Tensor], field: Tensor) -> Tensor:
+    """Turn slopes of warped src along cols and rows into those of src at p + f(p).
+
+    Those of warped src are those of src times the transposed Jacobian of p + f(p).
+
+    Args:
+        along: two maps, (B, 1, h, w).
+        field: f, (B, 2, h, w).
+    """
+    by_cols, by_rows = _differences(field)
+    (aa, ba), (ab, bb) = (one.split(1, 1) for one in (by_cols, by_rows))
+    aa, bb = 1 + aa, 1 + bb
+    determinant = (aa * bb - ab * ba).clamp(min=_LEAST_DETERMINANT)
+    d_cols, d_rows = along
+    slopes = bb * d_cols - ba * d_rows, aa * d_rows - ab * d_cols
+    return torch.cat(slopes, 1) / determinant
 
 
 def _block_mean(values: Tensor, levels: int) -> Tensor:

@@ -24,6 +24,9 @@ from metroem.geometry.grid import Grid
 # image.
 _OUTSIDE = 4.0
 
+# An inverse field is found when a further iteration moves no pixel by more, px.
+_INVERTED_PX = 1e-3
+
 
 def check_field(field: Tensor) -> None:
     """Raise FieldError unless `field` is a (B, 2, H, W) floating tensor."""
@@ -148,8 +151,15 @@ def invert(field: Tensor, *, iterations: int = 30) -> Tensor:
     Source: Chen et al. 2008, doi:10.1118/1.2816107.
     """
     inverse = -field
+    moves = field.new_ones(len(field), 1, 1, 1, dtype=torch.bool)
     for _ in range(iterations):
-        inverse = -warp(field, inverse, padding="border")
+        following = -warp(field, inverse, padding="border")
+        apart = (following - inverse).abs().amax((1, 2, 3), keepdim=True)
+        # Each sample stops by itself, so that it does not depend on its batch.
+        inverse = torch.where(moves, following, inverse)
+        moves = moves & (apart > _INVERTED_PX)
+        if not bool(moves.any()):
+            break
     return inverse
 
 

@@ -1,11 +1,29 @@
-"""Finetune an aligner's field on the embeddings of its network."""
+"""Finetune an aligner's field on the embeddings of its network.
 
+The finetuner makes the features of a pair alike. Where tissue moves from one section to
+the next it goes too far: it takes away drift that the network followed, and with it a
+part of what the network knew. So small smooth corrections are taken back. With c the
+correction of the network's field and m its smooth part,
+
+    held = network's field + (c - m) + m |m|^2 / (|m|^2 + v^2)
+    v    = 1.3 exp(10 (r_network - r) / max(r_network, r)) (1 - r^2) / r^2 px
+
+r is how well the images correlate under the finetuned field, r_network under the
+network's own, means over the pair. So v is near 0 for a section on itself, and 2 px for
+neighbours with r = 0.7 that agree 5 % less than before. Corrections well above v stay,
+as do those near defects, where networks are less sure.
+"""
+
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from metroem.finetune.adam import FinetuneResult, finetune_adam
 from metroem.finetune.gauss_newton import finetune_gauss_newton
 from metroem.finetuner import normalize_jointly
+from metroem.geometry.field import warp
+from metroem.geometry.regularize import smooth_field
+from metroem.imaging.correlation_map import correlation_map
 from metroem.imaging.defects import find_defects, find_gaps
 from metroem.imaging.loss_weights import PairMasks, pair_weights
 from metroem.imaging.masks import tissue_mask
@@ -13,6 +31,23 @@ from metroem.loss import normalize_features
 from metroem.models.options import AlignerOptions
 
 Defects = tuple[Tensor | None, Tensor | None]
+
+# The factors of v. Mean errors in px before fields were held, and with these factors
+# (pairs not trained on, 2026-11):
+#                                           before   held
+#     pyramid of `aligned`, FIB-SEM:
+#         a section on itself                 0.29   0.27
+#         neighbours                          1.26   1.24
+#         error of the known warp             0.93   0.65
+#     pretrained pyramid, error of the known warp:
+#         nerve cord, 4.6 nm                  4.47   1.71
+#         block-face SEM                      2.26   1.09
+#         array tomography                    2.62   1.40
+_HELD, _HELD_IF_WORSE = 1.3, 10.0
+# Corrections within so many distances of a defect are all kept, unless that is most of
+# the section: then the tissue only looks like defects, as in array tomography.
+_NEAR_DEFECTS, _MOST = 4, 0.5
+_MIN_CORRELATION, _MAX_CORRELATION = 0.05, 0.99
 
 
 def find_pair_masks(
@@ -81,9 +116,68 @@ def finetune(
     if confidence is not None:
         similarity = similarity._replace(tgt=similarity.tgt * confidence)
     weights = (similarity, smoothness)
-    return finetune_gauss_newton(
+    result = finetune_gauss_newton(
         (src, tgt), field, weights, options.gauss_newton_options, level=level
     )
+    held = hold_to_network(result.field, field, maps, min(options.finetune_knots))
+    return result._replace(field=held)
+
+
+def hold_to_network(
+    found: Tensor, start: Tensor, maps: PairMasks, spacing_px: int
+) -> Tensor:
+    """Take back small smooth corrections of the finetuner; see the module.
+
+    Args:
+        found: the finetuned field, (B, 2, H, W), pixels.
+        start: the network's field, the same form.
+        maps: masks of the pair.
+        spacing_px: distance of the finest control points, px.
+
+    Returns:
+        (B, 2, H, W), pixels.
+    """
+    correction = found - start
+    everywhere = torch.ones_like(correction[:, :1])
+    smooth = smooth_field(correction, everywhere, spacing_px)
+    images = zip(maps.src.split(1), maps.tgt.split(1), strict=True)
+    fields = zip(start.split(1), found.split(1), strict=True)
+    alike = torch.cat(
+        [
+            torch.cat([correlation_map(warp(src, field), tgt) for field in both], 1)
+            for (src, tgt), both in zip(images, fields, strict=True)
+        ]
+    )
+    is_compared = (alike.amin(1, keepdim=True) > 0).float()
+    count = is_compared.sum((2, 3), keepdim=True).clamp(min=1)
+    alike = (alike * is_compared).sum((2, 3), keepdim=True) / count
+    alike = alike.clamp(_MIN_CORRELATION, _MAX_CORRELATION)
+    before, after = alike.split(1, 1)
+    worse = (before - after) / alike.amax(1, keepdim=True)
+    limit = torch.exp(_HELD_IF_WORSE * worse) * (1 - after.square()) / after.square()
+    limit = _HELD * limit * (1 - _near_defects(found, maps, spacing_px))
+    length = smooth.square().sum(1, keepdim=True)
+    kept = length / (length + limit.square()).clamp(min=1e-12)
+    return start + (correction - smooth) + kept * smooth
+
+
+def _near_defects(field: Tensor, maps: PairMasks, spacing_px: int) -> Tensor:
+    """Mark pixels near a defect of warped src or of tgt: (B, 1, H, W), 0 to 1.
+
+    A sample in which they are most pixels gets none.
+    """
+    marks = torch.zeros_like(field[:, :1])
+    if maps.tgt_defects is not None:
+        marks = torch.maximum(marks, maps.tgt_defects.float())
+    if maps.src_defects is not None:
+        marks = torch.maximum(marks, warp(maps.src_defects.float(), field))
+    block = max(1, spacing_px // 2)
+    coarse = F.max_pool2d(marks, block, ceil_mode=True)
+    reach = _NEAR_DEFECTS * spacing_px // block
+    coarse = F.max_pool2d(coarse, 2 * reach + 1, 1, reach)
+    near = F.interpolate(coarse, scale_factor=block, mode="bilinear")
+    near = near[..., : marks.shape[-2], : marks.shape[-1]]
+    return near * (near.mean((1, 2, 3), keepdim=True) < _MOST)
 
 
 def _tissue_at(image: Tensor, level: int) -> Tensor:

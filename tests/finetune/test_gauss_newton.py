@@ -149,8 +149,8 @@ def test_a_better_start_takes_fewer_steps():
 
     from_zero, from_truth = refine(tgt), refine(tgt, start=truth)
 
-    # A step at each distance, or two, shows that there is nothing to gain.
-    assert from_truth.iterations <= 4 < from_zero.iterations < OPTIONS.num_iter
+    # A step at a distance shows that there is nothing to gain, or none at all.
+    assert from_truth.iterations <= 2 < from_zero.iterations < OPTIONS.num_iter
 
 
 def test_detail_finer_than_the_knots_is_given_up():
@@ -184,8 +184,9 @@ def test_what_weighs_nothing_is_not_aligned():
 
     field = refine(tgt, weights=(weight, ones())).field
 
-    # The weightless half goes on as the other half begins.
-    assert (field[:, 0, :, 8:-8] > 1.2).all()
+    # The weightless half goes on as the other half begins. What it bends by then, 0.5
+    # px over 44 px, costs next to nothing.
+    assert (field[:, 0, :, 8:-8] > 1.0).all()
 
 
 def test_the_field_tears_where_smoothness_is_relaxed():
