@@ -48,6 +48,7 @@ setup(
             "**/*.css",
             "**/*.js",
             "**/templates/*.py",
+            "models/pretrained/*",
         ],
     },
     # The three scripts that people know by name, on the PATH beside `metroem`.

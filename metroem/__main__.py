@@ -47,7 +47,9 @@ def _import_and_run(name: str) -> Run:
 def _init(request: InitRequest, _: Sequence[str]) -> None:
     from metroem.models.module_folders import init_pyramid
 
-    init_pyramid(request.pyramid_path, request.mips, request.template)
+    init_pyramid(
+        request.pyramid_path, request.mips, request.template, request.pretrained
+    )
 
 
 def _fetch(request: FetchRequest, _: Sequence[str]) -> None:

@@ -2,6 +2,7 @@
 
 import operator
 import os
+import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,6 +23,7 @@ from metroem.imaging.correlation_map import correlation_map
 from metroem.imaging.normalize import coarsen_image, normalize, tissue_statistics
 from metroem.models.finetuning import finetune_iterations
 from metroem.models.load import load_module
+from metroem.models.module_folders import init_pyramid
 from metroem.models.options import AlignerOptions
 from metroem.models.tiling import Tiling
 from metroem.models.weights import check_weights
@@ -104,6 +106,24 @@ class Pyramid:
             tuple(a.to(device).eval() for a in aligners),  # type: ignore[union-attr]
             device,
         )
+
+    @classmethod
+    def pretrained(
+        cls, mips: Sequence[int] = (2, 0), device: str | torch.device = "cpu"
+    ) -> "Pyramid":
+        """Load a pyramid with the weights of the package, see docs/pretrained.md.
+
+        Args:
+            mips: mip of each stage's images, coarse first.
+            device: device of the aligners.
+
+        Raises:
+            UsageError: no mips, or a negative or increasing mip.
+        """
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "pyramid"
+            init_pyramid(path, mips, pretrained=True)
+            return cls.load(path, device=device)
 
     @overload
     def align(

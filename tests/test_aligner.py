@@ -9,6 +9,7 @@ from torch import nn
 
 from metroem.aligner import Aligner
 from metroem.errors import CheckpointError, PyramidError
+from metroem.finetune.adam import FinetuneResult
 from metroem.geometry.field import compose, invert, warp
 from metroem.models.module_folders import init_pyramid
 from metroem.models.options import AlignerOptions
@@ -328,7 +329,7 @@ class TestBoundary:
 
         def spy(features, field, weights, options, *, level):
             seen.append(options.smoothness)
-            return type("Tuned", (), {"field": field})
+            return FinetuneResult(field, field.new_zeros(1), field.new_zeros(1), 0)
 
         monkeypatch.setattr("metroem.models.finetuning.finetune_gauss_newton", spy)
         pair = texture(24, 40), texture(24, 40)

@@ -11,7 +11,13 @@ from pathlib import Path, PurePosixPath
 from metroem.errors import PyramidError
 from metroem.io.files import make_folder, writing
 from metroem.models.fetched_code import describe_code, find_code
-from metroem.models.requests import TEMPLATES, FetchRequest, InitRequest
+from metroem.models.requests import (
+    PRETRAINED,
+    TEMPLATES,
+    FetchRequest,
+    InitRequest,
+)
+from metroem.models.weights import checkpoint_path
 from metroem.specs.modules import ModuleSpec
 
 logger = logging.getLogger(__name__)
@@ -20,28 +26,40 @@ Files = dict[str, dict[str, bytes]]  # module name -> path inside it -> content
 
 
 def init_pyramid(
-    path: Path, mips: Sequence[int], template: str = "correlation"
+    path: Path,
+    mips: Sequence[int],
+    template: str = "correlation",
+    pretrained: bool = False,
 ) -> list[Path]:
-    """Make a pyramid of untrained modules.
+    """Make a pyramid of modules, untrained or with the weights of the package.
 
     Args:
         path: directory of the pyramid; must not exist, or be empty.
         mips: mip of each stage, in processing order; they must not increase.
         template: one of `metroem.models.requests.templates()`.
+        pretrained: give the modules the weights of docs/pretrained.md, under the name
+            `checkpoint`. The first stage gets those of a network without a prior
+            field, every other stage those of one with a prior field.
 
     Returns:
         The module directories, `<STAGE>_mip<MIP>in_<template>`.
 
     Raises:
-        UsageError: no mips, a negative or increasing mip, or an unknown template.
+        UsageError: no mips, a negative or increasing mip, an unknown template, or no
+            pretrained weights for it.
         PyramidError: `path` already exists.
     """
-    InitRequest(path, list(mips), template).check_paths()
+    InitRequest(path, list(mips), template, pretrained).check_paths()
     names = [f"{stage}_mip{mip}in_{template}" for stage, mip in enumerate(mips)]
     with _built_beside(path) as folder:
-        for name, mip in zip(names, mips, strict=True):
+        for stage, (name, mip) in enumerate(zip(names, mips, strict=True)):
             _write_module(folder / name, mip, template)
-    logger.info("made %s with %s", path, ", ".join(names))
+            if pretrained:
+                weights = checkpoint_path(PRETRAINED, f"stage{min(stage, 1)}")
+                to = checkpoint_path(folder / name / "model", "checkpoint")
+                to.write_bytes(weights.read_bytes())
+    with_weights = "with pretrained weights" if pretrained else "untrained"
+    logger.info("made %s, %s: %s", path, with_weights, ", ".join(names))
     return [path / name for name in names]
 
 

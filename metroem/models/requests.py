@@ -8,6 +8,9 @@ from metroem.errors import PyramidError, UsageError
 from metroem.utils.cli import Request, flag
 
 TEMPLATES = resources.files("metroem") / "models" / "templates"
+# Weights of two modules: `stage0`, without a prior field, and `stage1`, with one.
+PRETRAINED = Path(str(resources.files("metroem"))) / "models" / "pretrained"
+PRETRAINED_TEMPLATE = "correlation"
 
 
 def templates() -> list[str]:
@@ -21,13 +24,18 @@ class InitRequest(Request):
     """Flags of `metroem init`.
 
     Raises:
-        UsageError: no mips, a negative or increasing mip, or an unknown template.
+        UsageError: no mips, a negative or increasing mip, an unknown template, or
+            `pretrained` with another network than that of the weights.
     """
 
-    HELP = """Make a pyramid of untrained modules.
+    HELP = """Make a pyramid of modules, untrained or with general weights.
+
+    With --pretrained the modules get the weights that come with the package, see
+    docs/pretrained.md. They align most tissues as they are, and are the best start of
+    a training: metroem train --train_mode finetune.
 
     Example:
-        %(prog)s --pyramid_path pyramid --mip 2 0
+        %(prog)s --pyramid_path pyramid --mip 2 0 --pretrained
     """
 
     pyramid_path: Path = flag(
@@ -35,6 +43,7 @@ class InitRequest(Request):
     )
     mips: list[int] = flag("mip of each stage, coarse first", names=("--mip", "--mips"))
     template: str = flag("network of the modules", "correlation")
+    pretrained: bool = flag("give the modules weights, trained on many tissues", False)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -47,6 +56,11 @@ class InitRequest(Request):
         if self.template not in templates():
             raise UsageError(
                 f"--template {self.template}: expected one of {templates()}"
+            )
+        if self.pretrained and self.template != PRETRAINED_TEMPLATE:
+            raise UsageError(
+                f"--pretrained --template {self.template}: the weights are of "
+                f"{PRETRAINED_TEMPLATE}; leave one of the two out"
             )
 
     def check_paths(self) -> None:

@@ -128,9 +128,12 @@ def align_images(request: AlignImagesRequest) -> None:
     logger.info(
         "src %s: %d x %d px, %s; tgt %s: %d x %d px; pyramid %s, device %s",
         *(request.src, *src.shape, src.dtype, request.tgt, *tgt.shape),
-        *(request.pyramid_path, device),
+        *(request.pyramid_path or "that comes with metroem", device),
     )
-    pyramid = Pyramid.load(request.pyramid_path, request.checkpoint_name, device)
+    if request.pyramid_path is None:
+        pyramid = Pyramid.pretrained(device=device)
+    else:
+        pyramid = Pyramid.load(request.pyramid_path, request.checkpoint_name, device)
     began = time.monotonic()
     with enough_memory("the pair", "align parts of the images"):
         found = align_pair(

@@ -399,7 +399,7 @@ class AlignImagesRequest(Request):
     first. Images that have nothing in common are refused, and nothing is written.
 
     Example:
-        %(prog)s src.png tgt.png --output aligned.png --pyramid_path pyramid
+        %(prog)s src.png tgt.png --output aligned.png --report report.html
     """
 
     src: Path = flag("image that is moved", is_positional=True)
@@ -408,7 +408,9 @@ class AlignImagesRequest(Request):
         "image to write: src as it lies on tgt; .png, .tif or .npy",
         names=("--output", "-o"),
     )
-    pyramid_path: Path = _pair_pyramid("the trained pyramid")
+    pyramid_path: Path | None = _pair_pyramid(
+        "the trained pyramid", unset="the weights of the package"
+    )
     checkpoint_name: str = _pair_pyramid("name of its weights", "checkpoint")
     mip: int = _pair_pyramid(
         "mip of the images: 0 if their pixels are as large as the pyramid's at mip 0",
@@ -433,6 +435,11 @@ class AlignImagesRequest(Request):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_checkpoint_name(self.checkpoint_name)
+        if self.pyramid_path is None and self.checkpoint_name != "checkpoint":
+            raise UsageError(
+                f"--checkpoint_name {self.checkpoint_name}: expected --pyramid_path, "
+                "the pyramid that has these weights, beside it"
+            )
         for name, path, endings in (
             ("--output", self.output, (".png", ".tif", ".tiff", ".npy")),
             ("--field", self.field, (".npy",)),
@@ -453,7 +460,8 @@ class AlignImagesRequest(Request):
         for path in self.written:
             if path.exists():
                 raise UsageError(f"{path}: exists already; name another file")
-        find_modules(self.pyramid_path)
+        if self.pyramid_path is not None:
+            find_modules(self.pyramid_path)
 
 
 RequestT = TypeVar("RequestT", bound=SectionsRequest | CheckRequest)

@@ -4,10 +4,12 @@ import json
 import os
 
 import pytest
+import torch
 
 from metroem.errors import PyramidError, UsageError
 from metroem.models.module_folders import fetch, init_pyramid
-from metroem.models.requests import templates
+from metroem.models.requests import PRETRAINED, templates
+from metroem.models.weights import checkpoint_path
 from metroem.specs.modules import find_modules
 
 
@@ -67,6 +69,30 @@ class TestInit:
     def test_an_unknown_template_is_refused_with_those_that_there_are(self, tmp_path):
         with pytest.raises(UsageError, match=r"--template unet.*scalenet"):
             init_pyramid(tmp_path / "pyramid", [2], template="unet")
+
+    def test_pretrained_stages_have_the_weights_of_the_package(self, tmp_path):
+        made = init_pyramid(tmp_path / "pyramid", [3, 1, 0], pretrained=True)
+
+        states = [
+            torch.load(checkpoint_path(path / "model", "checkpoint"), weights_only=True)
+            for path in made
+        ]
+        first, second, third = (
+            torch.cat([value.flatten().float() for value in state.values()])
+            for state in states
+        )
+        assert torch.isfinite(first).all() and torch.isfinite(second).all()
+        # The first stage has no prior field, all others have one.
+        assert not torch.equal(first, second) and torch.equal(second, third)
+        assert "MIP = 3" in (made[0] / "create.py").read_text()
+
+    def test_pretrained_weights_are_of_one_network_and_a_few_mb(self, tmp_path):
+        with pytest.raises(UsageError, match=r"--pretrained --template scalenet: the"):
+            init_pyramid(tmp_path / "p", [2, 0], "scalenet", pretrained=True)
+
+        assert not (tmp_path / "p").exists()
+        files = list(PRETRAINED.iterdir())
+        assert sum(path.stat().st_size for path in files) < 5e6
 
     def test_a_failure_leaves_nothing(self, tmp_path, monkeypatch):
         def fail(folder, mip, template):

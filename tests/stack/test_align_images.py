@@ -75,6 +75,20 @@ def test_an_image_is_laid_on_another_and_its_field_is_in_pixels_of_the_image(ali
     assert not aligned[-4:].any() and not aligned[:, :8].any()
 
 
+def test_without_a_pyramid_the_weights_of_the_package_align(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name, shift in (("src.png", (5, -9)), ("tgt.png", (0, 0))):
+        Image.fromarray(image(shift)).save(name)
+    flags = ("-o", "out.png", "--field", "field.npy", "--no_finetune")
+
+    main(["align", "src.png", "tgt.png", *flags])
+
+    inner = np.load("field.npy")[:, 24:-24, 24:-24]
+    assert np.abs(inner - np.array([-9, 5])[:, None, None]).mean() < 0.5
+    with pytest.raises(UsageError, match=r"--checkpoint_name x: expected --pyramid"):
+        main(["align", "src.png", "tgt.png", "-o", "o.png", "--checkpoint_name", "x"])
+
+
 def test_what_lies_far_away_is_placed_first_and_sizes_may_differ(align, caplog):
     src = image((60, -80), rows=240, cols=200)
 

@@ -1,0 +1,167 @@
+r"""Train the weights that come with the package, and write them into it.
+
+Real sections whose licence allows it, and artificial tissue, are resampled to several
+pixel sizes and written as CloudVolumes. download-image, init and train are run on them
+as by a user. The weights of both stages are then stored, in half precision, in
+`metroem/models/pretrained`. docs/pretrained.md is their model card.
+
+Sections that the benchmarks score are left out: 50 and later of `fib25_a.npy`, 0 to 40
+of `atum_cortex_a.npy`, and all other stacks.
+
+Example:
+    python benchmarks/pretrain.py --data ../shared/data --out pretrain
+"""
+
+import argparse
+import io
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from metroem.demo import run_steps
+from metroem.errors import UsageError
+from metroem.evaluation.tables import print_json
+from metroem.io.files import make_folder, replace_file
+from metroem.io.volume_write import write_volume
+from metroem.models.requests import PRETRAINED
+from metroem.models.weights import checkpoint_path
+from metroem.specs.modules import find_modules
+from metroem.synthetic.tissue import TissueRecipe, make_tissue
+from metroem.utils import cli
+
+logger = logging.getLogger("metroem.benchmarks.pretrain")
+
+PARTS = ("data", "train", "weights")
+MIPS = (2, 0)
+SCHEDULE = Path(__file__).with_name("pretrain.json")
+
+
+@dataclass(frozen=True)
+class Tissue:
+    """Sections to train on.
+
+    Attributes:
+        file: their .npy file, uint8 [section, rows, cols]; None: artificial tissue.
+        sections: first, and one past the last.
+        nm: size of a pixel.
+        wanted_nm: pixel sizes to resample it to.
+    """
+
+    name: str
+    file: str | None
+    sections: tuple[int, int]
+    nm: float
+    wanted_nm: tuple[int, ...]
+
+
+TISSUES = (
+    Tissue("fib25", "fib25_a.npy", (0, 45), 10, (5, 8, 10, 16)),
+    Tissue("atum", "atum_cortex_a.npy", (46, 90), 24, (12, 18, 24, 32)),
+    Tissue("synthetic", None, (0, 24), 11, (6, 11)),
+)
+
+
+def main() -> None:
+    """Do the parts; the last line printed is one JSON object."""
+    parser = cli.parser(__doc__)
+    parser.add_argument("--data", type=Path, required=True, help="folder of the stacks")
+    parser.add_argument("--out", type=Path, required=True, help="folder for all files")
+    parser.add_argument("--seed", type=int, default=0, help="of the training (0)")
+    help_text = "parts to do (all); earlier ones are read from --out"
+    parser.add_argument("--parts", nargs="+", choices=PARTS, help=help_text)
+    flags = parser.parse_args()
+    parts = [part for part in PARTS if flags.parts is None or part in flags.parts]
+    figures: dict[str, object] = {"parts": parts}
+    if "data" in parts:
+        figures["pairs"] = make_data(flags)
+    if "train" in parts:
+        figures["seconds"] = train(flags)
+    if "weights" in parts:
+        figures["bytes"] = store_weights(flags)
+    print_json(figures)
+
+
+def make_data(flags: argparse.Namespace) -> int:
+    """Write a volume for each tissue and pixel size, and its image sets."""
+    (flags.out / "volumes").mkdir(parents=True, exist_ok=True)
+    num_pairs = 0
+    for tissue in TISSUES:
+        sections = read_sections(tissue, flags.data)
+        for index, nm in enumerate(tissue.wanted_nm):
+            resized = resize(sections, tissue.nm / nm)
+            side = min(resized.shape[1:]) >> max(MIPS) << max(MIPS)
+            # One patch a pixel size, at the first or the last columns in turn.
+            left = (resized.shape[2] - side) >> max(MIPS) << max(MIPS)
+            volume = flags.out / "volumes" / f"{tissue.name}_{nm}nm"
+            write_volume(volume, resized, max(MIPS) + 1, resolution=(nm, nm, 40))
+            command = ["download-image", "--cv_path", str(volume), "--normalize"]
+            command += ["--dst_folder", str(flags.out / "dataset")]
+            command += ["--mip", *map(str, MIPS), "--suffix", volume.name]
+            command += ["--patch_size", *(str(side >> mip) for mip in MIPS)]
+            command += ["--y_offset", str(left if index % 2 else 0)]
+            command += ["--z_start", "1", "--z_end", str(len(resized))]
+            run_steps([command])
+            num_pairs += len(resized) - 1
+    return num_pairs
+
+
+def read_sections(tissue: Tissue, folder: Path) -> np.ndarray:
+    """Read or make the sections of a tissue, (n, H, W) uint8 without 0."""
+    first, end = tissue.sections
+    if tissue.file is None:
+        return make_tissue(TissueRecipe(end - first, 640, 640, seed=1))
+    path = folder / tissue.file
+    if not path.is_file():
+        raise UsageError(f"--data {folder}: expected {tissue.file} in it")
+    # All pixels of these stacks are tissue, and 0 means no data.
+    return np.maximum(np.load(path, mmap_mode="r")[first:end], 1)
+
+
+def resize(sections: np.ndarray, scale: float) -> np.ndarray:
+    """Resample sections, (n, H, W) uint8, by a factor; 1 is the lowest grey level."""
+    if scale == 1:
+        return sections
+    size = [round(px * scale) for px in sections.shape[1:]]
+    values = torch.from_numpy(sections.astype(np.float32))[:, None]
+    resized = F.interpolate(values, size, mode="bicubic", antialias=True)[:, 0]
+    return resized.round().clamp(1, 255).to(torch.uint8).numpy()
+
+
+def train(flags: argparse.Namespace) -> float:
+    """Make a pyramid and train it; the seconds of the training."""
+    pyramid = str(flags.out / "pyramid")
+    init = ["init", "--pyramid_path", pyramid, "--mip", *map(str, MIPS)]
+    training = ["train", "--pyramid_path", pyramid, "--val_pairs", "0"]
+    training += ["--dataset_path", str(flags.out / "dataset")]
+    training += ["--train_mode", "custom", "--train_params_path", str(SCHEDULE)]
+    training += ["--generate_field_stages", "0", "--seed", str(flags.seed)]
+    return run_steps([init, training])[1]
+
+
+def store_weights(flags: argparse.Namespace) -> int:
+    """Store the weights of all modules in half precision; their size in bytes."""
+    make_folder(PRETRAINED)
+    num_bytes = 0
+    for module in find_modules(flags.out / "pyramid"):
+        state = torch.load(
+            checkpoint_path(module.weights_folder, "checkpoint"), weights_only=True
+        )
+        half = {
+            key: value.half() if value.is_floating_point() else value
+            for key, value in state.items()
+        }
+        path = checkpoint_path(PRETRAINED, f"stage{module.stage}")
+        buffer = io.BytesIO()  # equal weights give equal bytes
+        torch.save(half, buffer)
+        replace_file(path, buffer.getbuffer())
+        num_bytes += path.stat().st_size
+        logger.info("wrote %s", path)
+    return num_bytes
+
+
+if __name__ == "__main__":
+    cli.run(main)
