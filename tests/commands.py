@@ -8,6 +8,8 @@ import sys
 from pathlib import Path
 from unittest.mock import patch
 
+import tissues
+
 import download_field
 import download_image
 import train
@@ -22,6 +24,7 @@ SCRIPTS = {
     "download_image.py": download_image,
     "download_field.py": download_field,
     "train.py": train,
+    "benchmarks/tissues.py": tissues,
 }
 
 

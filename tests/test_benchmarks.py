@@ -73,6 +73,36 @@ def test_the_steps_of_a_stack_are_measured_by_sections_and_size(tmp_path, zygote
     assert found["by_size"]["all"] == {"seconds": 1, "peak": 1}
 
 
+def test_methods_are_compared_on_tissues_and_more_of_them_can_be_added(
+    tmp_path, zygote
+):
+    (tmp_path / "mine.py").write_text(
+        "import numpy as np\n"
+        "def align(src, tgt):\n"
+        "    return np.stack([0 * tgt + 3, 0 * tgt - 4])\n"
+    )
+    page, out = tmp_path / "docs" / "page.md", tmp_path / "out"
+    page.parent.mkdir()
+    paths = ("--data", str(tmp_path), "--out", str(out), "--page", str(page))
+    chosen = ("--methods", "not aligned", "DIS")
+
+    figures(zygote, "tissues.py", *paths, *chosen, "--tissues", "made")
+    mine = ("--method", f"mine={tmp_path / 'mine.py'}:align")
+    counts = figures(zygote, "tissues.py", *paths, "--methods", "not aligned", *mine)
+
+    # All other tissues have no file there. Two pairs of three kinds.
+    assert counts == {"not aligned": 6, "DIS": 6, "mine": 6}
+    results = json.loads((out / "results.json").read_text())
+    # The field of "mine" is 5 px long everywhere, and the truth is 0.
+    assert results["mine"]["made 0 neighbours"]["epe"] == pytest.approx(5)
+    # (3, -4) there and (3, -4) back.
+    assert results["mine"]["made 0 neighbours"]["cycle"] == pytest.approx(10)
+    found = {name: results[name]["made 1 warped"]["known"] for name in counts}
+    assert found["DIS"] < 0.3 * found["not aligned"]
+    text = page.read_text()
+    assert "| mine |" in text and "| DIS |" in text and "fib25" not in text
+
+
 @pytest.mark.skipif(SHARED is None, reason="METROEM_SHARED names no folder with peers")
 @pytest.mark.long
 def test_unrelated_images_are_counted_that_are_refused(tmp_path, zygote):
