@@ -85,9 +85,9 @@ def test_the_commands_of_the_readme_and_its_pages_work_in_their_order(
     (example,) = blocks(README, "python")
     exec(small(example, tmp_path), names)
 
-    # Two stages under three names, one under three; and a finetuned copy.
+    # Two stages under three names, one under three; and a copy.
     assert len(list(tmp_path.glob("pyramid/*/model/*.state.pth.tar"))) == 9
-    assert len(list(tmp_path.glob("finetuned/*/model/*.state.pth.tar"))) == 2
+    assert len(list(tmp_path.glob("fetched/*/model/*.state.pth.tar"))) == 2
     assert list(tmp_path.glob("points/x*.h5"))
     assert "<html" in (tmp_path / "report.html").read_text()
     assert names["field"].shape == (2, 128, 128)

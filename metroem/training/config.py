@@ -43,6 +43,7 @@ class StageConfig:
             backward pass instead of being kept for it.
         earlier: the modules of the earlier stages.
         fields: how its fields are written afterwards; None if they are not.
+        keeps_labels: whether the network makes all pseudo-labels as it was at first.
         rank: of this process.
         num_ranks: number of processes that train.
     """
@@ -61,6 +62,7 @@ class StageConfig:
     checkpoints_activations: bool = False
     earlier: tuple[ModuleSpec, ...] = ()
     fields: WriteFieldsConfig | None = None
+    keeps_labels: bool = False
     rank: int = 0
     num_ranks: int = 1
 

@@ -95,6 +95,32 @@ def load_aligner(config: StageConfig, *, is_fresh: bool) -> Aligner:
     return aligner
 
 
+def load_labeller(config: StageConfig, *, is_fresh: bool) -> TrainingModel | None:
+    """Load the network as it was when its finetuning began; it makes pseudo-labels.
+
+    A network that makes its own labels drifts: 10 minutes on serial sections led a
+    pretrained one so far astray that neighbours were worse than not aligned (nerve
+    cord, 4.6 nm, 2026-11).
+
+    Args:
+        config: names module and checkpoint.
+        is_fresh: False if the training resumes.
+
+    Returns:
+        The network, or None if the trained one makes its own labels.
+    """
+    if not config.keeps_labels:
+        return None
+    kept = config.run.weights(config.stage, "initial")
+    with torch.random.fork_rng(devices=[]):
+        loaded = load_module(
+            config.module.path, checkpoint_name=None, finetune=False, pass_field=True
+        )
+    aligner: Aligner = loaded.aligner  # type: ignore
+    load_weights(aligner.net, config.best_weights if is_fresh else kept)
+    return TrainingModel(aligner.to(config.device), config.precision).eval()
+
+
 def _load_previous_weights(aligner: Aligner, config: StageConfig) -> None:
     """Start a fresh network from the previous stage's weights, if its spec is equal.
 

@@ -330,6 +330,7 @@ def _stage_config(
             if module in plan.to_write
             else None
         ),
+        keeps_labels=request.train_mode in FINETUNING_MODES,
         rank=distributed.rank(),
         num_ranks=distributed.world_size(),
     )

@@ -41,7 +41,12 @@ from metroem.training.config import (
     StageConfig,
     describe_differences,
 )
-from metroem.training.model import load_aligner, unwrap_model, wrap_model
+from metroem.training.model import (
+    load_aligner,
+    load_labeller,
+    unwrap_model,
+    wrap_model,
+)
 from metroem.training.optimizer import (
     averaged_weights,
     copy_weights,
@@ -273,7 +278,8 @@ def _start_or_resume(
     try_folders(config.module, config.run, fields_path, config.rank)
     aligner = load_aligner(config, is_fresh=state is None)
     earlier = EarlierStages(
-        config.module.in_mip, config.earlier, config.checkpoint_name, config.device
+        *(config.module.in_mip, config.earlier, config.checkpoint_name, config.device),
+        labeller=load_labeller(config, is_fresh=state is None),
     )
     if state is None:
         state = TrainingState(config.fingerprint(), net=aligner.net.state_dict())

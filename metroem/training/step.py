@@ -107,7 +107,8 @@ def train_step(
         pairs.append(sample.pair)
         sample = earlier.add_prior(sample)
         with evaluating(net):
-            sample = add_pseudo_label(sample, net, phase.known_warp)
+            labeller = earlier.labeller or net
+            sample = add_pseudo_label(sample, labeller, phase.known_warp)
         # DDP averages the gradients of the ranks once, at the last batch.
         is_last = number == phase.accumulate
         with nullcontext() if is_last else getattr(model, "no_sync", nullcontext)():

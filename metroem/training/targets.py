@@ -10,6 +10,8 @@ Often it is unknown. Then the smooth part of the network's own field is used for
     natural = smooth(network(src before the warp, tgt))
     truth = compose(natural, truth of the known warp)
 
+Finetuning takes the network as it was at the start (`metroem.training.model`).
+
 Sections are deformed smoothly, except at tears. But the structures in them also move
 from one section to the next: where neurites run obliquely, by 1 to 2 px of 10 nm, in
 directions that change from location to location. A network whose label is its own
@@ -49,6 +51,7 @@ class EarlierStages:
         mip: of the stage whose samples get prior fields.
         aligners: mip and network of each earlier stage, coarse first. Empty if one of
             them has no weights, for example because downloaded fields replace it.
+        labeller: the network that makes pseudo-labels; None: the trained one does.
     """
 
     def __init__(
@@ -57,6 +60,7 @@ class EarlierStages:
         modules: Sequence[ModuleSpec],
         checkpoint_name: str,
         device: torch.device,
+        labeller: Predict | None = None,
     ) -> None:
         """Load the networks.
 
@@ -65,11 +69,13 @@ class EarlierStages:
             modules: the earlier stages.
             checkpoint_name: of their weights.
             device: of the samples.
+            labeller: see the attribute.
 
         Raises:
             CheckpointError: weights do not fit their network.
         """
         self.mip = mip
+        self.labeller = labeller
         self.aligners: list[tuple[int, Aligner]] = []
         for module in modules:
             if not checkpoint_path(module.weights_folder, checkpoint_name).is_file():

@@ -111,5 +111,6 @@ def _predict(
 ) -> tuple[Sample, Prediction]:
     """Complete a held-out sample with prior field and truth, and predict it."""
     sample = earlier.add_prior(samples[index].to(device))
-    sample = add_pseudo_label(sample, net, samples.phase.known_warp)
+    labeller = earlier.labeller or net
+    sample = add_pseudo_label(sample, labeller, samples.phase.known_warp)
     return sample, net(sample, levels_wanted(samples.phase, net.options))
