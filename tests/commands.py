@@ -1,5 +1,6 @@
 """The commands and examples of pages for people, as tests run them."""
 
+import importlib
 import os
 import re
 import shlex
@@ -8,7 +9,6 @@ import sys
 from pathlib import Path
 from unittest.mock import patch
 
-import tissues
 
 import download_field
 import download_image
@@ -24,7 +24,6 @@ SCRIPTS = {
     "download_image.py": download_image,
     "download_field.py": download_field,
     "train.py": train,
-    "benchmarks/tissues.py": tissues,
 }
 
 
@@ -94,6 +93,9 @@ def check_spelling(words):
     match words:
         case ["metroem", *arguments]:
             metroem_main.build_parser().parse_args(arguments)
+        case ["python", script, *arguments] if script.startswith("benchmarks/"):
+            benchmark = importlib.import_module(Path(script).stem)
+            benchmark.build_parser().parse_args(arguments)
         case ["torchrun", _, _, script, *arguments] | ["python", script, *arguments]:
             if script != "-m":
                 SCRIPTS[script].build_parser().parse_args(arguments)
