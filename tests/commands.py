@@ -9,7 +9,6 @@ import sys
 from pathlib import Path
 from unittest.mock import patch
 
-
 import download_field
 import download_image
 import train
@@ -68,6 +67,8 @@ def run(words):
             pyramid = arguments[arguments.index("--pyramid_path") + 1]
             for module in Path(pyramid).glob("*_mip*"):
                 write_spec(module / "model", CORRELATION)
+                # Pretrained weights are of the large network.
+                (module / "model" / "checkpoint.state.pth.tar").unlink(missing_ok=True)
         case ["torchrun", *arguments] | ["metroem", *arguments] if (
             words[0] == "torchrun" or "--gpu" in words
         ):
