@@ -50,7 +50,7 @@ def _band_pass(image: Tensor) -> Tensor:
 def _blur(maps: Tensor, deviation_px: float) -> Tensor:
     """Blur maps, (B, 1, H, W), by a Gaussian."""
     radius = int(3 * deviation_px + 0.5)
-    offsets = torch.arange(-radius, radius + 1, dtype=torch.float32)
+    offsets = torch.arange(-radius, radius + 1, dtype=maps.dtype, device=maps.device)
     kernel = torch.exp(-0.5 * (offsets / deviation_px).square())
     kernel = kernel / kernel.sum()
     padded = F.pad(maps, (radius, radius, radius, radius), mode="replicate")

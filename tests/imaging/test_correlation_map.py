@@ -34,3 +34,19 @@ def test_correlation_is_0_where_one_section_has_no_data():
 
     assert float(alike[..., : COLS // 2 - 40].max()) == 0
     assert float(alike[..., COLS // 2 + 40 :].min()) > 0.99
+
+
+def test_kernels_are_made_on_the_device_of_the_images(monkeypatch):
+    made, arange = [], torch.arange
+
+    def spy(*sizes, **options):
+        made.append(options.get("device"))
+        return arange(*sizes, **options)
+
+    monkeypatch.setattr(torch, "arange", spy)
+    image = torch.ones(1, 1, 40, 56)
+
+    correlation_map(image, image)
+
+    # A kernel of the default device cannot be used with images on a GPU.
+    assert made and all(device == image.device for device in made)
