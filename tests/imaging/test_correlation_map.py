@@ -1,6 +1,7 @@
 """How alike two images are around each pixel, by formula."""
 
 import pytest
+import torch
 
 from metroem.imaging.correlation_map import correlation_map
 from tests.pairs import white_noise
