@@ -82,7 +82,7 @@ def test_confidence_is_high_where_tissue_agrees_and_0_where_there_is_none(pyrami
     assert sure.shape == (ROWS, COLS) and sure.dtype == np.float32
     assert 0 <= sure.min() and sure.max() <= 1
     # The untrained networks are 2.2 px off. Of this correction of images that are alike
-    # in their half only, 1.6 px or more are kept, so it is at most exp(-1.6 / 3) = 0.59.
+    # in their half only, 1.6 px or more are kept: it is at most exp(-1.6 / 3) = 0.59.
     assert 0.4 < sure[50:-15, 15:60].mean() < 0.59
     assert sure[50:-15, 110:].mean() < 0.1
     assert not sure[:15].any()
