@@ -4,8 +4,9 @@ Methods are classical ones, the pyramid that comes with metroem, and any others:
 function align(src, tgt) -> field, see `tissues_methods.py`. Cases and what is known of
 them are in `tissues_cases.py`. A method whose library is missing is left out, and the
 page says so. So is a tissue whose file is missing. Results are kept in
---out/results.json after each case: the same command resumes, and another one adds
-methods or tissues to the page.
+--out/results.json for each tissue and method: the same command resumes, and another one
+adds methods or tissues to the page. Methods of --method are always measured again. For
+another version of metroem name a new folder.
 
 Example:
     pip install -r benchmarks/requirements-peers.txt
@@ -92,20 +93,26 @@ def main(argv: Sequence[str] | None = None) -> None:
     wanted = [
         name for name in (*PEERS, *OURS) if name in (flags.methods or (*PEERS, *OURS))
     ]
+    own = [text.partition("=")[0] for text in flags.method]
+    for name in own:
+        if name in (*PEERS, *OURS, *TRAINED):
+            raise UsageError(f"--method {name}: is a method already; name it otherwise")
+    if flags.train_minutes is None and set(TRAINED) & set(flags.methods or ()):
+        raise UsageError(f"--methods {' '.join(TRAINED)}: expected --train_minutes")
     tissues = [tissue for tissue in TISSUES if tissue.name in flags.tissues]
     for tissue in tissues:
         if tissue.file and not (flags.data / tissue.file).is_file():
             logger.warning("%s: no %s in --data; left out", tissue.name, tissue.file)
             continue
         cases = list(cases_of(tissue, flags.data))
-        methods = [*wanted, *(text.partition("=")[0] for text in flags.method)]
+        methods = [*wanted, *own]
         if flags.train_minutes is not None and tissue.train is not None:
             chosen = flags.methods or TRAINED
-            methods += [name for name in TRAINED if name in chosen]
+            took = f"{flags.train_minutes:g} minutes"
+            methods += [f"{name}, {took}" for name in TRAINED if name in chosen]
         for name in methods:
             known = results.setdefault(name, {})
-            todo = [case for case in cases if case.key not in known]
-            if not todo:
+            if name not in own and all(case.key in known for case in cases):
                 continue
             try:
                 method = find_method(name, flags, tissue)
@@ -130,8 +137,8 @@ def find_method(name: str, flags: argparse.Namespace, tissue: Tissue) -> Method:
         return pyramid_method(untrained_pyramid())
     if name in ("networks", "pretrained"):
         return pyramid_method(Pyramid.pretrained(), finetune=name == "pretrained")
-    if name in TRAINED:
-        return pyramid_method(train(name, flags, tissue))
+    if (trained := name.partition(",")[0]) in TRAINED:
+        return pyramid_method(train(trained, flags, tissue))
     (where,) = (text for text in flags.method if text.partition("=")[0] == name)
     file, _, function = where.partition("=")[2].rpartition(":")
     spec = importlib.util.spec_from_file_location(name, file)
@@ -139,6 +146,8 @@ def find_method(name: str, flags: argparse.Namespace, tissue: Tissue) -> Method:
         raise UsageError(f"--method {where}: expected NAME=FILE.py:FUNCTION")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
+    if not hasattr(module, function):
+        raise UsageError(f"--method {where}: {file} has no function {function}")
     return getattr(module, function)
 
 
@@ -253,7 +262,7 @@ def save_pictures(
     for tissue in tissues:
         path = folder / f"benchmark_{tissue.name}.jpg"
         has_file = tissue.file is None or (flags.data / tissue.file).is_file()
-        if path.exists() or not has_file or "pretrained" not in results:
+        if not has_file or "pretrained" not in results:
             continue
         case = next(c for c in cases_of(tissue, flags.data) if c.kind == "warped")
         best = best_classical(results, tissue.name, "warped", "known")
@@ -367,11 +376,13 @@ def costs(results: Results, names: Sequence[str]) -> list[str]:
 
 def _ordered(results: Results) -> list[str]:
     order = [*PEERS, *OURS, *TRAINED]
-    return sorted(results, key=lambda n: order.index(n) if n in order else len(order))
+    places = {name: order.index(name) for name in order}
+    return sorted(results, key=lambda n: places.get(n.partition(",")[0], len(order)))
 
 
 def _label(name: str) -> str:
-    return _LABELS.get(name, name)
+    first, comma, minutes = name.partition(",")
+    return _LABELS.get(first, first) + comma + minutes
 
 
 def machine() -> str:

@@ -32,6 +32,7 @@ import torch
 from torch import Tensor
 
 from metroem.geometry.field import compose, invert, warp
+from metroem.imaging.masks import dilate
 from metroem.synthetic.distortion import Distortion, random_field
 from metroem.synthetic.tissue import TissueRecipe, make_tissue
 
@@ -128,7 +129,7 @@ TISSUES = (
     ),
     Tissue(
         "zebrafish",
-        "ssSEM with a real fold, zebrafish, 128 x 30 nm",
+        "zebrafish brain with a real fold, 128 x 30 nm",
         "zebrafish_fold.npy",
         "TongXin-CASIA/Damaged_Section, no licence stated",
         (Pair(1, 0, (1088, 448), (1088, 448)), Pair(1, 0, (1152, 1024), (1152, 1024))),
@@ -209,7 +210,7 @@ def cases_of(tissue: Tissue, folder: Path) -> Iterator[Case]:
         near = None
         if tissue.fold is not None:
             mask = _window(sections[tissue.fold], pair.src_corner) > 0
-            near = _dilate(mask, NEAR_PX)
+            near = dilate(torch.from_numpy(mask)[None, None], NEAR_PX)[0, 0].numpy()
         true = zero if tissue.is_exact else None
         name = tissue.name
         yield Case(name, index, "neighbours", src, tgt, true, None, near)
@@ -219,8 +220,8 @@ def cases_of(tissue: Tissue, folder: Path) -> Iterator[Case]:
             near=None if near is None else _pull(near.astype(np.float32), w) > 0.5,
         )
         yield Case(name, index, "itself", _image(tgt, w, rng), tgt, inverse, w)
-        if tissue.twice is not None:
-            again = np.load(folder / tissue.twice[0], mmap_mode="r")
+        if tissue.twice is not None and (folder / tissue.twice[0]).is_file():
+            again = _without_zero(np.load(folder / tissue.twice[0]))
             z = tissue.twice[1] + 2 * index
             one = _window(again[2 * index], pair.src_corner)
             yield Case(
@@ -267,11 +268,6 @@ def _image(section: np.ndarray, w: Tensor, rng: np.random.Generator) -> np.ndarr
 
 def _pull(image: np.ndarray, w: Tensor) -> np.ndarray:
     return warp(torch.from_numpy(image)[None, None], w)[0, 0].numpy()
-
-
-def _dilate(mask: np.ndarray, px: int) -> np.ndarray:
-    values = torch.from_numpy(mask.astype(np.float32))[None, None]
-    return (torch.nn.functional.max_pool2d(values, 2 * px + 1, 1, px)[0, 0] > 0).numpy()
 
 
 def known_warp_error(own: Tensor, found: Tensor, w: Tensor, where: Tensor) -> Tensor:

@@ -210,33 +210,6 @@ def block_matching(src: np.ndarray, tgt: np.ndarray) -> np.ndarray:
     return field
 
 
-def sofima(src: np.ndarray, tgt: np.ndarray) -> np.ndarray:
-    """Run the flow of SOFIMA (google-research), filtered, coarse to fine."""
-    from sofima import flow_field, flow_utils
-
-    def engine(src: np.ndarray, tgt: np.ndarray, side: int, step: int) -> np.ndarray:
-        pad = side // 2
-        images = [np.pad(one, pad, mode="reflect") for one in (tgt, src)]
-        matcher = flow_field.JAXMaskedXCorrWithStatsCalculator()
-        flow = matcher.flow_field(*images, (side, side), (step, step), batch_size=256)
-        flow = flow_utils.clean_flow(flow[:, None], 1.6, 1.6, 80, 20)[:, 0]
-        is_sure = np.isfinite(flow[0]).astype(np.float32)
-        values = np.nan_to_num(flow[:2])
-        weight = cv2.GaussianBlur(is_sure, (0, 0), 1.5) + 1e-6
-        mean = [cv2.GaussianBlur(one, (0, 0), 1.5) / weight for one in values]
-        return _at_pixels(np.stack(mean), tgt.shape, step)
-
-    field = affine(src, tgt)
-    filled = _fill(src), _fill(tgt)
-    for factor, side in ((8, 48), (4, 64), (2, 80)):
-        small = [_reduce(one, factor) for one in filled]
-        current = _resize(field, small[1].shape, 1 / factor)
-        # The flow leads from tgt to src.
-        found = engine(_warp(small[0], current), small[1], side, 8)
-        field = _resize(_compose(found, current), tgt.shape, factor)
-    return field
-
-
 # Named as in the tables.
 PEERS: dict[str, Method] = {
     "not aligned": unaligned,
@@ -247,7 +220,6 @@ PEERS: dict[str, Method] = {
     "SimpleITK demons": demons,
     "elastix": elastix,
     "ANTs SyN": ants,
-    "SOFIMA flow": sofima,
 }
 
 

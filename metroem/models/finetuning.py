@@ -97,7 +97,8 @@ def finetune(
             20 % (2026-11). Not used without `finetune_knots`.
 
     Returns:
-        The finetuned field, with its loss before and after.
+        The finetuned field. With `finetune_knots` it is held to the network's; its
+        losses before and after are those of the finetuner, before that.
     """
     level = options.finetune_level
     # Without `finetune_knots` features are normalised as in the original.

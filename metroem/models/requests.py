@@ -31,8 +31,8 @@ class InitRequest(Request):
     HELP = """Make a pyramid of modules, untrained or with general weights.
 
     With --pretrained the modules get the weights that come with the package, see
-    docs/pretrained.md. They align most tissues as they are, and are the best start of
-    a training: metroem train --train_mode finetune.
+    docs/pretrained.md. They align most tissues as they are. To go on from them:
+    metroem train --train_mode finetune.
 
     Example:
         %(prog)s --pyramid_path pyramid --mip 2 0 --pretrained
@@ -43,7 +43,9 @@ class InitRequest(Request):
     )
     mips: list[int] = flag("mip of each stage, coarse first", names=("--mip", "--mips"))
     template: str = flag("network of the modules", "correlation")
-    pretrained: bool = flag("give the modules weights, trained on many tissues", False)
+    pretrained: bool = flag(
+        "give the modules the general weights of the package", False
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()

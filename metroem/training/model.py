@@ -107,9 +107,13 @@ def load_labeller(config: StageConfig, *, is_fresh: bool) -> TrainingModel | Non
         is_fresh: False if the training resumes.
 
     Returns:
-        The network, or None if the trained one makes its own labels.
+        The network, or None if the trained one makes its own labels, or needs none.
+
+    Raises:
+        CheckpointError: its weights are gone, or do not fit.
     """
-    if not config.keeps_labels:
+    warps = [phase.known_warp for phase in config.phases]
+    if not config.keeps_labels or all(w is None or w.aligned for w in warps):
         return None
     kept = config.run.weights(config.stage, "initial")
     with torch.random.fork_rng(devices=[]):

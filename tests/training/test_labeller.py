@@ -11,12 +11,19 @@ from metroem.data.sample import Sample
 from metroem.models.load import load_module
 from metroem.models.module_folders import init_pyramid
 from metroem.models.weights import checkpoint_path, save_weights
+from metroem.specs.augmentations import KnownWarp
 from metroem.specs.modules import find_modules
+from metroem.specs.schedule import Phase
 from metroem.training import validate
 from metroem.training.checkpoint import RunFolder
 from metroem.training.model import load_labeller
 from metroem.training.targets import EarlierStages
 from tests.training.test_config import config_of
+
+UNALIGNED, ALIGNED = (
+    Phase(1e-3, 1, 0.0, augmentations=(KnownWarp(aligned=aligned),))
+    for aligned in (False, True)
+)
 
 
 class Asked(Exception):
@@ -47,7 +54,7 @@ def finetuned(tmp_path):
         torch.manual_seed(seed)
         loaded: Any = load_module(module.path, checkpoint_name=None)
         save_weights(loaded.aligner.net, path)
-    return config_of(module=module, run=run, checkpoint_name="checkpoint")
+    return config_of(UNALIGNED, module=module, run=run, checkpoint_name="checkpoint")
 
 
 @pytest.mark.parametrize(("is_fresh", "name"), [(True, "best"), (False, "initial")])
@@ -63,6 +70,8 @@ def test_labels_come_from_the_weights_of_the_start(finetuned, is_fresh, name):
     for key, value in labeller.net.state_dict().items():
         assert torch.equal(value, wanted[key])
     assert load_labeller(finetuned, is_fresh=is_fresh) is None
+    needs_none = replace(finetuned, keeps_labels=True, phases=(ALIGNED,))
+    assert load_labeller(needs_none, is_fresh=is_fresh) is None
 
 
 def test_validation_asks_the_labeller(monkeypatch):
