@@ -5,12 +5,17 @@ A warped sample needs a prior field of its own, with the errors that the earlier
 really make. `EarlierStages` makes it with their networks.
 
 Pseudo-labels. The natural field of a pair leads from tgt to src before the known warp.
-Often it is unknown. Then the smooth part of the network's own field is used for it:
+Often it is unknown. Then the smooth part of the network's own field is used for it, in
+the mean of both directions:
 
-    natural = smooth(network(src before the warp, tgt))
+    there = smooth(network(src before the warp, tgt))
+    back = smooth(network(tgt, src before the warp))
+    natural = (there + invert(back)) / 2
     truth = compose(natural, truth of the known warp)
 
-Finetuning takes the network as it was at the start (`metroem.training.model`).
+With labels from one direction a network drifts: nothing holds an error that it makes
+alike in both. It cancels in the mean. Finetuning takes the network as it was at the
+start (`metroem.training.model`).
 
 Sections are deformed smoothly, except at tears. But the structures in them also move
 from one section to the next: where neurites run obliquely, by 1 to 2 px of 10 nm, in
@@ -27,7 +32,7 @@ from torch import Tensor
 
 from metroem.aligner import Aligner
 from metroem.data.sample import Sample
-from metroem.geometry.field import compose, upsample_field, warp
+from metroem.geometry.field import compose, invert, upsample_field, warp
 from metroem.geometry.regularize import smooth_field
 from metroem.imaging.masks import tissue_mask
 from metroem.imaging.normalize import coarsen_image, normalize
@@ -131,8 +136,9 @@ def add_pseudo_label(
     """Complete the ground truth of samples whose true field is unknown.
 
     The natural field of a pair is the smooth part of the network's field before the
-    known warp. For samples that show one section twice it is 0. Train a new network on
-    such samples first: otherwise it learns its own noise.
+    known warp, in the mean of both directions. For samples that show one section twice
+    it is 0. Train a new network on such samples first: otherwise it learns its own
+    noise.
 
     The network's field decides where the truth is known. A score must not depend on
     that, so two more maps are set. `scored` is where the truth would be known if the
@@ -160,10 +166,17 @@ def add_pseudo_label(
     natural, torn = torch.zeros_like(truth), torch.zeros_like(valid)
     fallback = torch.zeros_like(truth)
     with torch.no_grad():
-        field = predict(before, ()).field
-        shown = warp(tissue_mask(before.src).float(), field)
-        shown = shown * tissue_mask(before.tgt)
-        natural[unknown] = smooth_field(field, shown, options.knot_px)
+        both = Sample(
+            torch.cat((before.src, before.tgt)),
+            torch.cat((before.tgt, before.src)),
+            None if prior is None else torch.cat((prior, invert(prior))),
+            sample.pair,
+        )
+        fields = predict(both, ()).field
+        shown = warp(tissue_mask(both.src).float(), fields) * tissue_mask(both.tgt)
+        there, back = smooth_field(fields, shown, options.knot_px).chunk(2)
+        natural[unknown] = (there + invert(back)) / 2
+        field = fields[: len(there)]
         deviation = (field - natural[unknown]).norm(dim=1, keepdim=True)
         torn[unknown] = deviation > _TORN * options.knot_px
         if prior is not None:

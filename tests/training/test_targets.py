@@ -5,7 +5,7 @@ import torch
 
 from metroem.data.known_warp import known_warp
 from metroem.data.sample import Sample, seeded_generator, stack_samples
-from metroem.geometry.field import compose, pixel_positions, warp
+from metroem.geometry.field import compose, invert, pixel_positions, warp
 from metroem.imaging.masks import dilate
 from metroem.models.types import Prediction
 from metroem.specs.augmentations import KnownWarp
@@ -32,15 +32,21 @@ def natural_field():
 
 
 class Knows:
-    """A network that finds one natural field, and notes what it was shown."""
+    """A network that finds one natural field, and notes what it was shown.
 
-    def __init__(self, field):
-        self.field, self.shown = field, []
+    It is shown each pair, then each pair swapped.
+    """
+
+    def __init__(self, field, back=None):
+        self.fields = field, invert(field) if back is None else back
+        self.shown = []
 
     def __call__(self, sample, levels):
         assert not torch.is_grad_enabled() and levels == ()
         self.shown.append(sample)
-        return Prediction(self.field.expand(len(sample.src), -1, -1, -1), {})
+        num = len(sample.src) // 2
+        fields = [field.expand(num, -1, -1, -1) for field in self.fields]
+        return Prediction(torch.cat(fields), {})
 
 
 def unaligned(seed, prior=None):
@@ -68,6 +74,14 @@ def test_a_natural_field_completes_the_truth(seed):
     assert before[inside].mean() > 0.1
 
 
+def test_an_error_that_is_alike_in_both_directions_is_not_learned():
+    known, natural = unaligned(0), natural_field()
+    error = torch.tensor([1.5, -2.0]).view(1, 2, 1, 1)
+    done = add_pseudo_label(known, Knows(natural + error, error - natural), WARP)
+    expected = compose(natural, known.truth)
+    torch.testing.assert_close(done.truth, expected, atol=1e-3, rtol=0)
+
+
 def test_what_moves_to_and_fro_within_some_pixels_is_not_natural():
     row, col = position()
     fro = torch.cat((torch.sin(col / 3), torch.cos(row / 2)), 1)
@@ -88,7 +102,8 @@ def test_what_is_slower_than_the_warps_is_natural():
     done = add_pseudo_label(known, Knows(natural), WARP)
     expected = compose(natural, known.truth)
     # 1 - exp(-(16 / 90)**2 / 2) of 6 px, and at the borders as much again.
-    torch.testing.assert_close(done.truth, expected, atol=0.25, rtol=0)
+    off = (done.truth - expected).abs().amax(1, keepdim=True)
+    assert off[done.truth_valid].max() < 0.25 and off.max() < 0.4
 
 
 def test_a_tear_between_the_sections_is_nothing_to_learn():
@@ -116,7 +131,9 @@ def test_what_is_found_where_a_section_shows_nothing_does_not_count(side):
     # In pixels of tgt: src is blank where it is read from beyond col 80.
     nowhere = blank if side == "tgt" else blank.roll(-int(D_COLS), 3)
     wild = torch.where(nowhere, 30.0, natural_field())
-    done = add_pseudo_label(known, Knows(wild), WARP)
+    _, col = position()
+    wild_back = torch.where(col >= 80 + D_COLS, 30.0, -natural_field())
+    done = add_pseudo_label(known, Knows(wild, wild_back), WARP)
     calm = add_pseudo_label(known, Knows(natural_field()), WARP)
     shown = (..., slice(None), slice(0, 70))
     torch.testing.assert_close(done.truth[shown], calm.truth[shown], atol=0.02, rtol=0)
@@ -134,8 +151,9 @@ def test_the_network_is_shown_the_pair_before_the_warp():
     network = Knows(natural_field())
     done = add_pseudo_label(known, network, WARP)
     (shown,) = network.shown
-    assert torch.equal(shown.src, texture())
-    assert torch.equal(shown.prior_field, prior) and torch.equal(shown.tgt, known.tgt)
+    assert torch.equal(shown.src, torch.cat((texture(), known.tgt)))
+    assert torch.equal(shown.tgt, torch.cat((known.tgt, texture())))
+    torch.testing.assert_close(shown.prior_field, torch.cat((prior, -prior)))
     assert done.unwarped_src is None and done.unwarped_prior is None
     assert torch.equal(done.prior_field, known.prior_field)
     assert torch.equal(done.src, known.src)
@@ -168,8 +186,8 @@ def test_a_pair_of_one_section_has_no_natural_field():
     network = Knows(natural_field())
     done = add_pseudo_label(stack_samples([pair, twice]), network, WARP)
     # Nor does the network spend time on it.
-    assert [len(shown.src) for shown in network.shown] == [1]
-    assert torch.equal(network.shown[0].src, pair.unwarped_src)
+    assert [len(shown.src) for shown in network.shown] == [2]
+    assert torch.equal(network.shown[0].src[:1], pair.unwarped_src)
     # Sampled in place: positions are rounded by 1e-5 px.
     torch.testing.assert_close(done.truth[1:], twice.truth, atol=1e-3, rtol=0)
     assert torch.equal(done.truth_valid[1:], twice.truth_valid)
