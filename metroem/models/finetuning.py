@@ -14,6 +14,8 @@ neighbours with r = 0.7 that agree 5 % less than before. Corrections well above 
 as do those near defects, where networks are less sure.
 """
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -21,7 +23,7 @@ from torch import Tensor
 from metroem.finetune.adam import FinetuneResult, finetune_adam
 from metroem.finetune.gauss_newton import finetune_gauss_newton
 from metroem.finetuner import normalize_jointly
-from metroem.geometry.field import warp
+from metroem.geometry.field import downsample_field, upsample_field, warp
 from metroem.geometry.regularize import smooth_field
 from metroem.imaging.correlation_map import correlation_map
 from metroem.imaging.defects import find_defects, find_gaps
@@ -139,8 +141,14 @@ def hold_to_network(
         (B, 2, H, W), pixels.
     """
     correction = found - start
-    everywhere = torch.ones_like(correction[:, :1])
-    smooth = smooth_field(correction, everywhere, spacing_px)
+    # The smooth part is found at pixels a quarter of its deviation wide.
+    level = max(0, int(math.log2(spacing_px)) - 2)
+    smooth = downsample_field(correction, level)
+    everywhere = torch.ones_like(smooth[:, :1])
+    smooth = upsample_field(
+        smooth_field(smooth, everywhere, spacing_px >> level), level
+    )
+    smooth = smooth[..., : correction.shape[-2], : correction.shape[-1]]
     images = zip(maps.src.split(1), maps.tgt.split(1), strict=True)
     fields = zip(start.split(1), found.split(1), strict=True)
     alike = torch.cat(
