@@ -105,8 +105,9 @@ def run_demo(request: DemoRequest) -> None:
 
     The last line printed is a JSON object, means over the held-out pairs: `epe_none`
     and `epe` (px; `epe` is a list with a value per stage), `cpc_none` and `cpc`, and
-    `epe_untrained` (px). The last is the error of the same networks and finetuner
-    without training; the rest of the gain comes from training.
+    `epe_untrained` and `epe_pretrained` (px). The first of these is the error of the
+    same networks and finetuner without training, the second that of the weights that
+    come with the package, which need no training.
 
     Args:
         request: the flags.
@@ -137,21 +138,25 @@ def run_demo(request: DemoRequest) -> None:
     pairs = range(request.num_sections - request.num_held_out, request.num_sections)
     imports, download, init, train = run.commands()
     run_steps([imports, download, init])
-    untrained = score_sections(run, sections, pairs, is_trained=False)
+    untrained = score_sections(untrained_pyramid(run), sections, pairs)
+    pretrained = score_sections(metroem.Pyramid.pretrained(), sections, pairs)
     run_steps([train])
-    score = score_sections(run, sections, pairs)
+    picture = run.folder / "before_after.png"
+    pyramid = metroem.Pyramid.load(run.pyramid)
+    score = score_sections(pyramid, sections, pairs, picture)
     print_scores(
         score,
         MIPS,
         title=f"pairs {pairs[0]}..{pairs[-1]}, not trained on "
         f"({time.monotonic() - started:.0f} s in all)",
-        untrained=untrained,
+        others={"untrained": untrained, "general weights": pretrained},
     )
     print_json(
         {
             "epe_none": score.epe_none,
             "epe": score.epe,
             "epe_untrained": untrained.epe[-1],
+            "epe_pretrained": pretrained.epe[-1],
             "cpc_none": score.cpc_none,
             "cpc": score.cpc[-1],
         }
@@ -223,36 +228,28 @@ def run_steps(commands: Sequence[list[str]]) -> list[float]:
 
 
 def score_sections(
-    run: Run,
+    pyramid: metroem.Pyramid,
     sections: Sequence[Section],
     pairs: range,
-    *,
-    is_trained: bool = True,
+    picture: Path | None = None,
 ) -> Score:
     """Align held-out pairs and score them.
 
-    A picture of the first pair is written to `before_after.png`.
-
     Args:
-        run: its pyramid aligns the pairs.
+        pyramid: aligns the pairs.
         sections: all sections of the volume.
         pairs: section z to z - 1 for each z.
-        is_trained: whether to use the trained weights, or untrained ones drawn from
-            the run's seed.
+        picture: file for a picture of the first pair.
 
     Returns:
         The mean score over the pairs.
     """
-    pyramid = (
-        metroem.Pyramid.load(run.pyramid) if is_trained else untrained_pyramid(run)
-    )
     scores = []
     for z in pairs:
         src, tgt = sections[z], sections[z - 1]
         fields = pyramid.fields(src.image, tgt.image, mip=0)
         scores.append(score_pair(src.image, tgt.image, fields, true_pair(src, tgt)))
-        if z == pairs[0] and is_trained:
-            picture = run.folder / "before_after.png"
+        if z == pairs[0] and picture is not None:
             save_before_after(picture, src.image, tgt.image, fields[-1])
     return mean_score(scores)
 

@@ -116,7 +116,15 @@ def test_the_demo_runs_twice_and_ends_with_its_figures(tmp_path):
         )
         assert ended.returncode == 0, ended.stdout + ended.stderr
         figures = json.loads(ended.stdout.splitlines()[-1])
-        assert set(figures) == {"epe_none", "epe", "epe_untrained", "cpc_none", "cpc"}
+        names = {
+            "epe_none",
+            "epe",
+            "epe_untrained",
+            "epe_pretrained",
+            "cpc_none",
+            "cpc",
+        }
+        assert set(figures) == names
         assert figures["epe_none"] > 1
         assert len(figures["epe"]) == 2
         # Hardly trained, but enough to be better than nothing.

@@ -8,6 +8,7 @@ import pytest
 
 import download_image
 import train
+from metroem import Pyramid
 from metroem.demo import MARGIN_PX, Run, distort_sections, score_sections
 from metroem.io.volume_write import write_volume
 from metroem.models.module_folders import init_pyramid
@@ -40,6 +41,7 @@ def test_a_small_pyramid_aligns_later_sections_of_a_real_stack(tmp_path):
     init_pyramid(run.pyramid, run.mips)
     train.main([*training[1:], "--max_epochs", "2"])
 
-    score = score_sections(run, sections, range(NUM_TRAIN + 1, len(sections)))
+    pairs = range(NUM_TRAIN + 1, len(sections))
+    score = score_sections(Pyramid.load(run.pyramid), sections, pairs)
     assert score.epe[-1] < 0.5 * score.epe_none
     assert score.cpc[-1] > score.cpc_none

@@ -27,7 +27,7 @@ _SIGNIFICANT = 6  # digits
 
 
 def print_scores(
-    score: Score, mips: Sequence[int], *, title: str, untrained: Score | None = None
+    score: Score, mips: Sequence[int], *, title: str, others: Mapping[str, Score] = {}
 ) -> None:
     """Print one row per stage, from no alignment to the true field.
 
@@ -35,14 +35,13 @@ def print_scores(
         score: means over the pairs.
         mips: mip of each stage.
         title: first line, for example the data set.
-        untrained: scores of the same pyramid before its training, finetuned.
+        others: scores of other pyramids, by name; their last stage gets a row.
     """
     header = f"CPC, {CHUNK_PX} px"
     print(f"\n{title}")
     print(f"{'':<22}{'EPE, px':>10}{'of none':>10}{header:>14}")
     rows = [("no alignment", score.epe_none, score.cpc_none)]
-    if untrained is not None:
-        rows.append(("untrained, finetuned", untrained.epe[-1], untrained.cpc[-1]))
+    rows += [(name, other.epe[-1], other.cpc[-1]) for name, other in others.items()]
     stages = zip(mips, score.epe, score.cpc, strict=True)
     rows += [
         (f"stage {stage} (mip {mip})", epe, cpc)

@@ -125,6 +125,8 @@ def test_a_file_that_cannot_be_written_leaves_the_one_before(tmp_path):
 
 def test_what_training_gives_is_seen_beside_what_the_finetuner_does(capsys):
     score = Score(6.0, (3.0, 1.5), 0.2, (0.4, 0.5), 0.6, 0.001)
-    print_scores(score, (2, 0), title="a", untrained=score._replace(epe=(4.0, 2.4)))
+    print_scores(
+        score, (2, 0), title="a", others={"other": score._replace(epe=(4.0, 2.4))}
+    )
     lines = capsys.readouterr().out.strip().splitlines()
-    assert lines[3].split() == ["untrained,", "finetuned", "2.40", "0.40", "0.500"]
+    assert lines[3].split() == ["other", "2.40", "0.40", "0.500"]

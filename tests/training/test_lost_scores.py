@@ -10,6 +10,7 @@ import train
 from metroem.data.known_warp import known_warp
 from metroem.data.sample import Sample, seeded_generator
 from metroem.data.sampling import ValidationPairs
+from metroem.geometry.field import invert
 from metroem.models.module_folders import init_pyramid
 from metroem.models.options import AlignerOptions
 from metroem.models.types import Prediction
@@ -56,7 +57,8 @@ def warped(network, prior=None):
 
 
 def finds(field):
-    return lambda sample, levels: Prediction(field, {})
+    """A network that is shown a pair, then the pair swapped."""
+    return lambda sample, levels: Prediction(torch.cat((field, invert(field))), {})
 
 
 def score(phase, sample, field):
