@@ -232,7 +232,7 @@ def pyramid_method(pyramid: Pyramid, finetune: bool = True) -> Method:
 def untrained_pyramid() -> Pyramid:
     """Make a pyramid of fresh networks, the same every time."""
     with tempfile.TemporaryDirectory() as folder, torch.random.fork_rng(devices=[]):
-        init_pyramid(Path(folder) / "pyramid", [2, 0])
+        init_pyramid(Path(folder) / "pyramid", [2, 1, 0])
         torch.manual_seed(0)
         return Pyramid.load(Path(folder) / "pyramid", None)
 

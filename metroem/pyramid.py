@@ -109,7 +109,7 @@ class Pyramid:
 
     @classmethod
     def pretrained(
-        cls, mips: Sequence[int] = (2, 0), device: str | torch.device = "cpu"
+        cls, mips: Sequence[int] = (2, 1, 0), device: str | torch.device = "cpu"
     ) -> "Pyramid":
         """Load a pyramid with the weights of the package, see docs/pretrained.md.
 

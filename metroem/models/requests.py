@@ -35,7 +35,7 @@ class InitRequest(Request):
     metroem train --train_mode finetune.
 
     Example:
-        %(prog)s --pyramid_path pyramid --mip 2 0 --pretrained
+        %(prog)s --pyramid_path pyramid --mip 2 1 0 --pretrained
     """
 
     pyramid_path: Path = flag(
