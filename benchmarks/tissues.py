@@ -171,7 +171,8 @@ def train(name: str, flags: argparse.Namespace, tissue: Tissue) -> Pyramid:
         init = ["init", "--pyramid_path", str(pyramid), "--mip", *mips]
         training = ["train", "--pyramid_path", str(pyramid), "--dataset_path", data]
         training += ["--budget_minutes", f"{flags.train_minutes:g}"]
-        training += ["--generate_field_stages", "0"]
+        before_last = [str(stage) for stage in range(len(_MIPS) - 1)]
+        training += ["--generate_field_stages", *before_last]
         if name == "finetuned":
             init += ["--pretrained"]
             training += ["--train_mode", "finetune"]
