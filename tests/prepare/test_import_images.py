@@ -371,7 +371,8 @@ def test_a_killed_run_resumes_with_the_same_bytes(folder, workers):
 
 @pytest.mark.slow
 def test_ctrl_c_ends_with_130_and_says_how_to_resume(folder):
-    np.save("a.npy", np.stack([greys(z) for z in range(200)]))
+    # So many that a busy machine does not end before the signal comes.
+    np.save("a.npy", np.stack([greys(z) for z in range(600)]))
     process = start("a.npy", "em", *NM, "--workers", 2)
     wait_for("em/import/done/z5-*", process)
     process.send_signal(signal.SIGINT)
