@@ -428,7 +428,7 @@ Results of other methods are kept, and the page shows all. With `--train_minutes
 pyramids are also trained on other sections of each tissue for so long, from the general
 weights and from nothing.
 
-Two pairs of each tissue, windows of 512 px, one thread; {machine}, {date}. The best
+Four pairs of each tissue, windows of 512 px, one thread; {machine}, {date}. The best
 value is bold.
 """
 _KNOWN = """Src is warped by a known smooth field of up to 24 px with a turn of up to

@@ -90,7 +90,7 @@ TISSUES = (
         "FIB-SEM, fly medulla, 10 x 40 nm",
         "fib25_a.npy",
         "FlyEM, Janelia (neuroproof_examples), CC BY 3.0",
-        _neighbours(52, 60),
+        _neighbours(52, 60, 56, 64),
         is_exact=True,
         train=(0, 45),
     ),
@@ -99,7 +99,7 @@ TISSUES = (
         "ATUM-SEM, mouse cortex, 24 x 30 nm",
         "atum_cortex_a.npy",
         "Kasthuri et al. 2015, Open Connectome terms",
-        _neighbours(10, 30, corner=(0, 100)),
+        _neighbours(10, 30, 20, 38, corner=(0, 100)),
         train=(46, 90),
     ),
     Tissue(
@@ -107,7 +107,7 @@ TISSUES = (
         "ssTEM, fly larva nerve cord, 4.6 x 50 nm",
         "vnc_stack1.npy",
         "Gerhard et al., figshare 856713, CC BY-NC-SA 3.0",
-        _neighbours(16, 18, corner=(256, 256)),
+        _neighbours(16, 18, corner=(256, 256)) + _neighbours(17, 19),
         train=(0, 14),
     ),
     Tissue(
@@ -115,7 +115,7 @@ TISSUES = (
         "block-face SEM, mouse brain",
         "sbem_a.npy",
         "CDeep3M (CRBS), UCSD terms: research",
-        _neighbours(12, 18, corner=(256, 256)),
+        _neighbours(12, 18, corner=(256, 256)) + _neighbours(15, 19),
         twice=("sbem_a_noisy_10_14.npy", 10),
         train=(0, 9),
     ),
@@ -125,14 +125,22 @@ TISSUES = (
         "array_tomography.npy",
         "billkarsh/Alignment_Tutorial, Janelia BSD-like 1.1",
         # Windows that show about the same place of sections that lie apart.
-        (Pair(1, 0, (100, 544), (344, 344)), Pair(2, 1, (266, 387), (344, 344))),
+        (
+            Pair(1, 0, (100, 544), (344, 344)),
+            Pair(2, 1, (266, 387), (344, 344)),
+            Pair(1, 0, (200, 644), (444, 444)),
+            Pair(2, 1, (366, 387), (444, 344)),
+        ),
     ),
     Tissue(
         "zebrafish",
         "zebrafish brain with a real fold, 128 x 30 nm",
         "zebrafish_fold.npy",
         "TongXin-CASIA/Damaged_Section, no licence stated",
-        (Pair(1, 0, (1088, 448), (1088, 448)), Pair(1, 0, (1152, 1024), (1152, 1024))),
+        tuple(
+            Pair(1, 0, corner, corner)
+            for corner in ((1088, 448), (1152, 1024), (1152, 192), (1152, 1536))
+        ),
         fold=2,
     ),
     Tissue(
@@ -140,7 +148,7 @@ TISSUES = (
         "artificial tissue, 11 x 40 nm",
         None,
         "`metroem.synthetic.tissue`, seed 7",
-        _neighbours(17, 19),
+        _neighbours(17, 19, 16, 18),
         is_exact=True,
         train=(0, 15),
     ),
@@ -222,6 +230,8 @@ def cases_of(tissue: Tissue, folder: Path) -> Iterator[Case]:
         yield Case(name, index, "itself", _image(tgt, w, rng), tgt, inverse, w)
         if tissue.twice is not None and (folder / tissue.twice[0]).is_file():
             again = _without_zero(np.load(folder / tissue.twice[0]))
+            if 2 * index >= len(again):
+                continue
             z = tissue.twice[1] + 2 * index
             one = _window(again[2 * index], pair.src_corner)
             yield Case(

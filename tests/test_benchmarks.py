@@ -90,8 +90,8 @@ def test_methods_are_compared_on_tissues_and_more_of_them_can_be_added(
     mine = ("--method", f"mine={tmp_path / 'mine.py'}:align")
     counts = figures(zygote, "tissues.py", *paths, "--methods", "not aligned", *mine)
 
-    # All other tissues have no file there. Two pairs of three kinds.
-    assert counts == {"not aligned": 6, "DIS": 6, "mine": 6}
+    # All other tissues have no file there. Four pairs of three kinds.
+    assert counts == {"not aligned": 12, "DIS": 12, "mine": 12}
     results = json.loads((out / "results.json").read_text())
     # The field of "mine" is 5 px long everywhere, and the truth is 0.
     assert results["mine"]["made 0 neighbours"]["epe"] == pytest.approx(5)
