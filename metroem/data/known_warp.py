@@ -91,9 +91,9 @@ def known_warp(sample: Sample, options: KnownWarp, generator: Generator) -> Samp
 
     Returns:
         The sample with `truth` and `truth_valid`. If the natural field of the pair is
-        unknown, `truth` is the truth of the warp alone. `unwarped_src` and
-        `unwarped_prior` are then src and its prior field before the warp. The prior
-        field of the sample is made again, from the truth.
+        unknown, `truth` is the truth of the warp alone. `unwarped_src`, `unwarped_tgt`
+        and `unwarped_prior` are then the pair and its prior field before the warp. The
+        prior field of the sample is made again, from the truth.
     """
     src, defects, prior = sample.src, sample.src_defects, sample.prior_field
     is_same = bernoulli(options.same, generator)
@@ -115,7 +115,9 @@ def known_warp(sample: Sample, options: KnownWarp, generator: Generator) -> Samp
     if not options.aligned and options.same < 1:
         # Blank if the natural field is known to be 0.
         before = torch.zeros_like(src) if is_same else src
-        known = known._replace(unwarped_src=before, unwarped_prior=prior)
+        known = known._replace(
+            unwarped_src=before, unwarped_tgt=sample.tgt, unwarped_prior=prior
+        )
     if prior is None:
         return known
     truth = warped.field if options.aligned else compose(prior, warped.field)

@@ -26,9 +26,11 @@ class Sample(NamedTuple):
     # `fallback_truth`: their truth where `truth` is not valid.
     scored: Tensor | None = None  # (B, 1, H, W) bool
     fallback_truth: Tensor | None = None  # (B, 2, H, W), pixels
-    # Set if the truth is the truth of the warp alone: src and prior field before the
-    # warp. src is blank for samples whose natural field is 0.
+    # Set if the truth is the truth of the warp alone: the pair and its prior field
+    # before the warp, and before all other changes of noise, contrast and damage. src
+    # is blank for samples whose natural field is 0.
     unwarped_src: Tensor | None = None  # (B, 1, H, W)
+    unwarped_tgt: Tensor | None = None  # (B, 1, H, W)
     unwarped_prior: Tensor | None = None  # (B, 2, H, W), pixels
 
     def to(self, device: torch.device) -> "Sample":

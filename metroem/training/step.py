@@ -16,7 +16,7 @@ from metroem.specs.schedule import Phase
 from metroem.training.buffers import evaluating, restore_buffers, save_buffers
 from metroem.training.model import unwrap_model
 from metroem.training.phase_loss import covered, levels_wanted, phase_loss
-from metroem.training.targets import EarlierStages, add_pseudo_label
+from metroem.training.targets import NUM_ORIENTATIONS, EarlierStages, add_pseudo_label
 from metroem.utils.distributed import all_reduce_max
 
 # A loss above this counts as a failure, as in the original.
@@ -108,7 +108,10 @@ def train_step(
         sample = earlier.add_prior(sample)
         with evaluating(net):
             labeller = earlier.labeller or net
-            sample = add_pseudo_label(sample, labeller, phase.known_warp)
+            drawn = torch.randint(
+                NUM_ORIENTATIONS, (), generator=seeded_generator(*loss_seed, number)
+            )
+            sample = add_pseudo_label(sample, labeller, phase.known_warp, int(drawn))
         # DDP averages the gradients of the ranks once, at the last batch.
         is_last = number == phase.accumulate
         with nullcontext() if is_last else getattr(model, "no_sync", nullcontext)():

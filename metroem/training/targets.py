@@ -8,14 +8,18 @@ Pseudo-labels. The natural field of a pair leads from tgt to src before the know
 Often it is unknown. Then the smooth part of the network's own field is used for it, in
 the mean of both directions:
 
-    there = smooth(network(src before the warp, tgt))
-    back = smooth(network(tgt, src before the warp))
+    there = smooth(network(src, tgt))     both before the warp
+    back = smooth(network(tgt, src))
     natural = (there + invert(back)) / 2
     truth = compose(natural, truth of the known warp)
 
 With labels from one direction a network drifts: nothing holds an error that it makes
 alike in both. It cancels in the mean. Finetuning takes the network as it was at the
 start (`metroem.training.model`).
+
+The network sees the pair before any change of noise, contrast or damage, mirrored or
+turned at random, and its field is turned back. A network's errors differ between
+orientations, so what it learns in the end is their mean over all of them.
 
 Sections are deformed smoothly, except at tears. But the structures in them also move
 from one section to the next: where neurites run obliquely, by 1 to 2 px of 10 nm, in
@@ -31,6 +35,7 @@ import torch
 from torch import Tensor
 
 from metroem.aligner import Aligner
+from metroem.data.augment import flip, transpose
 from metroem.data.sample import Sample
 from metroem.geometry.field import compose, invert, upsample_field, warp
 from metroem.geometry.regularize import smooth_field
@@ -43,6 +48,8 @@ from metroem.specs.augmentations import KnownWarp
 from metroem.specs.modules import ModuleSpec
 
 Predict = Callable[[Sample, tuple[int, ...]], Prediction]
+
+NUM_ORIENTATIONS = 8
 
 # A fraction of `KnownWarp.knot_px`. A pixel whose field differs from the smooth part by
 # more is torn or wrong, and has no label.
@@ -130,8 +137,27 @@ def _upsample(field: Tensor, levels: int, like: Tensor) -> Tensor:
     return upsample_field(field, levels)[..., :rows, :cols].contiguous()
 
 
+def _predict_turned(sample: Sample, predict: Predict, orientation: int) -> Tensor:
+    """Predict the field of a sample in another orientation, and turn it back."""
+    dims = [dim for bit, dim in ((1, -2), (2, -1)) if orientation & bit]
+    for dim in dims:
+        sample = flip(sample, dim)
+    if orientation & 4:
+        sample = transpose(sample)
+    turned = Sample(*sample[:2], predict(sample, ()).field, sample.pair)
+    if orientation & 4:
+        turned = transpose(turned)
+    for dim in dims:
+        turned = flip(turned, dim)
+    assert turned.prior_field is not None
+    return turned.prior_field
+
+
 def add_pseudo_label(
-    sample: Sample, predict: Predict, options: KnownWarp | None
+    sample: Sample,
+    predict: Predict,
+    options: KnownWarp | None,
+    orientation: int = 0,
 ) -> Sample:
     """Complete the ground truth of samples whose true field is unknown.
 
@@ -149,20 +175,22 @@ def add_pseudo_label(
         sample: returned unchanged if it has no `unwarped_src`.
         predict: the network; its gradients are not recorded.
         options: of the known warps; their `knot_px` sets the smoothing.
+        orientation: in which the network sees the pair, 0 to 7: 1 mirrors rows, 2
+            cols, 4 swaps rows and cols, and their sums do several.
     """
-    src, prior = sample.unwarped_src, sample.unwarped_prior
-    if src is None:
+    src, tgt, prior = sample.unwarped_src, sample.unwarped_tgt, sample.unwarped_prior
+    if src is None or tgt is None:
         return sample
     truth, valid = sample.truth, sample.truth_valid
     assert truth is not None and valid is not None and options is not None
-    sample = sample._replace(unwarped_src=None, unwarped_prior=None)
+    sample = sample._replace(unwarped_src=None, unwarped_tgt=None, unwarped_prior=None)
     # Samples whose natural field is unknown; the others have a blank `unwarped_src`.
     unknown = tissue_mask(src).flatten(1).any(1).nonzero()[:, 0]
     if not len(unknown):
         return sample
     if prior is not None:
         prior = prior[unknown]
-    before = Sample(src[unknown], sample.tgt[unknown], prior, sample.pair)
+    before = Sample(src[unknown], tgt[unknown], prior, sample.pair)
     natural, torn = torch.zeros_like(truth), torch.zeros_like(valid)
     fallback = torch.zeros_like(truth)
     with torch.no_grad():
@@ -172,7 +200,7 @@ def add_pseudo_label(
             None if prior is None else torch.cat((prior, invert(prior))),
             sample.pair,
         )
-        fields = predict(both, ()).field
+        fields = _predict_turned(both, predict, orientation)
         shown = warp(tissue_mask(both.src).float(), fields) * tissue_mask(both.tgt)
         there, back = smooth_field(fields, shown, options.knot_px).chunk(2)
         natural[unknown] = (there + invert(back)) / 2

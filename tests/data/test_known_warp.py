@@ -198,10 +198,11 @@ def test_what_came_before_the_warp_is_kept_unless_the_pair_is_aligned(prior):
     sample = make_sample(prior_field=prior)
     known = known_warp(sample, TORN, seeded_generator(2))
     assert torch.equal(known.unwarped_src, sample.src)
+    assert torch.equal(known.unwarped_tgt, sample.tgt)
     assert known.unwarped_prior is prior
     aligned = KnownWarp(prob=1, same=0, tear=1, aligned=True)
     known = known_warp(sample, aligned, seeded_generator(2))
-    assert known.unwarped_src is None and known.unwarped_prior is None
+    assert known.unwarped_src is known.unwarped_tgt is known.unwarped_prior is None
 
 
 @every_seed

@@ -180,6 +180,22 @@ def test_the_stop_code_is_handed_on():
     assert step(net, torch.optim.SGD(net.parameters(), lr=0.1), 1.0, stop=143).stop
 
 
+def test_labels_are_made_in_any_orientation_and_in_the_same_ones_again(monkeypatch):
+    seen = []
+
+    def note(sample, predict, options, orientation):
+        seen.append(orientation)
+        return sample
+
+    monkeypatch.setattr(step_module, "add_pseudo_label", note)
+    for _ in range(2):
+        net = Line()
+        optimizer = torch.optim.SGD(net.parameters(), lr=0.0)
+        step(net, optimizer, *[1.0] * 64)
+
+    assert set(seen) == set(range(8)) and seen[:64] == seen[64:]
+
+
 def test_generators_differ_by_their_key():
     draws = {
         torch.rand((), generator=seeded_generator(*key)).item()

@@ -148,15 +148,49 @@ def test_a_network_that_finds_nothing_but_noise_teaches_nothing():
 def test_the_network_is_shown_the_pair_before_the_warp():
     prior = torch.ones(1, 2, ROWS, COLS)
     known = unaligned(1, prior)
+    tgt = texture(d_cols=D_COLS, d_rows=D_ROWS)
+    # As a stain or noise would: drawn after the warp, for the trained network only.
+    known = known._replace(tgt=known.tgt + 1)
     network = Knows(natural_field())
     done = add_pseudo_label(known, network, WARP)
     (shown,) = network.shown
-    assert torch.equal(shown.src, torch.cat((texture(), known.tgt)))
-    assert torch.equal(shown.tgt, torch.cat((known.tgt, texture())))
+    assert torch.equal(shown.src, torch.cat((texture(), tgt)))
+    assert torch.equal(shown.tgt, torch.cat((tgt, texture())))
     torch.testing.assert_close(shown.prior_field, torch.cat((prior, -prior)))
-    assert done.unwarped_src is None and done.unwarped_prior is None
+    assert done.unwarped_src is done.unwarped_tgt is done.unwarped_prior is None
     assert torch.equal(done.prior_field, known.prior_field)
     assert torch.equal(done.src, known.src)
+
+
+# A network errs by (1.5, -2) px in the orientation that it sees: along cols, rows.
+@pytest.mark.parametrize(
+    ("orientation", "learned"),
+    [
+        (0, (1.5, -2.0)),
+        (1, (1.5, 2.0)),
+        (2, (-1.5, -2.0)),
+        (3, (-1.5, 2.0)),
+        (4, (-2.0, 1.5)),
+        (5, (-2.0, -1.5)),
+        (6, (2.0, 1.5)),
+        (7, (2.0, -1.5)),
+    ],
+)
+def test_the_network_sees_the_pair_in_an_orientation(orientation, learned):
+    known = unaligned(0)
+    shape = (COLS, ROWS) if orientation >= 4 else (ROWS, COLS)
+    error = torch.tensor([1.5, -2.0]).view(1, 2, 1, 1).expand(1, 2, *shape)
+    network = Knows(error, -error)
+
+    done = add_pseudo_label(known, network, WARP, orientation)
+
+    natural = torch.tensor(learned).view(1, 2, 1, 1).expand(1, 2, ROWS, COLS)
+    expected = compose(natural, known.truth)
+    torch.testing.assert_close(done.truth, expected, atol=1e-3, rtol=0)
+    (shown,) = network.shown
+    dims = [-2] * (orientation & 1) + [-1] * (orientation >> 1 & 1)
+    seen = shown.src[:1].mT if orientation >= 4 else shown.src[:1]
+    assert torch.equal(seen.flip(dims), known.unwarped_src)
 
 
 def test_validity_moves_with_the_natural_field():
@@ -197,7 +231,7 @@ def test_a_pair_of_one_section_has_no_natural_field():
     network.shown.clear()
     done = add_pseudo_label(twice, network, WARP)
     assert not network.shown and torch.equal(done.truth, twice.truth)
-    assert done.unwarped_src is None and done.unwarped_prior is None
+    assert done.unwarped_src is done.unwarped_tgt is done.unwarped_prior is None
 
 
 def test_an_aligned_pair_is_left_as_it_is():
