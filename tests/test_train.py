@@ -165,6 +165,12 @@ def test_a_stage_without_its_prior_fields_says_what_to_do(run):
         train.main(arguments(run, "--train_stages", "1"))
 
 
+def test_prior_fields_that_no_stage_will_write_are_missed_before_any_training(run):
+    with pytest.raises(MetroEMError, match="field_0_x0_y0_z1_MIP1_ck.h5: no such"):
+        train.main(arguments(run, "--generate_field_stages", "1"))
+    assert not list(run.glob("pyramid/.train/ck/*.pth.tar"))
+
+
 def test_fields_that_were_not_trained_here_are_not_overwritten(run):
     train.main(arguments(run, "--max_epochs", "1", "--generate_field_stages", "0"))
     path = run / "data" / "field_0_x0_y0_z1_MIP1_ck.h5"

@@ -19,6 +19,7 @@ from metroem.data.dataset import (
     Split,
     find_pairs,
     image_sets_at,
+    open_prior,
     prior_path,
     split_pairs,
 )
@@ -181,6 +182,10 @@ def _prepare(
     phases = {module: _phases(request, schedule, module) for module in plan.to_train}
     for module in plan.to_train:
         _check_sizes(request.dataset_path, module, phases[module])
+        if module.stage > 0 and plan.modules[module.stage - 1] not in plan.to_write:
+            for images in image_sets_at(request.dataset_path, module.in_mip):
+                name, folder = request.checkpoint_name, request.fields_path
+                open_prior(images, module.stage, name, folder)
         for phase in phases[module]:
             batch_size_of(phase, request.batch_size, distributed.world_size())
     if request.restart:
