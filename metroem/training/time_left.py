@@ -3,7 +3,7 @@
 Work is counted in pixels that pass once through a network:
 
     update      its batches' pixels x (3, since the backward pass costs twice a forward
-                pass, + 1 for pseudo-labels, + the networks of earlier stages)
+                pass, + 2 for pseudo-labels, + the networks of earlier stages)
     validation  the held-out pairs' pixels, without the backward pass
     fields      all pairs' pixels x `FIELDS_COST`, for the finetuner
 
@@ -102,8 +102,9 @@ def phase_work(
     rows, cols = patch
     crop = min(phase.crop_size, rows) * min(phase.crop_size, cols)
     warp = phase.known_warp
-    # The network makes the pseudo-labels of samples that show two sections.
-    labels = 0.0 if warp is None or warp.aligned else 1.0
+    # The network makes the pseudo-labels of samples that show two sections, in both
+    # directions.
+    labels = 0.0 if warp is None or warp.aligned else 2.0
     same = 0.0 if warp is None else warp.same
     forward = network_size * (1 + labels)
     return PhaseWork(

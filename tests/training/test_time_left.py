@@ -54,9 +54,10 @@ def test_the_work_of_a_phase_counts_passes_through_networks():
         network_size=2.0,
         earlier_px=0.5,
     )
-    # Crops of 40 x 50 px. Three quarters of the samples need a pseudo-label.
-    step_px = 4 * 40 * 50 * (2 * (3 + 0.75) + 0.5)
-    assert work == PhaseWork(42, step_px, 14, 8 * 40 * 90 * (2 * 2 + 0.5))
+    # Crops of 40 x 50 px. Three quarters of the samples need a pseudo-label, which
+    # takes a pass in each direction.
+    step_px = 4 * 40 * 50 * (2 * (3 + 0.75 * 2) + 0.5)
+    assert work == PhaseWork(42, step_px, 14, 8 * 40 * 90 * (2 * 3 + 0.5))
 
 
 def test_nothing_is_known_before_an_update_was_measured():
