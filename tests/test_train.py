@@ -24,6 +24,7 @@ from metroem.io.h5 import (
 from metroem.models.module_folders import init_pyramid
 from metroem.prepare.inspect import inspect_dataset
 from metroem.prepare.requests import InspectRequest
+from metroem.training import run as training
 from metroem.training import write_fields as writing
 from metroem.training.requests import TrainRequest
 from tests.models.specs import scalenet, write_spec
@@ -125,6 +126,23 @@ def test_a_finished_run_is_not_repeated_and_restart_repeats_it(run):
     assert stamps == {p: p.stat().st_mtime_ns for p in run.glob("data/*.h5")}
     train.main(arguments(run, "--max_epochs", "1", "--restart"))
     assert digest(run) == before
+
+
+def test_labels_come_from_the_first_weights_if_there_were_any(run, monkeypatch):
+    keeps, train_stage = [], training.train_stage
+
+    def noted(config, *others):
+        keeps.append(config.keeps_labels)
+        train_stage(config, *others)
+
+    monkeypatch.setattr(training, "train_stage", noted)
+    zero = ("--max_epochs", "1", "--train_stages", "0", "--generate_field_stages")
+    for _ in range(2):
+        train.main(arguments(run, *zero))
+    shutil.rmtree(run / "pyramid" / ".train")  # as in a copy of the trained pyramid
+    for _ in range(2):
+        train.main(arguments(run, *zero))
+    assert keeps == [False, False, True, True]
 
 
 def test_bf16_inside_the_network_trains(run):

@@ -43,7 +43,8 @@ class StageConfig:
             backward pass instead of being kept for it.
         earlier: the modules of the earlier stages.
         fields: how its fields are written afterwards; None if they are not.
-        keeps_labels: whether the network makes all pseudo-labels as it was at first.
+        keeps_labels: whether the network makes all pseudo-labels as it was at first:
+            in trainings that begin from weights.
         rank: of this process.
         num_ranks: number of processes that train.
     """

@@ -96,7 +96,7 @@ def load_aligner(config: StageConfig, *, is_fresh: bool) -> Aligner:
 
 
 def load_labeller(config: StageConfig, *, is_fresh: bool) -> TrainingModel | None:
-    """Load the network as it was when its finetuning began; it makes pseudo-labels.
+    """Load the network as it was when its training began; it makes pseudo-labels.
 
     A network that makes its own labels drifts: 10 minutes on serial sections led a
     pretrained one so far astray that neighbours were worse than not aligned (nerve

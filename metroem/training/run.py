@@ -313,6 +313,10 @@ def _stage_config(
     """Make the config of the training of a module."""
     split = _split(request, module)
     earlier = tuple(m for m in plan.modules if m.stage < module.stage)
+    run = RunFolder.of(request.pyramid_path, request.checkpoint_name)
+    first_weights = run.weights(module.stage, "initial")
+    if not run.state(module.stage).is_file():
+        first_weights = checkpoint_path(module.weights_folder, request.checkpoint_name)
     if any(ref.moves_tgt for ref in split.training):
         earlier = ()  # prior fields come from a download, not from stage 0
     workers = request.num_workers
@@ -320,7 +324,7 @@ def _stage_config(
         module=module,
         phases=phases,
         split=split,
-        run=RunFolder.of(request.pyramid_path, request.checkpoint_name),
+        run=run,
         checkpoint_name=request.checkpoint_name,
         device=device,
         seed=request.seed,
@@ -335,7 +339,7 @@ def _stage_config(
             if module in plan.to_write
             else None
         ),
-        keeps_labels=request.train_mode in FINETUNING_MODES,
+        keeps_labels=request.train_mode in FINETUNING_MODES or first_weights.is_file(),
         rank=distributed.rank(),
         num_ranks=distributed.world_size(),
     )

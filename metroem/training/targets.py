@@ -14,8 +14,8 @@ the mean of both directions:
     truth = compose(natural, truth of the known warp)
 
 With labels from one direction a network drifts: nothing holds an error that it makes
-alike in both. It cancels in the mean. Finetuning takes the network as it was at the
-start (`metroem.training.model`).
+alike in both. It cancels in the mean. A training that begins from weights takes the
+network as it was at the start (`metroem.training.model`).
 
 The network sees the pair before any change of noise, contrast or damage, mirrored or
 turned at random, and its field is turned back. A network's errors differ between
