@@ -150,7 +150,7 @@ TISSUES = (
         "`metroem.synthetic.tissue`, seed 7",
         _neighbours(17, 19, 16, 18),
         is_exact=True,
-        train=(0, 15),
+        train=(0, 14),
     ),
 )
 
