@@ -144,7 +144,8 @@ def _predict_turned(sample: Sample, predict: Predict, orientation: int) -> Tenso
         sample = flip(sample, dim)
     if orientation & 4:
         sample = transpose(sample)
-    turned = Sample(*sample[:2], predict(sample, ()).field, sample.pair)
+    # As a prior field it turns with its pair.
+    turned = sample._replace(prior_field=predict(sample, ()).field)
     if orientation & 4:
         turned = transpose(turned)
     for dim in dims:
