@@ -6,12 +6,12 @@ part of what the network knew. So small smooth corrections are taken back. With 
 correction of the network's field and m its smooth part,
 
     held = network's field + (c - m) + m |m|^2 / (|m|^2 + v^2)
-    v    = 1.3 exp(10 (r_network - r) / max(r_network, r)) (1 - r^2) / r^2 px
+    v    = 2 exp(15 (r_network - r) / max(r_network, r)) (1 - r^2) / r^2 px
 
 r is how well the images correlate under the finetuned field, r_network under the
-network's own, means over the pair. So v is near 0 for a section on itself, and 2 px for
+network's own, means over the pair. So v is near 0 for a section on itself, and 4 px for
 neighbours with r = 0.7 that agree 5 % less than before. Near defects, where networks
-are less sure, v is a fifth of that. Corrections well above v stay.
+are less sure, v is a tenth of that. Corrections well above v stay.
 """
 
 import math
@@ -34,23 +34,21 @@ from metroem.models.options import AlignerOptions
 
 Defects = tuple[Tensor | None, Tensor | None]
 
-# The factors of v. Mean errors in px before fields were held, and with these factors
-# (pairs not trained on, 2026-11):
-#                                           before   held
-#     pyramid of `aligned`, FIB-SEM:
-#         a section on itself                 0.29   0.27
-#         neighbours                          1.26   1.24
-#         error of the known warp             0.93   0.65
-#     pretrained pyramid, error of the known warp:
-#         nerve cord, 4.6 nm                  4.47   1.71
-#         block-face SEM                      2.26   1.09
-#         array tomography                    2.62   1.40
-_HELD, _HELD_IF_WORSE = 1.3, 10.0
+# The factors of v. Mean errors, px (pretrained pyramid, other pairs, 2026-11):
+#                                       networks   not held   held
+#     FIB-SEM: a section on itself          0.25       0.21   0.22
+#         neighbours                        1.29       1.28   1.17
+#         near a defect                     1.72       1.36   1.37
+#     error of the known warp, FIB-SEM      0.44       0.89   0.49
+#         nerve cord, 4.6 nm                1.32       4.47   1.33
+#         block-face SEM                    0.74       2.21   0.83
+#         array tomography                  1.42       2.32   1.38
+_HELD, _HELD_IF_WORSE = 2.0, 15.0
 # Within so many distances of a defect v is this much less, unless that is most of the
-# section: then the tissue only looks like defects, as in array tomography. With all of
-# it gone (1.0) the error of the known warp is 1.53 instead of 1.30 px on nerve cord,
-# which has marks that are no defects, and near real defects nothing is gained.
-_NEAR_DEFECTS, _LESS, _MOST = 4, 0.8, 0.5
+# section: then the tissue only looks like defects, as in array tomography. With v = 0
+# there the error of the known warp was 1.53 instead of 1.31 px on nerve cord, which has
+# marks that are no defects, and near real defects nothing was gained.
+_NEAR_DEFECTS, _LESS, _MOST = 4, 0.9, 0.5
 _MIN_CORRELATION, _MAX_CORRELATION = 0.05, 0.99
 
 
