@@ -413,7 +413,7 @@ whose library is missing is left out.
 The stacks are public; the last table says where they come from. `--data` is a folder of
 them as .npy, uint8 [section, rows, cols]. A stack that is missing is left out; the
 artificial tissue is always there. No network of ours was trained on sections that are
-measured here. Two constants of our finetuner were chosen on these pairs.
+measured here. Three constants of our finetuner were chosen on these pairs.
 
 **Add your method.** It is a function `align(src, tgt)` of two images, (H, W) float32
 from 0 to 1, 0 = no data. It returns the field, (2, H, W), pull, px, channel 0 along

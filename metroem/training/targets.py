@@ -139,17 +139,20 @@ def _upsample(field: Tensor, levels: int, like: Tensor) -> Tensor:
 
 def _predict_turned(sample: Sample, predict: Predict, orientation: int) -> Tensor:
     """Predict the field of a sample in another orientation, and turn it back."""
-    dims = [dim for bit, dim in ((1, -2), (2, -1)) if orientation & bit]
-    for dim in dims:
-        sample = flip(sample, dim)
+    if orientation & 1:
+        sample = flip(sample, -2)
+    if orientation & 2:
+        sample = flip(sample, -1)
     if orientation & 4:
         sample = transpose(sample)
     # As a prior field it turns with its pair.
     turned = sample._replace(prior_field=predict(sample, ()).field)
     if orientation & 4:
         turned = transpose(turned)
-    for dim in dims:
-        turned = flip(turned, dim)
+    if orientation & 2:
+        turned = flip(turned, -1)
+    if orientation & 1:
+        turned = flip(turned, -2)
     assert turned.prior_field is not None
     return turned.prior_field
 
