@@ -376,9 +376,16 @@ def costs(results: Results, names: Sequence[str]) -> list[str]:
 
 
 def _ordered(results: Results) -> list[str]:
+    """Names of the methods: classical ones, ours by minutes of training, others."""
     order = [*PEERS, *OURS, *TRAINED]
-    places = {name: order.index(name) for name in order}
-    return sorted(results, key=lambda n: places.get(n.partition(",")[0], len(order)))
+
+    def place(name: str) -> tuple[int, float]:
+        first, comma, minutes = name.partition(",")
+        if first not in order:
+            return len(order), 0.0
+        return order.index(first), float(minutes.split()[0]) if comma else 0.0
+
+    return sorted(results, key=place)
 
 
 def _label(name: str) -> str:
