@@ -95,7 +95,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     ]
     own = [text.partition("=")[0] for text in flags.method]
     for name in own:
-        if name in (*PEERS, *OURS, *TRAINED):
+        if name.partition(",")[0] in (*PEERS, *OURS, *TRAINED):
             raise UsageError(f"--method {name}: is a method already; name it otherwise")
     if flags.train_minutes is None and set(TRAINED) & set(flags.methods or ()):
         raise UsageError(f"--methods {' '.join(TRAINED)}: expected --train_minutes")

@@ -9,8 +9,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tissues
 import torch
 
+from metroem.errors import UsageError
 from metroem.models.load import load_module
 from metroem.models.module_folders import init_pyramid
 from metroem.models.weights import checkpoint_path, save_weights
@@ -101,6 +103,13 @@ def test_methods_are_compared_on_tissues_and_more_of_them_can_be_added(
     assert found["DIS"] < 0.3 * found["not aligned"]
     text = page.read_text()
     assert "| mine |" in text and "| DIS |" in text and "fib25" not in text
+
+
+@pytest.mark.parametrize("name", ["DIS", "pretrained", "finetuned, 5 minutes"])
+def test_a_method_of_your_own_has_a_name_of_its_own(tmp_path, name):
+    flags = ["--data", str(tmp_path), "--out", str(tmp_path / "out")]
+    with pytest.raises(UsageError, match=f"--method {name}: is a method already"):
+        tissues.main([*flags, "--method", f"{name}=mine.py:align"])
 
 
 @pytest.mark.skipif(SHARED is None, reason="METROEM_SHARED names no folder with peers")

@@ -34,7 +34,8 @@ from metroem.models.options import AlignerOptions
 
 Defects = tuple[Tensor | None, Tensor | None]
 
-# The factors of v. Mean errors, px (pretrained pyramid, other pairs, 2026-11):
+# The factors of v, and mean errors in px on the pairs that they were chosen on. No pair
+# was trained on (pretrained pyramid, 2026-11). Networks: the mean of both directions.
 #                                       networks   not held   held
 #     FIB-SEM: a section on itself          0.25       0.21   0.22
 #         neighbours                        1.29       1.28   1.17
@@ -48,7 +49,7 @@ _HELD, _HELD_IF_WORSE = 2.0, 15.0
 # section: then the tissue only looks like defects, as in array tomography. With v = 0
 # there the error of the known warp was 1.53 instead of 1.31 px on nerve cord, which has
 # marks that are no defects, and near real defects nothing was gained.
-_NEAR_DEFECTS, _LESS, _MOST = 4, 0.9, 0.5
+_NEAR_DEFECTS, _LESS_NEAR, _MOST = 4, 0.9, 0.5
 _MIN_CORRELATION, _MAX_CORRELATION = 0.05, 0.99
 
 
@@ -164,7 +165,7 @@ def hold_to_network(
     before, after = alike.split(1, 1)
     worse = (before - after) / alike.amax(1, keepdim=True)
     limit = torch.exp(_HELD_IF_WORSE * worse) * (1 - after.square()) / after.square()
-    limit = _HELD * limit * (1 - _LESS * _near_defects(found, maps, spacing_px))
+    limit = _HELD * limit * (1 - _LESS_NEAR * _near_defects(found, maps, spacing_px))
     length = smooth.square().sum(1, keepdim=True)
     kept = length / (length + limit.square()).clamp(min=1e-12)
     return start + (correction - smooth) + kept * smooth

@@ -183,10 +183,11 @@ def add_pseudo_label(
             cols, 4 swaps rows and cols, and their sums do several.
     """
     src, tgt, prior = sample.unwarped_src, sample.unwarped_tgt, sample.unwarped_prior
-    if src is None or tgt is None:
+    if src is None:
         return sample
     truth, valid = sample.truth, sample.truth_valid
-    assert truth is not None and valid is not None and options is not None
+    assert tgt is not None and truth is not None
+    assert valid is not None and options is not None
     sample = sample._replace(unwarped_src=None, unwarped_tgt=None, unwarped_prior=None)
     # Samples whose natural field is unknown; the others have a blank `unwarped_src`.
     unknown = tissue_mask(src).flatten(1).any(1).nonzero()[:, 0]
