@@ -17,6 +17,7 @@ from filelock import FileLock, Timeout
 
 from metroem.errors import StorageError, disk_error
 from metroem.utils import cli
+from metroem.utils.stop_request import delayed_signals
 
 logger = logging.getLogger(__name__)
 
@@ -144,22 +145,26 @@ def lock(path: Path) -> Iterator[None]:
     """
     held = FileLock(path, timeout=_TIMEOUT_S, mode=0o666, fallback_to_soft=False)
     try:
-        held.acquire()
-    except Timeout:
-        raise StorageError(_lock_message(path)) from None
-    except OSError as error:
-        if not _can_run_without_lock(error, path.parent):
-            raise folder_error(error, path.parent) from error
-        yield
-        return
-    try:
-        with writing(path):
-            path.write_text(json.dumps(_about_this_run()) + "\n")
+        # After a signal in the middle of it, nobody would know whether it is held.
+        with delayed_signals():
+            try:
+                held.acquire()
+            except Timeout:
+                raise StorageError(_lock_message(path)) from None
+            except OSError as error:
+                if not _can_run_without_lock(error, path.parent):
+                    raise folder_error(error, path.parent) from error
+        if held.is_locked:
+            with writing(path):
+                path.write_text(json.dumps(_about_this_run()) + "\n")
         yield
     finally:
-        # Delete it before release: else another run could lock a file being deleted.
-        path.unlink(missing_ok=True)
-        held.release()
+        with delayed_signals():
+            if held.is_locked:
+                # Delete it before release: else another run could lock a file being
+                # deleted.
+                path.unlink(missing_ok=True)
+                held.release()
 
 
 def _can_run_without_lock(error: OSError, folder: Path) -> bool:

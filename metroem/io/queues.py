@@ -143,8 +143,11 @@ class _FolderQueue(Queue):
                 self._movements(identifier).write_text(f"{name}\n")
                 # Beside queue/, so that nobody takes out half of it.
                 partial = self._folder / f".{name}.tmp"
-                partial.write_text(text)
-                os.replace(partial, self._folder / "queue" / name)
+                try:
+                    partial.write_text(text)
+                    os.replace(partial, self._folder / "queue" / name)
+                finally:
+                    partial.unlink(missing_ok=True)
 
     def lease(self, seconds: int) -> Received | None:
         with storage_errors("--queue", self.url):

@@ -10,8 +10,8 @@ import logging
 import math
 import os
 import shutil
-import tempfile
 import time
+import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -658,8 +658,10 @@ def _renamed_into(folder: Path) -> Iterator[Path]:
 
     Each file is synced and renamed.
     """
-    staging = Path(tempfile.mkdtemp(prefix=_STAGING, dir=folder))
+    # Named before it is made, so that a signal at any moment leaves nothing behind.
+    staging = folder / f"{_STAGING}{uuid.uuid4().hex}"
     try:
+        staging.mkdir()
         yield staging
         for written in sorted(p for p in staging.rglob("*") if p.is_file()):
             with written.open("rb") as file:

@@ -3,7 +3,7 @@
 import logging
 import os
 import shutil
-import tempfile
+import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
@@ -130,21 +130,15 @@ def _create_py(mip: int) -> str:
 def _built_beside(path: Path) -> Iterator[Path]:
     """Make a temporary folder that becomes `path` once it is complete."""
     make_folder(path.parent)
-    with writing(path):
-        folder = Path(tempfile.mkdtemp(prefix=f".{path.name}.tmp-", dir=path.parent))
+    # Named before it is made, so that a signal at any moment leaves nothing behind.
+    folder = path.with_name(f".{path.name}.tmp-{uuid.uuid4().hex}")
     try:
         with writing(path):
+            folder.mkdir()
             yield folder
-        folder.chmod(0o777 & ~_umask())  # mkdtemp lets nobody else in
         os.rename(folder, path)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 def _read_files(source: str) -> list[tuple[str, bytes]]:

@@ -1,12 +1,16 @@
 """Note that a run should stop early: its time is up, or a signal came."""
 
 import signal
+import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import FrameType, TracebackType
 
 from metroem.utils.cli import INTERRUPTED, TERMINATED
 
 TIME_UP = 1
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class Stopped(Exception):
@@ -38,8 +42,7 @@ class StopRequest:
 
     def __enter__(self) -> "StopRequest":
         self._previous = {
-            number: signal.signal(number, self._note)
-            for number in (signal.SIGINT, signal.SIGTERM)
+            number: signal.signal(number, self._note) for number in _SIGNALS
         }
         return self
 
@@ -63,3 +66,27 @@ class StopRequest:
         if number == signal.SIGINT and self._signalled:
             raise KeyboardInterrupt
         self._signalled = INTERRUPTED if number == signal.SIGINT else TERMINATED
+
+
+@contextmanager
+def delayed_signals() -> Iterator[None]:
+    """Let Ctrl-C and SIGTERM wait until a short block is done.
+
+    For steps that may not be torn apart, like taking a lock and noting that it is held.
+    Python handles signals in the main thread, so other threads need no delay.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    waiting: list[int] = []
+    previous = {
+        number: signal.signal(number, lambda number, _: waiting.append(number))
+        for number in _SIGNALS
+    }
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+        for number in waiting:
+            signal.raise_signal(number)

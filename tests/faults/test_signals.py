@@ -1,15 +1,22 @@
 """Test SIGTERM and Ctrl-C at random moments: the exit code, and remaining files."""
 
+import itertools
 import random
 import signal
+import sys
 
 import pytest
 
+from metroem.io.files import lock, lock_path
+from metroem.io.queues import open_queue
+from metroem.models.module_folders import init_pyramid
 from tests.faults.places import check_whole, contents, counted, interrupted, left_over
 
 ENDS = {signal.SIGTERM: 143, signal.SIGINT: 130}
 COMMANDS = ["download_image", "download_field", "make-dataset", "training"]
 COMMANDS += ["generation", "evaluate"]
+# Where Ctrl-C is pressed at each line: our code, and what makes hidden files.
+TRACED = ("io/files.py", "io/queues.py", "module_folders.py", "filelock", "tempfile.py")
 
 
 @pytest.mark.slow
@@ -36,3 +43,61 @@ def test_a_signal_ends_a_command_in_order_and_the_same_command_goes_on(
     assert done["status"] == 0, done["output"]
     assert contents(folder) == calm.contents
     assert left_over(folder) == []
+
+
+def interrupt_at_line(action, number):
+    """Call `action`, and press Ctrl-C at the n-th line that runs below it.
+
+    Returns:
+        False if it was done before, else True.
+    """
+    seen = 0
+
+    def trace(frame, event, argument):
+        nonlocal seen
+        if not any(name in frame.f_code.co_filename for name in TRACED):
+            return None
+        if event == "line":
+            seen += 1
+            if seen == number:
+                signal.raise_signal(signal.SIGINT)
+        return trace
+
+    sys.settrace(trace)
+    try:
+        action()
+    except KeyboardInterrupt:
+        pass
+    finally:
+        sys.settrace(None)
+    return seen >= number
+
+
+def take_a_lock(folder):
+    """Take a lock; what gives it back is not interrupted."""
+    with lock(lock_path(folder / "a.h5")):
+        sys.settrace(None)
+
+
+def put_a_task(folder):
+    """Put a task into a queue in a folder."""
+    queue = open_queue(f"fq://{folder / 'queue'}")
+    queue.put(["task"])
+
+
+def make_a_module(folder):
+    """Make the folder of a module."""
+    init_pyramid(folder / "pyramid", [1], "correlation")
+
+
+@pytest.mark.parametrize("action", [take_a_lock, put_a_task, make_a_module])
+def test_ctrl_c_at_any_line_leaves_nothing_temporary(action, tmp_path):
+    for number in itertools.count(1):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        goes_on = interrupt_at_line(lambda folder=folder: action(folder), number)
+        left = [str(path) for path in folder.rglob(".*")]
+        assert not left, number
+        if not goes_on:
+            break
+    assert number > 20
