@@ -6,7 +6,8 @@ them are in `tissues_cases.py`. A method whose library is missing is left out, a
 page says so. So is a tissue whose file is missing. Results are kept in
 --out/results.json for each tissue and method: the same command resumes, and another one
 adds methods or tissues to the page. Methods of --method are always measured again. For
-another version of metroem name a new folder.
+another version of metroem name a new folder: figures of other general weights are
+refused.
 
 Example:
     pip install -r benchmarks/requirements-peers.txt
@@ -16,6 +17,7 @@ Example:
 """
 
 import argparse
+import hashlib
 import importlib.util
 import json
 import logging
@@ -52,6 +54,7 @@ from metroem.evaluation.tables import print_json, write_json
 from metroem.geometry.field import invert, warp
 from metroem.io.pictures import overlay
 from metroem.io.volume_write import write_volume
+from metroem.models.requests import PRETRAINED
 from metroem.utils import cli
 
 logger = logging.getLogger("metroem.benchmarks.tissues")
@@ -88,6 +91,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     flags = build_parser().parse_args(argv)
     torch.set_num_threads(1)
     flags.out.mkdir(parents=True, exist_ok=True)
+    check_weights(flags.out)
     path = flags.out / "results.json"
     results: Results = json.loads(path.read_text()) if path.is_file() else {}
     wanted = [
@@ -127,6 +131,25 @@ def main(argv: Sequence[str] | None = None) -> None:
     save_pictures(flags, tissues, results)
     write_page(flags.page, results)
     print_json({name: len(known) for name, known in results.items()})
+
+
+def check_weights(out: Path) -> None:
+    """Note which general weights the figures in a folder are of.
+
+    Raises:
+        UsageError: the folder has figures of other ones.
+    """
+    sha = hashlib.sha256()
+    for path in sorted(PRETRAINED.iterdir()):
+        sha.update(path.read_bytes())
+    noted = out / "weights_sha256.txt"
+    if not noted.is_file():
+        noted.write_text(sha.hexdigest())
+    elif noted.read_text() != sha.hexdigest():
+        raise UsageError(
+            f"--out {out}: its figures are of other general weights than those of "
+            f"this version ({noted.name} says so); name a new folder"
+        )
 
 
 def find_method(name: str, flags: argparse.Namespace, tissue: Tissue) -> Method:

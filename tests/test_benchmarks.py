@@ -112,6 +112,17 @@ def test_a_method_of_your_own_has_a_name_of_its_own(tmp_path, name):
         tissues.main([*flags, "--method", f"{name}=mine.py:align"])
 
 
+def test_figures_of_other_weights_are_not_mixed_with_new_ones(tmp_path):
+    flags = ["--data", str(tmp_path), "--out", str(tmp_path), "--tissues", "vnc"]
+    page = ["--page", str(tmp_path / "page.md")]
+    tissues.main(flags + page)
+    tissues.main(flags + page)  # the same weights
+    (noted,) = tmp_path.glob("weights*")
+    noted.write_text("0" * 64)
+    with pytest.raises(UsageError, match="of other general weights than those of"):
+        tissues.main(flags + page)
+
+
 @pytest.mark.skipif(SHARED is None, reason="METROEM_SHARED names no folder with peers")
 @pytest.mark.long
 def test_unrelated_images_are_counted_that_are_refused(tmp_path, zygote):
