@@ -35,6 +35,20 @@ def test_sections_are_resampled_to_a_size_of_pixels_and_keep_their_grey_levels()
     assert pretrain.resize(sections, 1.0) is sections
 
 
+def test_spots_are_bright_and_reach_through_two_or_three_sections():
+    sections = pretrain.make_spots(6, 160, seed=3).astype(float)
+
+    assert sections.shape == (6, 160, 160) and sections.min() >= 1
+    assert np.median(sections) < 110 and sections.max() > 200
+    # One, two and five sections apart.
+    apart = [
+        np.corrcoef(sections[0].ravel(), sections[n].ravel())[0, 1] for n in (1, 2, 5)
+    ]
+    assert apart[0] > apart[1] + 0.1 and apart[1] > apart[2]
+    np.testing.assert_array_equal(pretrain.make_spots(6, 160, seed=3), sections)
+    assert (pretrain.make_spots(6, 160, seed=4) != sections).any()
+
+
 def test_stored_weights_are_those_that_are_loaded_in_half_precision():
     pyramid = Pyramid.pretrained(mips=(1, 1))
 
