@@ -6,8 +6,8 @@ them are in `tissues_cases.py`. A method whose library is missing is left out, a
 page says so. So is a tissue whose file is missing. Results are kept in
 --out/results.json for each tissue and method: the same command resumes, and another one
 adds methods or tissues to the page. Methods of --method are always measured again. For
-another version of metroem name a new folder: figures of other general weights are
-refused.
+another version of metroem name a new folder; figures of other general weights are
+dropped.
 
 Example:
     pip install -r benchmarks/requirements-peers.txt
@@ -62,6 +62,7 @@ logger = logging.getLogger("metroem.benchmarks.tissues")
 ROOT = Path(__file__).resolve().parents[1]
 OURS = ("untrained", "networks", "pretrained")
 TRAINED = ("finetuned", "scratch")  # need --train_minutes
+WEIGHTED = ("networks", "pretrained", "finetuned")  # have the general weights
 _MIPS = (2, 1, 0)  # as of Pyramid.pretrained
 
 Record = dict[str, float]
@@ -91,9 +92,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     flags = build_parser().parse_args(argv)
     torch.set_num_threads(1)
     flags.out.mkdir(parents=True, exist_ok=True)
-    check_weights(flags.out)
     path = flags.out / "results.json"
     results: Results = json.loads(path.read_text()) if path.is_file() else {}
+    drop_figures_of_other_weights(flags.out, results)
     wanted = [
         name for name in (*PEERS, *OURS) if name in (flags.methods or (*PEERS, *OURS))
     ]
@@ -133,23 +134,23 @@ def main(argv: Sequence[str] | None = None) -> None:
     print_json({name: len(known) for name, known in results.items()})
 
 
-def check_weights(out: Path) -> None:
-    """Note which general weights the figures in a folder are of.
+def drop_figures_of_other_weights(out: Path, results: Results) -> None:
+    """Drop the figures of our methods if the general weights are no longer the same."""
+    noted = out / "weights_sha256.txt"
+    if noted.is_file() and noted.read_text() != _weights_sha256():
+        for name in [name for name in results if name.partition(",")[0] in WEIGHTED]:
+            logger.warning("%s: of other general weights; dropped", name)
+            del results[name]
+        write_json(out / "results.json", results)
+    noted.write_text(_weights_sha256())
 
-    Raises:
-        UsageError: the folder has figures of other ones.
-    """
+
+def _weights_sha256() -> str:
+    """Hash the general weights of the package."""
     sha = hashlib.sha256()
     for path in sorted(PRETRAINED.iterdir()):
         sha.update(path.read_bytes())
-    noted = out / "weights_sha256.txt"
-    if not noted.is_file():
-        noted.write_text(sha.hexdigest())
-    elif noted.read_text() != sha.hexdigest():
-        raise UsageError(
-            f"--out {out}: its figures are of other general weights than those of "
-            f"this version ({noted.name} says so); name a new folder"
-        )
+    return sha.hexdigest()
 
 
 def find_method(name: str, flags: argparse.Namespace, tissue: Tissue) -> Method:
@@ -178,6 +179,8 @@ def train(name: str, flags: argparse.Namespace, tissue: Tissue) -> Pyramid:
     """Train a pyramid on the other sections of a tissue, with metroem's commands."""
     assert tissue.train is not None
     folder = flags.out / "pyramids" / f"{tissue.name}_{flags.train_minutes:g}"
+    if name in WEIGHTED:
+        folder /= _weights_sha256()[:8]
     pyramid = folder / name
     if not pyramid.exists():
         first, end = tissue.train

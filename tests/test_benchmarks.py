@@ -112,15 +112,20 @@ def test_a_method_of_your_own_has_a_name_of_its_own(tmp_path, name):
         tissues.main([*flags, "--method", f"{name}=mine.py:align"])
 
 
-def test_figures_of_other_weights_are_not_mixed_with_new_ones(tmp_path):
-    flags = ["--data", str(tmp_path), "--out", str(tmp_path), "--tissues", "vnc"]
-    page = ["--page", str(tmp_path / "page.md")]
-    tissues.main(flags + page)
-    tissues.main(flags + page)  # the same weights
+def test_figures_of_other_weights_are_dropped(tmp_path):
+    names = ["DIS", "untrained", "networks", "pretrained", "finetuned, 2 minutes"]
+    results = {name: {"vnc 0 warped": {"known": 1.5}} for name in names}
+    tissues.drop_figures_of_other_weights(tmp_path, results)
+    tissues.drop_figures_of_other_weights(tmp_path, results)  # the same weights
+    assert list(results) == names
+
     (noted,) = tmp_path.glob("weights*")
     noted.write_text("0" * 64)
-    with pytest.raises(UsageError, match="of other general weights than those of"):
-        tissues.main(flags + page)
+    tissues.drop_figures_of_other_weights(tmp_path, results)
+
+    assert list(results) == ["DIS", "untrained"]
+    assert json.loads((tmp_path / "results.json").read_text()) == results
+    assert noted.read_text() != "0" * 64
 
 
 @pytest.mark.skipif(SHARED is None, reason="METROEM_SHARED names no folder with peers")
