@@ -143,24 +143,28 @@ def lock(path: Path) -> Iterator[None]:
     Raises:
         StorageError: another run holds the lock, or it cannot be made or written.
     """
-    held = FileLock(path, timeout=_TIMEOUT_S, mode=0o666, fallback_to_soft=False)
+    # A signal in the middle of one of filelock's calls would leave it unknown whether
+    # the lock is held, and could break all processes that are forked later.
+    with delayed_signals():
+        held = FileLock(path, timeout=_TIMEOUT_S, mode=0o666, fallback_to_soft=False)
+    is_held = False
     try:
-        # After a signal in the middle of it, nobody would know whether it is held.
         with delayed_signals():
             try:
                 held.acquire()
+                is_held = True
             except Timeout:
                 raise StorageError(_lock_message(path)) from None
             except OSError as error:
                 if not _can_run_without_lock(error, path.parent):
                     raise folder_error(error, path.parent) from error
-        if held.is_locked:
+        if is_held:
             with writing(path):
                 path.write_text(json.dumps(_about_this_run()) + "\n")
         yield
     finally:
-        with delayed_signals():
-            if held.is_locked:
+        if is_held:
+            with delayed_signals():
                 # Delete it before release: else another run could lock a file being
                 # deleted.
                 path.unlink(missing_ok=True)
